@@ -1,0 +1,145 @@
+"""What a scene is: one or two plain shapes on a plain background, and the words for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (215, 35, 40),
+    "green": (40, 160, 65),
+    "blue": (40, 80, 220),
+    "yellow": (250, 225, 50),
+    "orange": (245, 135, 25),
+    "purple": (140, 50, 180),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+COLOURS: tuple[str, ...] = tuple(PALETTE)
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross")
+
+# Radius of the circle, as a fraction of the picture's side. The other shapes get about its area.
+SIZE_RADIUS: dict[str, float] = {"small": 0.09, "large": 0.175}
+SIZES: tuple[str, ...] = tuple(SIZE_RADIUS)
+
+# Centre (x, y) of each cell, as fractions of the side, x to the right and y downwards.
+POSITION_CENTRE: dict[str, tuple[float, float]] = {
+    "top left": (0.25, 0.25),
+    "top": (0.5, 0.25),
+    "top right": (0.75, 0.25),
+    "left": (0.25, 0.5),
+    "centre": (0.5, 0.5),
+    "right": (0.75, 0.5),
+    "bottom left": (0.25, 0.75),
+    "bottom": (0.5, 0.75),
+    "bottom right": (0.75, 0.75),
+}
+POSITIONS: tuple[str, ...] = tuple(POSITION_CENTRE)
+
+# Direction (x, y) from the second object to the first.
+RELATION_DIRECTION: dict[str, tuple[int, int]] = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+RELATIONS: tuple[str, ...] = tuple(RELATION_DIRECTION)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape.
+
+    Args:
+        shape: One of `SHAPES`.
+        colour: One of `COLOURS`.
+        size: One of `SIZES`.
+        x: Centre of the shape's bounding box, as a fraction of the picture's width.
+        y: The same for the height, downwards.
+
+    Raises:
+        ValueError: A word is not one of those listed, or the centre is outside the picture.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+    def __post_init__(self) -> None:
+        _check("shape", self.shape, SHAPES)
+        _check("colour", self.colour, COLOURS)
+        _check("size", self.size, SIZES)
+        if not (0.0 <= self.x <= 1.0 and 0.0 <= self.y <= 1.0):
+            raise ValueError(f"the centre ({self.x}, {self.y}) must lie within [0, 1] x [0, 1]")
+
+    @property
+    def position(self) -> str:
+        """The nearest of `POSITIONS`."""
+        return nearest_position(self.x, self.y)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background colour and one or two objects on it.
+
+    Args:
+        background: One of `COLOURS`; no object may have it.
+        objects: One or two objects.
+
+    Raises:
+        ValueError: The background is unknown or is an object's colour, or there are not one or
+            two objects.
+    """
+
+    background: str
+    objects: tuple[SceneObject, ...]
+
+    def __post_init__(self) -> None:
+        _check("background", self.background, COLOURS)
+        if len(self.objects) not in (1, 2):
+            raise ValueError(f"a scene has 1 or 2 objects, not {len(self.objects)}")
+        if any(thing.colour == self.background for thing in self.objects):
+            raise ValueError(f"an object cannot be seen on its own colour, {self.background}")
+
+    @property
+    def relation(self) -> str | None:
+        """Where the first object lies as seen from the second; None for a single object."""
+        if len(self.objects) == 1:
+            return None
+        first, second = self.objects
+        return relation_between((first.x, first.y), (second.x, second.y))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scene as JSON values, with position and relation spelt out."""
+        objects = [asdict(thing) | {"position": thing.position} for thing in self.objects]
+        return {"background": self.background, "objects": objects, "relation": self.relation}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Scene:
+        """Inverse of `to_dict`."""
+        names = ("shape", "colour", "size", "x", "y")
+        objects = (SceneObject(**{name: o[name] for name in names}) for o in values["objects"])
+        return Scene(values["background"], tuple(objects))
+
+
+def nearest_position(x: float, y: float) -> str:
+    """The cell of the 3 x 3 grid whose centre is nearest to (x, y), both in [0, 1]."""
+    return min(
+        POSITIONS,
+        key=lambda p: (POSITION_CENTRE[p][0] - x) ** 2 + (POSITION_CENTRE[p][1] - y) ** 2,
+    )
+
+
+def relation_between(first: tuple[float, float], second: tuple[float, float]) -> str:
+    """The relation of `first` to `second`, both (x, y), along the axis that parts them more."""
+    dx, dy = first[0] - second[0], first[1] - second[1]
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
