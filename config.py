@@ -1,0 +1,20 @@
+"""The settings of LocalDiT, for scripts and sessions started in this folder.
+
+Every value has a default, and every value can be changed where the object is made or afterwards:
+
+    from config import Config
+
+    config = Config(height=1024, width=1024, denoising_steps=30)
+    config.guidance_scale = 4.5
+
+`localdit/config.py` lists all fields with their defaults. Unknown names and values out of range are
+refused with an error that says what was expected. To keep settings of your own, derive from it:
+
+    @dataclass(kw_only=True)
+    class Square(Config):
+        height: int = 1024
+"""
+
+from localdit.config import Config
+
+__all__ = ["Config"]

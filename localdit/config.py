@@ -1,0 +1,178 @@
+"""`Config`: one place for the model's sizes and the settings of inference and training.
+
+The class only describes: it loads nothing and imports neither PyTorch nor Diffusers, so command
+lines can read its defaults at no cost.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+PIXEL_MULTIPLE = 16  # 8 pixels to a latent, 2 latents to a token
+
+
+def _ranged(
+    default: Any,
+    minimum: float,
+    maximum: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    multiple_of: int | None = None,
+) -> Any:
+    """A number in [minimum, maximum]; `above` / `below` leave that end out of the range."""
+    metadata = {"range": (minimum, maximum, above, below), "multiple_of": multiple_of}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The model's architecture and the settings of inference and training.
+
+    Every value is checked when the object is made and again whenever a field is assigned. A derived
+    class may change defaults and add fields; types and ranges of the fields below stay.
+
+    Raises:
+        TypeError: for a name that is no field (the closest field is named) or a value of the wrong
+            type.
+        ValueError: for a value outside its range, naming the field, the value and the range.
+    """
+
+    # Architecture of the transformer
+    num_attention_heads: int = _ranged(16, 1)
+    attention_head_dim: int = _ranged(72, 1)
+    num_layers: int = _ranged(18, 1)
+    patch_size: int = _ranged(2, 1)
+    window_size: int = _ranged(4, 1)  # tokens along a side of a window
+    in_channels: int = _ranged(4, 1)
+    out_channels: int = _ranged(4, 1)
+    cross_attention_dim: int = _ranged(1152, 1)  # heads x head dim
+    caption_channels: int = _ranged(4096, 1)  # width of the text encoder
+    num_embeds_ada_norm: int = _ranged(1000, 1)
+    norm_type: Literal["ada_norm_single"] = "ada_norm_single"
+    do_rope: bool = True
+    use_global: bool = False  # global context beside the windows
+    shift_schedule: Literal["cyclic", "alternating"] = "cyclic"
+    sample_size: int = _ranged(128, 1)  # latents along a side that positions are scaled to
+    eps: float = _ranged(1e-10, 0, 1, above=True)  # of the q / k RMSNorms
+    dropout: float = _ranged(0.0, 0, 1, below=True)
+
+    # Inference
+    max_length: int = _ranged(120, 1)  # text tokens
+    height: int = _ranged(768, PIXEL_MULTIPLE, multiple_of=PIXEL_MULTIPLE)  # pixels
+    width: int = _ranged(1024, PIXEL_MULTIPLE, multiple_of=PIXEL_MULTIPLE)  # pixels
+    denoising_steps: int = _ranged(20, 1, 1000)
+    denoising_strength: float = _ranged(0.8, 0, 1)  # image to image: 0 keeps, 1 forgets the image
+    guidance_scale: float = _ranged(7.0, 0)  # 1 or less: no guidance
+    batch_size: int = _ranged(1, 1)  # pictures made at once; in training, samples per process
+
+    # Where `localdit.utils.load_model` finds the parts: local paths, or repositories of the hub
+    ckpt_path: str | Path = "output/LocalDiT-1024.pt"
+    text_encoder: str | Path = "google/flan-t5-xxl"  # with its tokenizer
+    vae: str | Path = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+    scheduler: str | Path = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+    offload: Literal["model", "sequential"] | None = None  # parts wait in CPU memory
+    text_encoder_quantization: Literal["8bit", "4bit"] | None = None  # needs bitsandbytes
+
+    # Training
+    num_workers: int = _ranged(32, 0)
+    train_sampling_steps: int = _ranged(1000, 1)
+    save_checkpoint_interval: int = _ranged(20_000, 1)  # steps
+    validation_interval: int = _ranged(1_000, 1)  # steps
+    learning_rate: float = _ranged(5e-5, 0, above=True)
+    weight_decay: float = _ranged(3e-2, 0)
+    gradient_clip: float = _ranged(0.01, 0, above=True)  # largest norm of the gradient
+    max_datasteps: int = _ranged(500_000, 1)
+    token_dropout: float = _ranged(0.15, 0, 1)
+    ema_beta: float = _ranged(0.9999, 0, 1, below=True)
+    ema_step: int = _ranged(450_000, 0)
+
+    def __new__(cls, *args: Any, **values: Any) -> "Config":
+        """Refuse unknown names before the generated `__init__` sees them."""
+        for name in values:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(_unknown(cls, name))
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field to a value that its type and range allow."""
+        if name not in self.__dataclass_fields__:
+            raise TypeError(_unknown(type(self), name))
+        if declared := Config.__dataclass_fields__.get(name):
+            _check_type(name, value, _options(declared.type))
+            _check_range(name, value, declared.metadata)
+        super().__setattr__(name, value)
+
+    def __post_init__(self) -> None:
+        """Check the fields that depend on one another."""
+        inner = self.num_attention_heads * self.attention_head_dim
+        if self.cross_attention_dim != inner:
+            raise ValueError(
+                f"Config.cross_attention_dim is {self.cross_attention_dim}; expected "
+                f"num_attention_heads x attention_head_dim = {self.num_attention_heads} x "
+                f"{self.attention_head_dim} = {inner}"
+            )
+        if self.do_rope and self.attention_head_dim % 4:
+            raise ValueError(
+                f"Config.attention_head_dim is {self.attention_head_dim}; expected a multiple "
+                "of 4, which 2D RoPE needs (or do_rope=False)"
+            )
+
+    def transformer_kwargs(self) -> dict[str, Any]:
+        """The architecture as keyword arguments of `LocalDiTTransformer2DModel`."""
+        names = list(Config.__dataclass_fields__)
+        values = {name: getattr(self, name) for name in names[: names.index("eps")]}
+        return values | {"qk_norm_eps": self.eps, "dropout": self.dropout}
+
+
+def _options(hint: Any) -> list[Any]:
+    """The types and literal values that a type hint allows."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [option for part in get_args(hint) for option in _options(part)] or [hint]
+
+
+def _unknown(cls: type[Config], name: str) -> str:
+    known = list(cls.__dataclass_fields__)
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return f"Config has no field {name!r}; the closest is {closest!r}"
+
+
+def _check_type(name: str, value: Any, options: list[Any]) -> None:
+    """Raise TypeError, or ValueError where the field is a choice between literal values."""
+    types = tuple(option for option in options if isinstance(option, type))
+    choices = [option for option in options if option not in types]
+    if choices:
+        if value not in choices and not isinstance(value, types):
+            allowed = " or ".join(map(repr, choices)) + (" or None" if NoneType in types else "")
+            raise ValueError(f"Config.{name} is {value!r}; expected {allowed}")
+        return
+    accepted = (*types, int) if float in types else types
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in types):
+        wanted = " or ".join(t.__name__ for t in types)
+        given = type(value).__name__
+        raise TypeError(f"Config.{name} is {value!r} of type {given}; expected {wanted}")
+
+
+def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    if "range" not in metadata:
+        return
+    minimum, maximum, above, below = metadata["range"]
+    inside = (value > minimum if above else value >= minimum) and (
+        value < maximum if below else value <= maximum
+    )
+    if not (inside and math.isfinite(value)):
+        lower = f"more than {minimum}" if above else f"at least {minimum}"
+        upper = f"less than {maximum}" if below else f"at most {maximum}"
+        limits = f"{lower} and finite" if maximum == math.inf else f"{lower} and {upper}"
+        raise ValueError(f"Config.{name} is {value!r}; expected {limits}")
+    multiple = metadata["multiple_of"]
+    if multiple and value % multiple:
+        nearest = max(multiple, multiple * round(value / multiple))
+        raise ValueError(
+            f"Config.{name} is {value}; expected a multiple of {multiple}, the nearest is {nearest}"
+        )
