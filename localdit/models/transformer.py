@@ -1,0 +1,319 @@
+"""The LocalDiT transformer: PixArt's blocks around attention within shifted windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.embeddings import PatchEmbed, PixArtAlphaTextProjection
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormSingle
+from einops import rearrange
+from torch import nn
+
+from .attention import CrossAttention, LocalDiTAttention
+from .windows import shift_sizes
+
+
+class LocalDiTBlock(nn.Module):
+    """One transformer block: self-attention, attention to the text, feed-forward (PixArt-alpha, section 2.3)."""
+
+    def __init__(
+        self,
+        attn1: LocalDiTAttention,
+        attn2: CrossAttention,
+        dim: int,
+        activation_fn: str,
+        norm_eps: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.attn1 = attn1
+        self.attn2 = attn2
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_bias: torch.Tensor | None,
+        timestep: torch.Tensor,
+        height: int,
+        width: int,
+    ) -> torch.Tensor:
+        """Run the block.
+
+        Args:
+            hidden_states: `(B, height * width, C)` image tokens.
+            encoder_hidden_states: `(B, L, C)` text tokens.
+            encoder_attention_bias: `(B, 1, L)`, added to the logits of attention to the text.
+            timestep: `(B, 6 C)`, the timestep's modulation, shared by all blocks.
+            height, width: size of the map in tokens.
+        """
+        modulation = self.scale_shift_table + timestep.unflatten(1, (6, -1))  # (B, 6, C)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+
+        normed = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
+        hidden_states = hidden_states + gate_msa * self.attn1(normed, height, width)
+        hidden_states = hidden_states + self.attn2(
+            hidden_states, encoder_hidden_states, encoder_attention_bias
+        )
+        normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
+        return hidden_states + gate_mlp * self.ff(normed)
+
+
+class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
+    """A diffusion transformer whose self-attention looks only at small shifted windows.
+
+    Called as diffusers' `PixArtTransformer2DModel` is. The size of the picture is read off the latents
+    of each call. The defaults are those of the released 0.52B model.
+
+    Args:
+        num_attention_heads, attention_head_dim: heads, and channels per head.
+        in_channels, out_channels: channels of the latents and of the prediction; `out_channels=None`
+            means `in_channels`.
+        num_layers: number of blocks.
+        dropout: probability of dropping a channel in training.
+        cross_attention_dim: channels of the text as the blocks see it; None means the model's width, which
+            it has to be wherever `caption_channels` is given.
+        sample_size: side of the latents the model is made for. Sets the scale of the position embedding.
+        patch_size: side of the square of latents that makes a token.
+        window_size: side of an attention window, in tokens.
+        shift_schedule: "cyclic" rolls layer i by `i mod window_size` (the released model), "alternating" by
+            `0, window_size // 2, 0, ...`.
+        do_rope: turn queries and keys by their position.
+        use_global: give every layer a global context beside its windows.
+        layer_types: "local", "local_global" or "full" for each layer; None means "local_global" everywhere
+            with `use_global`, "local" everywhere without.
+        qk_norm_eps, norm_eps: epsilon of the norms of queries and keys, and of the layer norms.
+        interpolation_scale: divides positions before they are embedded; None means
+            `max(sample_size // 64, 1)`.
+        use_additional_conditions: condition on resolution and aspect ratio; None means
+            `sample_size == 128`.
+        caption_channels: channels of the text encoder's states; None if they come at `cross_attention_dim`.
+        num_embeds_ada_norm: number of timesteps the model is trained for.
+        norm_type: "ada_norm_single", the only one there is.
+        activation_fn: activation of the feed-forward, by its name in Diffusers.
+
+    Raises:
+        ValueError: where these contradict each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["LocalDiTBlock", "PatchEmbed"]
+    _repeated_blocks = ["LocalDiTBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = 4,
+        num_layers: int = 18,
+        dropout: float = 0.0,
+        cross_attention_dim: int | None = None,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        window_size: int = 4,
+        shift_schedule: str = "cyclic",
+        do_rope: bool = True,
+        use_global: bool = False,
+        layer_types: list[str] | None = None,
+        qk_norm_eps: float = 1e-10,
+        norm_eps: float = 1e-6,
+        interpolation_scale: float | None = None,
+        use_additional_conditions: bool | None = None,
+        caption_channels: int | None = 4096,
+        num_embeds_ada_norm: int = 1000,
+        norm_type: str = "ada_norm_single",
+        activation_fn: str = "gelu-approximate",
+    ) -> None:
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        text_dim = dim if cross_attention_dim is None else cross_attention_dim
+        if norm_type != "ada_norm_single":
+            raise ValueError(f"`norm_type` is {norm_type!r}; it has to be 'ada_norm_single'.")
+        if caption_channels is not None and text_dim != dim:
+            raise ValueError(
+                f"`cross_attention_dim` is {text_dim}, but captions are projected to the model's width: "
+                f"num_attention_heads * attention_head_dim = {dim}."
+            )
+        if window_size < 1:
+            raise ValueError(f"`window_size` is {window_size}; it has to be at least 1.")
+        layer_types = _resolve_layer_types(layer_types, num_layers, use_global)
+        shifts = shift_sizes(num_layers, window_size, shift_schedule)
+
+        self.inner_dim = dim
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.use_additional_conditions = (
+            sample_size == 128 if use_additional_conditions is None else use_additional_conditions
+        )
+        self.gradient_checkpointing = False
+
+        if interpolation_scale is None:
+            interpolation_scale = max(sample_size // 64, 1)
+        self.pos_embed = PatchEmbed(
+            height=sample_size,
+            width=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=dim,
+            interpolation_scale=interpolation_scale,
+        )
+        self.adaln_single = AdaLayerNormSingle(
+            dim, use_additional_conditions=self.use_additional_conditions
+        )
+        self.caption_projection = None
+        if caption_channels is not None:
+            self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim)
+
+        heads = (num_attention_heads, attention_head_dim)
+        self.transformer_blocks = nn.ModuleList(
+            LocalDiTBlock(
+                LocalDiTAttention(
+                    *heads, window_size, shift, layer_type, do_rope, qk_norm_eps, dropout
+                ),
+                CrossAttention(*heads, text_dim, qk_norm_eps, dropout),
+                dim,
+                activation_fn,
+                norm_eps,
+                dropout,
+            )
+            for shift, layer_type in zip(shifts, layer_types, strict=True)
+        )
+
+        self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, **overrides: Any
+    ) -> LocalDiTTransformer2DModel:
+        """Load a flat checkpoint, `.safetensors` or `.pt`: see `localdit.checkpoint.load_transformer`."""
+        from ..checkpoint import load_transformer
+
+        return load_transformer(path, torch_dtype=torch_dtype, **overrides)
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Compute attention with another processor; the weights stay.
+
+        Args:
+            processor: one for the self-attention of every layer (attention to the text keeps its own),
+                or a dict with one for each name in `attn_processors`.
+        """
+        if isinstance(processor, dict):
+            processors = dict(processor)
+        else:
+            processors = {
+                name: processor if name.endswith(".attn1.processor") else current
+                for name, current in self.attn_processors.items()
+            }
+        super().set_attn_processor(processors)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the noise (or what else the model was trained to predict) in latents.
+
+        Args:
+            hidden_states: `(B, in_channels, H, W)` latents, H and W multiples of `patch_size`.
+            encoder_hidden_states: `(B, L, caption_channels)` states of the text encoder.
+            timestep: `(B,)`, or a single one for the whole batch.
+            added_cond_kwargs: where the model uses additional conditions: "resolution" `(B, 2)`, height and
+                width in pixels, and "aspect_ratio" `(B, 1)`, width / height.
+            cross_attention_kwargs: taken for the signature's sake; has to be empty.
+            attention_mask: taken for the signature's sake; has to be None.
+            encoder_attention_mask: `(B, L)`, 1 = keep, 0 = discard; or a bias `(B, 1, L)`.
+            return_dict: return an output object rather than a tuple.
+
+        Returns:
+            `sample` of shape `(B, out_channels, H, W)`.
+
+        Raises:
+            ValueError: if the latents do not divide into patches, or a condition is missing or unknown.
+        """
+        patch = self.config.patch_size
+        batch_size, _, *size = hidden_states.shape
+        if any(side == 0 or side % patch for side in size):
+            raise ValueError(
+                f"Latents of {size[0]} x {size[1]} do not divide into patches of {patch} x {patch}; "
+                f"make both sides a multiple of {patch}."
+            )
+        if self.use_additional_conditions and added_cond_kwargs is None:
+            raise ValueError(
+                "This model is conditioned on the picture's size: pass `added_cond_kwargs` with "
+                "'resolution' (B, 2) and 'aspect_ratio' (B, 1)."
+            )
+        if attention_mask is not None or cross_attention_kwargs:
+            raise ValueError("`attention_mask` and `cross_attention_kwargs` are not supported.")
+
+        height, width = size[0] // patch, size[1] // patch
+        hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
+        modulation, embedded_timestep = self.adaln_single(
+            timestep, added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
+        )
+        if self.caption_projection is not None:
+            encoder_hidden_states = self.caption_projection(encoder_hidden_states)
+        bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)
+
+        for block in self.transformer_blocks:
+            args = (hidden_states, encoder_hidden_states, bias, modulation, height, width)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, *args)
+            else:
+                hidden_states = block(*args)
+
+        shift, scale = (self.scale_shift_table + embedded_timestep[:, None]).chunk(2, dim=1)
+        hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
+        sample = rearrange(
+            hidden_states,
+            "b (y x) (p q c) -> b c (y p) (x q)",
+            y=height,
+            p=patch,
+            q=patch,
+        )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _resolve_layer_types(
+    layer_types: list[str] | None, num_layers: int, use_global: bool
+) -> list[str]:
+    """The kind of attention of each layer."""
+    if layer_types is None:
+        return ["local_global" if use_global else "local"] * num_layers
+    if len(layer_types) != num_layers:
+        raise ValueError(
+            f"`layer_types` names {len(layer_types)} layers, but `num_layers` is {num_layers}."
+        )
+    if use_global != ("local_global" in layer_types):
+        raise ValueError(
+            f"`use_global` is {use_global}, but `layer_types` "
+            f"{'has no' if use_global else 'has a'} 'local_global' layer. Make the two agree."
+        )
+    return list(layer_types)
+
+
+def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask `(B, L)` of tokens to keep as a bias `(B, 1, L)`: 0 = keep, -10000 = discard."""
+    if mask is None or mask.ndim == 3:
+        return mask
+    return (1 - mask.to(dtype))[:, None] * -10000.0
