@@ -1,0 +1,193 @@
+"""Pictures in and out: reading ordinary image files as RGB, writing PNGs that tell their making.
+
+Only Pillow (and NumPy, for deep greyscale) is needed here, no PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+MAX_PIXELS = 64_000_000
+# Pillow's other readers stay out: one of them starts a PostScript interpreter.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+METADATA_KEY = "localdit"
+
+
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """Read a picture as 8-bit RGB, upright.
+
+    Palettes, CMYK (without colour management) and greyscale are converted, transparency is laid
+    over white, 16-bit values are scaled to 8 bits, floating point values are taken to lie in
+    [0, 1], EXIF orientation is applied, and of an animation the first frame is taken.
+
+    Args:
+        source: path of a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or an image, which is left as
+            it is.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if it is no such image, is damaged, or holds more than `MAX_PIXELS` pixels
+            (known from its header, before anything is decoded).
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the image")
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: there is no such image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(source, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(_too_large(source)) from error
+    except PermissionError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything on damaged headers
+        raise ValueError(f"{source} is no image of the kinds {', '.join(FORMATS)}") from error
+    with opened:
+        return _to_rgb(opened, source)
+
+
+def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale to `height` x `width` pixels, keeping proportions and cutting two opposite edges."""
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Lay pictures of one size out row by row, on white; as square as can be by default."""
+    if not images:
+        raise ValueError("a grid needs at least one picture")
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"the pictures of a grid must have one size, these have {sorted(sizes)}")
+    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"a grid needs at least one column, not {columns}")
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (min(columns, len(images)) * width, rows * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def save_image(
+    image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a PNG, whole or not at all, with the settings that made it.
+
+    The settings go into two text chunks: `parameters`, one `name: value` a line for people and
+    image viewers, and `localdit`, the same as JSON for `read_metadata`.
+
+    Raises:
+        ValueError: if `path` doesn't end in `.png`.
+        OSError: if it can't be written; nothing is left behind.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: pictures are saved as PNG, so the name must end in .png")
+    info = PngInfo()
+    if metadata:
+        lines = "\n".join(f"{name}: {value}" for name, value in metadata.items())
+        info.add_text("parameters", lines.encode("utf-8", "replace").decode())
+        info.add_text(METADATA_KEY, json.dumps(dict(metadata)))
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The settings that `save_image` put into a PNG; empty if it carries none.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if it is no PNG, or its settings are not JSON.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such image file")
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            metadata = json.loads(image.info.get(METADATA_KEY, "{}"))
+    except Exception as error:
+        raise ValueError(f"{path}: the settings can't be read, is it a PNG?") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: its settings are no JSON object")
+    return metadata
+
+
+def prepare_output_folder(folder: str | Path) -> Path:
+    """Create `folder` if need be and try to write in it, so that nothing is made in vain.
+
+    Raises:
+        OSError: if it can't be created or written to; the message names the folder and the reason.
+    """
+    folder = Path(folder)
+    probe = folder / f".localdit.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"can't write to the output folder {folder}: {reason}") from error
+    return folder
+
+
+def _too_large(name: object, size: tuple[int, int] | None = None) -> str:
+    given = f" of {size[0]} x {size[1]} pixels" if size else ""
+    return f"{name}{given} is too large; at most {MAX_PIXELS // 10**6} million pixels are read"
+
+
+def _to_rgb(image: Image.Image, name: object) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(_too_large(name, image.size))
+    if image.width * image.height == 0:
+        raise ValueError(f"{name} is empty: {image.width} x {image.height} pixels")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise anything on damaged data
+        raise ValueError(f"{name} is damaged or cut off and can't be decoded: {error}") from error
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey_to_rgb(image, name)
+    if "transparency" in image.info or image.mode.upper().endswith("A"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has mode {image.mode}, which can't be turned into RGB") from error
+
+
+def _deep_grey_to_rgb(image: Image.Image, name: object) -> Image.Image:
+    """Scale 16-bit ([0, 65535], also in 32-bit integers) or float ([0, 1]) grey to 8 bits."""
+    import numpy as np
+
+    brightest = 1.0 if image.mode == "F" else 65535
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= brightest):
+        raise ValueError(
+            f"{name} has mode {image.mode} and values from {low:g} to {high:g}; "
+            f"expected 0 to {brightest}"
+        )
+    grey = np.floor(values * (255 / brightest) + 0.5).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")

@@ -1,0 +1,233 @@
+"""Reading odd pictures pixel by pixel, refusing hostile ones, and PNGs with their settings."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from localdit import images
+from localdit.images import (
+    fit_image,
+    image_grid,
+    load_image,
+    prepare_output_folder,
+    read_metadata,
+    save_image,
+)
+
+
+def pixels(image):
+    assert image.mode == "RGB"
+    return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
+
+
+def png_header(width, height):
+    """A PNG of a few bytes that claims to be `width` x `height`."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = b""
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        chunks += struct.pack(">I", len(data)) + name + data
+        chunks += struct.pack(">I", zlib.crc32(name + data))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putdata([0, 1])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "see_through.png", transparency=1)
+    assert pixels(load_image(tmp_path / "plain.png")) == [(255, 0, 0), (0, 0, 255)]
+    assert pixels(load_image(tmp_path / "see_through.png")) == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_transparency_is_laid_over_white():
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(10, 20, 30, 255), (10, 20, 30, 0), (0, 0, 0, 51)])
+    assert pixels(load_image(image)) == [(10, 20, 30), (255, 255, 255), (204, 204, 204)]
+    grey = Image.new("LA", (2, 1))
+    grey.putdata([(7, 255), (7, 0)])
+    assert pixels(load_image(grey)) == [(7, 7, 7), (255, 255, 255)]
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cyan.tif")
+    assert set(pixels(load_image(tmp_path / "cyan.tif"))) == {(0, 255, 255)}
+    Image.new("CMYK", (8, 8), (0, 0, 0, 255)).save(tmp_path / "black.jpg")
+    assert max(max(p) for p in pixels(load_image(tmp_path / "black.jpg"))) <= 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 257, 128 * 257, 65535, 128, 129]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    loaded = load_image(tmp_path / f"deep.{suffix}")
+    assert [p[0] for p in pixels(loaded)] == [0, 1, 128, 255, 0, 1]
+
+
+def test_16_bit_colour_png(tmp_path):
+    row = b"\x00" + struct.pack(">6H", 65535, 0, 0x8000, 0x1234, 0x00FF, 0xFF00)
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + name + body
+        data += struct.pack(">I", zlib.crc32(name + body))
+    (tmp_path / "deep.png").write_bytes(data)
+    assert pixels(load_image(tmp_path / "deep.png")) == [(255, 0, 0x80), (0x12, 0, 0xFF)]
+
+
+def test_integer_and_float_grey_outside_their_range_are_refused():
+    assert pixels(load_image(Image.new("I", (1, 1), 65535))) == [(255, 255, 255)]
+    assert pixels(load_image(Image.new("F", (1, 1), 0.5))) == [(128, 128, 128)]
+    with pytest.raises(ValueError, match="mode I and values from 70000 to 70000"):
+        load_image(Image.new("I", (1, 1), 70000))
+    with pytest.raises(ValueError, match=r"mode F .* 200; expected 0 to 1\.0"):
+        load_image(Image.new("F", (1, 1), 200.0))
+    with pytest.raises(ValueError, match="nan"):
+        load_image(Image.new("F", (1, 1), float("nan")))
+
+
+def test_greyscale_and_one_bit():
+    assert pixels(load_image(Image.new("L", (1, 1), 77))) == [(77, 77, 77)]
+    assert pixels(load_image(Image.new("1", (1, 1), 1))) == [(255, 255, 255)]
+
+
+def test_exif_orientation_is_applied_once(tmp_path):
+    image = Image.new("RGB", (2, 1))
+    image.putdata([(255, 0, 0), (0, 0, 255)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = load_image(tmp_path / "turned.png")
+    assert upright.size == (1, 2)
+    assert pixels(upright) == [(255, 0, 0), (0, 0, 255)]
+    assert pixels(load_image(upright)) == pixels(upright)
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    assert set(pixels(load_image(tmp_path / "two.gif"))) == {(255, 0, 0)}
+
+
+def test_an_image_is_left_as_it_is():
+    image = Image.new("RGBA", (2, 2), (1, 2, 3, 4))
+    load_image(image)
+    assert image.mode == "RGBA"
+    assert image.getpixel((0, 0)) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("size", [(10_000, 10_000), (8_001, 8_000), (30_000, 30_000)])
+def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, size):
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(png_header(*size))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=r"bomb\.png.*too large; at most 64 million pixels"):
+        load_image(bomb)
+
+
+def test_files_that_are_no_images(tmp_path):
+    text = tmp_path / "notes.png"
+    text.write_text("not a picture")
+    with pytest.raises(ValueError, match=r"notes\.png is no image"):
+        load_image(text)
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        load_image(tmp_path / "gone.png")
+    with pytest.raises(FileNotFoundError):
+        load_image(tmp_path)
+    postscript = tmp_path / "page.eps"
+    postscript.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(ValueError, match="no image of the kinds BMP, GIF"):
+        load_image(postscript)
+    with pytest.raises(ValueError, match="the image is empty: 0 x 3"):
+        load_image(Image.new("RGB", (0, 3)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tif"])
+def test_truncated_files(tmp_path, suffix):
+    whole = tmp_path / f"whole.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole)
+    data = whole.read_bytes()
+    cut = tmp_path / f"cut.{suffix}"
+    for length in (len(data) // 3, 20):
+        cut.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"cut\."):
+            load_image(cut)
+
+
+def test_fit_keeps_proportions_and_cuts_the_edges():
+    image = Image.new("RGB", (8, 4), "red")
+    image.paste("blue", (2, 0, 6, 4))
+    assert fit_image(image, 4, 8) is image
+    assert set(pixels(fit_image(image, 4, 4))) == {(0, 0, 255)}
+    assert fit_image(image, 32, 16).size == (16, 32)
+
+
+def test_grid():
+    images_ = [Image.new("RGB", (2, 1), colour) for colour in ("red", "lime", "blue")]
+    sheet = image_grid(images_)
+    assert sheet.size == (4, 2)
+    corners = [sheet.getpixel(at) for at in ((0, 0), (2, 0), (0, 1), (2, 1))]
+    assert corners == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    assert image_grid(images_, columns=5).size == (6, 1)
+    for bad, columns in (([], None), ([*images_, Image.new("RGB", (3, 1))], None), (images_, 0)):
+        with pytest.raises(ValueError, match="grid"):
+            image_grid(bad, columns)
+
+
+def test_a_picture_carries_its_settings(tmp_path):
+    settings = {"prompt": "ein Bär\n— 熊 🐻", "seed": 2**63 - 1, "strength": 0.3, "image": None}
+    path = save_image(Image.new("RGB", (2, 2), "red"), tmp_path / "a.png", settings)
+    assert read_metadata(path) == settings
+    with Image.open(path) as image:
+        assert image.text["parameters"].startswith("prompt: ein Bär\n— 熊 🐻\nseed: 9223372036")
+    assert os.listdir(tmp_path) == ["a.png"]
+    assert read_metadata(save_image(Image.new("L", (1, 1)), tmp_path / "b.png")) == {}
+
+
+def test_settings_that_can_not_be_read(tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"a\.jpg"):
+        read_metadata(tmp_path / "a.jpg")
+    with pytest.raises(FileNotFoundError):
+        read_metadata(tmp_path / "b.png")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = save_image(Image.new("RGB", (1, 1), "red"), tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def full_disk(self, file, **kwargs):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_image(Image.new("RGB", (1, 1), "blue"), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_only_png_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.png"):
+        save_image(Image.new("RGB", (1, 1)), tmp_path / "a.jpg")
+
+
+def test_output_folder_is_made_and_tried(tmp_path, monkeypatch):
+    folder = prepare_output_folder(tmp_path / "a" / "b")
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"output folder .*file/deeper: Not a directory"):
+        prepare_output_folder(tmp_path / "file" / "deeper")
+
+    def read_only(self, data):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(images.Path, "write_bytes", read_only)
+    with pytest.raises(OSError, match=r"can.t write to the output folder .*: Permission denied"):
+        prepare_output_folder(folder)
