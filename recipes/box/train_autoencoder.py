@@ -32,7 +32,7 @@ class Stage:
     batch_size: int
 
 
-STAGES = (Stage(0.15, 32, 32), Stage(0.6, 64, 8), Stage(1.0, 128, 4))
+STAGES = (Stage(0.1, 32, 32), Stage(0.7, 64, 8), Stage(1.0, 128, 4))
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise")
-    parser.add_argument("--steps", type=int, default=7_500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=4_000, help="optimizer steps")
     parser.add_argument("--scenes", type=int, default=6_000, help="pictures to train on")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--latent-noise", type=float, default=0.12, help="largest added noise, "
@@ -201,7 +201,7 @@ def main() -> None:
     held_out = to_tensor(draw_pictures(128, args.seed, held_out=True)[0])
     vae = build_autoencoder()
     average = copy.deepcopy(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters", flush=True)
 
     for step in range(1, args.steps + 1):

@@ -1,0 +1,188 @@
+"""Picture to verdict: which attributes of an expected scene a picture shows, from pixels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from localdit.scenes.draw import SUPERSAMPLING, outline
+from localdit.scenes.scene import (
+    COLOURS,
+    PALETTE,
+    SHAPES,
+    SIZE_RADIUS,
+    Scene,
+    nearest_position,
+    relation_between,
+)
+
+ATTRIBUTES: tuple[str, ...] = (
+    "background", "count", "shape", "colour", "size", "position", "relation", "all",
+)  # fmt: skip
+
+_CONTRAST = 40.0  # RGB distance from the background; the two nearest colours are 93 apart
+_LEAST_AREA = 0.006  # of the picture; a small shape covers 0.025
+_LEAST_OVERLAP = 0.7  # with the best template; less is no shape that we know
+_PALETTE = np.array(list(PALETTE.values()), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class SeenObject:
+    """One blob of a picture: shape (None if unlike any), colour, size and centre in [0, 1]."""
+
+    shape: str | None
+    colour: str
+    size: str
+    x: float
+    y: float
+
+
+def score_picture(picture: Image.Image | np.ndarray, expected: Scene) -> dict[str, float]:
+    """How much of a scene a picture shows.
+
+    Args:
+        picture: An RGB picture, or its values (height, width, 3) in 0..255.
+        expected: What should be seen.
+
+    Returns:
+        For each of `ATTRIBUTES` that applies (position to one object, relation to two) the
+        share that is right, in [0, 1]: 0.5 for "shape" if one of two shapes is. "all" is 1.0 if
+        everything is right, otherwise 0.0.
+    """
+    background, seen = read_picture(picture)
+    verdict = {
+        "background": float(background == expected.background),
+        "count": float(len(seen) == len(expected.objects)),
+    }
+    # Which blob is which object: the reading that gets most right, looks before relation.
+    readings = [_compare(chosen, expected) for chosen in permutations(
+        [*seen, *[None] * len(expected.objects)], len(expected.objects))]  # fmt: skip
+    looks = ("shape", "colour", "size")
+    verdict |= max(readings, key=lambda r: (sum(r[look] for look in looks), sum(r.values())))
+    return verdict | {"all": float(all(share == 1.0 for share in verdict.values()))}
+
+
+def mean_scores(scores: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Mean of each attribute over the pictures to which it applies."""
+    collected: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.items():
+            collected.setdefault(name, []).append(value)
+    return {name: float(np.mean(collected[name])) for name in ATTRIBUTES if name in collected}
+
+
+def read_picture(picture: Image.Image | np.ndarray) -> tuple[str, list[SeenObject]]:
+    """The background's colour and the objects on it, largest first.
+
+    Raises:
+        ValueError: The picture is not (height, width, 3).
+    """
+    pixels = np.asarray(picture, dtype=np.float64)  # (h, w, 3)
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"expected an RGB picture (height, width, 3), got {pixels.shape}")
+    ground = _background(pixels)
+    foreground = np.linalg.norm(pixels - ground, axis=-1) > _CONTRAST
+    blobs = [
+        blob for blob in connected_components(foreground) if blob.mean() > _LEAST_AREA
+    ]  # fmt: skip
+    blobs.sort(key=lambda blob: -int(blob.sum()))
+    return _nearest_colour(ground), [_read_blob(pixels, blob, ground) for blob in blobs]
+
+
+def connected_components(mask: np.ndarray) -> list[np.ndarray]:
+    """Splits a mask (h, w) into its 4-connected parts, each a mask (h, w)."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:  # the largest label of each part spreads over the part
+        spread = np.pad(labels, 1)
+        spread = np.maximum.reduce([
+            spread[1:-1, 1:-1], spread[:-2, 1:-1], spread[2:, 1:-1],
+            spread[1:-1, :-2], spread[1:-1, 2:],
+        ])  # fmt: skip
+        spread = np.where(mask, spread, 0)
+        if np.array_equal(spread, labels):
+            return [labels == label for label in np.unique(labels) if label]
+        labels = spread
+
+
+def _background(pixels: np.ndarray) -> np.ndarray:
+    """Median of the border pixels that have the border's most frequent colour, (3,)."""
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
+                             pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
+    labels = np.linalg.norm(border[:, None] - _PALETTE, axis=-1).argmin(axis=1)
+    return np.median(border[labels == np.bincount(labels).argmax()], axis=0)
+
+
+def _nearest_colour(colour: np.ndarray) -> str:
+    return COLOURS[int(np.linalg.norm(_PALETTE - colour, axis=-1).argmin())]
+
+
+def _read_blob(pixels: np.ndarray, blob: np.ndarray, ground: np.ndarray) -> SeenObject:
+    height, width = blob.shape
+    own = np.median(pixels[blob], axis=0)
+    away = own - ground
+    # How much of each pixel the object covers; the rim of a blob is a mixture of two colours.
+    rim = np.pad(blob, 1)
+    near = blob | rim[:-2, 1:-1] | rim[2:, 1:-1] | rim[1:-1, :-2] | rim[1:-1, 2:]
+    cover = np.clip((pixels - ground) @ away / (away @ away), 0.0, 1.0) * near  # (h, w)
+    overlaps = {shape: _overlap(cover, shape) for shape in SHAPES}
+    shape = max(overlaps, key=lambda name: overlaps[name])
+    radius = _radius(cover, shape) / min(height, width)
+    rows, columns = np.flatnonzero(cover.max(axis=1) > 0.5), np.flatnonzero(cover.max(axis=0) > 0.5)
+    return SeenObject(
+        shape=shape if overlaps[shape] >= _LEAST_OVERLAP else None,
+        colour=_nearest_colour(own),
+        size=min(SIZE_RADIUS, key=lambda size: abs(np.log(radius / SIZE_RADIUS[size]))),
+        x=float(columns[0] + columns[-1] + 1) / (2 * width),
+        y=float(rows[0] + rows[-1] + 1) / (2 * height),
+    )
+
+
+def _radius(cover: np.ndarray, shape: str) -> float:
+    """Radius in pixels of the given shape that has the blob's area."""
+    return float(np.sqrt(cover.sum() / _area_and_centroid(outline(shape))[0]))
+
+
+def _area_and_centroid(corners: np.ndarray) -> tuple[float, np.ndarray]:
+    """Area and centroid (x, y) of a polygon of corners (n, 2)."""
+    following = np.roll(corners, -1, axis=0)
+    cross = corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1]
+    area = cross.sum() / 2.0
+    return abs(float(area)), ((corners + following) * cross[:, None]).sum(axis=0) / (6.0 * area)
+
+
+def _overlap(cover: np.ndarray, shape: str) -> float:
+    """Intersection over union of a blob with a shape of its area on its centroid."""
+    height, width = cover.shape
+    centroid = np.array([
+        (cover.sum(axis=0) * (np.arange(width) + 0.5)).sum(),
+        (cover.sum(axis=1) * (np.arange(height) + 0.5)).sum(),
+    ]) / cover.sum()  # fmt: skip
+    corners = outline(shape)
+    corners = (corners - _area_and_centroid(corners)[1]) * _radius(cover, shape) + centroid
+    fine = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING), 0)
+    points = (corners * SUPERSAMPLING - 0.5).tolist()
+    ImageDraw.Draw(fine).polygon([(x, y) for x, y in points], fill=255)
+    template = np.asarray(fine.reduce(SUPERSAMPLING), dtype=np.float64) / 255.0
+    return float(np.minimum(cover, template).sum() / np.maximum(cover, template).sum())
+
+
+def _compare(chosen: tuple[SeenObject | None, ...], expected: Scene) -> dict[str, float]:
+    pairs = list(zip(chosen, expected.objects, strict=True))
+    shares: dict[str, float] = {}
+    for look in ("shape", "colour", "size"):
+        right = [seen is not None and getattr(seen, look) == getattr(thing, look)
+                 for seen, thing in pairs]  # fmt: skip
+        shares[look] = float(np.mean(right))
+    centres = [(seen.x, seen.y) for seen in chosen if seen is not None]
+    complete = len(centres) == len(chosen)
+    if expected.relation is None:
+        name, right_place = "position", expected.objects[0].position
+        found = nearest_position(*centres[0]) if complete else None
+    else:
+        name, right_place = "relation", expected.relation
+        found = relation_between(centres[0], centres[1]) if complete else None
+    return shares | {name: float(found == right_place)}
