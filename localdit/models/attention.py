@@ -1,8 +1,8 @@
 """The attention of LocalDiT: one module, three processors that can be swapped.
 
-`LocalDiTAttention` owns the weights. Its processor turns packed queries, keys and values of a map of
-tokens into what they attend to: within shifted windows (`LocalAttnProcessor`), with a global context
-beside them (`LocalGlobalAttnProcessor`), or over the whole map (`FullAttnProcessor`).
+`LocalDiTAttention` owns the weights. Its processor turns packed queries, keys and values of a map
+of tokens into what they attend to: within shifted windows (`LocalAttnProcessor`), with a global
+context beside them (`LocalGlobalAttnProcessor`), or over the whole map (`FullAttnProcessor`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .windows import WindowLayout, padded, relative_position_index, window_layou
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation over the last axis, in float32 or better (Zhang & Sennrich, 2019)."""
+    """Root mean square normalisation over the last axis (Zhang & Sennrich, 2019), in float32 at
+    least."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 class SqueezeExcitation(nn.Module):
-    """Scale each channel by a gate read off the means of all of them (Hu et al., 2018, section 3)."""
+    """Scale each channel by a gate read off all their means (Hu et al., 2018, section 3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class QueryFeatures(nn.Module):
 
 
 class GlobalContext(nn.Module):
-    """The weights of the global context: features of the whole map's queries, and keys and values."""
+    """Weights of the global context: features of the whole map's queries, keys and values."""
 
     def __init__(self, num_heads: int, head_dim: int, window_size: int) -> None:
         super().__init__()
@@ -88,10 +89,12 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
     The module adds its own input to its output: trained weights depend on it.
 
     Args:
-        num_heads, head_dim: heads and channels per head; `head_dim` a multiple of 4 where `do_rope`.
+        num_heads, head_dim: heads and channels per head; `head_dim` a multiple of 4 where
+            `do_rope`.
         window_size, shift_size: side of a window, and roll of the map before it is cut, in tokens.
-        layer_type: "local", "local_global" or "full": the processor to start with, and so the weights to
-            own (a relative position bias for windows, a `GlobalContext` for "local_global").
+        layer_type: "local", "local_global" or "full": the processor to start with, and so the
+            weights to own (a relative position bias for windows, a `GlobalContext` for
+            "local_global").
         do_rope: whether queries and keys are turned by their position.
         qk_norm_eps: epsilon of the RMSNorm on queries and keys.
         dropout: probability of dropping an output channel in training.
@@ -136,7 +139,7 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.global_context: GlobalContext | None = None
         if layer_type == "local_global":
             self.global_context = GlobalContext(num_heads, head_dim, window_size)
-        self.set_processor(PROCESSORS[layer_type]())
+        self.processor: Any = PROCESSORS[layer_type]()
 
     def set_processor(self, processor: Any) -> None:
         """Compute with another processor from now on; the weights stay.
@@ -211,8 +214,8 @@ class LocalAttnProcessor(_AttnProcessor):
         query, key, value = rearrange(
             windows, "b (n l) (three h d) -> three (b n) l h d", three=3, l=w * w, h=attn.num_heads
         )
-        # A rotation enters the logits through differences of positions alone, and no two tokens of a
-        # window that see each other are wrapped apart: the positions within the window do for all.
+        # Rotations enter the logits through differences of positions alone, and tokens that see
+        # each other lie together on the map: positions within the window serve for every window.
         query = attn.rotate(attn.norm_q(query), w, w)
         key = attn.rotate(attn.norm_k(key), w, w)
         bias = window_bias(attn.local_rel_pos_bias, layout, w, qkv.shape[0], qkv.dtype)
@@ -258,7 +261,7 @@ class LocalGlobalAttnProcessor(_AttnProcessor):
     def _global_query(
         attn: LocalDiTAttention, query: torch.Tensor, height: int, width: int
     ) -> torch.Tensor:
-        """Features of the whole padded and rolled map, cut into windows: `(B * windows, l, h, d)`."""
+        """Features of the padded and rolled map, cut into windows: `(B * windows, l, h, d)`."""
         assert attn.global_context is not None
         w, shift = attn.window_size, attn.shift_size
         image = rearrange(query, "b (y x) h d -> b (h d) y x", y=height)
@@ -305,7 +308,8 @@ def window_bias(
         batch_size: number of maps in the batch.
 
     Returns:
-        `(1 or batch_size * num_windows, heads or 1, w**2, w**2)`; None where there is nothing to add.
+        `(1 or batch_size * num_windows, heads or 1, w**2, w**2)`; None where there is nothing to
+        add.
     """
     if table is None and layout.hidden is None:
         return None
@@ -341,7 +345,7 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = RMSNorm(head_dim, qk_norm_eps)
         self.norm_k = RMSNorm(head_dim, qk_norm_eps)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
-        self.set_processor(CrossAttnProcessor())
+        self.processor: Any = CrossAttnProcessor()
 
     def forward(
         self,

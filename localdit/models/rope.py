@@ -11,8 +11,8 @@ def rope_angles(
     """Angles for a row-major map of `height x width` tokens, `(height * width, head_dim / 2)`.
 
     The first half of a token's angles turn with its column, the second half with its row, at
-    frequencies `10000 ** (-4 j / head_dim)` for `j = 0 .. head_dim / 4 - 1` (RoFormer, section 3.4.2,
-    applied to each axis).
+    frequencies `10000 ** (-4 j / head_dim)` for `j = 0 .. head_dim / 4 - 1` (RoFormer, section
+    3.4.2, applied to each axis).
     """
     exponents = torch.arange(0, head_dim, 4, device=device, dtype=dtype) / head_dim
     frequencies = 10000.0**-exponents  # (head_dim / 4,)
@@ -24,7 +24,7 @@ def rope_angles(
 
 
 def apply_rope(hidden_states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn each neighbouring pair of channels by its angle: `(a, b) -> (a cos - b sin, b cos + a sin)`.
+    """Turn neighbouring channels by an angle: `(a, b) -> (a cos - b sin, b cos + a sin)`.
 
     Args:
         hidden_states: `(..., tokens, heads, head_dim)`.

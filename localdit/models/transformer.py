@@ -20,7 +20,7 @@ from .windows import shift_sizes
 
 
 class LocalDiTBlock(nn.Module):
-    """One transformer block: self-attention, attention to the text, feed-forward (PixArt-alpha, section 2.3)."""
+    """Self-attention, attention to the text, feed-forward (PixArt-alpha, section 2.3)."""
 
     def __init__(
         self,
@@ -72,32 +72,34 @@ class LocalDiTBlock(nn.Module):
 class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """A diffusion transformer whose self-attention looks only at small shifted windows.
 
-    Called as diffusers' `PixArtTransformer2DModel` is. The size of the picture is read off the latents
-    of each call. The defaults are those of the released 0.52B model.
+    Called as diffusers' `PixArtTransformer2DModel` is. The size of the picture is read off the
+    latents of each call. The defaults are those of the released 0.52B model.
 
     Args:
         num_attention_heads, attention_head_dim: heads, and channels per head.
-        in_channels, out_channels: channels of the latents and of the prediction; `out_channels=None`
-            means `in_channels`.
+        in_channels, out_channels: channels of the latents and of the prediction;
+            `out_channels=None` means `in_channels`.
         num_layers: number of blocks.
         dropout: probability of dropping a channel in training.
-        cross_attention_dim: channels of the text as the blocks see it; None means the model's width, which
-            it has to be wherever `caption_channels` is given.
-        sample_size: side of the latents the model is made for. Sets the scale of the position embedding.
+        cross_attention_dim: channels of the text as the blocks see it; None means the model's
+            width, which it has to be wherever `caption_channels` is given.
+        sample_size: side of the latents the model is made for. Sets the scale of the position
+            embedding.
         patch_size: side of the square of latents that makes a token.
         window_size: side of an attention window, in tokens.
-        shift_schedule: "cyclic" rolls layer i by `i mod window_size` (the released model), "alternating" by
-            `0, window_size // 2, 0, ...`.
+        shift_schedule: "cyclic" rolls layer i by `i mod window_size` (the released model),
+            "alternating" by `0, window_size // 2, 0, ...`.
         do_rope: turn queries and keys by their position.
         use_global: give every layer a global context beside its windows.
-        layer_types: "local", "local_global" or "full" for each layer; None means "local_global" everywhere
-            with `use_global`, "local" everywhere without.
+        layer_types: "local", "local_global" or "full" for each layer; None means "local_global"
+            everywhere with `use_global`, "local" everywhere without.
         qk_norm_eps, norm_eps: epsilon of the norms of queries and keys, and of the layer norms.
         interpolation_scale: divides positions before they are embedded; None means
             `max(sample_size // 64, 1)`.
         use_additional_conditions: condition on resolution and aspect ratio; None means
             `sample_size == 128`.
-        caption_channels: channels of the text encoder's states; None if they come at `cross_attention_dim`.
+        caption_channels: channels of the text encoder's states; None if they come at
+            `cross_attention_dim`.
         num_embeds_ada_norm: number of timesteps the model is trained for.
         norm_type: "ada_norm_single", the only one there is.
         activation_fn: activation of the feed-forward, by its name in Diffusers.
@@ -144,8 +146,8 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(f"`norm_type` is {norm_type!r}; it has to be 'ada_norm_single'.")
         if caption_channels is not None and text_dim != dim:
             raise ValueError(
-                f"`cross_attention_dim` is {text_dim}, but captions are projected to the model's width: "
-                f"num_attention_heads * attention_head_dim = {dim}."
+                f"`cross_attention_dim` is {text_dim}, but captions are projected to the width "
+                f"of the model, num_attention_heads * attention_head_dim = {dim}."
             )
         if window_size < 1:
             raise ValueError(f"`window_size` is {window_size}; it has to be at least 1.")
@@ -199,7 +201,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     def from_single_file(
         cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, **overrides: Any
     ) -> LocalDiTTransformer2DModel:
-        """Load a flat checkpoint, `.safetensors` or `.pt`: see `localdit.checkpoint.load_transformer`."""
+        """Load a flat checkpoint file: see `localdit.checkpoint.load_transformer`."""
         from ..checkpoint import load_transformer
 
         return load_transformer(path, torch_dtype=torch_dtype, **overrides)
@@ -208,8 +210,8 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         """Compute attention with another processor; the weights stay.
 
         Args:
-            processor: one for the self-attention of every layer (attention to the text keeps its own),
-                or a dict with one for each name in `attn_processors`.
+            processor: one for the self-attention of every layer (attention to the text keeps its
+                own), or a dict with one for each name in `attn_processors`.
         """
         if isinstance(processor, dict):
             processors = dict(processor)
@@ -237,8 +239,8 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             hidden_states: `(B, in_channels, H, W)` latents, H and W multiples of `patch_size`.
             encoder_hidden_states: `(B, L, caption_channels)` states of the text encoder.
             timestep: `(B,)`, or a single one for the whole batch.
-            added_cond_kwargs: where the model uses additional conditions: "resolution" `(B, 2)`, height and
-                width in pixels, and "aspect_ratio" `(B, 1)`, width / height.
+            added_cond_kwargs: where the model uses additional conditions: "resolution" `(B, 2)`,
+                height and width in pixels, and "aspect_ratio" `(B, 1)`, width / height.
             cross_attention_kwargs: taken for the signature's sake; has to be empty.
             attention_mask: taken for the signature's sake; has to be None.
             encoder_attention_mask: `(B, L)`, 1 = keep, 0 = discard; or a bias `(B, 1, L)`.
@@ -248,13 +250,14 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             `sample` of shape `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: if the latents do not divide into patches, or a condition is missing or unknown.
+            ValueError: if the latents do not divide into patches, or a condition is missing or
+            unknown.
         """
         patch = self.config.patch_size
         batch_size, _, *size = hidden_states.shape
         if any(side == 0 or side % patch for side in size):
             raise ValueError(
-                f"Latents of {size[0]} x {size[1]} do not divide into patches of {patch} x {patch}; "
+                f"Latents of {size[0]} x {size[1]} do not divide into {patch} x {patch} patches; "
                 f"make both sides a multiple of {patch}."
             )
         if self.use_additional_conditions and added_cond_kwargs is None:

@@ -12,11 +12,11 @@ class WindowLayout(NamedTuple):
     """Where the tokens of one `height x width` map go when it is cut into shifted windows.
 
     Attributes:
-        order: `(num_windows * window_size**2,)` int64. Token (row-major index) that each window slot
-            reads. Padding slots read a neighbouring token and are masked by `hidden`.
+        order: `(num_windows * window_size**2,)` int64. Token (row-major index) that each window
+            slot reads. Padding slots read a neighbouring token and are masked by `hidden`.
         inverse: `(height * width,)` int64. Slot in which each token sits.
-        hidden: `(num_windows, window_size**2, window_size**2)` bool, True where query i must not see
-            key j; None where every pair of every window may see each other.
+        hidden: `(num_windows, window_size**2, window_size**2)` bool, True where query i must not
+            see key j; None where every pair of every window may see each other.
     """
 
     order: torch.Tensor
@@ -35,9 +35,9 @@ def window_layout(
 ) -> WindowLayout:
     """Lay a map of `height x width` tokens out in windows, padded right and below, then rolled.
 
-    The map is padded to a multiple of the window, rolled by `-shift_size` in both directions and cut
-    (Swin Transformer, section 3.2: the cyclic shift and its mask). Tokens that the roll brought together
-    from opposite edges do not see each other, and nothing sees the padding.
+    The map is padded to a multiple of the window, rolled by `-shift_size` in both directions and
+    cut (Swin Transformer, section 3.2: the cyclic shift and its mask). Tokens that the roll brought
+    together from opposite edges do not see each other, and nothing sees the padding.
 
     Args:
         height, width: size of the map in tokens, at least 1.
@@ -60,7 +60,8 @@ def window_layout(
 
         hidden = None
         if shift_size > 0 or not is_token.all():
-            # Rows below the seam of the roll came from the top edge; columns likewise; padding is its own.
+            # Rows below the seam of the roll came from the top edge; columns likewise; padding is
+            # its own.
             wrapped_rows = torch.arange(len(rows), device=device) >= len(rows) - shift_size
             wrapped_columns = torch.arange(len(columns), device=device) >= len(columns) - shift_size
             region = 2 * wrapped_rows[:, None].long() + wrapped_columns[None, :].long()
@@ -87,7 +88,7 @@ def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=32)
 def relative_position_index(window_size: int, device: torch.device) -> torch.Tensor:
-    """Row of the relative position table for each pair of slots, `(window_size**2, window_size**2)`.
+    """Row of the relative position table for each pair of slots, `(w**2, w**2)`.
 
     For query i and key j at offset (dy, dx) = position of i minus position of j, the row is
     `(dy + w - 1) * (2 w - 1) + (dx + w - 1)` (Swin Transformer, section 3.2).
@@ -104,8 +105,8 @@ def shift_sizes(num_layers: int, window_size: int, schedule: str) -> list[int]:
     """How far each layer rolls its map.
 
     Args:
-        schedule: "cyclic" gives `layer index mod window_size` (the released model); "alternating" gives
-            `0, window_size // 2, 0, ...` (Swin Transformer).
+        schedule: "cyclic" gives `layer index mod window_size` (the released model); "alternating"
+            gives `0, window_size // 2, 0, ...` (Swin Transformer).
 
     Raises:
         ValueError: for another schedule.
