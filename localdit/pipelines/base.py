@@ -1,0 +1,284 @@
+"""What all LocalDiT pipelines share: the stages between a prompt and a picture.
+
+Each pipeline's `__call__` reads as the algorithm: check, choose timesteps, encode the prompt,
+prepare the latents, denoise, decode. The stages are here; the pipelines say only what differs.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from ..models.transformer import LocalDiTTransformer2DModel
+from .prompts import PromptEncodingMixin
+from .request import Request, TextEmbeddings
+
+# Pictures of more pixels than this pass through the autoencoder in tiles.
+TILING_THRESHOLD = 2048 * 2048
+
+
+class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
+    """The components of a LocalDiT pipeline and the stages of sampling.
+
+    Args:
+        tokenizer: T5 tokenizer. May be None where embeddings are passed instead of prompts.
+        text_encoder: T5 encoder; its last hidden state is the caption. May be None likewise.
+        vae: autoencoder between pictures and latents.
+        transformer: the denoiser.
+        scheduler: any Diffusers scheduler; the released model samples with DPM-Solver++ 2M.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder"]
+    _exclude_from_cpu_offload: list[str] = []
+    _callback_tensor_inputs = ["latents", *TextEmbeddings._fields]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: T5EncoderModel,
+        vae: AutoencoderKL,
+        transformer: LocalDiTTransformer2DModel,
+        scheduler: KarrasDiffusionSchedulers,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+        depth = len(vae.config.block_out_channels) if vae is not None else 4
+        self.vae_scale_factor = 2 ** (depth - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Weight g of `uncond + g * (text - uncond)`; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the negative prompt takes part: it does where the guidance scale exceeds 1."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of denoising steps of the latest call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` to True in a callback to skip the remaining steps."""
+        return self._interrupt
+
+    def check_inputs(self, request: Request) -> None:
+        """Refuse what cannot work, before any work.
+
+        Raises:
+            ValueError: an argument cannot work; the message says what to do.
+            TypeError: an argument is of a wrong type.
+        """
+        config = self.transformer.config
+        request.check_values(
+            self.vae_scale_factor * config.patch_size, self._callback_tensor_inputs
+        )
+        request.check_embeddings(config.caption_channels)
+        request.check_prompts(self.tokenizer is not None and self.text_encoder is not None)
+        request.check_noise(self._latents_shape(request))
+
+    def set_timesteps(self, request: Request) -> torch.Tensor:
+        """Set the scheduler's timesteps, from the most noise to the least, and return them.
+
+        Raises:
+            ValueError: timesteps and sigmas were both given, or the scheduler takes no such thing.
+        """
+        custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
+        schedule: dict[str, Any] = {k: v for k, v in custom.items() if v is not None}
+        if len(schedule) > 1:
+            raise ValueError("Give either timesteps or sigmas, not both.")
+        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+        for name in schedule:
+            if name not in accepted:
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} takes no custom {name}: leave them out, or "
+                    "use another scheduler."
+                )
+        schedule = schedule or {"num_inference_steps": request.num_inference_steps}
+        self.scheduler.set_timesteps(device=self._execution_device, **schedule)
+        return self.scheduler.timesteps
+
+    def encode_request(self, request: Request) -> TextEmbeddings:
+        """Encode the request's prompts; see `encode_prompt`."""
+        return TextEmbeddings(
+            *self.encode_prompt(
+                request.prompt,
+                do_classifier_free_guidance=request.guided,
+                negative_prompt=request.negative_prompt,
+                num_images_per_prompt=request.num_images_per_prompt,
+                max_sequence_length=request.max_sequence_length,
+                **request.text._asdict(),
+            )
+        )
+
+    def prepare_noise(self, request: Request) -> torch.Tensor:
+        """Return standard normal noise `(B, C, height / 8, width / 8)`: drawn, or as given.
+
+        It is float32 in every case, so that a seed means the same picture in any dtype.
+        """
+        noise = request.latents
+        if noise is None:
+            noise = randn_tensor(
+                self._latents_shape(request), request.generator, self._execution_device
+            )
+        return noise.to(self._execution_device, torch.float32)
+
+    def _latents_shape(self, request: Request) -> tuple[int, ...]:
+        return (
+            request.batch_size,
+            self.transformer.config.in_channels,
+            request.height // self.vae_scale_factor,
+            request.width // self.vae_scale_factor,
+        )
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: TextEmbeddings,
+        request: Request,
+    ) -> torch.Tensor:
+        """Step the latents through the timesteps.
+
+        Args:
+            latents: `(B, C, H, W)`, noisy as at the first timestep.
+            timesteps: the timesteps to take, a tail of the scheduler's.
+            text: B rows each; the negative ones may be None without guidance.
+            request: for guidance, eta, generators and callback.
+
+        Returns:
+            The denoised latents, `(B, C, H, W)`.
+        """
+        callback = request.callback_on_step_end
+        callback_inputs = request.callback_on_step_end_tensor_inputs
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            callback_inputs = callback.tensor_inputs
+        tensors = {"latents": latents.to(self.transformer.dtype), **text._asdict()}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        options = {"eta": request.eta, "generator": request.generator}
+        step_options = {name: value for name, value in options.items() if name in accepted}
+
+        self._guidance_scale = request.guidance_scale
+        self._num_timesteps = len(timesteps)
+        self._interrupt = False
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for index, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                prediction = self.predict(timestep, **tensors)
+                tensors["latents"] = self.scheduler.step(
+                    prediction, timestep, tensors["latents"], **step_options, return_dict=False
+                )[0]
+                if callback is not None:
+                    shown = {name: tensors[name] for name in callback_inputs}
+                    tensors |= callback(self, index, timestep, shown) or {}
+                progress_bar.update()
+        return tensors["latents"]
+
+    def predict(
+        self,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        prompt_attention_mask: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict what the scheduler steps with, guided where the guidance scale exceeds 1.
+
+        Classifier-free guidance (Ho and Salimans, 2022) as `uncond + g * (text - uncond)`, both
+        halves in one batch, the negative prompts first.
+        """
+        guided = self.do_classifier_free_guidance
+        if guided:
+            if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
+                raise ValueError(
+                    "The guidance scale was raised above 1 during sampling, but the negative "
+                    "prompt was not encoded: start with a guidance_scale above 1."
+                )
+            latents = torch.cat([latents, latents])
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+            prompt_attention_mask = torch.cat(
+                [negative_prompt_attention_mask, prompt_attention_mask]
+            )
+        prediction = self.transformer(
+            self.scheduler.scale_model_input(latents, timestep),
+            encoder_hidden_states=prompt_embeds,
+            encoder_attention_mask=prompt_attention_mask,
+            timestep=timestep.to(latents.device).expand(len(latents)),
+            added_cond_kwargs=self._micro_conditions(latents),
+            return_dict=False,
+        )[0]
+        if guided:
+            uncond, text = prediction.chunk(2)
+            prediction = uncond + self.guidance_scale * (text - uncond)
+        if prediction.shape[1] == 2 * latents.shape[1]:  # the second half is a learned variance
+            prediction = prediction.chunk(2, dim=1)[0]
+        return prediction
+
+    def _micro_conditions(self, latents: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        if not self.transformer.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        batch, _, *size = latents.shape
+        height, width = (self.vae_scale_factor * length for length in size)
+        # float32 whatever the latents are: the embedding computes in it, and bfloat16 would round.
+        resolution = torch.tensor([[height, width]], dtype=torch.float32, device=latents.device)
+        aspect_ratio = torch.tensor([[width / height]], dtype=torch.float32, device=latents.device)
+        return {
+            "resolution": resolution.expand(batch, 2),
+            "aspect_ratio": aspect_ratio.expand(batch, 1),
+        }
+
+    def decode(self, latents: torch.Tensor, request: Request) -> ImagePipelineOutput | tuple[Any]:
+        """Decode latents `(B, C, H, W)` into the pictures asked for; free offloaded models."""
+        images: Any = latents
+        if request.output_type != "latent":
+            with self.vae_for(request) as vae:
+                latents = latents.to(vae.dtype) / vae.config.scaling_factor
+                latents = latents + (vae.config.shift_factor or 0)
+                decoded = vae.decode(latents, return_dict=False)[0]
+            images = self.image_processor.postprocess(decoded, output_type=request.output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if request.return_dict else (images,)
+
+    @contextmanager
+    def vae_for(self, request: Request) -> Iterator[AutoencoderKL]:
+        """Lend the autoencoder as the request's size needs it, and restore it afterwards.
+
+        It works in tiles above `TILING_THRESHOLD` pixels; and a float16 one whose configuration has
+        `force_upcast` works in float32, because it would overflow.
+        """
+        vae = self.vae
+        tiles, dtype = vae.use_tiling, vae.dtype
+        vae.use_tiling = tiles or request.height * request.width > TILING_THRESHOLD
+        if dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)
+        try:
+            yield vae
+        finally:
+            vae.use_tiling = tiles
+            if vae.dtype != dtype:
+                vae.to(dtype)

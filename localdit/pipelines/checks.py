@@ -1,0 +1,86 @@
+"""Checks of single values: what was wrong, what was expected, what to do."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+
+def _is_integer(value: Any) -> bool:  # NumPy's too
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def check_positive_integer(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is an integer of at least 1."""
+    if not _is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise `ValueError` unless `value` is a finite number in [low, high]."""
+    if not _is_finite(value) or not low <= value <= high:
+        expected = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+def check_size(name: str, value: Any, multiple: int) -> None:
+    """Raise `ValueError`, naming the nearest sizes that work, unless `multiple` divides `value`.
+
+    Args:
+        name: "height" or "width".
+        value: the size in pixels.
+        multiple: pixels per token: the autoencoder's factor times the patch size.
+    """
+    if _is_integer(value) and value > 0 and value % multiple == 0:
+        return
+    message = f"{name} must be a positive multiple of {multiple} pixels, got {value!r}"
+    if _is_finite(value):
+        below = int(value // multiple) * multiple
+        nearest = [multiple] if below <= 0 else [below, below + multiple]
+        message += f"; the nearest that work: {' or '.join(map(str, nearest))}"
+    raise ValueError(message + ".")
+
+
+def check_generator(generator: Any, batch_size: int) -> None:
+    """Raise unless `generator` is None, one `torch.Generator`, or a list of one per picture."""
+    if generator is None:
+        return
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"generator is a list of {len(generator)}, but {batch_size} pictures are to be made: "
+            "give one generator for all, or a list with one for each picture."
+        )
+    for one in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator or a list of them, got {type(one).__name__}."
+            )
+
+
+def check_tensor(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
+    """Raise unless `tensor` is a tensor of finite values with `shape` (None: any length)."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    fits = len(shape) == tensor.ndim and all(
+        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}.")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} contains NaN or infinite values.")
+
+
+def check_one_of(name: str, values: Sequence[Any], available: Sequence[str]) -> None:
+    """Raise `ValueError` where `values` has something that is not `available`."""
+    unknown = [value for value in values if value not in available]
+    if unknown:
+        raise ValueError(
+            f"{name}: {', '.join(map(repr, unknown))} is none of {', '.join(available)}."
+        )

@@ -1,0 +1,169 @@
+"""From text to embeddings, prepared as the captions were in training."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+# Far beyond 120 tokens of any language; tokenising megabytes takes seconds and gigabytes.
+MAX_PROMPT_CHARACTERS = 10_000
+
+
+def check_prompts(prompt: str | list[str], name: str = "prompt") -> list[str]:
+    """Return the prompts as a list, having checked that each can be tokenised.
+
+    Args:
+        prompt: one prompt or a list of them. An empty string is a prompt, an empty list is not.
+        name: what the caller calls it, for the error message.
+
+    Raises:
+        TypeError: something other than `str` was given.
+        ValueError: the list is empty, or a prompt is longer than `MAX_PROMPT_CHARACTERS`.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list):
+        raise TypeError(f"{name} must be a str or a list of str, got {type(prompt).__name__}.")
+    if not prompts:
+        raise ValueError(f"{name} is an empty list: give at least one prompt.")
+    for index, text in enumerate(prompts):
+        which = name if isinstance(prompt, str) else f"{name}[{index}]"
+        if not isinstance(text, str):
+            raise TypeError(f"{which} must be a str, got {type(text).__name__}.")
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"{which} has {len(text)} characters, more than the {MAX_PROMPT_CHARACTERS} that "
+                "are accepted. Shorten it: the model reads little more than a hundred words."
+            )
+    return prompts
+
+
+def preprocess(prompt: str) -> str:
+    """Lower-case and strip a prompt, as was done with the captions in training."""
+    return prompt.lower().strip()
+
+
+def tokenize(
+    tokenizer: Any, prompts: list[str], max_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Preprocess prompts and tokenise them, always padded to the full length.
+
+    The fixed length makes a prompt's embedding independent of what else is in the batch. A prompt
+    that does not fit is cut, with a warning that quotes what was cut.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        prompts: N prompts, as checked by `check_prompts`.
+        max_length: number of tokens L, the end-of-sequence token included.
+
+    Returns:
+        Token ids and attention mask (1 = token, 0 = padding), each `(N, L)` and int64.
+    """
+    texts = [preprocess(prompt) for prompt in prompts]
+    tokens = tokenizer(
+        texts,
+        padding="max_length",
+        max_length=max_length,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    for text, mask in zip(texts, tokens.attention_mask, strict=True):
+        if mask.all():
+            _warn_if_cut(tokenizer, text, max_length)
+    return tokens.input_ids, tokens.attention_mask
+
+
+def _warn_if_cut(tokenizer: Any, text: str, max_length: int) -> None:
+    ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    kept = max_length - tokenizer.num_special_tokens_to_add()
+    if len(ids) > kept:
+        logger.warning(
+            "A prompt of %d tokens was cut to the first %d; left out: %r",
+            len(ids),
+            kept,
+            tokenizer.decode(ids[kept:]),
+        )
+
+
+class PromptEncodingMixin:
+    """`encode_prompt` for a pipeline with a tokenizer, a text encoder and a transformer."""
+
+    tokenizer: Any
+    text_encoder: Any
+    transformer: Any
+    _execution_device: torch.device
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = "",
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 120,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Encode prompts, or prepare embeddings that are given, one row for each picture.
+
+        Args:
+            prompt: B prompts; None with `prompt_embeds`.
+            do_classifier_free_guidance: whether negative embeddings are wanted.
+            negative_prompt: one for all prompts or one for each; None is the empty prompt.
+            num_images_per_prompt: how often each row is repeated, n.
+            device: where to put the results; by default where the pipeline computes.
+            prompt_embeds, negative_prompt_embeds: encoded before, `(B, L, C)`.
+            prompt_attention_mask, negative_prompt_attention_mask: their masks, `(B, L)`.
+            max_sequence_length: tokens L that a prompt is padded or cut to.
+
+        Returns:
+            Embeddings `(B * n, L, C)` in the transformer's dtype and masks `(B * n, L)` of the
+            prompts, then of the negative prompts (None and None without guidance).
+        """
+        device = device or self._execution_device
+        model = self.transformer if self.transformer is not None else self.text_encoder
+
+        if prompt_embeds is None or prompt_attention_mask is None:
+            prompts = check_prompts([] if prompt is None else prompt)
+            prompt_embeds, prompt_attention_mask = self._encode(
+                prompts, max_sequence_length, device
+            )
+        rows, length, _ = prompt_embeds.shape
+        repeats = num_images_per_prompt
+        prompt_embeds = prompt_embeds.to(device, model.dtype).repeat_interleave(repeats, dim=0)
+        prompt_attention_mask = prompt_attention_mask.to(device).repeat_interleave(repeats, dim=0)
+        if not do_classifier_free_guidance:
+            return prompt_embeds, prompt_attention_mask, None, None
+
+        if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
+            prompts = check_prompts(negative_prompt or "", "negative_prompt")
+            negative_prompt_embeds, negative_prompt_attention_mask = self._encode(
+                prompts, length, device
+            )
+            repeats *= rows // len(prompts)  # one may serve all
+        negative_prompt_embeds = negative_prompt_embeds.to(device, model.dtype)
+        negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
+        negative_prompt_attention_mask = negative_prompt_attention_mask.to(device)
+        negative_prompt_attention_mask = negative_prompt_attention_mask.repeat_interleave(
+            repeats, dim=0
+        )
+        return (
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
+
+    def _encode(
+        self, prompts: list[str], max_length: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        input_ids, mask = tokenize(self.tokenizer, prompts, max_length)
+        mask = mask.to(device)
+        return self.text_encoder(input_ids.to(device), attention_mask=mask)[0], mask

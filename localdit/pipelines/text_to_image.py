@@ -1,0 +1,104 @@
+"""Text to image."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from .base import LocalDiTBasePipeline
+from .request import Generators, Request, StepCallback, TextEmbeddings
+
+
+class LocalDiTPipeline(LocalDiTBasePipeline):
+    """Make pictures from prompts; see `LocalDiTBasePipeline` for the components."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 7.0,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 120,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Make pictures from prompts.
+
+        Args:
+            prompt: one prompt or a list of B; lower-cased and stripped, as in training. One that is
+                longer than `max_sequence_length` tokens is cut, with a warning.
+            negative_prompt: what to steer away from: one for all prompts, or one for each.
+            height, width: pixels, multiples of 16 (the autoencoder's 8 times the patch size 2); by
+                default the transformer's `sample_size` times 8.
+            num_inference_steps: denoising steps, at least 1.
+            timesteps, sigmas: a schedule of one's own, where the scheduler takes one.
+            guidance_scale: g in `uncond + g * (text - uncond)`. At 1 and below the negative prompt
+                is not computed at all, in half the time.
+            num_images_per_prompt: pictures of each prompt, n.
+            eta: for schedulers that have one (DDIM), in [0, 1].
+            generator: one for all, or a list of B * n with which each picture is the same as alone.
+            latents: standard normal noise to start from, `(B * n, C, height / 8, width / 8)`.
+            prompt_embeds, prompt_attention_mask: from `encode_prompt`, instead of `prompt`.
+            negative_prompt_embeds, negative_prompt_attention_mask: likewise.
+            output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent".
+            return_dict: whether to return an output object or a tuple.
+            callback_on_step_end: called after each step as `callback(pipeline, step index,
+                timestep, tensors)`; it may return tensors that replace the pipeline's.
+            callback_on_step_end_tensor_inputs: names of the tensors it is given: "latents" and any
+                of the four embeddings and masks.
+            max_sequence_length: tokens of a prompt.
+
+        Returns:
+            The B * n pictures, those of the first prompt first, as `output.images` or `(images,)`.
+
+        Raises:
+            ValueError: an argument cannot work; the message says what to do.
+            TypeError: an argument is of a wrong type.
+        """
+        default_size = self.transformer.config.sample_size * self.vae_scale_factor
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=default_size if height is None else height,
+            width=default_size if width is None else width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            text=TextEmbeddings(
+                prompt_embeds,
+                prompt_attention_mask,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+            ),
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        self.check_inputs(request)
+        schedule = self.set_timesteps(request)
+        text = self.encode_request(request)
+        start = self.prepare_noise(request) * self.scheduler.init_noise_sigma
+        return self.decode(self.denoise(start, schedule, text, request), request)

@@ -1,0 +1,90 @@
+"""Pipelines small enough to test with, built in memory from a seed, without any download."""
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from localdit.models import LocalDiTTransformer2DModel
+from localdit.pipelines import LocalDiTPipeline
+
+WORDS = (
+    "a an the and or of on in above below left right photo picture painting small large red "
+    "green blue yellow black white circle square triangle star cat dog mountain lake sky bad "
+    "quality blurry"
+)
+TEXT_WIDTH = 16
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with T5's conventions: pad id 0, `</s>` at the end."""
+    vocabulary = ["<pad>", "</s>", "<unk>", *WORDS.split()]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_components(seed: int = 0, **transformer_overrides) -> dict:
+    """The five components of a pipeline with 64-pixel pictures, with weights drawn from `seed`.
+
+    Args:
+        seed: of the weights; the caller's random state is left alone.
+        **transformer_overrides: arguments of the transformer that differ from the tiny ones.
+    """
+    settings = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 24,
+        "num_layers": 2,
+        "sample_size": 8,
+        "window_size": 2,
+        "caption_channels": TEXT_WIDTH,
+        "use_additional_conditions": True,
+        **transformer_overrides,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = LocalDiTTransformer2DModel(**settings)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=2,
+            latent_channels=4,
+            sample_size=64,
+            scaling_factor=0.13025,
+        )
+        text_encoder = T5EncoderModel(
+            T5Config(
+                vocab_size=3 + len(WORDS.split()),
+                d_model=TEXT_WIDTH,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+            )
+        )
+    return {
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder": text_encoder.eval(),
+        "vae": vae.eval(),
+        "transformer": transformer.eval(),
+        "scheduler": DPMSolverMultistepScheduler(),
+    }
+
+
+def tiny_pipeline(seed: int = 0, **transformer_overrides) -> LocalDiTPipeline:
+    """A text-to-image pipeline of `tiny_components`, without a progress bar."""
+    pipe = LocalDiTPipeline(**tiny_components(seed, **transformer_overrides))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
