@@ -1,0 +1,180 @@
+"""`inference`: pictures from prompts, and from a picture and prompts, as a `Config` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .images import fit_image, load_image
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from .config import Config
+    from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
+
+    Source = str | Path | Image.Image
+
+
+def inference(
+    pipe: LocalDiTPipeline | LocalDiTImg2ImgPipeline,
+    prompts: str | Sequence[str],
+    neg_prompts: str | Sequence[str] | None,
+    config: Config,
+    image: Source | Sequence[Source] | None = None,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    latents: torch.Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Make one picture for each prompt.
+
+    `config` gives height, width, denoising_steps, guidance_scale, max_length and batch_size, the
+    number of pictures made at once; with an image also denoising_strength.
+
+    Args:
+        pipe: what `load_model` returned.
+        prompts: one prompt or a list of them.
+        neg_prompts: what to steer away from: one for all (a string) or a list with one for each;
+            None turns guidance off, whatever `config.guidance_scale` is.
+        image: turns text to image into image to image: one image (PIL, or a path) for all prompts,
+            or a list with one for each. It is read as `localdit.images.load_image` does, then
+            scaled to height x width, keeping its proportions and cutting what stands over.
+        seed: picture i is drawn from seed + i, whatever the batch size; None draws new ones.
+        generator: instead of a seed, one for all pictures or a list with one for each.
+        latents: `(N, C, height / 8, width / 8)` standard normal noise to start from (with an
+            image: to add to it).
+        progress: called as `progress(step, total)` after each denoising step, counted over all
+            batches.
+
+    Returns:
+        The pictures, in the order of the prompts.
+
+    Raises:
+        ValueError: for no prompts, numbers that don't match, or arguments that exclude each other.
+    """
+    batches = inference_batches(
+        pipe,
+        prompts,
+        neg_prompts,
+        config,
+        image,
+        seed=seed,
+        generator=generator,
+        latents=latents,
+        progress=progress,
+    )
+    return [picture for batch in batches for picture in batch]
+
+
+def inference_batches(
+    pipe: LocalDiTPipeline | LocalDiTImg2ImgPipeline,
+    prompts: str | Sequence[str],
+    neg_prompts: str | Sequence[str] | None,
+    config: Config,
+    image: Source | Sequence[Source] | None = None,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    latents: torch.Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[list[Image.Image]]:
+    """As `inference`, but hand out each batch of pictures as soon as it is done.
+
+    Everything is checked in this call, before the first picture is asked for.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("prompts is empty; expected at least one prompt")
+    count = len(prompts)
+    settings: dict[str, Any] = {
+        "height": config.height,
+        "width": config.width,
+        "num_inference_steps": config.denoising_steps,
+        "guidance_scale": 1.0 if neg_prompts is None else config.guidance_scale,
+        "max_sequence_length": config.max_length,
+    }
+    each: dict[str, list[Any]] = {"prompt": prompts}  # one entry for each picture
+    if neg_prompts is not None:
+        each["negative_prompt"] = _one_each("neg_prompts", neg_prompts, count)
+    if image is not None:
+        pipe = _image_to_image(pipe)
+        settings["strength"] = config.denoising_strength
+        images = _one_each("image", image, count)
+        each["image"] = [fit_image(load_image(i), config.height, config.width) for i in images]
+    if latents is not None:
+        each["latents"] = _one_each("latents", list(latents), count)
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("seed and generator are both given; expected one of them")
+        each["generator"] = [_seeded(seed + i) for i in range(count)]
+    elif isinstance(generator, Sequence):
+        each["generator"] = _one_each("generator", generator, count)
+    else:
+        settings["generator"] = generator
+    return _run(pipe, each, settings, config.batch_size, progress)
+
+
+def _run(
+    pipe: Callable[..., Any],
+    each: dict[str, list[Any]],
+    settings: dict[str, Any],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[list[Image.Image]]:
+    import torch
+
+    starts = range(0, len(each["prompt"]), batch_size)
+    for batch, start in enumerate(starts):
+        part: dict[str, Any] = {k: v[start : start + batch_size] for k, v in each.items()}
+        if "latents" in part:
+            part["latents"] = torch.stack(part["latents"])
+        if progress:
+            part["callback_on_step_end"] = _step_callback(progress, batch, len(starts))
+        yield pipe(**part, **settings).images
+
+
+def _step_callback(
+    progress: Callable[[int, int], None], batch: int, batches: int
+) -> Callable[..., dict[str, Any]]:
+    """The pipeline's kind of callback, counting the steps of all batches."""
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress(batch * pipe.num_timesteps + step + 1, batches * pipe.num_timesteps)
+        return {}
+
+    return on_step_end
+
+
+def _one_each(name: str, given: Any, count: int) -> list[Any]:
+    """A list with one entry for each picture; what is no sequence serves all of them."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{name} has {len(given)} entries for {count} prompts; expected one each")
+    return list(given)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU, so that a seed means the same picture on every device."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _image_to_image(
+    pipe: LocalDiTPipeline | LocalDiTImg2ImgPipeline,
+) -> LocalDiTImg2ImgPipeline:
+    """The image-to-image pipeline of the same loaded components, offloaded likewise."""
+    from .pipelines import LocalDiTImg2ImgPipeline
+
+    if isinstance(pipe, LocalDiTImg2ImgPipeline):
+        return pipe
+    sibling = LocalDiTImg2ImgPipeline(**pipe.components)
+    sibling.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    if getattr(pipe, "_all_hooks", None):
+        sibling.enable_model_cpu_offload(device=pipe._offload_device)
+    return sibling
