@@ -1,0 +1,254 @@
+"""From the names and shapes in a checkpoint to the parameters and the sizes of a model.
+
+Works on names and shapes alone; no values are read here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .reading import TensorInfo, few
+
+PREFIXES = ("module.", "_orig_mod.", "ema_model.", "ema.", "model.", "transformer.")
+
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+_PROJECTION = re.compile(r"(transformer_blocks\.\d+\.attn[12])\.(to_\w+)\.(weight|bias)")
+_LOCAL_BIAS = "attn1.local_rel_pos_bias"
+_GLOBAL_CONTEXT = "attn1.global_context."
+
+
+class Route(NamedTuple):
+    """Rows of a tensor in the file that become rows of a parameter.
+
+    A part `(i, n)` is the i-th of n equal parts of the rows.
+    """
+
+    source: str
+    target: str
+    source_part: tuple[int, int] = (0, 1)
+    target_part: tuple[int, int] = (0, 1)
+
+
+class Told(NamedTuple):
+    """A size of the model, and the tensors that tell it."""
+
+    value: Any
+    evidence: str
+
+
+@dataclass
+class Layout:
+    """How the tensors of a file make up a model.
+
+    Attributes:
+        prefix: what was stripped from the front of all names.
+        routes: what becomes of the live tensors, in the file's order.
+        dead: tensors the model has no use for.
+        missing: tensors without which the projections beside them cannot be used.
+        told: arguments of the model that the tensors tell.
+        layer_types: "local_global" or "local" for each layer, None where neither a global context
+            nor a relative position bias says.
+    """
+
+    prefix: str
+    routes: list[Route] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    told: dict[str, Told] = field(default_factory=dict)
+    layer_types: list[str | None] = field(default_factory=list)
+
+
+def read_layout(infos: Mapping[str, TensorInfo], where: str) -> Layout:
+    """Work out the layout of a file.
+
+    Args:
+        infos: shape and dtype of each tensor by the name it has in the file.
+        where: the file, for messages.
+
+    Raises:
+        ValueError: if these are not the tensors of a LocalDiT.
+    """
+    prefix = common_prefix(infos)
+    sources: dict[str, str] = {}  # our name -> name in the file
+    for source in infos:
+        name = our_name(source[len(prefix) :])
+        if name in sources:
+            raise ValueError(f"{where} holds {name!r} twice: as {sources[name]!r} and {source!r}.")
+        sources[name] = source
+    _refuse_foreign(sources, where)
+
+    layout = Layout(prefix)
+    _route(sources, layout)
+    shapes = {name: infos[source].shape for name, source in sources.items()}
+    num_layers = _count_layers(shapes, where)
+    layout.told = _tell(shapes, num_layers, where)
+    layout.layer_types = [_layer_type(shapes, layer) for layer in range(num_layers)]
+    return layout
+
+
+def our_name(name: str) -> str:
+    """The model's name of what a flat checkpoint calls `attn1.processor.*`."""
+    if name.endswith("attn1.processor.local_rel_pos_bias"):
+        return name.replace("attn1.processor.", "attn1.")
+    return name.replace("attn1.processor.", _GLOBAL_CONTEXT)
+
+
+def flat_name(name: str) -> str:
+    """The inverse of `our_name`."""
+    name = name.replace(_GLOBAL_CONTEXT, "attn1.processor.")
+    return name.replace(_LOCAL_BIAS, "attn1.processor.local_rel_pos_bias")
+
+
+def common_prefix(names: Collection[str]) -> str:
+    """What wrappers put in front of all names, e.g. "module._orig_mod."."""
+    prefix = ""
+    while True:
+        for candidate in PREFIXES:
+            if all(name.startswith(prefix + candidate) for name in names):
+                prefix += candidate
+                break
+        else:
+            return prefix
+
+
+def _refuse_foreign(names: Collection[str], where: str) -> None:
+    lora = [name for name in names if "lora_" in name or ".lora." in name]
+    if lora:
+        raise ValueError(
+            f"{where} holds LoRA weights ({few(lora, 1)}); expected the weights of a whole model."
+        )
+    blocks = [name for name in names if _BLOCK.match(name) and ".attn1." in name]
+    if not blocks:
+        raise ValueError(
+            f"{where} is no LocalDiT checkpoint: expected tensors named "
+            f"'transformer_blocks.0.attn1.*', found {few(names)}."
+        )
+    if not any(".attn1.norm_q." in name or ".attn1.norm_k." in name for name in blocks):
+        raise ValueError(
+            f"{where} is a PixArt checkpoint: expected norms of queries and keys as "
+            "'transformer_blocks.0.attn1.norm_q.weight', found none, so it was trained with full "
+            "attention. Load it with `diffusers.PixArtTransformer2DModel`."
+        )
+
+
+def _route(sources: Mapping[str, str], layout: Layout) -> None:
+    """Decide for each tensor which parameter it becomes, or that it is dead.
+
+    Where a fused projection of self-attention stands beside separate ones, the fused one is alive;
+    in attention to the text it is the other way round.
+    """
+    for name, source in sources.items():
+        match = _PROJECTION.fullmatch(name)
+        if match is None:
+            layout.routes.append(Route(source, name))
+            continue
+        attn, projection, kind = match.groups()
+
+        def present(projections: str, attn: str = attn) -> bool:
+            return any(
+                f"{attn}.{one}.{kind}" in sources
+                for one in projections.split()
+                for kind in ("weight", "bias")
+            )
+
+        if attn.endswith("attn1") and projection in (separate := ["to_q", "to_k", "to_v"]):
+            if present("to_qkv"):
+                layout.dead.append(source)
+                continue
+            part = separate.index(projection), 3
+            layout.routes.append(Route(source, f"{attn}.to_qkv.{kind}", target_part=part))
+            needed = [f"{attn}.{one}.{each}" for one in separate for each in ("weight", "bias")]
+            layout.missing += [
+                one for one in needed if one not in sources and one not in layout.missing
+            ]
+        elif attn.endswith("attn2") and projection == "to_kv":
+            if present("to_k to_v"):
+                layout.dead.append(source)
+                continue
+            layout.routes.append(Route(source, f"{attn}.to_k.{kind}", source_part=(0, 2)))
+            layout.routes.append(Route(source, f"{attn}.to_v.{kind}", source_part=(1, 2)))
+        else:
+            layout.routes.append(Route(source, name))
+
+
+def _count_layers(names: Collection[str], where: str) -> int:
+    layers = {int(match[1]) for name in names if (match := _BLOCK.match(name))}
+    if max(layers) + 1 != len(layers):
+        absent = next(layer for layer in range(len(layers)) if layer not in layers)
+        raise ValueError(
+            f"{where} holds blocks up to 'transformer_blocks.{max(layers)}', but none of "
+            f"'transformer_blocks.{absent}.*'."
+        )
+    return len(layers)
+
+
+def _layer_type(names: Collection[str], layer: int) -> str | None:
+    block = f"transformer_blocks.{layer}."
+    if any(name.startswith(block + _GLOBAL_CONTEXT) for name in names):
+        return "local_global"
+    return "local" if block + _LOCAL_BIAS in names else None
+
+
+def _tell(shapes: Mapping[str, tuple[int, ...]], num_layers: int, where: str) -> dict[str, Told]:
+    """Read the sizes of the model off its tensors."""
+
+    def shape(*names: str, ndim: int) -> tuple[int, ...]:
+        name = next((name for name in names if name in shapes), None)
+        if name is None:
+            raise ValueError(f"{where} lacks {names[0]!r}, which tells the size of the model.")
+        if len(shapes[name]) != ndim or 0 in shapes[name]:
+            raise ValueError(
+                f"{where}: {name!r} has shape {shapes[name]}; expected {ndim} axes, none empty."
+            )
+        return shapes[name]
+
+    told: dict[str, Told] = {}
+
+    def tell(evidence: str, **values: Any) -> None:
+        told.update({name: Told(value, f"{evidence!r}") for name, value in values.items()})
+
+    patches = "pos_embed.proj.weight"
+    dim, in_channels, patch_size, _ = shape(patches, ndim=4)
+    tell(patches, in_channels=in_channels, patch_size=patch_size)
+
+    norm = "transformer_blocks.0.attn1.norm_q.weight"
+    (head_dim,) = shape(norm, ndim=1)
+    if dim % head_dim:
+        raise ValueError(
+            f"{where}: {patches!r} tells {dim} channels, which do not divide into heads of the "
+            f"{head_dim} that {norm!r} tells."
+        )
+    tell(norm, attention_head_dim=head_dim, num_attention_heads=dim // head_dim)
+
+    rows = shape("proj_out.weight", ndim=2)[0]
+    if rows % patch_size**2:
+        raise ValueError(
+            f"{where}: 'proj_out.weight' has {rows} rows; expected a multiple of the "
+            f"{patch_size} x {patch_size} of a patch."
+        )
+    tell("proj_out.weight", out_channels=rows // patch_size**2)
+
+    captions = "caption_projection.linear_1.weight"
+    channels = shape(captions, ndim=2)[1] if captions in shapes else None
+    tell("caption_projection.*", caption_channels=channels)
+    text = [f"transformer_blocks.0.attn2.{name}.weight" for name in ("to_k", "to_kv")]
+    tell(text[0], cross_attention_dim=shape(*text, ndim=2)[1])
+
+    sized = "adaln_single.emb.resolution_embedder."
+    tell(f"{sized}*", use_additional_conditions=any(name.startswith(sized) for name in shapes))
+    tell("transformer_blocks.*", num_layers=num_layers)
+
+    table = next((name for name in shapes if name.endswith(_LOCAL_BIAS)), None)
+    if table is not None:
+        rows = shape(table, ndim=2)[0]
+        window_size = (math.isqrt(rows) + 1) // 2
+        if (2 * window_size - 1) ** 2 != rows:
+            raise ValueError(
+                f"{where}: {table!r} has {rows} rows; expected (2 w - 1)^2 for a window of w."
+            )
+        tell(table, window_size=window_size)
+    return told

@@ -1,0 +1,222 @@
+"""Files of named tensors: told apart by their content, mapped into memory piece by piece."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# Keys under which training programs keep a state dict. Averaged weights come first: where a file
+# has both, they are the ones to sample from.
+WRAPPERS = ("ema_state_dict", "ema", "state_dict", "model", "module")
+
+# Single numbers that averaging leaves beside the weights.
+BOOKKEEPING = {"decay", "initted", "n_averaged", "num_updates", "optimization_step", "step"}
+
+CONFIG_KEY = "localdit_config"  # in the metadata of .safetensors files written here
+
+_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+_MAPPED_BYTES = 64 * 2**20
+
+_FOREIGN = (
+    (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with `git lfs pull`"),
+    (b"<", "a web page (HTML or XML), as a failed download leaves behind"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"\x80", "a bare pickle, which is never opened: save a state dict with torch >= 1.6"),
+)
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def values(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class CheckpointFile:
+    """A `.safetensors` or `.pt` file of named tensors, whatever its suffix says.
+
+    Attributes:
+        path: the file.
+        kind: "safetensors" or "torch".
+        wrapper: key of the dict in which a `.pt` keeps its state dict; None if it is flat.
+        infos: shape and dtype of each tensor, in the file's order.
+        config: the model's configuration, where the file carries one; otherwise empty.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a checkpoint, is damaged, or holds anything but plain tensors.
+        Nothing that a file contains is executed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.kind = _file_kind(self.path)
+        self.wrapper: str | None = None
+        self.config: dict[str, Any] = {}
+        mapped = self._map()
+        self.infos = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in mapped.items()
+        }
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the named tensors, valid until the next one is asked for.
+
+        The pages of a mapped file count as memory of the process once touched. So the mapping is
+        renewed every 64 MiB.
+        """
+        mapped: dict[str, torch.Tensor] = {}
+        touched = 0
+        for name in names:
+            if not mapped or touched > _MAPPED_BYTES:
+                mapped.clear()
+                mapped, touched = self._map(), 0
+            tensor = mapped[name]
+            touched += tensor.nbytes
+            yield name, tensor
+
+    def _map(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, mapped into memory, none read yet."""
+        mapped = self._map_safetensors() if self.kind == "safetensors" else self._map_torch()
+        mapped = {
+            name: tensor
+            for name, tensor in mapped.items()
+            if not (name in BOOKKEEPING and tensor.numel() == 1)
+        }
+        if not mapped:
+            raise ValueError(f"{self.path} holds no tensors. Expected the weights of a LocalDiT.")
+        return mapped
+
+    def _map_safetensors(self) -> dict[str, torch.Tensor]:
+        try:
+            with safe_open(os.fspath(self.path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path} is a truncated or damaged .safetensors file of "
+                f"{self.path.stat().st_size:,} bytes ({error}). Fetch it again."
+            ) from error
+        self.config = _parse_config(metadata.get(CONFIG_KEY, "{}"), self.path)
+        return mapped
+
+    def _map_torch(self) -> dict[str, torch.Tensor]:
+        try:
+            contents = torch.load(
+                os.fspath(self.path), map_location="cpu", weights_only=True, mmap=True
+            )
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"refers to {found[1]!r}" if found else "is not a plain pickle of tensors"
+            raise ValueError(
+                f"{self.path} {what}. Only tensors in plain dicts are read from a .pt file; "
+                "nothing in it was executed. If you trust its source, have it saved again as .safetensors."
+            ) from error
+        except (RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{self.path} is a truncated or damaged .pt file, or an archive of another kind, "
+                f"of {self.path.stat().st_size:,} bytes ({reason}). Fetch it again."
+            ) from error
+        state, self.wrapper = _unwrap(contents, self.path)
+        return state
+
+
+def few(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, quoted, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit:,} more"
+
+
+def _file_kind(path: Path) -> str:
+    """Tell the kind of a file by its first bytes."""
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; expected a .safetensors or .pt file. A Diffusers folder is "
+            "loaded with `from_pretrained`."
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}. Expected a .safetensors or .pt file.")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"PK\x03\x04"):
+        return "torch"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
+        return "safetensors"
+    what = f"a file that starts with {head[:8]!r}" if head else "an empty file"
+    for start, description in _FOREIGN:
+        if head.lstrip().startswith(start):
+            what = description
+            break
+    raise ValueError(f"{path} is {what}. Expected a .safetensors or .pt file of tensors.")
+
+
+def _parse_config(text: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its metadata {CONFIG_KEY!r} is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: its metadata {CONFIG_KEY!r} is not a JSON object.")
+    return config
+
+
+def _unwrap(contents: Any, path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The state dict in what a `.pt` holds, and the key it was under."""
+    wrapper = None
+    if isinstance(contents, dict):
+        for key in WRAPPERS:
+            if isinstance(contents.get(key), dict):
+                contents, wrapper = contents[key], key
+                break
+    if not isinstance(contents, dict):
+        raise ValueError(
+            f"{path} holds a {type(contents).__name__}; expected a dict from names to tensors."
+        )
+    if "shadow_params" in contents:
+        raise ValueError(
+            f"{path} holds the averaged weights as a list ('shadow_params', diffusers' EMAModel), "
+            "without the names of the tensors. Expected a dict from names to tensors: copy them "
+            "into the model with `EMAModel.copy_to` and save its state dict."
+        )
+    state = {}
+    for name, value in contents.items():
+        if name in BOOKKEEPING and not isinstance(value, torch.Tensor):
+            continue
+        _require_plain_tensor(name, value, path)
+        state[name] = value
+    return state, wrapper
+
+
+def _require_plain_tensor(name: Any, value: Any, path: Path) -> None:
+    """Refuse what is no ordinary tensor with all of its values in the file."""
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{path}: {name!r} holds a {type(value).__name__}; expected a dict from names to "
+            "tensors, and nothing else."
+        )
+    if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+        raise ValueError(
+            f"{path}: {name!r} is a sparse, quantized or empty-backed tensor "
+            f"({value.layout}, {value.dtype}, {value.device}); expected a plain dense one."
+        )
+    if value.nbytes > value.untyped_storage().nbytes():
+        raise ValueError(
+            f"{path}: {name!r} claims {tuple(value.shape)}, {value.nbytes:,} bytes, but the file "
+            f"holds {value.untyped_storage().nbytes():,} bytes for it. Save it contiguous."
+        )
