@@ -1,0 +1,118 @@
+"""From pictures to latents and from captions to text states, at each step or once ahead of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from localdit.pipelines.prompts import preprocess
+from localdit.training.data import PictureDataset
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+# Captions to text states (B, L, C) and a mask (B, L), 1 where there is a token.
+EncodeCaptions = Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
+ENCODING_BATCH_SIZE = 32
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / 8, W / 8): the posterior's mode."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return (posterior.mode() * vae.config.scaling_factor).float()
+
+
+class CaptionEncoder:
+    """Captions to the text encoder's last hidden states, as the pipeline makes them of prompts.
+
+    Captions are cut at `max_length` tokens. A batch is padded to its longest caption: what the mask
+    leaves out changes nothing.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, max_length: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.max_length = max_length
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.tokenizer(
+            [preprocess(caption) for caption in captions],
+            padding="longest",
+            max_length=self.max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.text_encoder.device)
+        mask = tokens.attention_mask
+        return self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state, mask
+
+
+class CaptionCache:
+    """Text states of a fixed set of captions, kept in memory: those of the tokens there are.
+
+    The processes encode a share each. Batches are padded to a multiple of `PAD_MULTIPLE` tokens, so
+    that few shapes occur.
+    """
+
+    PAD_MULTIPLE = 8
+
+    def __init__(
+        self, captions: Iterable[str], encode: EncodeCaptions, rank: int = 0, num_processes: int = 1
+    ) -> None:
+        # Sorted by length, a batch needs little padding; dealt out in turn, the shares weigh the same.
+        ordered = sorted(set(captions), key=lambda caption: (len(caption), caption))
+        shares = [ordered[process::num_processes] for process in range(num_processes)]
+        self.row = {caption: row for row, caption in enumerate(sum(shares, []))}
+
+        states, lengths = [], []
+        starts = range(0, len(shares[rank]), ENCODING_BATCH_SIZE)
+        for start in tqdm(starts, "Encoding captions", disable=rank > 0):
+            encoded, mask = encode(shares[rank][start : start + ENCODING_BATCH_SIZE])
+            states.append(encoded[mask.bool()].cpu())
+            lengths.append(mask.sum(dim=1).cpu())
+        self.states = torch.cat(gather_object(states))  # (all tokens, C)
+        self.lengths = torch.cat(gather_object(lengths))  # (captions,)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+
+    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.tensor([self.row[caption] for caption in captions])
+        lengths = self.lengths[rows]
+        longest = -(-int(lengths.max()) // self.PAD_MULTIPLE) * self.PAD_MULTIPLE
+        position = torch.arange(longest)
+        mask = position < lengths[:, None]  # (B, L)
+        token = (self.starts[rows, None] + position).where(mask, 0)
+        return self.states[token] * mask[..., None], mask.long()
+
+
+class LatentCache(Dataset[tuple[int, torch.Tensor]]):
+    """Latents of all pictures, kept in memory, with their indices. The processes encode a share each."""
+
+    def __init__(
+        self,
+        pictures: PictureDataset,
+        vae: AutoencoderKL,
+        num_workers: int,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        bounds = [len(pictures) * process // num_processes for process in range(num_processes + 1)]
+        share = Subset(pictures, range(bounds[rank], bounds[rank + 1]))
+        loader = DataLoader(share, ENCODING_BATCH_SIZE, num_workers=num_workers)
+        batches = tqdm(loader, "Encoding pictures", disable=rank > 0)
+        latents = [encode_pictures(vae, pixels).cpu() for _, pixels in batches]
+        self.latents = torch.cat(gather_object(latents))
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        return index, self.latents[index]
