@@ -1,0 +1,173 @@
+"""inference: what it passes to the pipelines, in batches, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localdit.config import Config
+from localdit.images import save_image
+from localdit.inference import inference, inference_batches
+from localdit.pipelines import LocalDiTImg2ImgPipeline
+from tests.tiny import tiny_pipeline
+
+PROMPTS = ["a red circle", "a blue square above a star", "a cat"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def config():
+    return Config(height=64, width=48, denoising_steps=3, max_length=8)
+
+
+@pytest.fixture
+def spy(pipe, monkeypatch):
+    """Records the arguments of each call of a pipeline, of either kind."""
+    calls = []
+    for kind in (type(pipe), LocalDiTImg2ImgPipeline):
+
+        def record(self, _call=kind.__call__, **kwargs):
+            calls.append(kwargs)
+            return _call(self, **kwargs)
+
+        monkeypatch.setattr(kind, "__call__", record)
+    return calls
+
+
+def arrays(images):
+    return [np.asarray(image).astype(int) for image in images]
+
+
+def same(a, b):
+    return all(np.abs(x - y).max() <= 1 for x, y in zip(arrays(a), arrays(b), strict=True))
+
+
+def test_as_in_the_readme(pipe, config, spy):
+    images = inference(pipe, PROMPTS[:1], ["bad quality"], config)
+    assert [image.size for image in images] == [(48, 64)]
+    assert images[0].mode == "RGB"
+    (call,) = spy
+    assert call["guidance_scale"] == 7.0
+    assert call["num_inference_steps"] == 3
+    assert call["max_sequence_length"] == 8
+    assert call["negative_prompt"] == ["bad quality"]
+
+
+def test_equals_the_pipeline(pipe, config):
+    images = inference(pipe, PROMPTS[:1], "bad", config, seed=5)
+    expected = pipe(
+        PROMPTS[0],
+        negative_prompt="bad",
+        height=64,
+        width=48,
+        num_inference_steps=3,
+        guidance_scale=7.0,
+        generator=torch.Generator().manual_seed(5),
+        max_sequence_length=8,
+    ).images
+    assert same(images, expected)
+
+
+def test_no_negative_prompts_means_no_guidance(pipe, config, spy):
+    without = inference(pipe, PROMPTS[:1], None, config, seed=1)
+    assert spy[0]["guidance_scale"] == 1.0
+    assert "negative_prompt" not in spy[0]
+    config.guidance_scale = 1.0
+    assert same(without, inference(pipe, PROMPTS[:1], [""], config, seed=1))
+    config.guidance_scale = 7.0
+    assert not same(without, inference(pipe, PROMPTS[:1], [""], config, seed=1))
+
+
+def test_a_seed_means_the_same_pictures_in_any_batches(pipe, config, spy):
+    one_by_one = inference(pipe, PROMPTS, "bad", config, seed=3)
+    config.batch_size = 2
+    in_twos = inference(pipe, PROMPTS, ["bad"] * 3, config, seed=3)
+    assert [len(call["prompt"]) for call in spy] == [1, 1, 1, 2, 1]
+    assert same(one_by_one, in_twos)
+    assert same(one_by_one[1:2], inference(pipe, PROMPTS[1], "bad", config, seed=4))
+    assert not same(one_by_one[:1], inference(pipe, PROMPTS[0], "bad", config, seed=4))
+
+
+def test_generators_and_latents(pipe, config):
+    config.batch_size = 2
+    latents = torch.stack(
+        [torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(s)) for s in (7, 8, 9)]
+    )
+    seeded = inference(pipe, PROMPTS, "", config, seed=7)
+    assert same(seeded, inference(pipe, PROMPTS, "", config, latents=latents))
+    generators = [torch.Generator().manual_seed(s) for s in (7, 8, 9)]
+    assert same(seeded, inference(pipe, PROMPTS, "", config, generator=generators))
+    single = inference(pipe, PROMPTS, "", config, generator=torch.Generator().manual_seed(7))
+    assert same(seeded[:1], single[:1])
+
+
+def test_image_to_image(pipe, config, spy, tmp_path):
+    image = Image.new("RGBA", (100, 30), (255, 0, 0, 128))
+    config.denoising_strength = 0.7
+    images = inference(pipe, PROMPTS[:2], "bad", config, image=image, seed=0)
+    assert [i.size for i in images] == [(48, 64)] * 2
+    assert spy[0]["strength"] == 0.7
+    (given,) = spy[0]["image"]
+    assert given.size == (48, 64)
+    assert given.getpixel((0, 0)) == (255, 127, 127)
+    path = save_image(image, tmp_path / "a.png")
+    assert same(images, inference(pipe, PROMPTS[:2], "bad", config, [path, str(path)], seed=0))
+    other = LocalDiTImg2ImgPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    assert same(images[:1], inference(other, PROMPTS[0], "bad", config, image, seed=0))
+
+
+def test_one_image_for_each_prompt(pipe, config, spy):
+    images = [Image.new("RGB", (48, 64), colour) for colour in ("red", "lime")]
+    inference(pipe, PROMPTS[:2], None, config, images)
+    assert [call["image"][0].getpixel((0, 0)) for call in spy] == [(255, 0, 0), (0, 255, 0)]
+
+
+@pytest.mark.parametrize(("image", "steps"), [(None, 3), (Image.new("RGB", (48, 64)), 2)])
+def test_progress_counts_the_steps_of_all_batches(pipe, config, image, steps):
+    seen = []
+    config.batch_size = 2
+    inference(pipe, PROMPTS, None, config, image, progress=lambda *args: seen.append(args))
+    assert seen == [(i + 1, 2 * steps) for i in range(2 * steps)]
+
+
+def test_batches_come_one_at_a_time(pipe, config, spy):
+    batches = inference_batches(pipe, PROMPTS, None, config)
+    assert len(spy) == 0
+    assert len(next(batches)) == len(spy) == 1
+
+
+def test_bad_input_is_found_before_sampling(pipe, config, spy, tmp_path):
+    def refuses(match, prompts=PROMPTS, neg_prompts=None, error=ValueError, **kwargs):
+        with pytest.raises(error, match=match):
+            inference_batches(pipe, prompts, neg_prompts, config, **kwargs)
+
+    image = Image.new("RGB", (48, 64))
+    refuses("prompts is empty", prompts=[])
+    refuses("neg_prompts has 2 entries for 3 prompts", neg_prompts=["bad", "worse"])
+    refuses("neg_prompts has 0 entries", neg_prompts=[])
+    refuses("image has 2 entries for 3 prompts", image=[image, image])
+    refuses("generator has 1 entries", generator=[torch.Generator()])
+    refuses("latents has 1 entries", latents=torch.zeros(1, 4, 8, 6))
+    refuses("seed and generator", seed=1, generator=torch.Generator())
+    refuses(r"gone\.png", image=tmp_path / "gone.png", error=FileNotFoundError)
+    (tmp_path / "text.png").write_text("text")
+    refuses("no image", image=tmp_path / "text.png")
+    assert not spy
+
+
+def test_offloading_is_carried_over_to_image_to_image(pipe, config, monkeypatch):
+    moved = []
+    monkeypatch.setattr(
+        LocalDiTImg2ImgPipeline,
+        "enable_model_cpu_offload",
+        lambda self, device: moved.append(device),
+    )
+    monkeypatch.setattr(pipe, "_all_hooks", ["hook"], raising=False)
+    monkeypatch.setattr(pipe, "_offload_device", torch.device("cpu"), raising=False)
+    inference(pipe, PROMPTS[:1], None, config, Image.new("RGB", (48, 64)))
+    assert moved == [torch.device("cpu")]
