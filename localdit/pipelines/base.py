@@ -65,6 +65,17 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
         self._num_timesteps = 0
         self._interrupt = False
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LocalDiTBasePipeline":
+        """Make this pipeline from another one's components.
+
+        Unlike in Diffusers, where the shared components become float32, they keep their dtypes
+        unless a `dtype` or `torch_dtype` is given.
+        """
+        if "dtype" in kwargs or "torch_dtype" in kwargs:
+            return super().from_pipe(pipeline, **kwargs)
+        return cls(**{**pipeline.components, **kwargs})
+
     @property
     def guidance_scale(self) -> float:
         """Weight g of `uncond + g * (text - uncond)`; a callback may set `_guidance_scale`."""

@@ -1,6 +1,7 @@
 """Text and image to image."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,23 +103,25 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
         )
         self.check_inputs(request)
         self._check_images(images, request)
-        schedule = self.get_timesteps(len(self.set_timesteps(request)), strength)
+        self.set_timesteps(request)
+        schedule = self.get_timesteps(strength)
         text = self.encode_request(request)
         start = self.prepare_latents(images, schedule, request)
         return self.decode(self.denoise(start, schedule, text, request), request)
 
-    def get_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
-        """Return the last `int(num_inference_steps * strength)` of the scheduler's timesteps."""
-        first = num_inference_steps - int(num_inference_steps * strength)
-        if strength > 0 and first == num_inference_steps:
+    def get_timesteps(self, strength: float) -> torch.Tensor:
+        """Return the last `int(steps * strength)` steps of the scheduler's timesteps."""
+        timesteps, order = self.scheduler.timesteps, self.scheduler.order
+        steps = math.ceil(len(timesteps) / order)
+        kept = int(steps * strength)
+        if strength > 0 and kept == 0:
             logger.warning(
-                "strength %g of %d steps is not one step: the image stays as it is.",
-                strength,
-                num_inference_steps,
+                "Strength %g of %d steps is less than one step: no step is taken.", strength, steps
             )
+        first = (steps - kept) * order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
-        return self.scheduler.timesteps[first:]
+        return timesteps[first:]
 
     def prepare_latents(
         self, images: torch.Tensor, timesteps: torch.Tensor, request: Request

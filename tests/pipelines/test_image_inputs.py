@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localdit.pipelines.image_inputs import read_images, scale_images
+
+ARRAY = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(ARRAY)
+TENSOR = torch.from_numpy(ARRAY).permute(2, 0, 1) / 255
+
+
+@pytest.mark.parametrize(
+    "image",
+    [PICTURE, ARRAY, ARRAY / 255, ARRAY[None], TENSOR, TENSOR[None], (TENSOR * 255).byte()],
+    ids=["pil", "uint8", "float", "batch", "tensor", "tensor batch", "uint8 tensor"],
+)
+def test_every_kind_of_image_reads_the_same(image):
+    read = read_images(image, 4)
+    assert read.dtype == torch.float32
+    torch.testing.assert_close(read, TENSOR[None], atol=1 / 255, rtol=0)
+    assert read_images([image, image], 4).shape == (2 * len(read), 3, 12, 20)
+
+
+def test_modes_are_converted_transparency_over_white():
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    assert torch.equal(read_images(clear, 4), torch.ones(1, 3, 16, 16))
+    assert read_images(PICTURE.convert("CMYK"), 4).shape == (1, 3, 12, 20)
+    assert read_images(PICTURE.convert("P"), 4).shape == (1, 3, 12, 20)
+    deep = Image.fromarray(np.full((16, 16), 32768, dtype=np.uint16))
+    torch.testing.assert_close(read_images(deep, 4), torch.full((1, 3, 16, 16), 128 / 255))
+
+
+def test_latents_pass_whatever_their_range():
+    latents = 5 * torch.randn(2, 4, 8, 8)
+    assert torch.equal(read_images(latents, 4), latents)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ([], ValueError, "empty list"),
+        (None, TypeError, "got NoneType"),
+        ("picture.png", TypeError, "got str"),
+        ([PICTURE, 3], TypeError, "got int"),
+        (np.zeros((12, 20)), ValueError, r"\(H, W, 3\)"),
+        (np.zeros((12, 20, 4)), ValueError, "must have 3 channels"),
+        (torch.zeros(2, 12, 20), ValueError, "must have 3 or 4 channels"),
+        (torch.zeros(12, 20), ValueError, "must have 3 or 4 channels"),
+        (torch.zeros(3, 0, 20), ValueError, "channels"),
+        (2 * TENSOR - 1, ValueError, r"must lie in \[0, 1\]"),
+        (ARRAY.astype(np.float32), ValueError, r"must lie in \[0, 1\]"),
+        (TENSOR * float("nan"), ValueError, "NaN"),
+        ([PICTURE, PICTURE.resize((16, 16))], ValueError, r"differ .* \(16, 16, 3\), \(20, 12, 3"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, error, message):
+    with pytest.raises(error, match=message):
+        read_images(image, 4)
+
+
+def test_scaling_stays_in_range_and_keeps_what_fits():
+    images = (torch.rand(1, 3, 12, 20) > 0.5).float()
+    scaled = scale_images(images, 32, 16)
+    assert scaled.shape == (1, 3, 32, 16)
+    assert scaled.min() >= 0
+    assert scaled.max() <= 1
+    assert torch.equal(scale_images(images, 12, 20), images)
+    flat = torch.full((1, 3, 12, 20), 0.25)
+    torch.testing.assert_close(scale_images(flat, 6, 40), torch.full((1, 3, 6, 40), 0.25))

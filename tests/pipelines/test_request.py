@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+EMBEDS = {"prompt_embeds": torch.zeros(2, 7, 16), "prompt_attention_mask": torch.ones(2, 7)}
+NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"height": 100}, ValueError, "height .* 16 pixels, got 100; .* 96 or 112"),
+        ({"width": 0}, ValueError, "width .* got 0; .* 16"),
+        ({"width": -64}, ValueError, "got -64"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be a positive"),
+        ({"num_inference_steps": -3}, ValueError, "num_inference_steps must be a positive"),
+        ({"num_inference_steps": 2.5}, ValueError, "num_inference_steps must be a positive"),
+        ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
+        ({"max_sequence_length": 0}, ValueError, "max_sequence_length"),
+        ({"guidance_scale": float("nan")}, ValueError, "guidance_scale"),
+        ({"guidance_scale": None}, ValueError, "guidance_scale"),
+        ({"output_type": "jpeg"}, ValueError, "output_type: 'jpeg' is none of pil, np, pt, latent"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "'noise' is none of lat"),
+        ({"prompt": None}, ValueError, "either prompt or prompt_embeds"),
+        ({"prompt": []}, ValueError, "prompt is an empty list"),
+        ({"prompt": 5}, TypeError, "prompt must be a str or a list"),
+        ({"negative_prompt": []}, ValueError, "negative_prompt is an empty list"),
+        ({"negative_prompt": ["a", "b"]}, ValueError, "1 prompts but 2 negative prompts"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, ValueError, "2 prompts but 1 negative"),
+        ({"generator": [torch.Generator()] * 2}, ValueError, "list of 2, but 1 pictures"),
+        ({"generator": 0}, TypeError, r"torch\.Generator"),
+        ({"latents": torch.zeros(1, 4, 8, 9)}, ValueError, r"latents must have shape \(1, 4, 8, 8"),
+        ({"timesteps": [9, 5], "sigmas": [1.0]}, ValueError, "either timesteps or sigmas"),
+        ({"sigmas": [2.0, 1.0]}, ValueError, "DPMSolverMultistepScheduler takes no custom sigmas"),
+        (EMBEDS, ValueError, "either prompt or prompt_embeds"),
+        ({"prompt": None, **EMBEDS, "prompt_attention_mask": None}, ValueError, "go together"),
+        ({"prompt_attention_mask": torch.ones(1, 7)}, ValueError, "go together"),
+        (
+            {"prompt": None, **EMBEDS, "prompt_attention_mask": torch.ones(2, 6)},
+            ValueError,
+            r"prompt_attention_mask must have shape \(2, 7\)",
+        ),
+        (
+            {"prompt": None, **EMBEDS, "prompt_embeds": torch.zeros(2, 7, 15)},
+            ValueError,
+            r"prompt_embeds must have shape \(any, any, 16\), got \(2, 7, 15\)",
+        ),
+        (
+            {**NEGATIVE, "negative_prompt": "bad", "max_sequence_length": 7},
+            ValueError,
+            "either negative_prompt or",
+        ),
+        (NEGATIVE, ValueError, r"negative_prompt_embeds must have shape \(any, 120, 16\)"),
+        (
+            {**NEGATIVE, "max_sequence_length": 7},
+            ValueError,
+            "1 prompts but 2 negative prompts",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    pipe, calls, monkeypatch, arguments, error, message
+):
+    encodings = []
+    monkeypatch.setattr(pipe.text_encoder, "forward", lambda *_, **__: encodings.append(1))
+    with pytest.raises(error, match=message):
+        pipe(**{"prompt": "a cat", **arguments})
+    assert not calls
+    assert not encodings
+
+
+def test_prompts_need_a_text_encoder_or_embeddings(pipe):
+    textless = type(pipe)(**{**pipe.components, "text_encoder": None, "tokenizer": None})
+    with pytest.raises(ValueError, match="no tokenizer or no text encoder"):
+        textless("a cat")
+    with pytest.raises(ValueError, match="no tokenizer or no text encoder"):
+        textless(**EMBEDS)  # guided, so the negative prompt would have to be encoded
