@@ -52,7 +52,7 @@ def sample_scenes(count: int, seed: int, held_out: bool = False) -> Iterator[Sce
 def _combinations(scene: Scene) -> list[str]:
     things = sorted(f"{thing.colour} {thing.shape}" for thing in scene.objects)
     keys = [f"{thing} on {scene.background}" for thing in things]
-    return keys + [" and ".join(things)] if len(things) == 2 else keys
+    return [*keys, " and ".join(things)] if len(things) == 2 else keys
 
 
 def _hash_percent(key: str) -> int:

@@ -26,6 +26,7 @@ ATTRIBUTES: tuple[str, ...] = (
 
 _CONTRAST = 40.0  # RGB distance from the background; the two nearest colours are 93 apart
 _LEAST_AREA = 0.006  # of the picture; a small shape covers 0.025
+_MOST_BLOBS = 6  # of those seen, how many are compared with the scene's objects
 _LEAST_OVERLAP = 0.7  # with the best template; less is no shape that we know
 _PALETTE = np.array(list(PALETTE.values()), dtype=np.float64)
 
@@ -54,16 +55,18 @@ def score_picture(picture: Image.Image | np.ndarray, expected: Scene) -> dict[st
         everything is right, otherwise 0.0.
     """
     background, seen = read_picture(picture)
-    verdict = {
+    verdict: dict[str, float] = {
         "background": float(background == expected.background),
         "count": float(len(seen) == len(expected.objects)),
     }
     # Which blob is which object: the reading that gets most right, looks before relation.
-    readings = [_compare(chosen, expected) for chosen in permutations(
-        [*seen, *[None] * len(expected.objects)], len(expected.objects))]  # fmt: skip
+    number = len(expected.objects)
+    candidates = [*seen[:_MOST_BLOBS], *[None] * number]
+    readings = [_compare(chosen, expected) for chosen in permutations(candidates, number)]
     looks = ("shape", "colour", "size")
-    verdict |= max(readings, key=lambda r: (sum(r[look] for look in looks), sum(r.values())))
-    return verdict | {"all": float(all(share == 1.0 for share in verdict.values()))}
+    best = max(readings, key=lambda r: (sum(r[look] for look in looks), sum(r.values())))
+    verdict = {**verdict, **best}
+    return {**verdict, "all": float(all(share == 1.0 for share in verdict.values()))}
 
 
 def mean_scores(scores: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -86,9 +89,7 @@ def read_picture(picture: Image.Image | np.ndarray) -> tuple[str, list[SeenObjec
         raise ValueError(f"expected an RGB picture (height, width, 3), got {pixels.shape}")
     ground = _background(pixels)
     foreground = np.linalg.norm(pixels - ground, axis=-1) > _CONTRAST
-    blobs = [
-        blob for blob in connected_components(foreground) if blob.mean() > _LEAST_AREA
-    ]  # fmt: skip
+    blobs = [blob for blob in connected_components(foreground) if blob.mean() > _LEAST_AREA]
     blobs.sort(key=lambda blob: -int(blob.sum()))
     return _nearest_colour(ground), [_read_blob(pixels, blob, ground) for blob in blobs]
 
@@ -110,8 +111,8 @@ def connected_components(mask: np.ndarray) -> list[np.ndarray]:
 
 def _background(pixels: np.ndarray) -> np.ndarray:
     """Median of the border pixels that have the border's most frequent colour, (3,)."""
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
-                             pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])  # fmt: skip
+    sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
+    border = np.concatenate([side.reshape(-1, 3) for side in sides])
     labels = np.linalg.norm(border[:, None] - _PALETTE, axis=-1).argmin(axis=1)
     return np.median(border[labels == np.bincount(labels).argmax()], axis=0)
 

@@ -201,7 +201,9 @@ def main() -> None:
     held_out = to_tensor(draw_pictures(128, args.seed, held_out=True)[0])
     vae = build_autoencoder()
     average = copy.deepcopy(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
+    )
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters", flush=True)
 
     for step in range(1, args.steps + 1):

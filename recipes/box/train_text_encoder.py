@@ -15,6 +15,7 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,7 @@ def build_tokenizer(texts: list[str]) -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     words = [(piece, math.log(n / total)) for piece, n in sorted(counts.items()) if len(piece) > 1]
     letters = [(piece, -20.0) for piece in ["▁", *CHARACTERS] if piece not in counts]
-    return T5Tokenizer(
-        vocab=special + words + letters, extra_ids=0, model_max_length=MAX_TOKENS
-    )
+    return T5Tokenizer(vocab=special + words + letters, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
 def _mark(text: str) -> str:
@@ -168,9 +167,10 @@ def probe(
     probes: torch.nn.ModuleDict, states: torch.Tensor, mask: torch.Tensor
 ) -> list[torch.Tensor]:
     """Logits of each field, from states (b, tokens, width) and mask (b, tokens)."""
+    heads: Iterable[torch.nn.Module] = probes["heads"].children()
     scores = probes["queries"](states).masked_fill(mask[:, :, None] == 0, float("-inf"))
     pooled = scores.softmax(dim=1).transpose(1, 2) @ states  # (b, fields, width)
-    return [head(pooled[:, i]) for i, head in enumerate(probes["heads"])]
+    return [head(pooled[:, i]) for i, head in enumerate(heads)]
 
 
 def measure(

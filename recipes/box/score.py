@@ -1,0 +1,143 @@
+"""Scores pictures that a pipeline draws for held-out captions, from their pixels.
+
+    python recipes/box/score.py --pipeline output/box/pipeline --output output/box/score
+
+Writes `score.json`, `score.md` (a table) and `samples.png` (the first pictures) into the folder.
+With `--vae` the pictures are the true drawings passed through an autoencoder instead: the upper
+bound of what a transformer in its latents can reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from localdit.scenes import Scene
+
+SIDE = 128
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pipeline", type=Path, help="folder of the pipeline to score")
+    source.add_argument("--vae", type=Path, help="folder of the autoencoder to score")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--count", type=int, default=200, help="number of held-out captions")
+    parser.add_argument("--trained-on", action="store_true",
+                        help="captions of combinations seen in training instead")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=20, help="inference steps")
+    parser.add_argument("--guidance-scale", type=float, default=None,
+                        help="guidance; the pipeline's own default if left out")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=10, help="captions per call")
+    parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
+    parser.add_argument("--device", default="cpu", help="device to draw on")
+    return parser.parse_args()
+
+
+def prompts(count: int, seed: int, held_out: bool) -> tuple[list[Scene], list[str]]:
+    """Scenes, apart from those that training draws with the same seed, and full captions."""
+    import numpy as np
+
+    from localdit.scenes import describe, sample_scenes
+
+    scenes = list(sample_scenes(count, seed + 1_000_003, held_out))
+    rng = np.random.default_rng([seed, 11])
+    return scenes, [describe(scene, rng).text for scene in scenes]
+
+
+def generate(texts: list[str], args: argparse.Namespace) -> list[Image.Image]:
+    """One picture per caption; picture i depends on `seed` and i, not on the batches."""
+    import torch
+
+    from localdit.pipelines import LocalDiTPipeline
+
+    pipe = LocalDiTPipeline.from_pretrained(args.pipeline).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    pictures: list[Image.Image] = []
+    for start in range(0, len(texts), args.batch_size):
+        batch = texts[start : start + args.batch_size]
+        seeds = range(args.seed + start, args.seed + start + len(batch))
+        generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        pictures += pipe(
+            batch, height=SIDE, width=SIDE, num_inference_steps=args.steps,
+            generator=generator, **chosen,
+        ).images  # fmt: skip
+    return pictures
+
+
+def reconstruct(scenes: list[Scene], folder: Path) -> list[Image.Image]:
+    """The true drawings, encoded and decoded."""
+    import numpy as np
+    import torch
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    from localdit.scenes import draw_scene
+
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    pictures: list[Image.Image] = []
+    for scene in scenes:
+        values = torch.from_numpy(np.array(draw_scene(scene, SIDE))).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            latents = vae.encode(values / 127.5 - 1.0).latent_dist.mode()
+            decoded = vae.decode(latents).sample
+        pictures += VaeImageProcessor().postprocess(decoded, output_type="pil")
+    return pictures
+
+
+def contact_sheet(pictures: list[Image.Image], columns: int = 8, rows: int = 6) -> Image.Image:
+    """The first pictures in rows, from left to right."""
+    from PIL import Image
+
+    shown = pictures[: columns * rows]
+    sheet = Image.new("RGB", (columns * SIDE, -(-len(shown) // columns) * SIDE))
+    for i, picture in enumerate(shown):
+        sheet.paste(picture, (i % columns * SIDE, i // columns * SIDE))
+    return sheet
+
+
+def table(scores: dict[str, float], count: int) -> str:
+    rows = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in scores.items())
+    return f"| attribute | right, of {count} pictures |\n|---|---|\n{rows}\n"
+
+
+def main() -> None:
+    args = parse_args()
+
+    from localdit.scenes.score import mean_scores, score_picture
+
+    scenes, texts = prompts(args.count, args.seed, held_out=not args.trained_on)
+    started = time.perf_counter()
+    pictures = reconstruct(scenes, args.vae) if args.vae else generate(texts, args)
+    seconds = time.perf_counter() - started
+    scores = [score_picture(*pair) for pair in zip(pictures, scenes, strict=True)]
+    means = mean_scores(scores)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = {
+        "mean": means,
+        "count": args.count,
+        "seconds_per_picture": seconds / args.count,
+        "pictures": [
+            {"caption": text, "scene": scene.to_dict(), "score": score}
+            for text, scene, score in zip(texts, scenes, scores, strict=True)
+        ],
+    }
+    (args.output / "score.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    (args.output / "score.md").write_text(table(means, args.count), "utf-8")
+    contact_sheet(pictures).save(args.output / "samples.png")
+    print(table(means, args.count) + f"\n{seconds / args.count:.2f} s per picture")
+
+
+if __name__ == "__main__":
+    main()
