@@ -54,12 +54,14 @@ def window_layout(
         order = _cut(y.clamp(max=height - 1) * width + x.clamp(max=width - 1), window_size)
         is_token = _cut((y < height) & (x < width), window_size)
 
-        slots = torch.arange(order.numel(), device=device).view_as(order)
-        inverse = torch.empty(height * width, dtype=torch.int64, device=device)
-        inverse[order[is_token]] = slots[is_token]
+        w = window_size
+        slots = torch.arange(order.numel(), device=device)
+        slots = slots.view(len(rows) // w, len(columns) // w, w, w).transpose(1, 2)
+        slots = slots.reshape(len(rows), len(columns)).roll((shift_size, shift_size), dims=(0, 1))
+        inverse = slots[:height, :width]
 
         hidden = None
-        if shift_size > 0 or not is_token.all():
+        if shift_size > 0 or (height, width) != (len(rows), len(columns)):
             # Rows below the seam of the roll came from the top edge; columns likewise; padding is
             # its own.
             wrapped_rows = torch.arange(len(rows), device=device) >= len(rows) - shift_size
@@ -68,7 +70,7 @@ def window_layout(
             region = _cut(region, window_size).masked_fill(~is_token, -1)
             hidden = region[:, :, None] != region[:, None, :]
 
-        return WindowLayout(order.flatten(), inverse, hidden)
+        return WindowLayout(order.flatten(), inverse.flatten(), hidden)
 
 
 def _shifted_positions(
