@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .images import fit_image, load_image
+from .pipelines.prompts import check_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -86,9 +87,7 @@ def inference_batches(
 
     Everything is checked in this call, before the first picture is asked for.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("prompts is empty; expected at least one prompt")
+    prompts = check_prompts(prompts if isinstance(prompts, str) else list(prompts), "prompts")
     count = len(prompts)
     settings: dict[str, Any] = {
         "height": config.height,
@@ -99,7 +98,8 @@ def inference_batches(
     }
     each: dict[str, list[Any]] = {"prompt": prompts}  # one entry for each picture
     if neg_prompts is not None:
-        each["negative_prompt"] = _one_each("neg_prompts", neg_prompts, count)
+        negatives = _one_each("neg_prompts", neg_prompts, count)
+        each["negative_prompt"] = check_prompts(negatives, "neg_prompts")
     if image is not None:
         pipe = _image_to_image(pipe)
         settings["strength"] = config.denoising_strength

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ RELEASED_WEIGHTS = (
     "/resolve/main/LocalDiT-1024.pt"
 )
 DOWNLOAD_COMMAND = f"wget {RELEASED_WEIGHTS} -P output/"
+BOX = Path(__file__).resolve().parent / "box"
 
 
 def load_model(
@@ -53,11 +55,12 @@ def load_model(
     device = _resolve_device(device)
     dtype = _resolve_dtype(dtype, device)
     _check_options(config, device)
-    checkpoint = _find_checkpoint(config.ckpt_path)
-    if (checkpoint / "model_index.json").is_file():
-        pipe = _load_pipeline_folder(config, checkpoint, device, dtype)
-    else:
-        pipe = _assemble(config, checkpoint, device, dtype)
+    checkpoint = find_checkpoint(config.ckpt_path)
+    load = _load_pipeline_folder if (checkpoint / "model_index.json").is_file() else _assemble
+    with warnings.catch_warnings():
+        # Older versions of Diffusers know no other name; newer ones warn of its end.
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        pipe = load(config, checkpoint, device, dtype)
     if config.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif config.offload == "sequential":
@@ -73,10 +76,9 @@ def model_in_the_box() -> Path:
     Raises:
         FileNotFoundError: if this installation lacks it.
     """
-    folder = Path(__file__).parent / "box"
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} is missing: this copy of localdit has no model in it")
-    return folder
+    if not (BOX / "model_index.json").is_file():
+        raise FileNotFoundError(f"{BOX} is missing: this copy of localdit has no model in it")
+    return BOX
 
 
 # Options
@@ -139,8 +141,12 @@ def _check_options(config: Config, device: torch.device) -> None:
 # The checkpoint
 
 
-def _find_checkpoint(path: str | Path) -> Path:
-    """Check that there is something of a known kind at `config.ckpt_path`."""
+def find_checkpoint(path: str | Path) -> Path:
+    """Check that there is something of a known kind at `config.ckpt_path`; nothing is loaded.
+
+    Raises:
+        FileNotFoundError: if there is not; the message has the command that fetches the weights.
+    """
     checkpoint = Path(path).expanduser()
     if not checkpoint.exists():
         raise FileNotFoundError(

@@ -147,7 +147,9 @@ def test_bad_input_is_found_before_sampling(pipe, config, spy, tmp_path):
             inference_batches(pipe, prompts, neg_prompts, config, **kwargs)
 
     image = Image.new("RGB", (48, 64))
-    refuses("prompts is empty", prompts=[])
+    refuses("prompts is an empty list", prompts=[])
+    refuses(r"prompts\[1\] has 10001 characters", prompts=["a", "b" * 10_001])
+    refuses(r"neg_prompts\[0\] must be a str", neg_prompts=[None] * 3, error=TypeError)
     refuses("neg_prompts has 2 entries for 3 prompts", neg_prompts=["bad", "worse"])
     refuses("neg_prompts has 0 entries", neg_prompts=[])
     refuses("image has 2 entries for 3 prompts", image=[image, image])

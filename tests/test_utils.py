@@ -2,12 +2,15 @@
 
 import importlib.util
 import shutil
+import warnings
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import localdit
 from localdit import utils
 from localdit.config import Config
 from localdit.pipelines import LocalDiTPipeline
@@ -61,7 +64,9 @@ def test_every_kind_of_checkpoint_gives_the_same_model(hub, checkpoint):
     config = Config(ckpt_path=hub / "pipeline")
     if checkpoint != "pipeline":
         config = local_config(hub, checkpoint)
-    pipe = load_model(config, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        pipe = load_model(config, device="cpu")
     parts = tiny_components(use_additional_conditions=False)
     for name in ("transformer", "vae", "text_encoder"):
         loaded = getattr(pipe, name)
@@ -259,7 +264,8 @@ def test_quantization_is_asked_of_transformers(hub, monkeypatch, checkpoint):
 
 
 def test_the_model_in_the_box_is_a_folder_of_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    assert Path(localdit.__file__).parent / "box" == utils.BOX
+    monkeypatch.setattr(utils, "BOX", tmp_path / "box")
     with pytest.raises(FileNotFoundError, match="has no model in it"):
         model_in_the_box()
     (tmp_path / "box").mkdir()
