@@ -1,0 +1,43 @@
+"""Packaging of LocalDiT. Tool settings stand in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
+
+setup(
+    name="localdit",
+    version=VERSION,
+    description="Text and image to image with a diffusion transformer of local, shifted windows",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
+    packages=find_packages(include=["localdit", "localdit.*"]),
+    package_data={"localdit": ["py.typed", "box/**/*"]},
+    install_requires=[
+        "torch>=2.6",  # before, `weights_only=True` could be bypassed
+        "diffusers>=0.35.2",
+        "transformers>=4.48",
+        "accelerate>=1.0",
+        "einops>=0.6",
+        "safetensors>=0.4.3",
+        "pillow>=10.1",
+        "numpy>=1.24",
+        "tqdm>=4.65",
+    ],
+    extras_require={
+        "train": ["wandb>=0.16"],
+        "quantization": ["bitsandbytes>=0.43"],
+        "dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8.0", "ruff>=0.6"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
