@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -185,7 +185,7 @@ def _pair(things: tuple[Said, ...], relation: str | None, rng: np.random.Generat
     if relation is None:
         joint = _pick(rng, ("{} and {}", "{} next to {}", "{} with {}", "{}, {}"))
         return joint.format(first, second), things, None
-    says: Callable[[str], str] = lambda word: _say(word, rng)  # noqa: E731
+    says = partial(_say, rng=rng)
     here, there = _pick(rng, _SIDE[relation]), _pick(rng, _SIDE[OPPOSITE[relation]])
     text = _pick(rng, (
         f"{first} {says(relation)} {second}",
