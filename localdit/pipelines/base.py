@@ -115,7 +115,9 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
         """Set the scheduler's timesteps, from the most noise to the least, and return them.
 
         Raises:
-            ValueError: timesteps and sigmas were both given, or the scheduler takes no such thing.
+            ValueError: timesteps and sigmas were both given, or the scheduler takes no such thing,
+                or its timesteps do not descend, because there are more of them than it can tell
+                apart (the step between two equal ones is undefined).
         """
         custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
         schedule: dict[str, Any] = {k: v for k, v in custom.items() if v is not None}
@@ -130,7 +132,15 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
                 )
         schedule = schedule or {"num_inference_steps": request.num_inference_steps}
         self.scheduler.set_timesteps(device=self._execution_device, **schedule)
-        return self.scheduler.timesteps
+        taken = self.scheduler.timesteps
+        # Schedulers of second order name most timesteps twice.
+        descends = (taken.diff() < 0) if self.scheduler.order == 1 else (taken.diff() <= 0)
+        if len(taken) == 0 or not descends.all() or taken[-1] < 0:
+            raise ValueError(
+                f"The {len(taken)} timesteps must each be lower than the one before, and at least "
+                "0: take fewer steps, or correct the timesteps or sigmas given."
+            )
+        return taken
 
     def encode_request(self, request: Request) -> TextEmbeddings:
         """Encode the request's prompts; see `encode_prompt`."""
@@ -282,14 +292,14 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
         It works in tiles above `TILING_THRESHOLD` pixels; and a float16 one whose configuration has
         `force_upcast` works in float32, because it would overflow.
         """
-        vae = self.vae
-        tiles, dtype = vae.use_tiling, vae.dtype
+        vae, tiles = self.vae, self.vae.use_tiling
         vae.use_tiling = tiles or request.height * request.width > TILING_THRESHOLD
-        if dtype == torch.float16 and vae.config.force_upcast:
-            vae.to(torch.float32)
+        upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+        if upcast:
+            vae.float()
         try:
             yield vae
         finally:
             vae.use_tiling = tiles
-            if vae.dtype != dtype:
-                vae.to(dtype)
+            if upcast:
+                vae.half()

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 MAX_PROMPT_CHARACTERS = 10_000
 
 
-def check_prompts(prompt: str | list[str], name: str = "prompt") -> list[str]:
+def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[str]:
     """Return the prompts as a list, having checked that each can be tokenised.
 
     Args:
@@ -131,9 +131,8 @@ class PromptEncodingMixin:
         model = self.transformer if self.transformer is not None else self.text_encoder
 
         if prompt_embeds is None or prompt_attention_mask is None:
-            prompts = check_prompts([] if prompt is None else prompt)
             prompt_embeds, prompt_attention_mask = self._encode(
-                prompts, max_sequence_length, device
+                check_prompts(prompt), max_sequence_length, device
             )
         rows, length, _ = prompt_embeds.shape
         repeats = num_images_per_prompt
@@ -147,7 +146,9 @@ class PromptEncodingMixin:
             negative_prompt_embeds, negative_prompt_attention_mask = self._encode(
                 prompts, length, device
             )
-            repeats *= rows // len(prompts)  # one may serve all
+            if len(prompts) not in (1, rows):
+                raise ValueError(f"{rows} prompts but {len(prompts)} negative prompts.")
+            repeats *= rows // len(prompts)
         negative_prompt_embeds = negative_prompt_embeds.to(device, model.dtype)
         negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
         negative_prompt_attention_mask = negative_prompt_attention_mask.to(device)

@@ -4,9 +4,11 @@ import logging
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
@@ -179,6 +181,15 @@ def test_eta_reaches_a_scheduler_that_has_one(pipe):
     assert (latents_of(ddim, eta=1.0) - latents_of(ddim)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("steps", [1, 2, 49])
+def test_few_steps_and_many_stay_finite(pipe, steps):
+    scheduler = DPMSolverMultistepScheduler(num_train_timesteps=50)
+    short = LocalDiTPipeline(**{**pipe.components, "scheduler": scheduler})
+    assert latents_of(short, num_inference_steps=steps).isfinite().all()
+    with pytest.raises(ValueError, match="The 51 timesteps"):
+        latents_of(short, num_inference_steps=51)
+
+
 # Callbacks
 
 
@@ -345,6 +356,31 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe, caplog):
         cut = latents_of(pipe, words + " blue dog")
     assert "left out: 'blue dog'" in caplog.text
     assert torch.equal(cut, fits)
+
+
+# Offload. It is meant for accelerators; given the CPU as one, its hooks do all that they do there.
+
+
+def offload_whole_models(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offload_layer_by_layer(pipe):
+    for model in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    assert pipe.transformer.device.type == "meta"
+
+
+@pytest.mark.parametrize("offload", [offload_whole_models, offload_layer_by_layer])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_offload_changes_no_picture(offload, dtype, seeded):
+    pipe = tiny_pipeline().to(dtype)
+    arguments = {"num_inference_steps": 2, "output_type": "pt"}
+    expected = pipe("a cat", generator=seeded(), **arguments).images
+    offload(pipe)
+    assert torch.equal(pipe("a cat", generator=seeded(), **arguments).images, expected)
+    changed = LocalDiTImg2ImgPipeline(**pipe.components)
+    assert changed("a dog", image=expected, **arguments).images.isfinite().all()
 
 
 def test_the_offload_order_names_every_model(pipe):

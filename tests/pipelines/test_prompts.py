@@ -94,3 +94,10 @@ def test_one_negative_prompt_serves_all(pipe):
 
 def test_without_guidance_nothing_negative_is_encoded(pipe):
     assert pipe.encode_prompt("a cat", do_classifier_free_guidance=False)[2:] == (None, None)
+
+
+def test_prompts_and_negative_prompts_must_match_in_number(pipe):
+    with pytest.raises(ValueError, match="4 prompts but 2 negative prompts"):
+        pipe.encode_prompt(["a", "b", "c", "d"], negative_prompt=["x", "y"])
+    with pytest.raises(TypeError, match="NoneType"):
+        pipe.encode_prompt(None)
