@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, fetching, locate
 
 if TYPE_CHECKING:
     import torch
@@ -171,84 +169,37 @@ def _load_transformer(
         return LocalDiTTransformer2DModel.from_pretrained(
             checkpoint, torch_dtype=dtype, use_safetensors=True
         )
+    _check_agreement(config, checkpoint)
     return LocalDiTTransformer2DModel.from_single_file(
         checkpoint, torch_dtype=dtype, **config.transformer_kwargs()
     )
 
 
-# The other parts
+def _check_agreement(config: Config, checkpoint: Path) -> None:
+    """Compare the architecture in `config` with what a flat checkpoint tells of its own."""
+    from .checkpoint.layout import read_layout
+    from .checkpoint.reading import CheckpointFile
+
+    file = CheckpointFile(checkpoint)
+    layout = read_layout(file.infos, str(checkpoint))
+    facts = file.config | {name: told.value for name, told in layout.told.items()}
+    facts["use_global"] = "local_global" in layout.layer_types
+    # in a file's own configuration None means that a value follows from the others
+    expected = {
+        "eps" if name == "qk_norm_eps" else name: facts[name]
+        for name, value in config.transformer_kwargs().items()
+        if name != "dropout" and facts.get(name) not in (None, value)
+    }
+    if expected:
+        given = ", ".join(f"{name}={getattr(config, name)!r}" for name in expected)
+        wanted = ", ".join(f"{name}={value!r}" for name, value in expected.items())
+        raise ValueError(
+            f"{checkpoint} is of another model than the Config with {given}; "
+            f"for this file it has to be Config({wanted})"
+        )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part that is not in the checkpoint, and where its files lie.
-
-    On the hub it is expected in the first of the folders, in a local copy in any of them.
-    """
-
-    field: str
-    folders: tuple[str, ...]
-    config: str
-    weights: tuple[str, ...] = ()  # one of them is needed
-
-
-_TEXT_ENCODER = _Part(
-    "text_encoder", ("", "text_encoder"), "config.json", ("model*.safetensors", "*model*.bin")
-)
-_TOKENIZER = _Part(
-    "text_encoder", ("", "tokenizer"), "tokenizer_config.json", ("tokenizer.json", "spiece.model")
-)
-_VAE = _Part(
-    "vae", ("vae", ""), "config.json", ("diffusion_pytorch_model*.safetensors", "*model*.bin")
-)
-_SCHEDULER = _Part("scheduler", ("scheduler", ""), "scheduler_config.json")
-
-
-def _wanted(part: _Part, folder: str) -> str:
-    """The files of a part in words, as `vae/config.json and vae/*.safetensors`."""
-    weights = [" or ".join(f"{folder}/{name}".lstrip("/") for name in part.weights)]
-    return " and ".join([f"{folder}/{part.config}".lstrip("/"), *filter(None, weights)])
-
-
-def _locate(part: _Part, source: str | Path) -> dict[str, str]:
-    """Where a part is, as arguments of `from_pretrained`, having made sure that it is there.
-
-    Of a repository on the hub its configuration is fetched for that, a few hundred bytes.
-    """
-    local = Path(source).expanduser()
-    if local.is_dir():
-        for folder in part.folders:
-            files = local / folder
-            weights = [file for pattern in part.weights for file in files.glob(pattern)]
-            if (files / part.config).is_file() and (weights or not part.weights):
-                return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
-        layouts = "; or ".join(_wanted(part, folder) for folder in part.folders)
-        raise FileNotFoundError(f"Config.{part.field}: {local} lacks files; expected {layouts}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source)[0] in ".~":
-        raise FileNotFoundError(f"Config.{part.field}: there is no folder {source}")
-    folder = part.folders[0]
-    with _fetching(part, source):
-        from huggingface_hub import hf_hub_download
-
-        hf_hub_download(str(source), part.config, subfolder=folder or None)
-    return {"pretrained_model_name_or_path": str(source), "subfolder": folder}
-
-
-@contextmanager
-def _fetching(part: _Part, source: str | Path) -> Iterator[None]:
-    """Turn the many errors of the hub's clients into one that helps."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if Path(source).expanduser().is_dir():
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise OSError(
-            f"{source} could not be fetched from the Hugging Face hub: {reason} "
-            f"({type(error).__name__}). Wanted from it: {_wanted(part, part.folders[0])}. "
-            "Without a connection, copy these files to a folder here, under the same names, and "
-            f"set Config({part.field}='/path/to/that/folder')"
-        ) from error
+# Whole pipelines
 
 
 def _load_text_encoder(
@@ -268,9 +219,6 @@ def _load_text_encoder(
     return T5EncoderModel.from_pretrained(**where, torch_dtype=dtype, **options)
 
 
-# Whole pipelines
-
-
 def _load_pipeline_folder(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> LocalDiTPipeline:
@@ -278,7 +226,7 @@ def _load_pipeline_folder(
 
     parts = {}
     if config.text_encoder_quantization:
-        where = _locate(_TEXT_ENCODER, folder)
+        where = locate(TEXT_ENCODER, folder)
         parts["text_encoder"] = _load_text_encoder(config, where, device, dtype)
     return LocalDiTPipeline.from_pretrained(
         folder, torch_dtype=dtype, use_safetensors=True, **parts
@@ -290,12 +238,12 @@ def _assemble(
 ) -> LocalDiTPipeline:
     """Join a transformer with the parts that `config` names; the largest comes last."""
     sources = {
-        _SCHEDULER: config.scheduler,
-        _VAE: config.vae,
-        _TOKENIZER: config.text_encoder,
-        _TEXT_ENCODER: config.text_encoder,
+        SCHEDULER: config.scheduler,
+        VAE: config.vae,
+        TOKENIZER: config.text_encoder,
+        TEXT_ENCODER: config.text_encoder,
     }
-    where = {part: _locate(part, source) for part, source in sources.items()}
+    where = {part: locate(part, source) for part, source in sources.items()}
 
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
     from transformers import AutoTokenizer
@@ -303,13 +251,13 @@ def _assemble(
     from .pipelines import LocalDiTPipeline
 
     transformer = _load_transformer(config, checkpoint, dtype)
-    scheduler = DPMSolverMultistepScheduler.from_pretrained(**where[_SCHEDULER])
-    with _fetching(_VAE, config.vae):
-        vae = AutoencoderKL.from_pretrained(**where[_VAE], torch_dtype=dtype)
-    with _fetching(_TOKENIZER, config.text_encoder):
-        tokenizer = AutoTokenizer.from_pretrained(**where[_TOKENIZER])
-    with _fetching(_TEXT_ENCODER, config.text_encoder):
-        text_encoder = _load_text_encoder(config, where[_TEXT_ENCODER], device, dtype)
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(**where[SCHEDULER])
+    with fetching(VAE, config.vae):
+        vae = AutoencoderKL.from_pretrained(**where[VAE], torch_dtype=dtype)
+    with fetching(TOKENIZER, config.text_encoder):
+        tokenizer = AutoTokenizer.from_pretrained(**where[TOKENIZER])
+    with fetching(TEXT_ENCODER, config.text_encoder):
+        text_encoder = _load_text_encoder(config, where[TEXT_ENCODER], device, dtype)
     return LocalDiTPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import localdit
 from localdit import utils
+from localdit.checkpoint import convert_to_single_file
 from localdit.config import Config
 from localdit.pipelines import LocalDiTPipeline
 from localdit.utils import DOWNLOAD_COMMAND, load_model, model_in_the_box
@@ -59,8 +60,6 @@ def local_config(hub, checkpoint, **changes):
     "checkpoint", ["pipeline", "transformer", "weights.safetensors", "weights.pt"]
 )
 def test_every_kind_of_checkpoint_gives_the_same_model(hub, checkpoint):
-    if checkpoint.startswith("weights"):
-        pytest.importorskip("localdit.checkpoint")
     config = Config(ckpt_path=hub / "pipeline")
     if checkpoint != "pipeline":
         config = local_config(hub, checkpoint)
@@ -103,9 +102,24 @@ def test_dtype(hub, dtype):
 
 
 def test_config_that_contradicts_the_tensors(hub):
-    pytest.importorskip("localdit.checkpoint")
-    with pytest.raises(ValueError, match=r"num_layers.*3|3.*num_layers"):
-        load_model(local_config(hub, "weights.safetensors", num_layers=3), device="cpu")
+    config = local_config(hub, "weights.safetensors", num_layers=3, use_global=True)
+    with pytest.raises(ValueError, match="weights.safetensors is of another model") as raised:
+        load_model(config, device="cpu")
+    message = str(raised.value)
+    assert "the Config with num_layers=3, use_global=True" in message
+    assert message.endswith("Config(num_layers=2, use_global=False)")
+
+
+def test_config_that_contradicts_the_configuration_in_the_file(hub, tmp_path):
+    """What no tensor tells would otherwise be wrong in silence."""
+    file = tmp_path / "single.safetensors"
+    convert_to_single_file(hub / "transformer", file)
+    assert load_model(local_config(hub, file), device="cpu").transformer.config.sample_size == 8
+    config = local_config(hub, file, sample_size=16, shift_schedule="alternating", eps=1e-5)
+    with pytest.raises(ValueError, match="shift_schedule='alternating'") as raised:
+        load_model(config, device="cpu")
+    expected = "Config(shift_schedule='cyclic', sample_size=8, eps=1e-10)"
+    assert str(raised.value).endswith(expected)
 
 
 def test_a_missing_checkpoint_says_how_to_get_it(tmp_path):

@@ -1,0 +1,81 @@
+"""Where the parts of a pipeline come from that no checkpoint holds: a folder here, or the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that is not in the checkpoint, and where its files lie.
+
+    On the hub it is expected in the first of the folders, in a local copy in any of them.
+    """
+
+    field: str
+    folders: tuple[str, ...]
+    config: str
+    weights: tuple[str, ...] = ()  # one of them is needed
+
+
+TEXT_ENCODER = Part(
+    "text_encoder", ("", "text_encoder"), "config.json", ("model*.safetensors", "*model*.bin")
+)
+TOKENIZER = Part(
+    "text_encoder", ("", "tokenizer"), "tokenizer_config.json", ("tokenizer.json", "spiece.model")
+)
+VAE = Part(
+    "vae", ("vae", ""), "config.json", ("diffusion_pytorch_model*.safetensors", "*model*.bin")
+)
+SCHEDULER = Part("scheduler", ("scheduler", ""), "scheduler_config.json")
+
+
+def _wanted(part: Part, folder: str) -> str:
+    """The files of a part in words, as `vae/config.json and vae/*.safetensors`."""
+    weights = [" or ".join(f"{folder}/{name}".lstrip("/") for name in part.weights)]
+    return " and ".join([f"{folder}/{part.config}".lstrip("/"), *filter(None, weights)])
+
+
+def locate(part: Part, source: str | Path) -> dict[str, str]:
+    """Where a part is, as arguments of `from_pretrained`, having made sure that it is there.
+
+    Of a repository on the hub its configuration is fetched for that, a few hundred bytes.
+    """
+    local = Path(source).expanduser()
+    if local.is_dir():
+        for folder in part.folders:
+            files = local / folder
+            weights = [file for pattern in part.weights for file in files.glob(pattern)]
+            if (files / part.config).is_file() and (weights or not part.weights):
+                return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
+        layouts = "; or ".join(_wanted(part, folder) for folder in part.folders)
+        raise FileNotFoundError(f"Config.{part.field}: {local} lacks files; expected {layouts}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source)[0] in ".~":
+        raise FileNotFoundError(f"Config.{part.field}: there is no folder {source}")
+    folder = part.folders[0]
+    with fetching(part, source):
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(str(source), part.config, subfolder=folder or None)
+    return {"pretrained_model_name_or_path": str(source), "subfolder": folder}
+
+
+@contextmanager
+def fetching(part: Part, source: str | Path) -> Iterator[None]:
+    """Turn the many errors of the hub's clients into one that helps."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if Path(source).expanduser().is_dir():
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise OSError(
+            f"{source} could not be fetched from the Hugging Face hub: {reason} "
+            f"({type(error).__name__}). Wanted from it: {_wanted(part, part.folders[0])}. "
+            "Without a connection, copy these files to a folder here, under the same names, and "
+            f"set Config({part.field}='/path/to/that/folder')"
+        ) from error
