@@ -14,7 +14,8 @@ def main() -> None:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
     from diffusers.optimization import get_scheduler
-    from torch.utils.data import DataLoader
+    from torch.nn.attention import sdpa_kernel
+    from torch.utils.data import DataLoader, Dataset
     from tqdm import tqdm
 
     from localdit.training import components, data, encoding, objective
@@ -38,7 +39,9 @@ def main() -> None:
 
     # The models start the same in every process; then each has a randomness of its own.
     set_seed(args.seed)
-    encoders = components.load_encoders(args, accelerator.mixed_precision)
+    encoders = components.load_encoders(
+        args, torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
     transformer = components.load_transformer(args)
     components.check_fit(transformer, encoders)
     encoders.to(device)
@@ -49,18 +52,19 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
 
     pictures = data.PictureDataset(samples, args.image_size)
-    encode_captions = encoding.CaptionEncoder(
+    dataset: Dataset = pictures
+    encode_captions: encoding.EncodeCaptions = encoding.CaptionEncoder(
         encoders.tokenizer, encoders.text_encoder, args.max_caption_length
     )
     if args.cache_latents:
-        pictures = encoding.LatentCache(
+        dataset = encoding.LatentCache(
             pictures, encoders.vae, args.num_workers, rank, num_processes
         )
         captions = ["", *(caption for sample in samples for caption in sample.captions)]
         encode_captions = encoding.CaptionCache(captions, encode_captions, rank, num_processes)
         encoders.to("cpu")
     loader = DataLoader(
-        pictures,
+        dataset,
         batch_sampler=data.ShuffledBatches(
             len(samples), args.batch_size, args.seed, rank, num_processes
         ),
@@ -84,6 +88,7 @@ def main() -> None:
         num_training_steps=args.max_train_steps,
     )
     model, optimizer = accelerator.prepare(transformer, optimizer)
+    attention_kernels = components.attention_kernels(device, accelerator.mixed_precision)
     added_conditions = (
         objective.size_conditions(args.image_size, args.batch_size, device)
         if transformer.use_additional_conditions
@@ -109,14 +114,15 @@ def main() -> None:
                 timesteps = objective.sample_timesteps(
                     len(latents), num_timesteps, args.timestep_sampling, generator
                 )
-                prediction = model(
-                    noise_scheduler.add_noise(latents, noise, timesteps),
-                    encoder_hidden_states=text.to(device, torch.float32),
-                    encoder_attention_mask=text_mask.to(device),
-                    timestep=timesteps,
-                    added_cond_kwargs=added_conditions,
-                    return_dict=False,
-                )[0]
+                with sdpa_kernel(attention_kernels):
+                    prediction = model(
+                        noise_scheduler.add_noise(latents, noise, timesteps),
+                        encoder_hidden_states=text.to(device, torch.float32),
+                        encoder_attention_mask=text_mask.to(device),
+                        timestep=timesteps,
+                        added_cond_kwargs=added_conditions,
+                        return_dict=False,
+                    )[0]
                 target = objective.training_target(noise_scheduler, latents, noise, timesteps)
                 weights = (
                     objective.min_snr_weights(noise_scheduler, timesteps, args.min_snr_gamma)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from localdit.training.initialization import initialize_weights
 
@@ -31,11 +32,8 @@ class Encoders(NamedTuple):
         self.vae.to(device)
 
 
-def load_encoders(args: argparse.Namespace, mixed_precision: str) -> Encoders:
-    """Load tokenizer, text encoder and VAE.
-
-    T5 and the SDXL VAE overflow in float16: with bf16 the text encoder is in bfloat16, and all else is
-    in float32.
+def load_encoders(args: argparse.Namespace, text_dtype: torch.dtype) -> Encoders:
+    """Load tokenizer, text encoder (in `text_dtype`) and VAE (in float32: SDXL's needs its range).
 
     Raises:
         OSError: if one is neither a folder here nor to be had from the hub.
@@ -46,7 +44,6 @@ def load_encoders(args: argparse.Namespace, mixed_precision: str) -> Encoders:
     tokenizer = args.pretrained or args.tokenizer or args.text_encoder
     text_encoder = args.pretrained or args.text_encoder
     vae = args.pretrained or args.vae
-    text_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     encoders = Encoders(
         AutoTokenizer.from_pretrained(**_source(tokenizer, "tokenizer")),
         T5EncoderModel.from_pretrained(**_source(text_encoder, "text_encoder"), dtype=text_dtype),
@@ -62,18 +59,17 @@ def load_encoders(args: argparse.Namespace, mixed_precision: str) -> Encoders:
 def _source(source: str | Path, part: str, hub_subfolder: str = "") -> dict[str, str]:
     """Arguments of `from_pretrained` for a folder (of the part, or of a pipeline) or a hub name."""
     folder = Path(source)
+    found = {"pretrained_model_name_or_path": str(source)}
     if folder.is_dir():
-        subfolder = part if (folder / part).is_dir() else ""
-    else:
-        subfolder = hub_subfolder
-    return {"pretrained_model_name_or_path": str(source), "subfolder": subfolder}
+        return found | {"subfolder": part if (folder / part).is_dir() else ""}
+    return found | {"subfolder": hub_subfolder}
 
 
 def load_transformer(args: argparse.Namespace) -> LocalDiTTransformer2DModel:
     """The transformer to train, in float32: `--transformer`, or a new one, initialised.
 
     Raises:
-        ValueError: if `--transformer-config` is no preset and no JSON file of a transformer's shape.
+        ValueError: if `--transformer-config` is neither a preset nor a JSON file.
     """
     from localdit.models import LocalDiTTransformer2DModel
 
@@ -130,3 +126,18 @@ def check_fit(transformer: LocalDiTTransformer2DModel, encoders: Encoders) -> No
             f"The transformer takes latents of {wanted} channels, the VAE gives {given}: set "
             "in_channels in --transformer-config, or choose another --vae."
         )
+
+
+def attention_kernels(device: torch.device, mixed_precision: str) -> list[SDPBackend]:
+    """Which of PyTorch's attention kernels to train with: all, but for the CPU in bfloat16.
+
+    There the fused one takes several times as long to differentiate as plain matrix products.
+    """
+    if device.type == "cpu" and mixed_precision == "bf16":
+        return [SDPBackend.MATH]
+    return [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ]

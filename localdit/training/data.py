@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def _listed_samples(metadata: Path) -> list[Sample]:
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
             raise ValueError(f'{where}: expected {{"file_name": "a.png", "text": "a caption"}}.')
         text = entry.get("text")
-        captions = text if isinstance(text, list) else [text]
+        captions: list[Any] = text if isinstance(text, list) else [text]
         if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
             raise ValueError(
                 f'{where}: "text" is {text!r}; expected a caption or a list of captions.'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ ENCODING_BATCH_SIZE = 32
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / 8, W / 8): the posterior's mode."""
+    """Pictures (B, 3, H, W) in [-1, 1] to the posterior's mode, scaled: (B, C, H / 8, W / 8)."""
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     return (posterior.mode() * vae.config.scaling_factor).float()
 
@@ -68,10 +69,10 @@ class CaptionCache:
     def __init__(
         self, captions: Iterable[str], encode: EncodeCaptions, rank: int = 0, num_processes: int = 1
     ) -> None:
-        # Sorted by length, a batch needs little padding; dealt out in turn, the shares weigh the same.
+        # Sorted by length, a batch needs little padding; dealt out in turn, shares weigh the same.
         ordered = sorted(set(captions), key=lambda caption: (len(caption), caption))
         shares = [ordered[process::num_processes] for process in range(num_processes)]
-        self.row = {caption: row for row, caption in enumerate(sum(shares, []))}
+        self.row = {caption: row for row, caption in enumerate(chain(*shares))}
 
         states, lengths = [], []
         starts = range(0, len(shares[rank]), ENCODING_BATCH_SIZE)
@@ -94,7 +95,10 @@ class CaptionCache:
 
 
 class LatentCache(Dataset[tuple[int, torch.Tensor]]):
-    """Latents of all pictures, kept in memory, with their indices. The processes encode a share each."""
+    """Latents of all pictures, kept in memory, with their indices.
+
+    The processes encode a share each.
+    """
 
     def __init__(
         self,

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class RunFolder:
     """Where a run leaves what it makes.
 
-    `config.json` holds the settings, `metrics.jsonl` a line each log interval, `checkpoint-N/transformer`
-    the averaged weights of step N, `validation/N.png` its pictures, `final` the whole pipeline.
+    `config.json` holds the settings, `metrics.jsonl` a line for each log interval,
+    `checkpoint-N/transformer` the averaged weights at step N, `validation/N.png` their pictures,
+    and `final` the whole pipeline.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,9 +64,9 @@ class RunFolder:
         """Write `validation/N.png`: one picture of each prompt, from the same noise every time."""
         pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
-        images = pipeline(prompts, height=size, width=size, generator=generators).images
+        output = pipeline(prompts, height=size, width=size, generator=generators, return_dict=False)
         (self.path / "validation").mkdir(exist_ok=True)
-        save_image(image_grid(images), self.path / "validation" / f"{step:08d}.png")
+        save_image(image_grid(output[0]), self.path / "validation" / f"{step:08d}.png")
 
     def save_pipeline(self, pipeline: LocalDiTPipeline) -> None:
         """Write `final`, a Diffusers pipeline folder."""
@@ -128,8 +129,8 @@ def require_finite(
     if not torch.isfinite(loss) or not (scaled or torch.isfinite(grad_norm)):
         raise FloatingPointError(
             f"Step {step}: the loss is {loss.item():g} and the norm of its gradient "
-            f"{grad_norm.item():g}. The weights were left as they were before this step; the latest "
-            "checkpoint is sound. Try a lower --learning-rate, or --mixed-precision bf16 or no."
+            f"{grad_norm.item():g}. The weights are those before this step, and so are all "
+            "checkpoints. Try a lower --learning-rate, or --mixed-precision bf16 or no."
         )
 
 
