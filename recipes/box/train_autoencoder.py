@@ -185,6 +185,14 @@ def save_comparison(path: Path, originals: torch.Tensor, decoded: torch.Tensor) 
     Image.fromarray(pixels.contiguous().numpy()).save(path)
 
 
+def update_average(average: AutoencoderKL, vae: AutoencoderKL, decay: float) -> None:
+    import torch
+
+    with torch.no_grad():
+        for slow, fast in zip(average.parameters(), vae.parameters(), strict=True):
+            slow.lerp_(fast, 1.0 - decay)
+
+
 def main() -> None:
     args = parse_args()
 
@@ -219,10 +227,7 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        decay = min(args.ema, step / (step + 10))
-        with torch.no_grad():
-            for slow, fast in zip(average.parameters(), vae.parameters(), strict=True):
-                slow.lerp_(fast, 1.0 - decay)
+        update_average(average, vae, min(args.ema, step / (step + 10)))
         if step % args.eval_every == 0:
             decibels = psnr(reconstruct(average, held_out[:32]), held_out[:32])
             minutes = (time.perf_counter() - started) / 60

@@ -201,11 +201,41 @@ def check_reload(tokenizer: T5Tokenizer, folder: Path, texts: list[str]) -> None
     assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"], "the tokenizer changed"
 
 
+def training_loss(
+    encoder: T5EncoderModel,
+    probes: torch.nn.ModuleDict,
+    tokens: dict[str, torch.Tensor],
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    """Mean cross entropy of the fields, for one padded batch."""
+    import torch
+    import torch.nn.functional as F
+
+    mask = tokens["attention_mask"]
+    longest = int(mask.sum(dim=1).max())
+    mask = mask[:, :longest]
+    states = encoder(tokens["input_ids"][:, :longest], mask).last_hidden_state
+    logits = probe(probes, states, mask)
+    losses = [F.cross_entropy(field, targets[:, i]) for i, field in enumerate(logits)]
+    return torch.stack(losses).mean()
+
+
+def report(
+    encoder: T5EncoderModel, probes: torch.nn.ModuleDict, tokenizer: T5Tokenizer, seed: int
+) -> None:
+    """Prints how well held-out captions are read."""
+    captions = make_captions(1_000, seed, held_out=True, per_scene=3)
+    tokens = dict(tokenizer([c.text for c in captions], padding=True, return_tensors="pt"))
+    accuracy, flawless = measure(encoder, probes, tokens, encode_answers(captions))
+    for name, value in zip(fields(), accuracy.tolist(), strict=True):
+        print(f"{name:16} {100 * value:6.2f} %")
+    print(f"held-out captions read without a mistake {100 * flawless:.2f} %")
+
+
 def main() -> None:
     args = parse_args()
 
     import torch
-    import torch.nn.functional as F
 
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
@@ -224,34 +254,23 @@ def main() -> None:
     encoder, probes = build_encoder(len(tokenizer)), build_probes()
     parameters = [*encoder.parameters(), *probes.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    shape = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
     for step in range(1, args.steps + 1):
         rows = torch.randint(len(texts), (args.batch_size,))
-        mask = tokens["attention_mask"][rows]
-        longest = int(mask.sum(dim=1).max())
-        mask = mask[:, :longest]
-        states = encoder(tokens["input_ids"][rows, :longest], mask).last_hidden_state
-        logits = probe(probes, states, mask)
-        losses = [F.cross_entropy(field, targets[rows, i]) for i, field in enumerate(logits)]
-        loss = torch.stack(losses).mean()
+        batch = {name: values[rows] for name, values in tokens.items()}
+        loss = training_loss(encoder, probes, batch, targets[rows])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        shape.step()
+        schedule.step()
         if step % 250 == 0:
             seconds = time.perf_counter() - started
             print(f"step {step} loss {loss.item():.4f} after {seconds:.0f} s", flush=True)
 
     encoder.half().save_pretrained(args.output / "text_encoder")
-    encoder.float()  # measures what was rounded to 16 bits
-    held_out = make_captions(1_000, args.seed, held_out=True, per_scene=3)
-    tokens = dict(tokenizer([c.text for c in held_out], padding=True, return_tensors="pt"))
-    accuracy, flawless = measure(encoder, probes, tokens, encode_answers(held_out))
-    for name, value in zip(fields(), accuracy.tolist(), strict=True):
-        print(f"{name:16} {100 * value:6.2f} %")
-    print(f"held-out captions read without a mistake {100 * flawless:.2f} %, "
-          f"{time.perf_counter() - started:.0f} s in all")  # fmt: skip
+    report(encoder.float(), probes, tokenizer, args.seed)  # what was rounded to 16 bits
+    print(f"{time.perf_counter() - started:.0f} s in all")
 
 
 if __name__ == "__main__":
