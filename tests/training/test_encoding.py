@@ -1,0 +1,67 @@
+import pytest
+import torch
+from PIL import Image
+
+from localdit.training.data import PictureDataset, Sample
+from localdit.training.encoding import CaptionCache, CaptionEncoder, LatentCache, encode_pictures
+from tests.tiny import tiny_components
+
+CAPTIONS = ["", "a red circle", "A Blue Star above the lake ", "a cat"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_components()
+
+
+@pytest.fixture
+def encode(parts):
+    return CaptionEncoder(parts["tokenizer"], parts["text_encoder"], max_length=120)
+
+
+def test_captions_are_encoded_as_the_pipeline_encodes_prompts(parts, encode):
+    from localdit import LocalDiTPipeline
+
+    states, mask = encode(CAPTIONS)
+    expected, expected_mask, _, _ = LocalDiTPipeline(**parts).encode_prompt(
+        CAPTIONS, do_classifier_free_guidance=False
+    )
+    length = states.shape[1]
+    assert torch.equal(mask, expected_mask[:, :length])
+    assert expected_mask[:, length:].sum() == 0
+    torch.testing.assert_close(states[mask.bool()], expected[expected_mask.bool()])
+
+
+def test_captions_are_cut(parts):
+    encode = CaptionEncoder(parts["tokenizer"], parts["text_encoder"], max_length=5)
+    assert encode(["a " * 50])[0].shape == (1, 5, 16)
+
+
+def test_cached_captions_are_the_encoded_ones(encode):
+    cache = CaptionCache([*CAPTIONS, *CAPTIONS], encode)
+    asked = [CAPTIONS[2], "", CAPTIONS[1], ""]
+    states, mask = cache(asked)
+    expected, expected_mask = encode(asked)
+    assert states.shape == (4, cache.PAD_MULTIPLE, 16)
+    assert torch.equal(mask.sum(dim=1), expected_mask.sum(dim=1))
+    torch.testing.assert_close(states[mask.bool()], expected[expected_mask.bool()])
+    assert (states[mask == 0] == 0).all()
+    assert len(cache.lengths) == len(CAPTIONS)
+
+
+def test_cached_latents_are_scaled_modes_in_the_order_of_the_samples(parts, tmp_path):
+    samples = []
+    for i, colour in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{i}.png")
+        samples.append(Sample(tmp_path / f"{i}.png", (colour,)))
+    pictures = PictureDataset(samples, 32)
+    cache = LatentCache(pictures, parts["vae"], num_workers=0)
+    assert len(cache) == 3
+    with torch.no_grad():
+        mode = parts["vae"].encode(pictures[2][1][None]).latent_dist.mode()
+    index, latents = cache[2]
+    assert index == 2
+    assert latents.shape == (4, 4, 4)
+    torch.testing.assert_close(latents, mode[0] * 0.13025, rtol=1e-4, atol=1e-5)
+    encoded = encode_pictures(parts["vae"], pictures[2][1][None])
+    torch.testing.assert_close(encoded[0], latents, rtol=1e-4, atol=1e-5)
