@@ -47,7 +47,7 @@ case "${1:-}" in
   "")
     set_up .
     say "Making pictures with the model in the box"
-    .venv/bin/python infer_t2i.py --model box --output output --grid
+    .venv/bin/python infer_t2i.py --model localdit/box --grid
     ;;
   test)
     set_up ".[dev]"

@@ -9,7 +9,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": {},
     # The model in the box: 128 x 128 pixels on a laptop's processor.
     "tiny": {
-        "num_attention_heads": 3,
+        "num_attention_heads": 4,
         "attention_head_dim": 48,
         "num_layers": 6,
         "sample_size": 16,
