@@ -176,6 +176,15 @@ def test_custom_timesteps_and_sigmas_are_taken(pipe, calls):
     assert len(calls) == 4 + euler.num_timesteps
 
 
+def test_noise_is_scaled_to_what_the_scheduler_starts_from(pipe, calls, seeded):
+    euler = LocalDiTPipeline(**{**pipe.components, "scheduler": EulerDiscreteScheduler()})
+    latents_of(euler, guidance_scale=1.0)
+    sigma = euler.scheduler.sigmas[0]
+    assert euler.scheduler.init_noise_sigma > 10
+    start = torch.randn(1, 4, 8, 8, generator=seeded()) * euler.scheduler.init_noise_sigma
+    torch.testing.assert_close(calls[0]["hidden_states"], start / (sigma**2 + 1).sqrt())
+
+
 def test_eta_reaches_a_scheduler_that_has_one(pipe):
     ddim = LocalDiTPipeline(**{**pipe.components, "scheduler": DDIMScheduler()})
     assert (latents_of(ddim, eta=1.0) - latents_of(ddim)).abs().max() > 1e-3

@@ -50,6 +50,13 @@ def test_it_samples_as_written_down(img2img, image, seeded):
     torch.testing.assert_close(made, latents, atol=1e-4, rtol=0)
 
 
+def test_the_autoencoders_shift_is_taken_off(img2img, image, seeded):
+    img2img.vae.register_to_config(shift_factor=0.5)
+    shifted = change(img2img, image, strength=0)
+    img2img.vae.register_to_config(shift_factor=None)
+    torch.testing.assert_close(shifted, encoded(img2img, image, seeded()) - 0.5 * 0.13025)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 20])
 @pytest.mark.parametrize("strength", [0.1, 0.29, 0.5, 0.8, 1.0])
 def test_the_last_steps_are_taken(img2img, steps, strength):
