@@ -103,6 +103,11 @@ def flat_name(name: str) -> str:
     return name.replace(_LOCAL_BIAS, "attn1.processor.local_rel_pos_bias")
 
 
+def name_is_of_processor(name: str) -> bool:
+    """Whether a parameter belongs to what flat checkpoints call `attn1.processor`."""
+    return flat_name(name) != name
+
+
 def common_prefix(names: Collection[str]) -> str:
     """What wrappers put in front of all names, e.g. "module._orig_mod."."""
     prefix = ""
@@ -233,10 +238,14 @@ def _tell(shapes: Mapping[str, tuple[int, ...]], num_layers: int, where: str) ->
     tell("proj_out.weight", out_channels=rows // patch_size**2)
 
     captions = "caption_projection.linear_1.weight"
-    channels = shape(captions, ndim=2)[1] if captions in shapes else None
-    tell("caption_projection.*", caption_channels=channels)
-    text = [f"transformer_blocks.0.attn2.{name}.weight" for name in ("to_k", "to_kv")]
-    tell(text[0], cross_attention_dim=shape(*text, ndim=2)[1])
+    if captions in shapes:
+        channels = shape(captions, ndim=2)[1]
+        tell(captions, caption_channels=channels, cross_attention_dim=dim)
+    else:
+        text = [f"transformer_blocks.0.attn2.{name}.weight" for name in ("to_k", "to_kv")]
+        text_dim = shape(*text, ndim=2)[1]
+        tell("caption_projection.*", caption_channels=None)
+        tell(text[0], cross_attention_dim=text_dim)
 
     sized = "adaln_single.emb.resolution_embedder."
     tell(f"{sized}*", use_additional_conditions=any(name.startswith(sized) for name in shapes))

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models import LocalDiTTransformer2DModel
 from ..models.attention import GlobalContext
-from .layout import Layout, Route, read_layout
+from .layout import Layout, Route, name_is_of_processor, read_layout
 from .reading import CheckpointFile, few
 from .report import CheckpointReport
 
@@ -73,8 +73,7 @@ def load_transformer(
             unexpected, of the wrong shape or not finite, or if an argument contradicts them.
         TypeError: for an unknown argument.
     """
-    if torch_dtype is not None and torch_dtype not in FLOATS:
-        raise ValueError(f"`torch_dtype` is {torch_dtype}; choose one of {_listed(FLOATS)}.")
+    require_float(torch_dtype)
     plan = make_plan(path, global_context, seed, overrides)
     dtype = torch_dtype or plan.dtype
     state = read_state(plan.file, plan.layout.routes, parameter_shapes(plan.model), dtype)
@@ -98,42 +97,25 @@ def make_plan(
     path: str | Path, global_context: str, seed: int | None, overrides: dict[str, Any]
 ) -> Plan:
     """Settle what becomes of a file, and refuse it unless every tensor has its place."""
-    if global_context not in ("fold", "draw"):
-        raise ValueError(f"`global_context` is {global_context!r}; choose 'fold' or 'draw'.")
-    if (global_context == "draw") != (seed is not None):
-        raise ValueError("`seed` goes with `global_context='draw'`: give both, or neither.")
     known = list(inspect.signature(LocalDiTTransformer2DModel.__init__).parameters)[1:]
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        raise TypeError(f"Unknown arguments {few(unknown)}; the model takes {', '.join(known)}.")
+    _require_sound_arguments(known, global_context, seed, overrides)
+    drawn = global_context == "draw"
 
     file = CheckpointFile(path)
     layout = read_layout(file.infos, str(path))
     released = not file.config and not any(layout.layer_types)
-    if global_context == "draw" and not released:
+    if drawn and not released:
         raise ValueError(
             f"{path} tells its attention by 'attn1.processor.*' tensors or by its configuration, "
             "so there is no global context to draw. Leave `global_context` out."
         )
     stored = {name: value for name, value in file.config.items() if name in known}
-    drawn = global_context == "draw"
-    config = _settle(layout, stored, overrides, drawn, str(path))
-    with init_empty_weights(include_buffers=False):
-        model = LocalDiTTransformer2DModel(**config)
+    model = empty_model(_settle(layout, stored, overrides, drawn, str(path)))
 
-    untrained = [
-        layer
-        for layer, block in enumerate(model.transformer_blocks)
-        if released and block.attn1.local_rel_pos_bias is not None
-    ]
     shapes = parameter_shapes(model)
-    absent = {
-        f"transformer_blocks.{layer}.attn1.{name}"
-        for layer in untrained
-        for name, _ in model.transformer_blocks[layer].attn1.named_parameters()
-        if name == "local_rel_pos_bias" or name.startswith("global_context.")
-    }
-    dtype = _check(file, layout, {n: s for n, s in shapes.items() if n not in absent})
+    supplied = [name for name in shapes if released and name_is_of_processor(name)]
+    layers = tuple(sorted({int(name.split(".")[1]) for name in supplied}))
+    dtype = _check(file, layout, {n: shape for n, shape in shapes.items() if n not in supplied})
     live = {route.source for route in layout.routes}
     report = CheckpointReport(
         path=file.path,
@@ -145,11 +127,23 @@ def make_plan(
         live_values=sum(file.infos[name].values for name in live),
         dead_values=sum(file.infos[name].values for name in layout.dead),
         dead_names=tuple(layout.dead),
-        zeroed_layers=tuple(untrained),
-        folded_layers=() if drawn else tuple(untrained),
-        drawn_layers=tuple(untrained) if drawn else (),
+        zeroed_layers=layers,
+        folded_layers=() if drawn else layers,
+        drawn_layers=layers if drawn else (),
     )
     return Plan(file, layout, model, dtype, report)
+
+
+def _require_sound_arguments(
+    known: list[str], global_context: str, seed: int | None, overrides: dict[str, Any]
+) -> None:
+    if global_context not in ("fold", "draw"):
+        raise ValueError(f"`global_context` is {global_context!r}; choose 'fold' or 'draw'.")
+    if (global_context == "draw") != (seed is not None):
+        raise ValueError("`seed` goes with `global_context='draw'`: give both, or neither.")
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        raise TypeError(f"Unknown arguments {few(unknown)}; the model takes {', '.join(known)}.")
 
 
 def _settle(
@@ -231,21 +225,25 @@ def read_state(
     by_source: dict[str, list[Route]] = {}
     for route in routes:
         by_source.setdefault(route.source, []).append(route)
-    state: dict[str, torch.Tensor] = {}
+    # All at once and first: interleaved with what is freed again, they would leave holes.
+    targets = dict.fromkeys(route.target for route in routes)
+    state = {target: torch.empty(shapes[target], dtype=dtype) for target in targets}
     for name, tensor in file.tensors(by_source):
         for route in by_source[name]:
-            if route.target not in state:
-                state[route.target] = torch.empty(shapes[route.target], dtype=dtype)
             rows = _part(state[route.target], route.target_part)
             rows.copy_(_part(tensor, route.source_part))
-            if not rows.isfinite().all():
-                as_dtype = f" as {dtype}" if tensor.isfinite().all() else ""
+            if not _is_finite(rows):
+                as_dtype = f" as {dtype}" if _is_finite(tensor) else ""
                 raise ValueError(
                     f"{file.path}: {name!r} has values that are not finite{as_dtype}. Expected "
                     "finite ones: the file is damaged, or the training went astray"
                     + (", or a wider `torch_dtype` is needed." if as_dtype else ".")
                 )
     return state
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bound.isfinite() for bound in tensor.aminmax())  # makes no copy, spreads NaN
 
 
 def _part(tensor: torch.Tensor, part: tuple[int, int]) -> torch.Tensor:
@@ -268,16 +266,28 @@ def _supply(
     if seed is None:
         return
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for layer in plan.report.drawn_layers:
             drawn = GlobalContext(heads, head_dim, config["window_size"])
             for name, tensor in drawn.state_dict().items():
                 state[f"transformer_blocks.{layer}.attn1.global_context.{name}"] = tensor.to(dtype)
 
 
+def empty_model(config: dict[str, Any]) -> LocalDiTTransformer2DModel:
+    """The model with its parameters on the meta device, and its buffers computed."""
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        return LocalDiTTransformer2DModel(**config)
+
+
 def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Shape of each parameter by name."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def require_float(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype that weights are not kept in."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"`torch_dtype` is {dtype}; choose one of {_listed(FLOATS)}.")
 
 
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -124,9 +124,9 @@ class CheckpointFile:
             what = f"refers to {found[1]!r}" if found else "is not a plain pickle of tensors"
             raise ValueError(
                 f"{self.path} {what}. Only tensors in plain dicts are read from a .pt file; "
-                "nothing in it was executed. If you trust its source, have it saved again as .safetensors."
+                "nothing in it was executed. Have it saved as .safetensors by somebody you trust."
             ) from error
-        except (RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # a foreign archive fails in any way it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"{self.path} is a truncated or damaged .pt file, or an archive of another kind, "
@@ -155,6 +155,8 @@ def _file_kind(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"PK\x03\x04"):
+        if path.suffix == ".safetensors":  # `torch.load` goes by that suffix, not by the content
+            raise ValueError(f"{path} is a .pt file by its content. Rename it to '*.pt'.")
         return "torch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
         return "safetensors"
@@ -181,8 +183,9 @@ def _unwrap(contents: Any, path: Path) -> tuple[dict[str, torch.Tensor], str | N
     wrapper = None
     if isinstance(contents, dict):
         for key in WRAPPERS:
-            if isinstance(contents.get(key), dict):
-                contents, wrapper = contents[key], key
+            inner = contents.get(key)
+            if isinstance(inner, dict) and inner:
+                contents, wrapper = inner, key
                 break
     if not isinstance(contents, dict):
         raise ValueError(

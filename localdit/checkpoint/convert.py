@@ -1,0 +1,199 @@
+"""Conversion between a checkpoint in one file and a Diffusers folder, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..models import LocalDiTTransformer2DModel
+from .layout import flat_name
+from .loading import (
+    empty_model,
+    inspect_checkpoint,
+    load_transformer,
+    parameter_shapes,
+    require_float,
+)
+from .reading import CONFIG_KEY, few
+from .report import CheckpointReport
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def convert_to_diffusers(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    global_context: str = "fold",
+    seed: int | None = None,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> CheckpointReport:
+    """Write a checkpoint in one file as the folder of a transformer.
+
+    The folder is written beside its place and renamed into it when it is complete.
+
+    Args:
+        checkpoint, torch_dtype, global_context, seed, **overrides: as for `load_transformer`. Live
+            values stay the same bit for bit, except those that folding halves and those that
+            `torch_dtype` rounds.
+        folder: where `config.json` and the weights go; it must not exist, or be empty.
+        overwrite: replace a folder that holds a LocalDiT transformer.
+
+    Returns:
+        What was found in the checkpoint, and what was made of it.
+
+    Raises:
+        FileExistsError: if `folder` is taken.
+        FileNotFoundError, TypeError, ValueError: as `load_transformer` does.
+        OSError: if the folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    _refuse_taken_folder(folder, overwrite)
+    report = inspect_checkpoint(checkpoint, global_context=global_context, seed=seed, **overrides)
+    with _beside(folder) as scratch:
+        model = load_transformer(
+            checkpoint,
+            torch_dtype=torch_dtype,
+            global_context=global_context,
+            seed=seed,
+            **overrides,
+        )
+        model.save_pretrained(scratch / "new")
+        for path in (scratch / "new").iterdir():
+            _sync(path)
+        if folder.exists():
+            os.replace(folder, scratch / "old")
+        os.replace(scratch / "new", folder)
+    return report
+
+
+def convert_to_single_file(
+    source: LocalDiTTransformer2DModel | str | Path,
+    path: str | Path,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> CheckpointReport:
+    """Write a transformer as one `.safetensors` file with the names of the reference.
+
+    The file also carries the model's configuration, so that what tensors do not tell comes back
+    from it. It is written beside its place and renamed into it when it is complete.
+
+    Args:
+        source: a model, its folder, or the folder of a pipeline with a `transformer` in it.
+        path: the file, named `*.safetensors`.
+        torch_dtype: dtype of the floating-point values; None keeps them as they are.
+        overwrite: replace a file that is there.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        FileExistsError: if `path` is taken.
+        FileNotFoundError: if `source` has no transformer in it.
+        ValueError: if `path` is not named `*.safetensors`, or the folder's tensors are not those
+            that its configuration asks for.
+        OSError: if the file cannot be written.
+    """
+    require_float(torch_dtype)
+    path = Path(path).absolute()
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise FileExistsError(f"{path} is there already. Choose another name, or overwrite it.")
+    if isinstance(source, LocalDiTTransformer2DModel):
+        config, state = dict(source.config), source.state_dict()
+    else:
+        config, state = _read_folder(Path(source))
+    state = {
+        flat_name(name): tensor.to("cpu", torch_dtype or tensor.dtype).contiguous()
+        for name, tensor in state.items()
+    }
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config, sort_keys=True)}
+    with _beside(path) as scratch:
+        save_file(state, scratch / path.name, metadata=metadata)
+        _sync(scratch / path.name)
+        os.replace(scratch / path.name, path)
+    return inspect_checkpoint(path)
+
+
+def _refuse_taken_folder(folder: Path, overwrite: bool) -> None:
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; expected the name of a folder to make.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} is not empty. Choose another name, or overwrite it.")
+    config = folder / "config.json"
+    if not config.exists() or LocalDiTTransformer2DModel.__name__ not in config.read_text():
+        raise FileExistsError(
+            f"{folder} holds something else than a LocalDiT transformer, which is not overwritten. "
+            "Choose another name."
+        )
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and tensors of a Diffusers folder, mapped into memory as they are stored."""
+    if (folder / "model_index.json").exists():
+        folder = folder / "transformer"
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no 'config.json': not the folder of a transformer.")
+    config = json.loads((folder / "config.json").read_text())
+    name = LocalDiTTransformer2DModel.__name__
+    if config.get("_class_name") != name:
+        raise ValueError(f"{folder} holds a {config.get('_class_name')!r}; expected {name!r}.")
+
+    state: dict[str, torch.Tensor] = {}
+    for shard in _shards(folder):
+        try:
+            with safe_open(os.fspath(shard), framework="pt") as file:
+                state.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is truncated or damaged ({error}).") from error
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    expected = parameter_shapes(empty_model(config))
+    wrong = [key for key in {**expected, **state} if (key in expected) != (key in state)]
+    wrong += [key for key, shape in expected.items() if key in state and state[key].shape != shape]
+    if wrong:
+        raise ValueError(
+            f"{folder}: {few(wrong)} missing, unexpected, or of another shape than its "
+            "'config.json' asks for."
+        )
+    return config, state
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / f"{WEIGHTS}.index.json"
+    names = {WEIGHTS}
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    shards = [folder / Path(name).name for name in sorted(names)]
+    absent = [shard.name for shard in shards if not shard.exists()]
+    if absent:
+        raise FileNotFoundError(f"{folder} lacks its weights {few(absent)}.")
+    return shards
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A scratch folder on the same disk as `path`, gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        yield Path(scratch)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

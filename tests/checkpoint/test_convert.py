@@ -1,0 +1,210 @@
+"""A checkpoint becomes a Diffusers folder and a file again, bit for bit, or nothing is written."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from localdit.checkpoint import (
+    convert_to_diffusers,
+    convert_to_single_file,
+    inspect_checkpoint,
+    load_transformer,
+)
+from localdit.checkpoint.__main__ import main
+from localdit.models import LocalDiTTransformer2DModel
+
+from .flat import flat_state, output, released_state, tiny_model
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
+        for name in left
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save(flat_state(tiny_model(use_global=True)), path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"use_global": True},
+        {"use_global": True, "layer_types": ["full", "local_global"], "do_rope": False},
+        {"layer_types": ["full", "full"], "sample_size": 32, "shift_schedule": "alternating"},
+    ],
+)
+def test_folder_to_file_to_folder_is_bit_exact(kind, dtype, tmp_path):
+    model = tiny_model(**kind).to(dtype)
+    model.save_pretrained(tmp_path / "first")
+    convert_to_single_file(tmp_path / "first", tmp_path / "w.safetensors")
+    assert same(load_file(tmp_path / "w.safetensors"), flat_state(model))
+    convert_to_diffusers(tmp_path / "w.safetensors", tmp_path / "second")
+    again = LocalDiTTransformer2DModel.from_pretrained(tmp_path / "second", torch_dtype=dtype)
+    assert same(again.state_dict(), model.state_dict())
+    for name in ("do_rope", "sample_size", "shift_schedule", "layer_types", "window_size"):
+        assert again.config[name] == model.config[name]
+    if dtype is torch.float32 and model.use_additional_conditions:
+        assert torch.equal(output(again), output(model))
+
+
+def test_the_released_kind_goes_round_once_folded(tmp_path):
+    save_file(released_state(tiny_model(window_size=4)), tmp_path / "released.safetensors")
+    report = convert_to_diffusers(tmp_path / "released.safetensors", tmp_path / "folder")
+    assert report.folded_layers == (0, 1) and report.dead_values == 2 * 5 * (24 * 24 + 24)
+    report = convert_to_single_file(tmp_path / "folder", tmp_path / "w.safetensors")
+    assert not report.folded_layers + report.zeroed_layers + report.dead_names
+    folded = load_transformer(tmp_path / "released.safetensors")
+    assert same(load_transformer(tmp_path / "w.safetensors").state_dict(), folded.state_dict())
+
+    convert_to_diffusers(
+        tmp_path / "released.safetensors", tmp_path / "drawn", global_context="draw", seed=3
+    )
+    assert LocalDiTTransformer2DModel.from_pretrained(tmp_path / "drawn").config.use_global
+
+
+def test_a_model_a_pipeline_folder_and_shards_are_sources(tmp_path):
+    model = tiny_model()
+    convert_to_single_file(model, tmp_path / "a.safetensors")
+    model.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="10KB")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    assert len(list((tmp_path / "pipeline" / "transformer").glob("*.safetensors"))) > 1
+    convert_to_single_file(tmp_path / "pipeline", tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_the_dtype_can_change_on_the_way(checkpoint, tmp_path):
+    convert_to_diffusers(checkpoint, tmp_path / "folder", torch_dtype=torch.float16)
+    stored = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    path = tmp_path / "w.safetensors"
+    report = convert_to_single_file(tmp_path / "folder", path, torch_dtype=torch.bfloat16)
+    assert report.dtype == "bfloat16"
+
+
+def test_what_is_there_is_not_overwritten_unless_told(checkpoint, tmp_path):
+    folder, path = tmp_path / "folder", tmp_path / "w.safetensors"
+    convert_to_diffusers(checkpoint, folder)
+    convert_to_single_file(folder, path)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        convert_to_diffusers(checkpoint, folder)
+    with pytest.raises(FileExistsError, match="is there already"):
+        convert_to_single_file(folder, path)
+    (folder / "stale").touch()
+    convert_to_diffusers(checkpoint, folder, overwrite=True)
+    convert_to_single_file(folder, path, overwrite=True)
+    names = {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {each.name for each in folder.iterdir()} == names
+    assert {each.name for each in tmp_path.iterdir()} == {"folder", "w.safetensors", "w.pt"}
+
+
+def test_another_folder_is_never_overwritten(checkpoint, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years")
+    with pytest.raises(FileExistsError, match="something else than a LocalDiT transformer"):
+        convert_to_diffusers(checkpoint, tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
+
+
+def test_a_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
+    folder, path = tmp_path / "folder", tmp_path / "w.safetensors"
+    convert_to_diffusers(checkpoint, folder)
+    convert_to_single_file(folder, path)
+    before = path.read_bytes()
+
+    def fail_half_way(self, where):
+        where.mkdir()
+        (where / "config.json").write_text("{")
+        raise OSError("No space left on device")
+
+    def fail_in_the_file(state, where, metadata):
+        where.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(LocalDiTTransformer2DModel, "save_pretrained", fail_half_way)
+    monkeypatch.setattr("localdit.checkpoint.convert.save_file", fail_in_the_file)
+    with pytest.raises(OSError, match="No space"):
+        convert_to_diffusers(checkpoint, folder, overwrite=True)
+    with pytest.raises(OSError, match="No space"):
+        convert_to_single_file(folder, path, overwrite=True)
+    LocalDiTTransformer2DModel.from_pretrained(folder)
+    assert path.read_bytes() == before
+    assert {each.name for each in tmp_path.iterdir()} == {"folder", "w.safetensors", "w.pt"}
+
+
+def test_folders_that_are_not_whole_are_refused(tmp_path):
+    folder = tmp_path / "folder"
+    tiny_model().save_pretrained(folder)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(error, message):
+        with pytest.raises(error, match=message):
+            convert_to_single_file(folder, tmp_path / "w.safetensors")
+        assert not (tmp_path / "w.safetensors").exists()
+
+    state = load_file(weights)
+    save_file({n: t for n, t in state.items() if n != "proj_out.bias"}, weights)
+    refused(ValueError, "'proj_out.bias' missing, unexpected, or of another shape")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(ValueError, "diffusion_pytorch_model.safetensors is truncated")
+    weights.unlink()
+    refused(FileNotFoundError, "lacks its weights 'diffusion_pytorch_model.safetensors'")
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "UNet2DModel"}))
+    refused(ValueError, "holds a 'UNet2DModel'; expected 'LocalDiT")
+    (folder / "config.json").unlink()
+    refused(FileNotFoundError, "has no 'config.json'")
+    with pytest.raises(ValueError, match=r"is not named '\*.safetensors'"):
+        convert_to_single_file(folder, tmp_path / "w.pt")
+
+
+def test_the_command_goes_both_ways(checkpoint, tmp_path, capsys):
+    folder, path = tmp_path / "folder", tmp_path / "w.safetensors"
+    assert main([str(checkpoint)]) == 0
+    assert str(inspect_checkpoint(checkpoint)) in capsys.readouterr().out
+    assert main([str(checkpoint), str(folder), "--dtype", "bfloat16"]) == 0
+    assert "live values" in (out := capsys.readouterr().out) and f"Wrote {folder}" in out
+    assert main([str(folder), str(path)]) == 0
+    expected = {n: t.bfloat16() for n, t in torch.load(checkpoint, weights_only=True).items()}
+    assert same(load_file(path), expected)
+
+
+def test_the_command_tells_mistakes_in_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "page.pt").write_text("<html>404</html>")
+    (tmp_path / "folder").mkdir()
+    for arguments in (
+        [tmp_path / "absent.pt", tmp_path / "new"],
+        [tmp_path / "page.pt", tmp_path / "new"],
+        [checkpoint, tmp_path / "new", "--global-context", "draw", "--seed", "1"],
+        [tmp_path / "folder"],
+        [tmp_path / "folder", tmp_path / "w.safetensors"],
+        [checkpoint, checkpoint],
+    ):
+        assert main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_imports_nothing_heavy():
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "localdit.checkpoint", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--global-context" in result.stdout
+    assert "torch" not in result.stderr
+    assert time.monotonic() - start < 5
