@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
                         help="weight of the correlations between latent channels")  # fmt: skip
     parser.add_argument("--init", type=Path, help="folder of an autoencoder to go on from")
     parser.add_argument("--decoder-only", action="store_true",
-                        help="with --init: keep the encoder, so that latents stay the same")  # fmt: skip
+                        help="keep the encoder of --init, and so the latents")  # fmt: skip
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--eval-every", type=int, default=500, help="steps between PSNR prints")
