@@ -31,6 +31,7 @@ def main() -> None:
     )
     device = accelerator.device
     rank, num_processes = accelerator.process_index, accelerator.num_processes
+    bf16 = accelerator.mixed_precision == "bf16"
     run = RunFolder(args.output)
     if accelerator.is_main_process:
         run.create(vars(args))
@@ -58,7 +59,7 @@ def main() -> None:
     )
     if args.cache_latents:
         dataset = encoding.LatentCache(
-            pictures, encoders.vae, args.num_workers, rank, num_processes
+            pictures, encoders.vae, args.num_workers, bf16, rank, num_processes
         )
         captions = ["", *(caption for sample in samples for caption in sample.captions)]
         encode_captions = encoding.CaptionCache(captions, encode_captions, rank, num_processes)
@@ -106,7 +107,7 @@ def main() -> None:
                 indices, latents = next(batches)
                 latents = latents.to(device, non_blocking=True)
                 if not args.cache_latents:
-                    latents = encoding.encode_pictures(encoders.vae, latents)
+                    latents = encoding.encode_pictures(encoders.vae, latents, bf16)
                 text, text_mask = encode_captions(
                     data.draw_captions(samples, indices.tolist(), args.token_dropout, rng)
                 )

@@ -52,7 +52,7 @@ def load_encoders(args: argparse.Namespace, text_dtype: torch.dtype) -> Encoders
         ),
     )
     encoders.text_encoder.eval().requires_grad_(False)
-    encoders.vae.eval().requires_grad_(False)
+    encoders.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return encoders
 
 

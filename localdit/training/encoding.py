@@ -24,9 +24,10 @@ ENCODING_BATCH_SIZE = 32
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool = False) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] to the posterior's mode, scaled: (B, C, H / 8, W / 8)."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    with torch.autocast(vae.device.type, torch.bfloat16, enabled=bf16):
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     return (posterior.mode() * vae.config.scaling_factor).float()
 
 
@@ -105,14 +106,17 @@ class LatentCache(Dataset[tuple[int, torch.Tensor]]):
         pictures: PictureDataset,
         vae: AutoencoderKL,
         num_workers: int,
+        bf16: bool = False,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
         bounds = [len(pictures) * process // num_processes for process in range(num_processes + 1)]
         share = Subset(pictures, range(bounds[rank], bounds[rank + 1]))
-        loader = DataLoader(share, ENCODING_BATCH_SIZE, num_workers=num_workers)
+        # On a CPU the activations of a few pictures fit its caches; those of many do not.
+        batch_size = 2 if vae.device.type == "cpu" else ENCODING_BATCH_SIZE
+        loader = DataLoader(share, batch_size, num_workers=num_workers)
         batches = tqdm(loader, "Encoding pictures", disable=rank > 0)
-        latents = [encode_pictures(vae, pixels).cpu() for _, pixels in batches]
+        latents = [encode_pictures(vae, pixels, bf16).cpu() for _, pixels in batches]
         self.latents = torch.cat(gather_object(latents))
 
     def __len__(self) -> int:
