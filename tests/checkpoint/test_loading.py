@@ -208,7 +208,7 @@ def test_folding_is_the_mean_over_random_global_contexts(released):
     small = {"sample_size": 2}  # a small position embedding, which is not used here
     draws = []
     with torch.no_grad():
-        for seed in range(200):
+        for seed in range(64):
             model = load_transformer(released, global_context="draw", seed=seed, **small)
             draws.append(model.transformer_blocks[1].attn1(hidden_states, 8, 8))
         attn = load_transformer(released, **small).transformer_blocks[1].attn1
@@ -222,13 +222,14 @@ def test_folding_is_the_mean_over_random_global_contexts(released):
     def deviation(expected):
         return ((draws.mean(0) - expected) / standard_error).square().mean()
 
+    print(f"squared deviation {deviation(folded):.2f}, without folding {deviation(unfolded):.0f}")
     # Of order one where the expectation is right, and far off where it is not.
     assert 0.3 < deviation(folded) < 2.5
-    assert deviation(unfolded) > 100
+    assert deviation(unfolded) > 30
     # In expectation two draws are twice as far from each other as either is from the mean.
     to_mean = (draws - folded).square().mean()
     apart = (draws[::2] - draws[1::2]).square().mean()
-    assert 1.7 < apart / to_mean < 2.3
+    assert 1.6 < apart / to_mean < 2.4
 
 
 def test_drawing_is_told_by_the_seed_and_leaves_the_generator_alone(released):
