@@ -1,6 +1,6 @@
 """Scores pictures that a pipeline draws for held-out captions, from their pixels.
 
-    python recipes/box/score.py --pipeline output/box/pipeline --output output/box/score
+    python recipes/box/score.py --pipeline localdit/box --output output/box/score
 
 Writes `score.json`, `score.md` (a table) and `samples.png` (the first pictures) into the folder.
 With `--vae` the pictures are the true drawings passed through an autoencoder instead: the upper
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--pipeline", type=Path, help="folder of the pipeline to score")
     source.add_argument("--vae", type=Path, help="folder of the autoencoder to score")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=int, default=200, help="number of held-out captions")
+    parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
     parser.add_argument("--trained-on", action="store_true",
                         help="captions of combinations seen in training instead")  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="inference steps")
@@ -106,22 +106,38 @@ def contact_sheet(pictures: list[Image.Image], columns: int = 8, rows: int = 6) 
     return sheet
 
 
-def table(scores: dict[str, float], count: int) -> str:
-    rows = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in scores.items())
-    return f"| attribute | right, of {count} pictures |\n|---|---|\n{rows}\n"
+def group_means(scenes: list[Scene], scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean scores of the scenes with one object, and of those with two."""
+    from localdit.scenes.score import mean_scores
+
+    groups: dict[str, list[dict[str, float]]] = {"one object": [], "two objects": []}
+    for scene, score in zip(scenes, scores, strict=True):
+        groups["one object" if len(scene.objects) == 1 else "two objects"].append(score)
+    return {f"{name} ({len(group)})": mean_scores(group) for name, group in groups.items()}
+
+
+def table(means: dict[str, dict[str, float]]) -> str:
+    """A Markdown table, a column for each group."""
+    from localdit.scenes.score import ATTRIBUTES
+
+    lines = [f"| right, of captions with | {' | '.join(means)} |", "|---" * (len(means) + 1) + "|"]
+    for name in ATTRIBUTES:
+        shares = [f"{100 * group[name]:.1f} %" if name in group else "" for group in means.values()]
+        lines.append(f"| {name} | {' | '.join(shares)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     args = parse_args()
 
-    from localdit.scenes.score import mean_scores, score_picture
+    from localdit.scenes.score import score_picture
 
     scenes, texts = prompts(args.count, args.seed, held_out=not args.trained_on)
     started = time.perf_counter()
     pictures = reconstruct(scenes, args.vae) if args.vae else generate(texts, args)
     seconds = time.perf_counter() - started
     scores = [score_picture(*pair) for pair in zip(pictures, scenes, strict=True)]
-    means = mean_scores(scores)
+    means = group_means(scenes, scores)
 
     args.output.mkdir(parents=True, exist_ok=True)
     report = {
@@ -134,9 +150,9 @@ def main() -> None:
         ],
     }
     (args.output / "score.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    (args.output / "score.md").write_text(table(means, args.count), "utf-8")
+    (args.output / "score.md").write_text(table(means), "utf-8")
     contact_sheet(pictures).save(args.output / "samples.png")
-    print(table(means, args.count) + f"\n{seconds / args.count:.2f} s per picture")
+    print(table(means) + f"\n{seconds / args.count:.2f} s per picture")
 
 
 if __name__ == "__main__":

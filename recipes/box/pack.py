@@ -1,0 +1,65 @@
+"""Packs the pipeline that training left into the package, with weights of 16 bits.
+
+    python recipes/box/pack.py --pipeline output/box/run/final --output localdit/box
+
+Where the files were made is left out of them, and the tokenizer is named so that Transformers 4 and
+5 both find it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, replaced")
+    return parser.parse_args()
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set entries of a JSON file; None removes one."""
+    entries = json.loads(path.read_text("utf-8")) | changes
+    for name in [name for name, value in changes.items() if value is None]:
+        del entries[name]
+    path.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
+
+
+def main() -> None:
+    args = parse_args()
+
+    import torch
+
+    from localdit.pipelines import LocalDiTPipeline
+
+    pipe = LocalDiTPipeline.from_pretrained(args.pipeline)
+    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
+        part.to(torch.float16)
+    new = args.output.with_name(args.output.name + ".new")
+    pipe.save_pretrained(new)
+
+    for config in new.glob("*/config.json"):
+        edit_json(config, _name_or_path=None)
+    tokenizer = "T5TokenizerFast"
+    edit_json(new / "model_index.json", _name_or_path=None, tokenizer=["transformers", tokenizer])
+    edit_json(
+        new / "tokenizer" / "tokenizer_config.json",
+        tokenizer_class=tokenizer,
+        extra_special_tokens=None,
+        backend=None,
+    )
+    shutil.rmtree(args.output, ignore_errors=True)
+    new.rename(args.output)
+    size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
+    print(f"{args.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
