@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Rebuilds the model in the box from nothing, into output/box and localdit/box; see README.md.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+out=output/box
+# Large temporaries stay with the process instead of being faulted in again and again.
+export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000
+export OMP_NUM_THREADS=1
+
+python recipes/box/draw_scenes.py --output $out/scenes
+python recipes/box/train_text_encoder.py --output $out
+python recipes/box/train_autoencoder.py --output $out/vae_first
+python recipes/box/train_autoencoder.py --init $out/vae_first --output $out/vae \
+  --decorrelate 0.1 --latent-noise 0.4 --steps 2000 --lr 1e-3 --ema 0.995 --seed 1
+
+# One process per core; `accelerate launch` starts several processes on GPUs only.
+ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py --mixed-precision bf16 \
+  --data-root $out/scenes --image-size 128 --transformer-config tiny \
+  --vae $out/vae --text-encoder $out/text_encoder --tokenizer $out/tokenizer \
+  --cache-latents --num-workers 0 --prediction-type v_prediction \
+  --batch-size 64 --max-train-steps 5000 --learning-rate 2e-3 --lr-schedule cosine \
+  --warmup-steps 200 --gradient-clip 1.0 --token-dropout 0.1 --ema-decay 0.999 \
+  --output $out/run
+
+python recipes/box/pack.py --pipeline $out/run/final --output localdit/box
+python recipes/box/score.py --pipeline localdit/box --output $out/score --count 1000
