@@ -159,6 +159,11 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.use_additional_conditions = (
             sample_size == 128 if use_additional_conditions is None else use_additional_conditions
         )
+        if self.use_additional_conditions and dim % 3:
+            raise ValueError(
+                f"num_attention_heads * attention_head_dim is {dim}; with `use_additional_conditions` "
+                "it has to be a multiple of 3: height, width and aspect ratio take a third each."
+            )
         self.gradient_checkpointing = False
 
         if interpolation_scale is None:

@@ -143,6 +143,7 @@ def test_without_caption_projection():
     [
         ({"norm_type": "layer_norm"}, "'layer_norm'.*'ada_norm_single'"),
         ({"cross_attention_dim": 32}, "is 32, .*= 24"),
+        ({"attention_head_dim": 16, "use_additional_conditions": True}, "is 32; .*multiple of 3"),
         ({"window_size": 0}, "`window_size` is 0.*at least 1"),
         ({"layer_types": ["local"]}, "names 1 layers, but `num_layers` is 5"),
         ({"layer_types": ["local"] * 4 + ["local_global"]}, "`use_global` is False"),
