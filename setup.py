@@ -21,7 +21,7 @@ setup(
     package_data={"localdit": ["py.typed", "box/**/*"]},
     install_requires=[
         "torch>=2.6",  # before, `weights_only=True` could be bypassed
-        "diffusers>=0.35.2",
+        "diffusers>=0.36",
         "transformers>=4.48",
         "accelerate>=1.0",
         "einops>=0.6",

@@ -174,12 +174,15 @@ def test_help_answers_at_once():
 def test_two_processes_see_what_one_sees(train, workplace, tmp_path):
     alone = train("alone", "--batch-size", "4", "--token-dropout", "0")
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "train.py",
-        *options(workplace, tmp_path / "both", "--batch-size", "2", "--token-dropout", "0"),
-        "--cache-latents",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "train.py", *options(workplace, tmp_path / "both", "--batch-size", "2"),
+        "--token-dropout", "0", "--cache-latents",
     ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    printed = subprocess.run(
+        command, cwd=ROOT, check=True, env=environment, capture_output=True, text=True
+    )
+    assert "2 processes on cpu; 2 x 2 x 1 pictures to a step" in printed.stdout
     both = tmp_path / "both"
     assert [line["step"] for line in metrics(both)] == [1, 2, 3]
     # The first loss is the mean square of the noise, whoever draws it; each rank draws its own.

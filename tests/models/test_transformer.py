@@ -30,12 +30,12 @@ def make(**changes):
 
 def inputs(height=16, width=16, batch_size=2, dtype=torch.float32, conditions=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    random = {"generator": generator, "dtype": dtype}
+    # Drawn in float32 and then cast: another dtype draws other numbers.
     mask = torch.ones(batch_size, 7, dtype=torch.int64)
     mask[0, 4:] = 0
     result = {
-        "hidden_states": torch.randn(batch_size, 4, height, width, **random),
-        "encoder_hidden_states": torch.randn(batch_size, 7, 16, **random),
+        "hidden_states": torch.randn(batch_size, 4, height, width, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(batch_size, 7, 16, generator=generator).to(dtype),
         "timestep": torch.tensor([900, 20, 300, 7])[:batch_size],
         "encoder_attention_mask": mask,
     }
