@@ -33,8 +33,9 @@ def main() -> None:
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     bf16 = accelerator.mixed_precision == "bf16"
     accelerator.print(
-        f"{len(samples):,} pictures; {num_processes} processes on {device.type}; {args.batch_size} x "
-        f"{num_processes} x {args.gradient_accumulation_steps} pictures to a step"
+        f"{len(samples):,} pictures; {num_processes} processes on {device.type}; "
+        f"{args.batch_size} x {num_processes} x {args.gradient_accumulation_steps} pictures to a "
+        "step"
     )
     run = RunFolder(args.output)
     if accelerator.is_main_process:
