@@ -161,8 +161,9 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         )
         if self.use_additional_conditions and dim % 3:
             raise ValueError(
-                f"num_attention_heads * attention_head_dim is {dim}; with `use_additional_conditions` "
-                "it has to be a multiple of 3: height, width and aspect ratio take a third each."
+                f"num_attention_heads * attention_head_dim is {dim}; with "
+                "`use_additional_conditions` it has to be a multiple of 3: height, width and "
+                "aspect ratio take a third each."
             )
         self.gradient_checkpointing = False
 

@@ -1,0 +1,49 @@
+"""The weights of the global context: what a window learns of the rest of the map."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class SqueezeExcitation(nn.Module):
+    """Scale each channel by a gate read off all their means (Hu et al., 2018, section 3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels // 4, bias=False),
+            nn.GELU(),
+            nn.Linear(channels // 4, channels, bias=False),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.fc(x.mean(dim=(2, 3))).sigmoid()
+        return x * gate[:, :, None, None]
+
+
+class QueryFeatures(nn.Module):
+    """`x + Conv1x1(SE(GELU(DepthwiseConv3x3(x))))` on a map `(B, C, H, W)`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            nn.GELU(),
+            SqueezeExcitation(channels),
+            nn.Conv2d(channels, channels, 1, bias=False),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x)
+
+
+class GlobalContext(nn.Module):
+    """Weights of the global context: features of the whole map's queries, keys and values."""
+
+    def __init__(self, num_heads: int, head_dim: int, window_size: int) -> None:
+        super().__init__()
+        dim = num_heads * head_dim
+        self.query_feat_extract = nn.Sequential(QueryFeatures(dim), QueryFeatures(dim))
+        self.to_global_kv = nn.Linear(dim, 2 * dim)
+        self.global_rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
