@@ -10,9 +10,7 @@ export OMP_NUM_THREADS=1
 
 python recipes/box/draw_scenes.py --output $out/scenes
 python recipes/box/train_text_encoder.py --output $out
-python recipes/box/train_autoencoder.py --output $out/vae_first
-python recipes/box/train_autoencoder.py --init $out/vae_first --output $out/vae \
-  --decorrelate 0.1 --latent-noise 0.4 --steps 2000 --lr 1e-3 --ema 0.995 --seed 1
+python recipes/box/train_autoencoder.py --output $out/vae
 
 # One process per core; `accelerate launch` starts several processes on GPUs only.
 ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py --mixed-precision bf16 \
