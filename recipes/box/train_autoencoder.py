@@ -1,13 +1,9 @@
 """Trains the small autoencoder of the model in the box on drawn scenes.
 
-    python recipes/box/train_autoencoder.py --output output/box/vae_first
-    python recipes/box/train_autoencoder.py --init output/box/vae_first --output output/box/vae \\
-        --decorrelate 0.1 --latent-noise 0.4 --steps 2000 --lr 1e-3 --ema 0.995 --seed 1
+    python recipes/box/train_autoencoder.py --output output/box/vae
 
-The first run learns to draw sharp pictures, the second to spread their contents over the latent
-channels, so that the decoder stands a denoiser's errors. Each writes a folder that
-`diffusers.AutoencoderKL.from_pretrained` reads, with 16-bit weights, and in it
-`reconstructions.png`: held-out scenes above their reconstructions.
+Writes a folder that `diffusers.AutoencoderKL.from_pretrained` reads, with 16-bit weights, and
+next to it `reconstructions.png`: held-out scenes above their reconstructions.
 """
 
 from __future__ import annotations
@@ -51,25 +47,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--latent-noise", type=float, default=0.12, help="largest added noise, "
                         "in standard deviations of the latents")  # fmt: skip
     parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the KL term")
-    parser.add_argument("--decorrelate", type=float, default=0.0,
-                        help="weight of the correlations between latent channels")  # fmt: skip
-    parser.add_argument("--init", type=Path, help="folder of an autoencoder to go on from")
-    parser.add_argument("--decoder-only", action="store_true",
-                        help="keep the encoder of --init, and so the latents")  # fmt: skip
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--eval-every", type=int, default=500, help="steps between PSNR prints")
     return parser.parse_args()
 
 
-def build_autoencoder(init: Path | None = None) -> AutoencoderKL:
+def build_autoencoder() -> AutoencoderKL:
     """8x downsampling in four levels of convolutions; 1.6M parameters."""
     import torch
     from diffusers import AutoencoderKL
 
-    if init is not None:
-        vae = AutoencoderKL.from_pretrained(init, torch_dtype=torch.float32)
-        return vae.to(memory_format=torch.channels_last)
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64, 96),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -132,24 +120,20 @@ def reconstruction_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.
 
 
 def training_loss(
-    vae: AutoencoderKL, pixels: torch.Tensor, args: argparse.Namespace
+    vae: AutoencoderKL, pixels: torch.Tensor, latent_noise: float, kl_weight: float
 ) -> torch.Tensor:
-    """Reconstruction from noisy latents + KL + squared correlations of the latent channels."""
     import torch
 
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(pixels).latent_dist
         # Noise beyond the posterior's own, so that a denoiser's small errors stay small.
-        level = args.latent_noise * torch.rand(len(pixels), 1, 1, 1)
+        level = latent_noise * torch.rand(len(pixels), 1, 1, 1)
         spread = posterior.mean.detach().float().std(dim=(0, 2, 3), keepdim=True)
         latents = posterior.sample() + level * spread * torch.randn(posterior.mean.shape)
         decoded = vae.decode(latents).sample
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1.0)
     kl = kl - 0.5 * posterior.logvar.float()
-    channels = posterior.mean.float().transpose(0, 1).flatten(1)  # (c, b * h * w)
-    correlations = torch.corrcoef(channels) - torch.eye(LATENT_CHANNELS)
-    loss = reconstruction_loss(decoded.float(), pixels) + args.kl_weight * kl.mean()
-    return loss + args.decorrelate * correlations.square().mean()
+    return reconstruction_loss(decoded.float(), pixels) + kl_weight * kl.mean()
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -223,11 +207,8 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     pictures, centres = draw_pictures(args.scenes, args.seed, held_out=False)
     held_out = to_tensor(draw_pictures(128, args.seed, held_out=True)[0])
-    vae = build_autoencoder(args.init)
+    vae = build_autoencoder()
     average = copy.deepcopy(vae)
-    if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
     )
@@ -239,7 +220,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, args.lr)
         pixels = random_crops(pictures, centres, stage, rng)
-        loss = training_loss(vae, pixels, args)
+        loss = training_loss(vae, pixels, args.latent_noise, args.kl_weight)
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
@@ -254,8 +235,7 @@ def main() -> None:
                   f"after {minutes:.1f} min", flush=True)  # fmt: skip
             average.save_pretrained(args.output.with_name(args.output.name + "_unfinished"))
 
-    if not args.decoder_only:
-        standardise_latents(average, to_tensor(pictures[:512]))
+    standardise_latents(average, to_tensor(pictures[:512]))
     average.half().save_pretrained(args.output)
     average.float()  # evaluates what was rounded to 16 bits
     decoded = reconstruct(average, held_out)
