@@ -35,8 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trained-on", action="store_true",
                         help="captions of combinations seen in training instead")  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="inference steps")
-    parser.add_argument("--guidance-scale", type=float, default=None,
-                        help="guidance; the pipeline's own default if left out")  # fmt: skip
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="weight of the caption")
     parser.add_argument("--batch-size", type=int, default=10, help="captions per call")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
     parser.add_argument("--device", default="cpu", help="device to draw on")
@@ -62,7 +61,6 @@ def generate(texts: list[str], args: argparse.Namespace) -> list[Image.Image]:
 
     pipe = LocalDiTPipeline.from_pretrained(args.pipeline).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    chosen = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     pictures: list[Image.Image] = []
     for start in range(0, len(texts), args.batch_size):
         batch = texts[start : start + args.batch_size]
@@ -70,7 +68,7 @@ def generate(texts: list[str], args: argparse.Namespace) -> list[Image.Image]:
         generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pictures += pipe(
             batch, height=SIDE, width=SIDE, num_inference_steps=args.steps,
-            generator=generator, **chosen,
+            generator=generator, guidance_scale=args.guidance_scale,
         ).images  # fmt: skip
     return pictures
 
