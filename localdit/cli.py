@@ -61,7 +61,7 @@ SCENES = Preset(
     ],
     i2i=["a large green circle at the top left on a yellow background"],
     negative_prompt="",
-    config={"guidance_scale": 3.0},
+    config={"guidance_scale": 2.0},
 )
 
 

@@ -14,6 +14,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+# What Transformers writes of the tokenizer's latest call, and Transformers 4 may not read.
+CALL_SETTINGS = (
+    "backend", "extra_special_tokens", "is_local", "local_files_only", "max_length",
+    "pad_to_multiple_of", "pad_token_type_id", "padding_side", "stride", "truncation_side",
+    "truncation_strategy",
+)  # fmt: skip
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -28,7 +35,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Set entries of a JSON file; None removes one."""
     entries = json.loads(path.read_text("utf-8")) | changes
     for name in [name for name, value in changes.items() if value is None]:
-        del entries[name]
+        entries.pop(name, None)
     path.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
 
 
@@ -42,18 +49,21 @@ def main() -> None:
     pipe = LocalDiTPipeline.from_pretrained(args.pipeline)
     for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
         part.to(torch.float16)
+    pipe.tokenizer.backend_tokenizer.no_truncation()
+    pipe.tokenizer.backend_tokenizer.no_padding()
     new = args.output.with_name(args.output.name + ".new")
     pipe.save_pretrained(new)
 
     for config in new.glob("*/config.json"):
         edit_json(config, _name_or_path=None)
+    # Transformers loads in the dtype that stands here, Diffusers in float32.
+    edit_json(new / "text_encoder" / "config.json", dtype="float32")
     tokenizer = "T5TokenizerFast"
     edit_json(new / "model_index.json", _name_or_path=None, tokenizer=["transformers", tokenizer])
     edit_json(
         new / "tokenizer" / "tokenizer_config.json",
         tokenizer_class=tokenizer,
-        extra_special_tokens=None,
-        backend=None,
+        **dict.fromkeys(CALL_SETTINGS),
     )
     shutil.rmtree(args.output, ignore_errors=True)
     new.rename(args.output)

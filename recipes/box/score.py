@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trained-on", action="store_true",
                         help="captions of combinations seen in training instead")  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="inference steps")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="weight of the caption")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="weight of the caption")
     parser.add_argument("--batch-size", type=int, default=10, help="captions per call")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
     parser.add_argument("--device", default="cpu", help="device to draw on")
