@@ -1,5 +1,6 @@
 """load_model from every kind of source, laid out as the hub's, and what it says when parts lack."""
 
+import importlib.metadata
 import importlib.util
 import shutil
 import warnings
@@ -265,6 +266,11 @@ def test_quantization_is_asked_of_transformers(hub, monkeypatch, checkpoint):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: name == "bitsandbytes" or find_spec(name)
+    )
+    # Transformers 4 looks at the installed version as well.
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda n: "1.0" if n == "bitsandbytes" else version(n)
     )
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", from_pretrained)
     config = local_config(hub, checkpoint, text_encoder_quantization="4bit")

@@ -46,7 +46,9 @@ def load_encoders(args: argparse.Namespace, text_dtype: torch.dtype) -> Encoders
     vae = args.pretrained or args.vae
     encoders = Encoders(
         AutoTokenizer.from_pretrained(**_source(tokenizer, "tokenizer")),
-        T5EncoderModel.from_pretrained(**_source(text_encoder, "text_encoder"), dtype=text_dtype),
+        T5EncoderModel.from_pretrained(
+            **_source(text_encoder, "text_encoder"), torch_dtype=text_dtype
+        ),
         AutoencoderKL.from_pretrained(
             **_source(vae, "vae", hub_subfolder="vae"), torch_dtype=torch.float32
         ),
