@@ -4,8 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 out=output/box
-# Large temporaries stay with the process instead of being faulted in again and again.
-export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 export OMP_NUM_THREADS=1
 
 python recipes/box/draw_scenes.py --output $out/scenes
