@@ -48,11 +48,13 @@ case "${1:-}" in
     set_up .
     say "Making pictures with the model in the box"
     .venv/bin/python infer_t2i.py --model localdit/box --grid
+    say "Done: the pictures are in $PWD/output"
     ;;
   test)
     set_up ".[dev]"
     say "Running the tests"
     .venv/bin/python -m pytest
+    say "Done: the tests pass"
     ;;
   *)
     fail "unknown argument '$1'; usage: ./quickstart.sh [test]"
