@@ -5,8 +5,9 @@ The names below are imported when they are first used, so that the prompt helper
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .image_to_image import LocalDiTImg2ImgPipeline
@@ -19,11 +20,7 @@ _HOMES = {
 
 __all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTPipeline"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
