@@ -18,7 +18,8 @@ def main() -> None:
     from torch.utils.data import DataLoader, Dataset
     from tqdm import tqdm
 
-    from localdit.training import components, data, encoding, objective
+    from localdit.training import components, encoding, objective
+    from localdit.training import data_old as data
     from localdit.training.ema import ExponentialMovingAverage
     from localdit.training.run import Metrics, RunFolder, make_pipeline, require_finite
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from localdit.pipelines.prompts import preprocess
-from localdit.training.data import PictureDataset
+from localdit.training.data_old import PictureDataset
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from localdit.training.data import PictureDataset, Sample
+from localdit.training.data_old import PictureDataset, Sample
 from localdit.training.encoding import CaptionCache, CaptionEncoder, LatentCache, encode_pictures
 from tests.tiny import tiny_components
 

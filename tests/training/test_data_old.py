@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from localdit.training.data import (
+from localdit.training.data_old import (
     PictureDataset,
     Sample,
     ShuffledBatches,
