@@ -16,9 +16,10 @@ def initialize_weights(transformer: LocalDiTTransformer2DModel) -> None:
     """Initialise a new transformer in place, as DiT (Peebles & Xie, 2023) and PixArt are.
 
     Linear layers are Xavier-uniform with zero bias, and so is the patch embedding, a convolution
-    that acts as one. The time embedding, the AdaLN layer and the caption projection start with
-    weights of standard deviation 0.02. Cross-attention's output, the output layer and the relative
-    position biases start at zero: the untrained model predicts zero, and ignores the text.
+    that acts as one. The embeddings of time and size, the AdaLN layer and the caption projection
+    start with weights of standard deviation 0.02. Cross-attention's output, the output layer and
+    the relative position biases start at zero: the untrained model predicts zero, and ignores the
+    text. Everything else stays as it was constructed.
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear):

@@ -11,8 +11,8 @@ from localdit.training.initialization import initialize_weights
 def transformer():
     torch.manual_seed(0)
     model = LocalDiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=32, num_layers=2, sample_size=8,
-        caption_channels=48, use_global=True,
+        num_attention_heads=3, attention_head_dim=32, num_layers=2, sample_size=8,
+        caption_channels=48, use_global=True, use_additional_conditions=True,
     )  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 7.0)
@@ -34,6 +34,8 @@ def test_conditioning_layers_have_a_small_deviation(transformer):
     for weight in (
         transformer.adaln_single.linear.weight,
         transformer.adaln_single.emb.timestep_embedder.linear_1.weight,
+        transformer.adaln_single.emb.resolution_embedder.linear_1.weight,
+        transformer.adaln_single.emb.aspect_ratio_embedder.linear_1.weight,
         transformer.caption_projection.linear_2.weight,
     ):
         assert weight.std().item() == pytest.approx(0.02, rel=0.06)
@@ -47,7 +49,12 @@ def test_biases_and_outputs_are_zero(transformer):
 
 
 def test_an_untrained_model_predicts_zero(transformer):
+    conditions = {"resolution": torch.ones(1, 2), "aspect_ratio": torch.ones(1, 1)}
     sample = transformer(
-        torch.randn(1, 4, 8, 8), torch.randn(1, 3, 48), torch.tensor([10]), return_dict=False
+        torch.randn(1, 4, 8, 8),
+        torch.randn(1, 3, 48),
+        torch.tensor([10]),
+        conditions,
+        return_dict=False,
     )[0]
     assert (sample == 0).all()
