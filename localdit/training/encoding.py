@@ -1,10 +1,10 @@
-"""From pictures to latents and from captions to text states, at each step or once ahead of them."""
+"""From pictures to latents and from captions to text states, at each step or ahead of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -16,19 +16,37 @@ from localdit.training.data_old import PictureDataset
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from transformers import PreTrainedTokenizerBase, T5EncoderModel
+    from transformers import BatchEncoding, PreTrainedTokenizerBase, T5EncoderModel
 
 # Captions to text states (B, L, C) and a mask (B, L), 1 where there is a token.
 EncodeCaptions = Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
 ENCODING_BATCH_SIZE = 32
+PAD_MULTIPLE = 8  # tokens
 
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool = False) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] to the posterior's mode, scaled: (B, C, H / 8, W / 8)."""
+    """Pictures to the posterior's mode, scaled.
+
+    Args:
+        vae: the encoder.
+        pixels: (B, 3, H, W) uint8.
+        bf16: whether to compute in bfloat16 where that is safe.
+
+    Returns:
+        (B, C, H / 8, W / 8) float32, on the VAE's device.
+    """
+    values = pixels.to(vae.device).to(vae.dtype)
+    if pixels.dtype == torch.uint8:
+        values = values / 127.5 - 1.0
     with torch.autocast(vae.device.type, torch.bfloat16, enabled=bf16):
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        posterior = vae.encode(values).latent_dist
     return (posterior.mode() * vae.config.scaling_factor).float()
+
+
+def vae_scale(vae: AutoencoderKL) -> int:
+    """Pixels to a latent, along each side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 class CaptionEncoder:
@@ -47,15 +65,54 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.tokenizer(
-            [preprocess(caption) for caption in captions],
-            padding="longest",
-            max_length=self.max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.text_encoder.device)
+        tokens = self._tokenize(captions, padding="longest", return_tensors="pt").to(
+            self.text_encoder.device
+        )
         mask = tokens.attention_mask
         return self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state, mask
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption comes to, once cut."""
+        return [len(ids) for ids in self._tokenize(captions).input_ids] if captions else []
+
+    def _tokenize(self, captions: Sequence[str], **options: Any) -> BatchEncoding:
+        texts = [preprocess(caption) for caption in captions]
+        return self.tokenizer(texts, max_length=self.max_length, truncation=True, **options)
+
+
+def encode_captions(encode: EncodeCaptions, captions: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Text states of each caption, of the tokens there are: (tokens, C) bfloat16, on the CPU.
+
+    Captions that occur more than once are encoded once, those of similar length together.
+    """
+    ordered = sorted(set(captions), key=lambda caption: (len(caption), caption))
+    text = {}
+    for start in range(0, len(ordered), ENCODING_BATCH_SIZE):
+        batch = ordered[start : start + ENCODING_BATCH_SIZE]
+        states, mask = encode(batch)
+        states, mask = states.to("cpu", torch.bfloat16), mask.to("cpu", torch.bool)
+        text |= {caption: states[row][mask[row]] for row, caption in enumerate(batch)}
+    return text
+
+
+def pad_text(text: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put text states of different lengths into one batch.
+
+    It is padded with zeros to a multiple of `PAD_MULTIPLE` tokens, so that few shapes occur.
+
+    Args:
+        text: B tensors (tokens, C).
+
+    Returns:
+        States (B, L, C) and their mask (B, L) int64, 1 where there is a token.
+    """
+    lengths = torch.tensor([len(states) for states in text])
+    longest = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
+    padded = text[0].new_zeros(len(text), longest, text[0].shape[1])
+    for row, states in zip(padded, text, strict=True):
+        row[: len(states)] = states
+    mask = torch.arange(longest) < lengths[:, None]
+    return padded, mask.long().to(padded.device)
 
 
 class CaptionCache:
