@@ -1,0 +1,101 @@
+"""How many floating point operations a LocalDiT takes, told from its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+from .attention import (
+    CrossAttention,
+    FullAttnProcessor,
+    LocalDiTAttention,
+    LocalGlobalAttnProcessor,
+)
+from .global_context import GlobalContext, SqueezeExcitation
+from .transformer import LocalDiTTransformer2DModel
+from .windows import padded
+
+
+def forward_flops(
+    transformer: LocalDiTTransformer2DModel | Mapping[str, Any],
+    height: int,
+    width: int,
+    text_tokens: int,
+) -> int:
+    """The operations of one forward pass for one picture, two to a multiplication with addition.
+
+    Counted are the matrix products and convolutions as they are computed: in attention within
+    windows each slot of the map, padded to whole windows, meets all slots of its window. Norms,
+    activations, masks and sums are not counted. A training step takes three times as many, for the
+    backward pass has two products to each of the forward pass; what gradient checkpointing computes
+    anew is not counted.
+
+    Args:
+        transformer: the model as it is, with the processors it has; or its configuration.
+        height, width: of the latents.
+        text_tokens: of the caption, padding included.
+    """
+    if isinstance(transformer, LocalDiTTransformer2DModel):
+        model = transformer
+    else:
+        with torch.device("meta"):
+            model = LocalDiTTransformer2DModel.from_config(dict(transformer))
+    patch = model.config.patch_size
+    rows, columns = height // patch, width // patch
+    tokens = rows * columns
+
+    products = tokens * (_weights(model.pos_embed) + _weights(model.proj_out))
+    products += _weights(model.adaln_single)
+    if model.use_additional_conditions:  # height and width pass one after the other
+        products += _weights(model.adaln_single.emb.resolution_embedder)
+    if model.caption_projection is not None:
+        products += text_tokens * _weights(model.caption_projection)
+    for module in model.transformer_blocks.modules():
+        if isinstance(module, LocalDiTAttention):
+            products += _self_attention(module, rows, columns)
+        elif isinstance(module, CrossAttention):
+            products += _cross_attention(module, tokens, text_tokens)
+        elif isinstance(module, FeedForward):
+            products += tokens * _weights(module)
+    return 2 * products
+
+
+def _weights(module: nn.Module) -> int:
+    """Multiplications of a module's linear layers and convolutions at one position."""
+    return sum(
+        layer.weight.numel()
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    )
+
+
+def _self_attention(attn: LocalDiTAttention, rows: int, columns: int) -> int:
+    tokens, dim, w = rows * columns, attn.num_heads * attn.head_dim, attn.window_size
+    products = tokens * (_weights(attn.to_qkv) + _weights(attn.to_out))
+    if isinstance(attn.processor, FullAttnProcessor):
+        return products + 2 * tokens * tokens * dim  # logits, and the sum of the values
+    slots = padded(rows, w) * padded(columns, w)
+    products += 2 * slots * w * w * dim
+    if isinstance(attn.processor, LocalGlobalAttnProcessor):
+        assert attn.global_context is not None
+        products += 2 * slots * w * w * dim
+        products += _global_context(attn.global_context, tokens, slots)
+    return products
+
+
+def _global_context(context: GlobalContext, tokens: int, slots: int) -> int:
+    # The gates of the channels are computed once for the map.
+    gates = sum(_weights(part) for part in context.modules() if isinstance(part, SqueezeExcitation))
+    products = tokens * _weights(context.to_global_kv)
+    return products + slots * (_weights(context.query_feat_extract) - gates) + gates
+
+
+def _cross_attention(attn: CrossAttention, tokens: int, text_tokens: int) -> int:
+    of_the_text = _weights(attn.to_k) + _weights(attn.to_v)
+    of_the_image = _weights(attn.to_q) + _weights(attn.to_out)
+    dim = attn.num_heads * attn.head_dim
+    return text_tokens * of_the_text + tokens * (of_the_image + 2 * text_tokens * dim)
