@@ -1,0 +1,297 @@
+"""Starting from PixArt: its weights in a LocalDiT of the same width.
+
+What is the same in both models is copied by name: embeddings of patches, time and size, the
+projection of captions, attention to the text, feed-forward, modulation and output. Of PixArt's
+blocks evenly spaced ones are taken, the first and the last among them.
+
+Self-attention is not the same, so the model that comes out needs training before it draws:
+
+- a LocalDiT normalises queries and keys, in both kinds of attention, PixArt does not. The scale of
+  PixArt's logits depends on its inputs, which the weights don't tell; the norms start at ones;
+- it turns queries and keys by position, looks at windows, and adds the input of self-attention to
+  its output;
+- the relative position biases of windows start at zero;
+- a global context starts as it was constructed, but for its values: they start at zero, and the
+  values within windows are doubled, since the layer takes the mean of the two. So it starts
+  without effect.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from localdit.checkpoint.reading import CheckpointFile, few
+from localdit.models import LocalDiTTransformer2DModel
+from localdit.models.attention import LocalDiTAttention
+
+# Diffusers' name of a model's weights, alone or as the index of several files.
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+BLOCK = "transformer_blocks."
+MARK = f"{BLOCK}0.attn1.to_q.weight"  # of PixArt; a LocalDiT has queries, keys and values in one
+# What only a LocalDiT has.
+OURS = re.compile(r"\.norm_[qk]\.weight$|\.local_rel_pos_bias$|\.global_context\.")
+# What some files hold beside the weights: positions, and the embedding of the empty caption.
+BUFFERS = ("pos_embed.pos_embed", "caption_projection.y_embedding")
+
+
+@dataclass(frozen=True)
+class PixArtReport:
+    """What became of a PixArt checkpoint.
+
+    Attributes:
+        source: the file or folder.
+        blocks: for each block of the LocalDiT, the block of PixArt it was copied from.
+        num_source_blocks: how many PixArt has.
+        copied: names of the parameters with weights of PixArt, in the LocalDiT.
+        fresh: names of the other parameters.
+        unused: names of the tensors of PixArt, apart from its other blocks, that have no place.
+    """
+
+    source: Path
+    blocks: tuple[int, ...]
+    num_source_blocks: int
+    copied: tuple[str, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A few lines to show before training."""
+        lines = [
+            f"Started from PixArt, {self.source}",
+            f"  blocks: {', '.join(map(str, self.blocks))} of 0 to {self.num_source_blocks - 1}",
+            f"  copied: {len(self.copied):,} parameters",
+            f"  fresh: {len(self.fresh):,} parameters ({', '.join(_kinds(self.fresh)) or 'none'})",
+        ]
+        if self.unused:
+            lines.append(f"  unused: {few(self.unused)}")
+        return "\n".join(lines)
+
+
+def is_pixart(source: Path) -> bool:
+    """Whether a file or folder holds a PixArt transformer in Diffusers' names.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    paths = _weight_files(source)
+    return bool(paths) and MARK in _open(paths)
+
+
+def start_from_pixart(transformer: LocalDiTTransformer2DModel, source: Path) -> PixArtReport:
+    """Copy the weights of a PixArt into a new LocalDiT, in place.
+
+    Where PixArt predicts a variance beside the noise, only the noise is taken. Where only the
+    LocalDiT is conditioned on the picture's size, those embeddings start with an output of zero.
+
+    Args:
+        transformer: of the same width, heads and patch size, and with any number of blocks: block i
+            of m comes from block `round(i * (n - 1) / (m - 1))` of n.
+        source: a Diffusers folder (of the transformer or of its pipeline), or a `.safetensors` or
+            `.pt` file in Diffusers' names.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no PixArt, or tensors are missing, unknown or of other shapes.
+    """
+    paths = _weight_files(source)
+    if not paths:
+        raise ValueError(
+            f"{source} holds no weights; expected {WEIGHTS[0]} in it, or in its folder transformer."
+        )
+    files = _open(paths)
+    if MARK not in files:
+        raise ValueError(
+            f"{source} is no PixArt in Diffusers' names: there is no tensor {MARK}. Convert an "
+            "original checkpoint with Diffusers first."
+        )
+    _require_same_heads(transformer, paths[0])
+    num_source = 1 + max(_block_number(name) for name in files)
+    blocks = spaced_blocks(num_source, len(transformer.transformer_blocks))
+    routes = _find_routes(transformer, files, blocks, source)
+    unused = _unused(files, routes, blocks, source)
+    _copy(transformer, files, routes)
+    copied = {route.target for places in routes.values() for route in places}
+    names = [name for name, _ in transformer.named_parameters()]
+    fresh = tuple(name for name in names if name not in copied)
+    _start_fresh(transformer, fresh)
+    kept = tuple(name for name in names if name in copied)
+    return PixArtReport(source, blocks, num_source, kept, fresh, tuple(unused))
+
+
+def spaced_blocks(num_source: int, num_blocks: int) -> tuple[int, ...]:
+    """Which of `num_source` blocks become `num_blocks`: evenly spaced, first and last included."""
+    gaps = max(1, num_blocks - 1)
+    return tuple(round(i * (num_source - 1) / gaps) for i in range(num_blocks))
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """The files that hold the weights: the source itself, or those in a Diffusers folder."""
+    if not source.is_dir():
+        return [source]
+    for folder in (source / "transformer", source):
+        for name in WEIGHTS:
+            if (folder / name).is_file():
+                return [folder / name]
+            if (index := folder / f"{name}.index.json").is_file():
+                parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return [folder / part for part in sorted(set(parts))]
+    return []
+
+
+def _open(paths: list[Path]) -> dict[str, CheckpointFile]:
+    """The file of each tensor."""
+    return {name: file for file in map(CheckpointFile, paths) for name in file.infos}
+
+
+def _require_same_heads(transformer: LocalDiTTransformer2DModel, path: Path) -> None:
+    """The number of heads shows in no shape; compare it where a configuration tells it."""
+    if not (config := path.parent / "config.json").is_file():
+        return
+    heads = json.loads(config.read_text(encoding="utf-8")).get("num_attention_heads")
+    wanted = transformer.config.num_attention_heads
+    if heads not in (None, wanted):
+        raise ValueError(
+            f"{path.parent} has {heads} attention heads, the LocalDiT has {wanted}. Give the "
+            f"LocalDiT num_attention_heads={heads}."
+        )
+
+
+def _block_number(name: str) -> int:
+    """The number of the block that a tensor belongs to, -1 for none."""
+    return int(name.split(".")[1]) if name.startswith(BLOCK) else -1
+
+
+class Route(NamedTuple):
+    """Where a tensor of PixArt goes: a parameter, or one of three equal parts of it."""
+
+    target: str
+    part: int | None = None
+
+
+def _find_routes(
+    transformer: LocalDiTTransformer2DModel,
+    files: Mapping[str, CheckpointFile],
+    blocks: tuple[int, ...],
+    source: Path,
+) -> dict[str, list[Route]]:
+    """Where each tensor of PixArt goes.
+
+    Raises:
+        ValueError: if tensors are missing or of other shapes.
+    """
+    routes: dict[str, list[Route]] = {}
+    missing, misshapen = [], []
+    for target, parameter in transformer.named_parameters():
+        if OURS.search(target):
+            continue
+        for name, part in _sources(target, blocks):
+            if name not in files:
+                missing.append(name)
+                continue
+            shape = files[name].infos[name].shape
+            expected = tuple(parameter.shape)
+            if part is not None:
+                expected = (expected[0] // 3, *expected[1:])
+            with_variance = (2 * expected[0], *expected[1:])
+            if shape != expected and not (
+                target.startswith("proj_out.") and shape == with_variance
+            ):
+                misshapen.append(f"{name} {shape} instead of {expected}")
+            routes.setdefault(name, []).append(Route(target, part))
+    missing = [name for name in missing if not _of_size_embedders(name)]
+    if missing or misshapen:
+        problems = [f"without {few(missing)}"] * bool(missing)
+        problems += [f"with {few(misshapen)}"] * bool(misshapen)
+        raise ValueError(
+            f"{source} does not fit: it comes {', and '.join(problems)}. Give the LocalDiT the "
+            "width, patch size and caption channels of the PixArt."
+        )
+    return routes
+
+
+def _sources(target: str, blocks: tuple[int, ...]) -> list[tuple[str, int | None]]:
+    """The tensors of PixArt that make one parameter, and the part of it that each makes."""
+    if target.startswith(BLOCK):
+        _, number, rest = target.split(".", 2)
+        target = f"{BLOCK}{blocks[int(number)]}.{rest}"
+    if ".attn1.to_qkv." not in target:
+        return [(target, None)]
+    return [(target.replace("to_qkv", f"to_{one}"), part) for part, one in enumerate("qkv")]
+
+
+def _of_size_embedders(name: str) -> bool:
+    return "resolution_embedder" in name or "aspect_ratio_embedder" in name
+
+
+def _unused(
+    files: Iterable[str],
+    routes: Mapping[str, list[Route]],
+    blocks: tuple[int, ...],
+    source: Path,
+) -> list[str]:
+    """The tensors that have no place, other blocks apart.
+
+    Raises:
+        ValueError: if one of them is nothing that can be left out.
+    """
+    rest = [name for name in files if name not in routes and _block_number(name) in (-1, *blocks)]
+    unknown = [name for name in rest if name not in BUFFERS and not _of_size_embedders(name)]
+    if unknown:
+        raise ValueError(
+            f"{source} has tensors that no LocalDiT of this configuration takes: {few(unknown)}."
+        )
+    return rest
+
+
+@torch.no_grad()
+def _copy(
+    transformer: LocalDiTTransformer2DModel,
+    files: Mapping[str, CheckpointFile],
+    routes: Mapping[str, list[Route]],
+) -> None:
+    """Send each tensor where it goes."""
+    parameters = dict(transformer.named_parameters())
+    patches = transformer.config.patch_size**2
+    for file in dict.fromkeys(files.values()):
+        for name, tensor in file.tensors(name for name in file.infos if name in routes):
+            for target, part in routes[name]:
+                destination = parameters[target]
+                if part is not None:
+                    destination = destination.chunk(3)[part]
+                if len(tensor) == len(destination):
+                    destination.copy_(tensor)
+                else:  # rows for each pixel of a patch: its noise, then its variance
+                    noise = tensor.unflatten(0, (patches, 2, -1))[:, 0]
+                    destination.copy_(noise.flatten(0, 1))
+
+
+@torch.no_grad()
+def _start_fresh(transformer: LocalDiTTransformer2DModel, fresh: Iterable[str]) -> None:
+    """Let what PixArt doesn't have begin without effect, as far as it can."""
+    parameters = dict(transformer.named_parameters())
+    for name in fresh:
+        if name.endswith((".norm_q.weight", ".norm_k.weight")):
+            parameters[name].fill_(1.0)
+        elif name.endswith("rel_pos_bias") or (_of_size_embedders(name) and ".linear_2." in name):
+            parameters[name].zero_()
+    for module in transformer.modules():
+        if isinstance(module, LocalDiTAttention) and module.global_context is not None:
+            for of_windows, of_the_map in zip(
+                module.to_qkv.parameters(),
+                module.global_context.to_global_kv.parameters(),
+                strict=True,
+            ):
+                of_windows.chunk(3)[2].mul_(2)
+                of_the_map.chunk(2)[1].zero_()
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """Names of parameters without the numbers of their blocks, each once."""
+    return list(dict.fromkeys(re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in names))
