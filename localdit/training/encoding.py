@@ -86,7 +86,7 @@ def encode_captions(encode: EncodeCaptions, captions: Iterable[str]) -> dict[str
     Captions that occur more than once are encoded once, those of similar length together.
     """
     ordered = sorted(set(captions), key=lambda caption: (len(caption), caption))
-    text = {}
+    text: dict[str, torch.Tensor] = {}
     for start in range(0, len(ordered), ENCODING_BATCH_SIZE):
         batch = ordered[start : start + ENCODING_BATCH_SIZE]
         states, mask = encode(batch)
