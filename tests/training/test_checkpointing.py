@@ -1,0 +1,209 @@
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from localdit.training.checkpointing import (
+    MANIFEST,
+    DamagedCheckpoint,
+    checkpoints,
+    new_checkpoint,
+    newest_checkpoint,
+    remove_old_checkpoints,
+    remove_unfinished,
+    verify_checkpoint,
+    whole_folder,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def save(run, step, content="weights"):
+    with new_checkpoint(run, step) as folder:
+        (folder / "training").mkdir()
+        (folder / "training/model").write_text(content)
+        (folder / "other").write_text("other")
+        (folder / "link").symlink_to("/")
+    return run / f"checkpoint-{step}"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def write(fail):
+        with whole_folder(tmp_path / "a") as folder:
+            (folder / "one").write_text("1")
+            assert not (tmp_path / "a").exists()
+            if fail:
+                raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write(fail=True)
+    assert os.listdir(tmp_path) == []
+    write(fail=False)
+    assert os.listdir(tmp_path) == ["a"]
+    assert os.listdir(tmp_path / "a") == ["one"]
+
+
+def test_a_folder_that_is_there_is_replaced_only_by_a_whole_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/old").write_text("old")
+    with pytest.raises(OSError), whole_folder(tmp_path / "a"):
+        raise OSError
+    assert os.listdir(tmp_path / "a") == ["old"]
+    with whole_folder(tmp_path / "a") as folder:
+        (folder / "new").write_text("new")
+    assert os.listdir(tmp_path) == ["a"]
+    assert os.listdir(tmp_path / "a") == ["new"]
+
+
+def test_everything_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    flushed, events = set(), []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def replace(source, target):
+        events.append((str(source), set(flushed)))
+        real_replace(source, target)
+        flushed.clear()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save(tmp_path, 3)
+    ((source, before),) = events
+    names = ["", "/training", "/training/model", "/other", f"/{MANIFEST}"]
+    assert {source + name for name in names} <= before
+    assert str(tmp_path) in flushed  # the entry of the new name
+
+
+@pytest.mark.parametrize("name", ["training/model", "other"])
+def test_a_flipped_bit_a_cut_and_a_missing_file_are_found_out(tmp_path, name):
+    file = save(tmp_path, 1) / name
+    verify_checkpoint(tmp_path / "checkpoint-1")
+    content = file.read_bytes()
+    for damaged in (bytes([content[0] ^ 1]) + content[1:], content[:-1]):
+        file.write_bytes(damaged)
+        with pytest.raises(DamagedCheckpoint, match=f"{name} is not what was written"):
+            verify_checkpoint(tmp_path / "checkpoint-1")
+    file.unlink()
+    with pytest.raises(DamagedCheckpoint, match=f"it lacks {name}"):
+        verify_checkpoint(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("{", "can't be read"),
+        ("[]", "can't be read"),
+        ('{"format": 1}', "can't be read"),
+        ('{"format": 99, "sha256": {}}', "format 99"),
+    ],
+)
+def test_broken_manifests_are_found_out(tmp_path, manifest, message):
+    folder = save(tmp_path, 1)
+    (folder / MANIFEST).write_text(manifest)
+    with pytest.raises(DamagedCheckpoint, match=message):
+        verify_checkpoint(folder)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(DamagedCheckpoint, match="no manifest"):
+        verify_checkpoint(folder)
+
+
+def test_the_newest_sound_one_is_taken_and_the_others_are_named(tmp_path):
+    assert newest_checkpoint(tmp_path / "none") == (None, [])
+    for step in (9, 10, 200):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-200/other").write_text("othes")
+    (tmp_path / "checkpoint-x").mkdir()
+    assert [step for step, _ in checkpoints(tmp_path)] == [200, 10, 9]
+    found, passed_over = newest_checkpoint(tmp_path)
+    assert found == tmp_path / "checkpoint-10"
+    (reason,) = passed_over
+    assert "checkpoint-200 is passed over: other is not what was written" in reason
+
+
+def test_old_ones_are_removed_but_at_least_two_stay(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step)
+    remove_old_checkpoints(tmp_path, keep=3)
+    assert [step for step, _ in checkpoints(tmp_path)] == [5, 4, 3]
+    remove_old_checkpoints(tmp_path, keep=0)
+    assert [step for step, _ in checkpoints(tmp_path)] == [5, 4]
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_what_a_kill_left_is_removed(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".checkpoint-2.tmp").mkdir()
+    (tmp_path / ".checkpoint-1.old.tmp").mkdir()
+    (tmp_path / ".mine").mkdir()
+    remove_unfinished(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".mine", "checkpoint-1"]
+
+
+def test_a_write_error_leaves_the_last_checkpoint_alone(tmp_path):
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as if the disk were full
+    try:
+        with pytest.raises(OSError):
+            save(tmp_path, 2, content="x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
+    verify_checkpoint(tmp_path / "checkpoint-1")
+
+
+def test_what_reads_back_otherwise_is_not_kept(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def rot(folder):
+        raise DamagedCheckpoint("other is not what was written")
+
+    monkeypatch.setattr("localdit.training.checkpointing.verify_checkpoint", rot)
+    with pytest.raises(DamagedCheckpoint):
+        save(tmp_path, 2)
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
+
+
+SAVING = """
+import sys
+from pathlib import Path
+from localdit.training.checkpointing import new_checkpoint, remove_old_checkpoints
+run = Path(sys.argv[1])
+for step in range(int(sys.argv[2]), 10**9):
+    with new_checkpoint(run, step) as folder:
+        for part in range(3):
+            (folder / str(part)).write_bytes(bytes([step % 256]) * 300_000)
+    remove_old_checkpoints(run, 2)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_never_leave_a_run_without_a_sound_checkpoint(tmp_path):
+    save(tmp_path, 0)
+    damaged, step = 0, 1
+    for kill in range(100):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVING, tmp_path, str(step)], cwd=ROOT, stdout=subprocess.PIPE
+        )
+        process.stdout.readline()  # the first one is written: it saves without a pause
+        time.sleep(0.0005 * kill)
+        process.kill()
+        process.communicate()
+        found, passed_over = newest_checkpoint(tmp_path)
+        damaged += len(passed_over)
+        assert found is not None
+        assert len(checkpoints(tmp_path)) >= 2
+        step = int(found.name.split("-")[1]) + 1
+    assert damaged == 0
+    assert step > 100
