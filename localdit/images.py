@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -20,6 +20,14 @@ MAX_PIXELS = 64_000_000
 # Pillow's other readers stay out: one of them starts a PostScript interpreter.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 METADATA_KEY = "localdit"
+
+
+class NotAnImage(ValueError):
+    """Raised for what is no image of the kinds that are read."""
+
+
+class ImageTooLarge(ValueError):
+    """Raised for images of more than `MAX_PIXELS` pixels, before anything is decoded."""
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
@@ -35,25 +43,74 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if it is no such image, is damaged, or holds more than `MAX_PIXELS` pixels
-            (known from its header, before anything is decoded).
+        ValueError: if it is no such image (`NotAnImage`), is damaged, or holds more than
+            `MAX_PIXELS` pixels (`ImageTooLarge`).
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
+        return to_rgb(source, "the image")
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: there is no such image file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = open_image(source, source)
+    with opened:
+        return to_rgb(opened, source)
+
+
+def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
+    """Read the header of an image file, for `to_rgb` to decode the rest.
+
+    Args:
+        source: path or file.
+        name: what error messages call it.
+
+    Raises:
+        ImageTooLarge: if it holds more than `MAX_PIXELS` pixels.
+        NotAnImage: if it is none, or its header is damaged.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(source, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(_too_large(source)) from error
+        image = Image.open(source, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(_too_large(name)) from error
     except PermissionError:
         raise
     except Exception as error:  # Pillow's readers raise anything on damaged headers
-        raise ValueError(f"{source} is no image of the kinds {', '.join(FORMATS)}") from error
-    with opened:
-        return _to_rgb(opened, source)
+        raise NotAnImage(f"{name} is no image of the kinds {', '.join(FORMATS)}") from error
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ImageTooLarge(_too_large(name, image.size))
+    return image
+
+
+def to_rgb(image: Image.Image, name: object) -> Image.Image:
+    """Decode an image and convert it to 8-bit RGB, as `load_image` says.
+
+    Args:
+        image: opened or decoded; it is left as it is.
+        name: what error messages call it.
+
+    Raises:
+        ValueError: if it is too large (`ImageTooLarge`), empty, or damaged.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageTooLarge(_too_large(name, image.size))
+    if image.width * image.height == 0:
+        raise ValueError(f"{name} is empty: {image.width} x {image.height} pixels")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise anything on damaged data
+        raise ValueError(f"{name} is damaged or cut off and can't be decoded: {error}") from error
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey_to_rgb(image, name)
+    if "transparency" in image.info or image.mode.upper().endswith("A"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has mode {image.mode}, which can't be turned into RGB") from error
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -153,28 +210,6 @@ def prepare_output_folder(folder: str | Path) -> Path:
 def _too_large(name: object, size: tuple[int, int] | None = None) -> str:
     given = f" of {size[0]} x {size[1]} pixels" if size else ""
     return f"{name}{given} is too large; at most {MAX_PIXELS // 10**6} million pixels are read"
-
-
-def _to_rgb(image: Image.Image, name: object) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(_too_large(name, image.size))
-    if image.width * image.height == 0:
-        raise ValueError(f"{name} is empty: {image.width} x {image.height} pixels")
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise anything on damaged data
-        raise ValueError(f"{name} is damaged or cut off and can't be decoded: {error}") from error
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _deep_grey_to_rgb(image, name)
-    if "transparency" in image.info or image.mode.upper().endswith("A"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"{name} has mode {image.mode}, which can't be turned into RGB") from error
 
 
 def _deep_grey_to_rgb(image: Image.Image, name: object) -> Image.Image:

@@ -1,0 +1,217 @@
+"""Pictures of training data: what their files promise, and their pixels.
+
+Scanning a million files must not decode them. `inspect_picture` reads the header, and looks at the
+end for signs that the file was cut off; what only decoding shows, `read_picture` raises later.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from localdit.images import ImageTooLarge, NotAnImage, fit_image, open_image, to_rgb
+from localdit.training.data.buckets import Size
+from localdit.training.data.faults import BrokenSample
+from localdit.training.data.samples import Blob, Readable
+
+TAIL = 256  # bytes at the end of a file in which the mark of its end is looked for
+DRAFT = 2  # a JPEG is decoded at a smaller scale where that still leaves this many times the size
+SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"RIFF": "WEBP",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    **{b"P%d" % number: "PPM" for number in range(1, 7)},
+}
+
+
+def inspect_picture(image: Readable) -> tuple[int, int]:
+    """The size of a picture, from its header.
+
+    Args:
+        image: where its bytes are; of files and tars, only a few kilobytes are read.
+
+    Returns:
+        Height and width in pixels, upright.
+
+    Raises:
+        BrokenSample: if it is none that can be trained on, as far as header and end show. Of JPEG,
+            PNG, WebP and BMP files the end is looked at; others that are cut off are only found
+            out when decoded.
+    """
+    with _opened(image) as file:
+        kind = _recognize(file)
+        if _is_cut_off(kind, file):
+            raise BrokenSample("truncated", f"the end of the {kind} is not there")
+        file.seek(0)
+        with _broken_if_undecodable(kind, file), open_image(file, "the picture") as picture:
+            # Phones keep depth or brightness maps as further pictures (MPO) of a photograph.
+            if getattr(picture, "is_animated", False) and picture.format != "MPO":
+                raise BrokenSample("animated")
+            # Pillow decodes a PNG to look for EXIF data behind the pixels, where few have it.
+            exif = Image.Image.getexif(picture)
+            turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            width, height = picture.size
+            if not width * height:
+                raise BrokenSample("damaged", f"{height} x {width} pixels")
+            return (width, height) if turned else (height, width)
+
+
+def read_picture(image: Readable, size: Size, flip: bool = False) -> torch.Tensor:
+    """Decode a picture, scale it to cover `size`, and cut two opposite edges.
+
+    Args:
+        image: where its bytes are.
+        size: height and width in pixels.
+        flip: mirror it, left to right.
+
+    Returns:
+        (3, height, width) uint8.
+
+    Raises:
+        BrokenSample: if it is none, or can't be decoded.
+    """
+    with _opened(image) as file:
+        kind = _recognize(file)
+        data = io.BytesIO(file.read())
+    with _broken_if_undecodable(kind, data), open_image(data, "the picture") as picture:
+        side = DRAFT * max(size)
+        picture.draft(None, (side, side))
+        fitted = fit_image(to_rgb(picture, "the picture"), size.height, size.width)
+    pixels = np.array(ImageOps.mirror(fitted) if flip else fitted)  # (H, W, 3) uint8
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._file = io.FileIO(blob.path)
+        self._start = blob.offset
+        end = os.fstat(self._file.fileno()).st_size
+        self._size = end - blob.offset if blob.size is None else blob.size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._size - self._at)])
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def _opened(image: Readable) -> Iterator[BinaryIO]:
+    """A picture's bytes as a file; whatever keeps them from being read becomes a BrokenSample."""
+    try:
+        if isinstance(image, Blob):
+            whole = image.offset == 0 and image.size is None
+            raw = io.FileIO(image.path) if whole else _Window(image)
+            file = cast(BinaryIO, io.BufferedReader(raw))
+        else:
+            file = io.BytesIO(image.read())
+        with file:
+            yield file
+    except FileNotFoundError as error:
+        raise BrokenSample("missing", str(error)) from error
+    except OSError as error:
+        raise BrokenSample("unreadable", str(error)) from error
+
+
+@contextmanager
+def _broken_if_undecodable(kind: str, file: BinaryIO) -> Iterator[None]:
+    try:
+        yield
+    except BrokenSample:
+        raise
+    except ImageTooLarge as error:
+        raise BrokenSample("too large", str(error)) from error
+    except Exception as error:  # Pillow raises anything on damaged data
+        detail = (
+            f"the header of the {kind} can't be read" if isinstance(error, NotAnImage) else error
+        )
+        cut = _is_cut_off(kind, file) or "truncated" in str(error)
+        raise BrokenSample("truncated" if cut else "damaged", str(detail)) from error
+
+
+def _recognize(file: BinaryIO) -> str:
+    """What kind of picture a file is, by its first bytes; leaves the file at its start."""
+    head = file.read(16)
+    file.seek(0)
+    if not head:
+        raise BrokenSample("empty")
+    for signature, kind in SIGNATURES.items():
+        if head.startswith(signature):
+            return kind
+    raise BrokenSample("wrong type", f"it starts with {head[:8]!r}")
+
+
+def _is_cut_off(kind: str, file: BinaryIO) -> bool:
+    """Whether the end of a file is missing, for those kinds of which that can be told cheaply."""
+    checks = {
+        "BMP": _bmp_cut_off,
+        "JPEG": _jpeg_cut_off,
+        "PNG": _png_cut_off,
+        "WEBP": _webp_cut_off,
+    }
+    return kind in checks and checks[kind](file)
+
+
+def _jpeg_cut_off(file: BinaryIO) -> bool:
+    if b"\xff\xd9" in _tail(file):
+        return False
+    # Phones append films to photographs. The pixels' own data never holds the mark of the end; the
+    # small picture in the header may, so the search begins where the pixels do.
+    file.seek(0)
+    data = file.read()
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data.find(b"\xff\xd9", at) < 0
+
+
+def _png_cut_off(file: BinaryIO) -> bool:
+    if b"IEND" in _tail(file):
+        return False
+    file.seek(0)
+    return b"IEND" not in file.read()
+
+
+def _webp_cut_off(file: BinaryIO) -> bool:
+    file.seek(4)
+    return 8 + int.from_bytes(file.read(4), "little") > file.seek(0, os.SEEK_END)
+
+
+def _bmp_cut_off(file: BinaryIO) -> bool:
+    file.seek(2)
+    return int.from_bytes(file.read(4), "little") > file.seek(0, os.SEEK_END)
+
+
+def _tail(file: BinaryIO) -> bytes:
+    length = file.seek(0, os.SEEK_END)
+    file.seek(max(0, length - TAIL))
+    return file.read()
