@@ -103,7 +103,7 @@ class Objective:
         return noise - latents
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the errors at timesteps `(B,)` count, `(B,)` (Hang et al., 2023, section 3.4).
+        """What the errors at timesteps `(B,)` count, `(B,)` (Hang et al., 2023).
 
         With `min_snr_gamma`, `min(snr, gamma) / snr` for noise prediction and
         `min(snr, gamma) / (snr + 1)` for v-prediction: either way the error of the clean latents is
