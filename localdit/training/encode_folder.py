@@ -55,7 +55,7 @@ def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> l
         ValueError: if another command is writing to it.
     """
     prepare_output_folder(folder)
-    _lock(folder)
+    lock_folder(folder)
     for path in folder.glob(UNFINISHED):
         path.unlink()
     if not (folder / MANIFEST).is_file():
@@ -67,7 +67,7 @@ def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> l
     return unwritten_shards(folder, manifest)
 
 
-def _lock(folder: Path) -> None:
+def lock_folder(folder: Path) -> None:
     """Keep the folder from other commands until this process ends, in whatever way."""
     try:
         import fcntl

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,7 +12,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from localdit.config import Config
 from localdit.training.components import Encoders, encoder_sources, load_encoders
 from localdit.training.data.encoded import open_encoded, tar_path, unwritten_shards
 from localdit.training.data.faults import Faults, require_few
@@ -153,10 +151,7 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
     plan, vae = job.plan, job.encoders.vae
     # On a CPU the activations of a few pictures fit its caches; those of many do not.
     batch_size = 2 if vae.device.type == "cpu" else args.batch_size
-    num_workers = args.num_workers
-    if num_workers is None:
-        num_workers = min(Config().num_workers, os.cpu_count() or 1)
-    pictures = read_pictures(plan, shards, batch_size, num_workers)
+    pictures = read_pictures(plan, shards, batch_size, args.num_workers)
     total, broken = sum(len(plan.shard(shard)) for shard in shards), 0
     faults = deepcopy(job.faults)
     with tqdm(total=total, desc="Encoding", unit=" samples", disable=quiet) as progress:

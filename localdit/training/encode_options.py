@@ -6,6 +6,7 @@ Nothing heavy is imported here, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_encoder_options(parser.add_argument_group("encoders"), defaults)
     _add_encoding_options(parser.add_argument_group("encoding"), defaults)
     args = parser.parse_args(argv)
+    if args.num_workers is None:
+        args.num_workers = min(defaults.num_workers, os.cpu_count() or 1)
     try:
         check_data_options(vars(args))
         require_positive(vars(args), ("window_size", "samples_per_shard", "batch_size"))

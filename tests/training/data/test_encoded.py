@@ -1,0 +1,178 @@
+import json
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from localdit.training.data.buckets import Size
+from localdit.training.data.encoded import (
+    Member,
+    index_path,
+    open_encoded,
+    read_encoded,
+    read_manifest,
+    tar_path,
+    unwritten_shards,
+)
+from localdit.training.data.faults import BrokenSample
+from localdit.training.data.manifest import NOTES
+from localdit.training.data.samples import Blob, Sample
+from localdit.training.encode_folder import open_folder
+from localdit.training.encode_plan import Plan
+from localdit.training.encode_shards import ShardEncoder, read_pictures
+from localdit.training.encoding import CaptionEncoder
+from tests.tiny import TEXT_WIDTH, tiny_components
+from tests.training.manifests import some_manifest
+
+SIZES = [Size(64, 32), Size(32, 64)]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_components()
+
+
+@pytest.fixture
+def folder(parts, tmp_path):
+    """Three samples in two shards; the second of four pictures was broken."""
+    samples = []
+    for number, colour in enumerate(["red", "green", "blue", "white"]):
+        path = tmp_path / f"{colour}.png"
+        Image.new("RGB", (40, 70), colour).save(path)
+        captions = (f"a {colour} picture", colour) if number % 2 else (f"a {colour} picture",)
+        samples.append(Sample(f"{colour}.png", Blob(str(path)), captions, 70, 40))
+    (tmp_path / "green.png").write_bytes(b"")
+    plan = Plan(samples, torch.tensor([0, 0, 0, 1]).numpy(), SIZES, samples_per_shard=2)
+    encode = CaptionEncoder(parts["tokenizer"], parts["text_encoder"], max_length=120)
+    manifest = some_manifest(sizes=tuple(SIZES), samples=4, shards=2, samples_per_shard=2)
+    folder = tmp_path / "encoded"
+    shards = open_folder(folder, manifest, torch.ones(1, TEXT_WIDTH, dtype=torch.bfloat16))
+    encoder = ShardEncoder(folder, plan, manifest.digest(), parts["vae"], encode, batch_size=2)
+    pictures = read_pictures(plan, shards, batch_size=2, num_workers=0)
+    for shard in shards:
+        encoder.write(shard, pictures)
+    return folder
+
+
+def test_what_was_encoded_is_found(folder):
+    found = open_encoded(folder)
+    assert found.format == "encoded"
+    assert [sample.id for sample in found.samples] == ["red.png", "blue.png", "white.png"]
+    assert [(s.height, s.width) for s in found.samples] == [(64, 32), (64, 32), (32, 64)]
+    assert found.samples[2].captions == ("a white picture", "white")
+    assert found.faults.counts == {"empty": 1}
+    assert found.faults.examples["empty"][0].id == "green.png"
+    assert found.encoded.manifest == read_manifest(folder)
+    assert found.encoded.manifest.sizes == tuple(SIZES)
+    assert torch.equal(found.encoded.empty_text, torch.ones(1, 16, dtype=torch.bfloat16))
+
+
+def test_a_sample_is_read_with_any_of_its_captions(folder, parts):
+    encode = CaptionEncoder(parts["tokenizer"], parts["text_encoder"], max_length=120)
+    sample = open_encoded(folder).samples[2]
+    for number, caption in enumerate(sample.captions):
+        latents, text = read_encoded(sample, number)
+        assert latents.shape == (4, 4, 8)
+        assert latents.dtype == torch.float32
+        assert text.dtype == torch.bfloat16
+        torch.testing.assert_close(text.float(), encode([caption])[0][0], rtol=1e-2, atol=1e-2)
+    assert read_encoded(sample, None)[1] is None
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.9])
+def test_a_single_flipped_bit_is_noticed(folder, place):
+    sample = open_encoded(folder).samples[0]
+    tar = tar_path(folder, 0)
+    data = bytearray(tar.read_bytes())
+    data[sample.image.offset + int(place * sample.image.size)] ^= 4
+    tar.write_bytes(data)
+    with pytest.raises(BrokenSample, match="not those that were written") as broken:
+        read_encoded(sample, 0)
+    assert broken.value.kind == "damaged"
+
+
+def test_a_tar_that_is_gone_is_noticed(folder):
+    sample = open_encoded(folder).samples[0]
+    tar_path(folder, 0).unlink()
+    with pytest.raises(BrokenSample) as broken:
+        read_encoded(sample, 0)
+    assert broken.value.kind == "unreadable"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"no safetensors",
+        save({"latents": torch.zeros(4, 4, 8)}),  # no text
+        save({"text_0": torch.zeros(1, 16)}),  # no latents
+        save({"latents": torch.zeros(4, 8, 4), "text_0": torch.zeros(1, 16)}),  # lies on its side
+    ],
+)
+def test_what_is_no_encoded_sample_is_damaged(tmp_path, data):
+    (tmp_path / "a.tar").write_bytes(data)
+    member = Member(str(tmp_path / "a.tar"), 0, len(data), zlib.crc32(data))
+    with pytest.raises(BrokenSample) as broken:
+        read_encoded(Sample("a", member, ("a caption",), 32, 64), 0)
+    assert broken.value.kind == "damaged"
+
+
+def test_an_unfinished_set_says_how_to_go_on(folder):
+    index_path(folder, 1).unlink()
+    assert unwritten_shards(folder, read_manifest(folder)) == [1]
+    with pytest.raises(ValueError, match="1 of 2 shards .* Go on with: python -m the command"):
+        open_encoded(folder)
+
+
+def test_other_folders_and_versions_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no encoded\.json"):
+        open_encoded(tmp_path)
+    manifest = json.loads((folder / "encoded.json").read_text())
+    (folder / "encoded.json").write_text(json.dumps(manifest | {"format": 7}))
+    with pytest.raises(ValueError, match="format 7, this version of LocalDiT reads 1"):
+        open_encoded(folder)
+    del manifest["sizes"]
+    (folder / "encoded.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="is damaged .*sizes"):
+        open_encoded(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no size", "list", "other set", "short tar", "no tar"])
+def test_a_damaged_shard_is_refused(folder, damage):
+    index, tar = index_path(folder, 1), tar_path(folder, 1)
+    values = json.loads(index.read_text())
+    if damage == "cut":
+        index.write_text(index.read_text()[:-9])
+    elif damage == "no size":
+        del values["samples"][0]["size"]
+        index.write_text(json.dumps(values))
+    elif damage == "list":
+        index.write_text("[]")
+    elif damage == "other set":
+        index.write_text(json.dumps(values | {"set": "0" * 64}))
+    elif damage == "short tar":
+        tar.write_bytes(tar.read_bytes()[:-512])
+    else:
+        tar.unlink()
+    with pytest.raises(ValueError, match=r"Remove shard-00001\.json and run again: python -m"):
+        open_encoded(folder)
+
+
+def test_without_the_empty_caption_a_set_is_refused(folder):
+    (folder / "empty.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"empty\.safetensors can't be read"):
+        open_encoded(folder)
+
+
+def test_manifests_differ_in_all_but_their_notes():
+    manifest = some_manifest()
+    assert not manifest.differences(some_manifest(command="another", sources={}, too_small=9))
+    assert manifest.digest() == some_manifest(command="another").digest()
+    for name, value in manifest.to_json().items():
+        if name not in (*NOTES, "format", "fingerprints", "sizes", "crop"):
+            other = some_manifest(**{name: f"{value}0" if isinstance(value, str) else value + 1})
+            assert manifest.differences(other)[0].startswith(f"{name} ")
+            assert manifest.digest() != other.digest()
+    other = some_manifest(fingerprints=manifest.fingerprints | {"vae": "another"})
+    assert manifest.differences(other) == ["another vae"]
