@@ -40,11 +40,17 @@ def _wanted(part: Part, folder: str) -> str:
     return " and ".join([f"{folder}/{part.config}".lstrip("/"), *filter(None, weights)])
 
 
-def locate(part: Part, source: str | Path) -> dict[str, str]:
+def locate(part: Part, source: str | Path, option: str | None = None) -> dict[str, str]:
     """Where a part is, as arguments of `from_pretrained`, having made sure that it is there.
 
     Of a repository on the hub its configuration is fetched for that, a few hundred bytes.
+
+    Args:
+        part: what is looked for.
+        source: a folder here, or a repository of the hub.
+        option: what the user calls the source, for messages; by default the field of `Config`.
     """
+    option = option or f"Config.{part.field}"
     local = Path(source).expanduser()
     if local.is_dir():
         for folder in part.folders:
@@ -53,9 +59,9 @@ def locate(part: Part, source: str | Path) -> dict[str, str]:
             if (files / part.config).is_file() and (weights or not part.weights):
                 return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
         layouts = "; or ".join(_wanted(part, folder) for folder in part.folders)
-        raise FileNotFoundError(f"Config.{part.field}: {local} lacks files; expected {layouts}")
+        raise FileNotFoundError(f"{option}: {local} lacks files; expected {layouts}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source)[0] in ".~":
-        raise FileNotFoundError(f"Config.{part.field}: there is no folder {source}")
+        raise FileNotFoundError(f"{option}: there is no folder {source}")
     folder = part.folders[0]
     with fetching(part, source):
         from huggingface_hub import hf_hub_download

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, FeedForward
-from diffusers.models.embeddings import PatchEmbed, PixArtAlphaTextProjection
+from diffusers.models.embeddings import (
+    PatchEmbed,
+    PixArtAlphaTextProjection,
+    get_2d_sincos_pos_embed,
+)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -211,6 +215,27 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         from ..checkpoint import load_transformer
 
         return load_transformer(path, torch_dtype=torch_dtype, **overrides)
+
+    def set_sample_size(self, sample_size: int) -> None:
+        """Make the model one for pictures of another size: positions are scaled to it.
+
+        The weights stay. The rule is that of the released model: the positions of a square of
+        `sample_size` latents are those of its tokens, divided by `max(sample_size // 64, 1)` (or by
+        the `interpolation_scale` that the model was made with). What the model is conditioned on
+        does not change.
+        """
+        embedding, patch = self.pos_embed, self.config.patch_size
+        scale = self.config.interpolation_scale or max(sample_size // 64, 1)
+        side = sample_size // patch
+        positions = get_2d_sincos_pos_embed(
+            self.inner_dim, side, base_size=side, interpolation_scale=scale, output_type="pt"
+        )
+        embedding.pos_embed = positions[None].to(embedding.pos_embed)
+        embedding.height = embedding.width = embedding.base_size = side
+        embedding.interpolation_scale = scale
+        self.register_to_config(
+            sample_size=sample_size, use_additional_conditions=self.use_additional_conditions
+        )
 
     def set_attn_processor(self, processor: Any) -> None:
         """Compute attention with another processor; the weights stay.

@@ -1,145 +1,163 @@
-"""The run folder: settings, metrics, checkpoints, validation pictures, the finished pipeline."""
+"""The run folder: options, metrics, checkpoints, validation pictures, the finished pipeline."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from PIL import Image
 
 from localdit.images import image_grid, prepare_output_folder, save_image
+from localdit.training.checkpointing import (
+    DamagedCheckpoint,
+    checkpoints,
+    new_checkpoint,
+    newest_checkpoint,
+    remove_old_checkpoints,
+    remove_unfinished,
+    verify_checkpoint,
+    whole_folder,
+)
+from localdit.training.curves import draw_curves
 
 if TYPE_CHECKING:
-    from diffusers import DPMSolverMultistepScheduler
+    from localdit.training.pipeline_folder import PipelineFolder
+    from localdit.training.state import Snapshot
 
-    from localdit.models import LocalDiTTransformer2DModel
-    from localdit.pipelines import LocalDiTPipeline
-    from localdit.training.components import Encoders
+RESUME_HINT = "go on with it by --resume auto, choose another, or remove it"
 
 
 class RunFolder:
     """Where a run leaves what it makes.
 
-    `config.json` holds the settings, `metrics.jsonl` a line for each log interval,
-    `checkpoint-N/transformer` the averaged weights at step N, `validation/N.png` their pictures,
-    and `final` the whole pipeline.
+    `config.json` holds the options, `metrics.jsonl` a line for each log interval, `curves.png`
+    their picture, `checkpoint-N` the state at step N, `validation/N.png` pictures, and `final` the
+    pipeline. Each checkpoint is the folder of a pipeline as well, with the averaged weights; what
+    else training needs to go on is in its folder `training`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, settings: dict[str, Any]) -> None:
-        """Make the folder and write the settings.
+    def open(self, options: Mapping[str, Any], resume: str | None) -> Path | None:
+        """Prepare the folder and choose the checkpoint to go on from.
+
+        Args:
+            options: what to write to `config.json`.
+            resume: folder of a checkpoint, "auto", or None for a new run.
+
+        Returns:
+            The checkpoint, or None where training starts anew.
 
         Raises:
-            FileExistsError: if there is a run in it already.
-            OSError: if it can't be written to.
+            FileExistsError: if there is a run in the folder and none is to be resumed.
+            ValueError: if the checkpoint is damaged, or "auto" finds none that is sound.
+            OSError: if the folder can't be written to.
         """
-        if self.path.exists() and any(self.path.iterdir()):
-            raise FileExistsError(
-                f"--output {self.path} is not empty. Choose another, or remove it."
-            )
+        if resume is None and self.path.exists() and any(self.path.iterdir()):
+            raise FileExistsError(f"--output {self.path} is not empty: {RESUME_HINT}.")
+        checkpoint = self._find(resume) if resume else None
         prepare_output_folder(self.path)
-        text = json.dumps(settings, indent=2, default=str)
-        (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
+        remove_unfinished(self.path)
+        text = json.dumps(options, indent=2)
+        _write_whole(self.path / "config.json", text + "\n")
+        return checkpoint
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def _find(self, resume: str) -> Path | None:
+        """The checkpoint that `--resume` names; says which ones were passed over."""
+        if resume != "auto":
+            try:
+                verify_checkpoint(Path(resume))
+            except DamagedCheckpoint as error:
+                raise ValueError(f"--resume {resume} can't be resumed: {error}.") from None
+            return Path(resume)
+        checkpoint, passed_over = newest_checkpoint(self.path)
+        for reason in passed_over:
+            print(reason)
+        if checkpoint is None and checkpoints(self.path):
+            raise ValueError(
+                f"None of the checkpoints in {self.path} is sound: "
+                f"{'; '.join(passed_over)}. Remove them to start anew, or restore one."
+            )
+        return checkpoint
 
-    def save_checkpoint(self, transformer: LocalDiTTransformer2DModel, step: int) -> None:
-        """Write `checkpoint-N/transformer`, a Diffusers model folder."""
-        with whole_folder(self.path / f"checkpoint-{step}") as folder:
-            transformer.save_pretrained(folder / "transformer")
+    def forget_after(self, step: int) -> None:
+        """Drop the lines that a run had logged after the checkpoint it goes on from."""
+        for file in [self.path / "metrics.jsonl", *self.path.glob("samples-*.jsonl")]:
+            if file.is_file():
+                lines = file.read_text(encoding="utf-8").splitlines()
+                kept = [line for line in lines if _step_of(line) <= step]
+                _write_whole(file, "".join(f"{line}\n" for line in kept))
 
-    def save_pictures(self, pipeline: LocalDiTPipeline, prompts: list[str], size: int, step: int,
-                      seed: int) -> None:  # fmt: skip
-        """Write `validation/N.png`: one picture of each prompt, from the same noise every time."""
-        pipeline.set_progress_bar_config(disable=True)
-        generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
-        output = pipeline(prompts, height=size, width=size, generator=generators, return_dict=False)
+    def log(self, line: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
+        """Append a line, an object with a `step`, to a file of such lines."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def draw_curves(self) -> None:
+        """Draw `curves.png` from what was logged so far."""
+        if (self.path / "metrics.jsonl").is_file():
+            draw_curves(self.path / "metrics.jsonl", self.path / "curves.png")
+
+    def save_checkpoint(self, pipeline: PipelineFolder, snapshot: Snapshot, keep: int) -> None:
+        """Write a checkpoint, prove it, and only then delete the oldest ones.
+
+        Raises:
+            OSError, ValueError: if it can't be written; the ones before are untouched.
+        """
+        step = snapshot.values["progress"]["step"]
+        try:
+            with new_checkpoint(self.path, step) as folder:
+                pipeline.write(folder, snapshot.averages)
+                snapshot.write(folder / "training")
+        except Exception as error:  # safetensors, for one, has an error of its own for a full disk
+            raise OSError(
+                f"The checkpoint of step {step} could not be written to {self.path}: {error}. "
+                "Those before it are untouched: make room, and go on with --resume auto."
+            ) from error
+        remove_old_checkpoints(self.path, keep)
+
+    def save_pictures(self, images: Sequence[Image.Image], step: int) -> None:
+        """Write `validation/N.png`, the pictures side by side."""
         (self.path / "validation").mkdir(exist_ok=True)
-        save_image(image_grid(output[0]), self.path / "validation" / f"{step:08d}.png")
+        save_image(image_grid(images), self.path / "validation" / f"{step:08d}.png")
 
-    def save_pipeline(self, pipeline: LocalDiTPipeline) -> None:
-        """Write `final`, a Diffusers pipeline folder."""
+    def save_final(self, pipeline: PipelineFolder, averages: Mapping[str, Any]) -> None:
+        """Write `final`, the folder of the pipeline."""
         with whole_folder(self.path / "final") as folder:
-            pipeline.save_pretrained(folder)
+            pipeline.write(folder, averages)
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that appears at `path` once it is complete, or not at all."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+def _step_of(line: str) -> float:
+    """The step of a line; none for the broken line that a kill leaves behind."""
     try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        return json.loads(line)["step"]
+    except (KeyError, TypeError, ValueError):
+        return float("inf")
 
 
-class Metrics:
-    """Means over the steps since the last line was logged, and the pace."""
-
-    def __init__(self, images_per_step: int) -> None:
-        self.images_per_step = images_per_step
-        self._reset()
-
-    def _reset(self) -> None:
-        self.steps, self.loss, self.grad_norm = 0, 0.0, 0.0
-        self.since = time.perf_counter()
-
-    def add(self, loss: float, grad_norm: float) -> None:
-        """Count one optimizer step."""
-        self.steps += 1
-        self.loss += loss
-        self.grad_norm += grad_norm
-
-    def collect(self) -> dict[str, float]:
-        """The means since the last call."""
-        seconds = time.perf_counter() - self.since
-        means = {
-            "loss": self.loss / self.steps,
-            "grad_norm": self.grad_norm / self.steps,
-            "images_per_second": self.steps * self.images_per_step / seconds,
-        }
-        self._reset()
-        return means
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
-def require_finite(
-    step: int, loss: torch.Tensor, grad_norm: torch.Tensor, scaled: bool = False
-) -> None:
-    """Stop a run before its weights are spoilt; `loss` and `grad_norm` are those of all processes.
-
-    With scaled gradients (float16) an overflow is part of the scheme: the scaler skips the step.
-
-    Raises:
-        FloatingPointError: if the loss or the gradient is not finite.
-    """
-    if not torch.isfinite(loss) or not (scaled or torch.isfinite(grad_norm)):
-        raise FloatingPointError(
-            f"Step {step}: the loss is {loss.item():g} and the norm of its gradient "
-            f"{grad_norm.item():g}. The weights are those before this step, and so are all "
-            "checkpoints. Try a lower --learning-rate, or --mixed-precision bf16 or no."
-        )
+def link_or_copy(folder: Path, target: Path) -> None:
+    """Have `target` stand for a folder: a link where the file system has them, else a copy."""
+    try:
+        target.symlink_to(folder, target_is_directory=True)
+    except OSError:
+        shutil.copytree(folder, target)
 
 
-def make_pipeline(
-    encoders: Encoders,
-    transformer: LocalDiTTransformer2DModel,
-    scheduler: DPMSolverMultistepScheduler,
-) -> LocalDiTPipeline:
-    """The pipeline that samples from a transformer in training."""
-    from localdit.pipelines import LocalDiTPipeline
-
-    return LocalDiTPipeline(*encoders, transformer=transformer, scheduler=scheduler)
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
+    """What differs between the options of a run and those it is resumed with."""
+    ignored = {"resume", "output"}
+    for name in sorted((before.keys() | now.keys()) - ignored):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            yield f"{name}: {old} -> {new}"

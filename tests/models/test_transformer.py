@@ -68,6 +68,21 @@ def test_presets_build():
         assert name in ("released", "tiny")
 
 
+@pytest.mark.parametrize("size", [16, 64, 256])
+@pytest.mark.parametrize("conditions", [False, True])
+def test_another_sample_size_is_as_a_fresh_model_of_it(size, conditions):
+    changes = {"use_additional_conditions": conditions, "sample_size": 128}
+    model = make(**changes)
+    model.set_sample_size(size)
+    fresh = make(**changes | {"sample_size": size})
+    given = inputs(8, 24, conditions=conditions)
+    assert torch.equal(model(**given).sample, fresh(**given).sample)
+    assert model.config.sample_size == size
+    again = LocalDiTTransformer2DModel.from_config(model.config)
+    assert again.use_additional_conditions is conditions
+    assert torch.equal(again.pos_embed.pos_embed, model.pos_embed.pos_embed)
+
+
 def test_portrait_after_landscape_is_as_from_a_fresh_model():
     model = make()
     landscape, portrait = inputs(24, 32), inputs(32, 24)

@@ -32,12 +32,27 @@ def test_defaults_are_those_of_config():
         (["--transformer", "/no/where"], "--transformer /no/where does not exist"),
         (["--pretrained", "/no/where"], "--pretrained /no/where is no folder"),
         (["--prediction-type", "x0"], "invalid choice"),
+        (["--keep-checkpoints", "1"], "--keep-checkpoints is 1; expected at least 2"),
+        (["--max-aspect-ratio", "0.5"], "--max-aspect-ratio is 0.5; expected 1 or more"),
+        (["--max-broken", "2"], "--max-broken is 2.0; expected 0 to 1"),
+        (["--horizontal-flip", "-1"], "--horizontal-flip is -1.0; expected 0 to 1"),
+        (["--max-skipped-steps", "-1"], "--max-skipped-steps is -1; expected at least 0"),
+        (["--flow-shift", "3"], "--flow-shift is for --prediction-type flow"),
+        (["--prediction-type", "flow", "--min-snr-gamma", "5"], "--min-snr-gamma is for epsilon"),
     ],
 )  # fmt: skip
 def test_wrong_options_end_the_program(capsys, options, message):
     with pytest.raises(SystemExit):
         parse_args(["--data-root", "x", *options])
     assert message in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_named(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for option, package in (("--use-wandb", "wandb"), ("--use-tensorboard", "tensorboard")):
+        with pytest.raises(SystemExit):
+            parse_args(["--data-root", "x", option])
+        assert f"{option} needs {package}: pip install -r" in capsys.readouterr().err
 
 
 def test_the_command_line_imports_nothing_heavy():

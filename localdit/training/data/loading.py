@@ -1,0 +1,202 @@
+"""From visits to batches: reading, decoding, and every random choice that a visit makes.
+
+What is random about a visit (its caption, dropout, flip, noise and timestep) depends on the seed,
+the stage, the epoch and the sample alone. So it is the same whichever process or worker comes to
+it, and a run that goes on needs nothing but its position.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from localdit.training.data.buckets import Size
+from localdit.training.data.encoded import EncodedSet, read_encoded
+from localdit.training.data.faults import BrokenSample, Fault
+from localdit.training.data.order import NOTHING, Visit
+from localdit.training.data.pictures import read_picture
+from localdit.training.data.samples import Sample
+from localdit.training.objective import TimestepSampling, sample_position
+
+
+@dataclass(frozen=True)
+class Item:
+    """A visited sample; `weight` is 0 for a placeholder.
+
+    Either `pixels` (3, H, W) uint8 and `caption`, or, of encoded data, `latents` (C, h, w) and
+    `text` (tokens, channels).
+    """
+
+    id: str
+    weight: float
+    noise: torch.Tensor  # (C, h, w)
+    position: float  # of the timestep, in [0, 1)
+    pixels: torch.Tensor | None = None
+    caption: str = ""
+    latents: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    fault: Fault | None = None
+
+
+@dataclass
+class Batch:
+    """What one process sees at a time.
+
+    Attributes:
+        size: of the pictures, in pixels.
+        ids: of the samples, empty for placeholders.
+        weights: (B,) 1 for samples, 0 for placeholders.
+        noise: (B, C, h, w).
+        positions: (B,) of the timesteps, in [0, 1).
+        pixels, captions: (B, 3, H, W) uint8 and their texts; or
+        latents, text: (B, C, h, w) and the states of each caption, (tokens, channels).
+        faults: samples that turned out to be broken.
+    """
+
+    size: Size
+    ids: list[str]
+    weights: torch.Tensor
+    noise: torch.Tensor
+    positions: torch.Tensor
+    pixels: torch.Tensor | None
+    captions: list[str]
+    latents: torch.Tensor | None
+    text: list[torch.Tensor]
+    faults: list[Fault] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of visits.
+
+    Attributes:
+        seed: numbers that everything depends on, the stage's among them.
+        token_dropout: share of captions replaced by the empty one, which teaches the unconditional
+            prediction of classifier-free guidance (Ho & Salimans, 2022, algorithm 1).
+        flip: share of pictures mirrored.
+        timestep_sampling: distribution of the timesteps.
+    """
+
+    seed: tuple[int, ...]
+    token_dropout: float = 0.0
+    flip: float = 0.0
+    timestep_sampling: TimestepSampling = "uniform"
+
+    def choices(self, visit: Visit, num_captions: int) -> tuple[int | None, bool]:
+        """Which caption to take, None for the empty one; and whether to mirror the picture."""
+        rng = np.random.default_rng([*self.seed, visit.epoch, visit.sample])
+        dropped = rng.random() < self.token_dropout
+        caption = int(rng.integers(num_captions))
+        return None if dropped else caption, bool(rng.random() < self.flip)
+
+    def noise(self, visit: Visit, shape: Sequence[int]) -> tuple[torch.Tensor, float]:
+        """The noise that is added, and the position of its timestep in [0, 1)."""
+        sequence = np.random.SeedSequence([*self.seed, visit.epoch, visit.sample, 1])
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        position = sample_position(generator, self.timestep_sampling)
+        return torch.randn(*shape, generator=generator), position
+
+
+class VisitDataset(Dataset[Item]):
+    """Samples by visit: pictures with captions, or what was made of them by encoding ahead.
+
+    Args:
+        samples: all samples.
+        sizes: of the buckets, in pixels.
+        draws: the random choices.
+        latent_channels: of the VAE.
+        vae_scale: pixels to a latent, along each side.
+        encoded: the encoded set that the samples are of, if they are.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        sizes: Sequence[Size],
+        draws: Draws,
+        latent_channels: int,
+        vae_scale: int,
+        encoded: EncodedSet | None = None,
+    ) -> None:
+        self.samples = samples
+        self.sizes = sizes
+        self.draws = draws
+        self.latent_channels = latent_channels
+        self.vae_scale = vae_scale
+        self.encoded = encoded
+
+    def __getitem__(self, visit: Visit) -> Item:
+        size = self.sizes[visit.bucket]
+        shape = [self.latent_channels, *(side // self.vae_scale for side in size)]
+        if visit.sample == NOTHING:
+            return self._placeholder(size, shape)
+        sample = self.samples[visit.sample]
+        caption, flip = self.draws.choices(visit, len(sample.captions))
+        noise, position = self.draws.noise(visit, shape)
+        try:
+            if self.encoded is None:
+                pixels = read_picture(sample.image, size, flip)
+                text = "" if caption is None else sample.captions[caption]
+                return Item(sample.id, 1.0, noise, position, pixels=pixels, caption=text)
+            latents, states = read_encoded(sample, caption)
+            states = self.encoded.empty_text if states is None else states
+            return Item(sample.id, 1.0, noise, position, latents=latents, text=states)
+        except BrokenSample as broken:
+            return self._placeholder(size, shape, Fault(broken.kind, sample.id, broken.detail))
+
+    def _placeholder(self, size: Size, shape: Sequence[int], fault: Fault | None = None) -> Item:
+        """A black picture of no weight, with the empty caption."""
+        noise = torch.zeros(*shape)
+        if self.encoded is None:
+            pixels = torch.zeros(3, *size, dtype=torch.uint8)
+            return Item("", 0.0, noise, 0.0, pixels=pixels, fault=fault)
+        return Item("", 0.0, noise, 0.0, latents=noise, text=self.encoded.empty_text, fault=fault)
+
+    def batch(self, items: Sequence[Item]) -> Batch:
+        """Put items of one size together."""
+        *_, height, width = items[0].noise.shape
+        pixels = [item.pixels for item in items if item.pixels is not None]
+        latents = [item.latents for item in items if item.latents is not None]
+        return Batch(
+            size=Size(height * self.vae_scale, width * self.vae_scale),
+            ids=[item.id for item in items],
+            weights=torch.tensor([item.weight for item in items]),
+            noise=torch.stack([item.noise for item in items]),
+            positions=torch.tensor([item.position for item in items]),
+            pixels=torch.stack(pixels) if pixels else None,
+            captions=[item.caption for item in items],
+            latents=torch.stack(latents) if latents else None,
+            text=[item.text for item in items if item.text is not None],
+            faults=[item.fault for item in items if item.fault is not None],
+        )
+
+
+def load_batches(
+    dataset: VisitDataset,
+    visits: Iterable[list[Visit]],
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The batches of a sequence of visits, in its order, read ahead by `num_workers` processes."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=visits,  # type: ignore[arg-type]  # any iterable of lists of keys serves
+        num_workers=num_workers,
+        collate_fn=dataset.batch,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals if num_workers else None,
+        generator=torch.Generator(),  # its own, for a new loader would draw from the global one
+    )
+    return iter(loader)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave it to the training process to end on a signal that reaches the whole group."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

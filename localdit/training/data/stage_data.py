@@ -1,0 +1,140 @@
+"""The data of one stage of a run: found, sorted into buckets, put in order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from localdit.training.data.buckets import Size, assign_buckets, bucket_sizes
+from localdit.training.data.faults import require_few
+from localdit.training.data.finding import Found
+from localdit.training.data.loading import Batch, VisitDataset, load_batches
+from localdit.training.data.order import Order, Position, Step, Visit, epoch_batches
+from localdit.training.stages import Stage
+from localdit.training.validation import hold_out
+
+
+@dataclass
+class StageData:
+    """What a stage trains on.
+
+    Attributes:
+        found: the samples, and the broken ones.
+        sizes: of the buckets, in pixels.
+        buckets: (N,) the bucket of each sample, -1 for those that are too small.
+        held_out: indices of the samples that are kept out of training, to measure the loss on.
+    """
+
+    found: Found
+    sizes: list[Size]
+    buckets: np.ndarray
+    held_out: list[int]
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of what a position in the data refers to."""
+        digest = hashlib.sha256(repr((self.sizes, self.held_out)).encode())
+        digest.update(self.buckets.tobytes())
+        for sample in self.found.samples:
+            digest.update(f"{sample.id}\n{len(sample.captions)}\n".encode())
+        return digest.hexdigest()
+
+    def order(self, stage: Stage, global_batch: int, seed: int) -> Order:
+        """The order in which the samples are visited.
+
+        Raises:
+            ValueError: if none is left to visit.
+        """
+        visited = self.buckets.copy()
+        visited[self.held_out] = -1
+        if not (visited >= 0).any():
+            raise ValueError(
+                f"{stage.data_root} holds no picture to train on: {len(visited):,} samples, of "
+                f"which {int((self.buckets < 0).sum()):,} are too small for {stage.image_size} "
+                f"pixels and {len(self.held_out):,} are held out. Lower --image-size or "
+                "--validation-samples, or raise --max-upscale."
+            )
+        return Order(visited, global_batch, [seed, stage.index])
+
+
+def prepare_data(
+    found: Found,
+    stage: Stage,
+    window_size: int,
+    crop: str,
+    max_aspect_ratio: float,
+    max_upscale: float,
+    max_broken: float,
+    validation_samples: int,
+) -> StageData:
+    """Sort what was found into buckets.
+
+    Encoded samples keep the buckets that they were encoded for.
+
+    Raises:
+        ValueError: if too many samples are broken, or were encoded for another size.
+    """
+    require_few(found.faults, len(found.samples), max_broken)
+    shapes = [(sample.height, sample.width) for sample in found.samples]
+    if found.encoded is not None:
+        if found.encoded.manifest.image_size != stage.image_size:
+            raise ValueError(
+                f"{stage.data_root} was encoded for {found.encoded.manifest.image_size} pixels, but "
+                f"--image-size is {stage.image_size}. Make the two agree."
+            )
+        sizes = list(found.encoded.manifest.sizes)
+        index = {tuple(size): number for number, size in enumerate(sizes)}
+        buckets = np.array([index[shape] for shape in shapes], dtype=np.int64)
+    else:
+        sizes = [Size(stage.image_size, stage.image_size)]
+        if crop == "buckets":
+            sizes = bucket_sizes(stage.image_size, window_size, max_aspect_ratio)
+        buckets = assign_buckets(shapes, sizes, max_upscale)
+    usable = np.flatnonzero(buckets >= 0)
+    ids = [found.samples[index].id for index in usable]
+    held_out = [int(usable[index]) for index in hold_out(ids, validation_samples)]
+    return StageData(found, sizes, buckets, sorted(held_out))
+
+
+def stage_batches(
+    dataset: VisitDataset,
+    order: Order,
+    position: Position,
+    rank: int,
+    num_processes: int,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[tuple[Step, list[Batch]]]:
+    """The steps after a position, each with this process's batches."""
+
+    def visits() -> Iterator[list[Visit]]:
+        for step in order.steps(position):
+            yield from step.share(rank, num_processes, batch_size)
+
+    batches = load_batches(dataset, visits(), num_workers, pin_memory)
+    for step in order.steps(position):
+        count = len(step.samples) // (num_processes * batch_size)
+        yield step, [next(batches) for _ in range(count)]
+
+
+def held_out_batches(
+    dataset: VisitDataset,
+    data: StageData,
+    rank: int,
+    num_processes: int,
+    batch_size: int,
+    num_workers: int,
+) -> Iterator[Batch]:
+    """This process's share of the samples that are held out; all processes have as many batches."""
+    rows = epoch_batches(
+        data.buckets, np.array(data.held_out), num_processes * batch_size, seed=[0]
+    )
+    visits = []
+    for row in rows:
+        step = Step(row, int(data.buckets[row.max()]), 0, Position())
+        visits += list(step.share(rank, num_processes, batch_size))
+    return load_batches(dataset, visits, num_workers)

@@ -1,0 +1,389 @@
+"""A run from its first step to its last: everything around the loop of `train.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
+
+from localdit.training.agreement import Agreement, TrainingStopped
+from localdit.training.components import attention_kernels
+from localdit.training.data.loading import Batch, Draws
+from localdit.training.data.order import Position, Step
+from localdit.training.data.stage_data import StageData, held_out_batches, stage_batches
+from localdit.training.optimizer import learning_rate, set_learning_rate
+from localdit.training.pipeline_folder import with_weights
+from localdit.training.reporting import Reporter
+from localdit.training.run import RunFolder, changed_options
+from localdit.training.setup import Models, find_data, load_models, make_accelerator, make_state
+from localdit.training.signals import StopRequest
+from localdit.training.stages import Stage, stage_of_step
+from localdit.training.state import TrainingState
+from localdit.training.validation import ValidationBatch, validation_losses
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the processes agree on about a step.
+
+    Attributes:
+        loss: mean over its samples.
+        grad_norm: of the gradient, before it was clipped.
+        count: samples that were sound.
+        broken: samples that were not.
+        finite: whether the gradient may be used.
+        flops: operations of the model, forward and backward.
+        signal: the signal that asked one of the processes to stop, if one did.
+    """
+
+    loss: float
+    grad_norm: float
+    count: int
+    broken: int
+    finite: bool
+    flops: int
+    signal: str | None
+
+
+@dataclass
+class Session:
+    """A run in progress: what `train.py` works with.
+
+    Attributes:
+        args: the options.
+        accelerator, agreement: the processes, and what they tell each other.
+        run: the folder.
+        data: of each stage.
+        models: the transformer and what surrounds it.
+        state: what a step changes.
+        reporter: tells how it goes.
+        stop: notes the signals that ask for an end.
+        kernels: PyTorch's attention kernels to train with.
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    agreement: Agreement
+    run: RunFolder
+    data: list[StageData]
+    models: Models
+    state: TrainingState
+    reporter: Reporter
+    stop: StopRequest
+    kernels: list[Any]
+    saved: int = -1  # step of the newest checkpoint
+
+    def begin_stage(self) -> Stage:
+        """Set the model up for the stage that the next step belongs to."""
+        progress, stages = self.state.progress, self.args.stages
+        stage = stage_of_step(stages, progress.step)
+        if progress.step == stage.first_step:
+            progress.begin(self.data[stage.index].digest)
+        self.models.transformer.set_sample_size(stage.image_size // self.models.vae_scale)
+        if len(stages) > 1:
+            self.reporter.say(str(stage))
+        return stage
+
+    def batches(self, stage: Stage) -> Iterator[tuple[Step, list[Batch]]]:
+        """The steps from where the run stands, with this process's batches; without end."""
+        data, accelerator = self.data[stage.index], self.accelerator
+        processes = accelerator.num_processes
+        steps = stage_batches(
+            self.models.dataset(data, stage, self.args),
+            data.order(stage, stage.global_batch(processes), self.args.seed),
+            self.state.progress.position,
+            accelerator.process_index,
+            processes,
+            stage.batch_size,
+            self.args.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        while True:
+            with self.state.metrics.watch("data"):
+                step = next(steps)
+            yield step
+
+    def set_learning_rate(self, stage: Stage) -> float:
+        """Set the learning rate of the coming step, and return it."""
+        rate = learning_rate(
+            self.state.progress.step - stage.first_step,
+            stage.max_train_steps,
+            stage.learning_rate,
+            stage.warmup_steps,
+            stage.lr_schedule,  # type: ignore[arg-type]  # checked with the other options
+        )
+        set_learning_rate(self.state.optimizer, rate)
+        return rate
+
+    def agree(
+        self,
+        batches: list[Batch],
+        losses: torch.Tensor,
+        norm: torch.Tensor,
+        count: float,
+        flops: int,
+    ) -> Outcome:
+        """Find out over all processes how a step went.
+
+        Args:
+            batches: this process's.
+            losses: (accumulations, B) of their samples.
+            norm: of the whole gradient.
+            count: sound samples of all processes.
+            flops: operations of this process.
+
+        Raises:
+            TrainingStopped: if too many steps were not finite, or too many samples are broken.
+        """
+        norm = float(norm)
+        # With scaled gradients (float16) an overflow is part of the scheme: the scaler skips it.
+        sound = math.isfinite(norm) or self.accelerator.scaler is not None
+        bad = not (sound and bool(torch.isfinite(losses).all()))
+        faults = [fault for batch in batches for fault in batch.faults]
+        loss, bad_ranks, stops, broken, flops = self.agreement.total(
+            losses.double().sum().item(), bad, self.stop.signal is not None, len(faults), flops
+        )
+        if broken:
+            for fault in self.agreement.gathered(faults):
+                self.reporter.broken(fault)
+        self._require_few_broken(int(broken))
+        if bad_ranks:
+            self._skip(batches, losses, norm)
+        signals = self.agreement.gathered([self.stop.signal]) if stops else []
+        signal = next((name for name in signals if name), None)
+        finite = not bad_ranks and count > 0
+        return Outcome(
+            loss / max(count, 1), norm, int(count), int(broken), finite, int(flops), signal
+        )
+
+    def _require_few_broken(self, broken: int) -> None:
+        """Stop once too large a share of the epoch's samples is broken."""
+        if not broken:
+            return
+        progress = self.state.progress
+        found = self.data[stage_of_step(self.args.stages, progress.step).index].found
+        total = len(found.samples) + found.faults.total
+        now = found.faults.total + progress.broken + broken
+        if now > self.args.max_broken * total:
+            raise TrainingStopped(
+                f"{now:,} of {total:,} samples are broken, more than the "
+                f"{self.args.max_broken:.0%} that --max-broken allows; broken.jsonl in "
+                f"{self.run.path} lists those that only reading showed. Mend or remove them, or "
+                "raise --max-broken, and go on with --resume auto."
+            )
+
+    def _skip(self, batches: list[Batch], losses: torch.Tensor, norm: float) -> None:
+        """Report a step whose loss or gradient is not finite, and stop where it is one too many."""
+        ids = [sample for batch in batches for sample in batch.ids]
+        suspects = [
+            name
+            for name, loss in zip(ids, losses.flatten().tolist(), strict=True)
+            if name and not math.isfinite(loss)
+        ]
+        suspects = self.agreement.gathered(suspects)
+        everyone = [name for name in self.agreement.gathered(ids) if name]
+        progress = self.state.progress
+        what = "loss" if suspects else f"gradient (its norm is {norm:g})"
+        names = ", ".join(suspects or everyone)
+        message = f"Step {progress.step + 1}: the {what} is not finite, of {names}."
+        if progress.skipped + 1 > self.args.max_skipped_steps:
+            raise TrainingStopped(
+                f"{message} {progress.skipped} steps were skipped for this before, and "
+                f"--max-skipped-steps is {self.args.max_skipped_steps}. The checkpoints are from "
+                "before. Try a lower --learning-rate, or --mixed-precision bf16 or no."
+            )
+        self.reporter.say(f"{message} The step is skipped.")
+
+    def report(self, rate: float, batches: list[Batch], outcome: Outcome) -> None:
+        """Log the step that was taken."""
+        step, metrics = self.state.progress.step, self.state.metrics
+        if outcome.finite:
+            metrics.add(outcome.loss, outcome.grad_norm, rate, outcome.count, outcome.flops)
+        if self.args.log_samples:
+            ids = [name for batch in batches for name in batch.ids]
+            self.reporter.samples(step, ids, outcome.loss)
+        self.reporter.advance()
+        if step % self.args.log_interval == 0 or step == self.args.stages[-1].end:
+            self.reporter.line(metrics.line(step))
+
+    def validate(self, stage: Stage) -> None:
+        """Measure losses on what is held out, and draw the validation prompts."""
+        if not self.data[stage.index].held_out and self.models.pictures is None:
+            return
+        transformer = self.models.transformer
+        averaged = with_weights(transformer, self.state.averaged_weights())
+        averaged = averaged.to(self.accelerator.device)
+        if self.data[stage.index].held_out:
+            line = {"step": self.state.progress.step}
+            for name, model in (("model", self.state.model), ("ema", averaged)):
+                line |= self._validation_losses(stage, model, name)
+            self.reporter.line(line)
+        if self.models.pictures is not None:
+            drawn = self.models.pictures.draw(
+                averaged, self.models.pipeline.scheduler, stage.image_size
+            )
+            by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
+            self.reporter.pictures([image for _, image in by_prompt], self.state.progress.step)
+
+    def _validation_losses(
+        self, stage: Stage, model: torch.nn.Module, name: str
+    ) -> dict[str, float]:
+        """The losses of one model on the samples that are held out."""
+        data, processes = self.data[stage.index], self.accelerator.num_processes
+        batches = held_out_batches(
+            self.models.dataset(data, stage, self.args, draws=Draws((self.args.seed,))),
+            data,
+            self.accelerator.process_index,
+            processes,
+            stage.batch_size,
+            self.args.num_workers,
+        )
+        return validation_losses(
+            model,
+            self.models.objective,
+            (self._validation_batch(batch) for batch in batches),
+            data.sizes,
+            name,
+            seed=self.args.seed,
+            reduce=partial(self.accelerator.reduce, reduction="sum"),
+        )
+
+    def _validation_batch(self, batch: Batch) -> ValidationBatch:
+        inputs = self.models.make_inputs(batch)
+        return ValidationBatch(batch.size, batch.ids, *inputs, batch.weights)
+
+    def save(self) -> None:
+        """Write a checkpoint of the run as it stands.
+
+        Raises:
+            TrainingStopped: in every process, if it can't be written.
+        """
+        if self.saved == self.state.progress.step:
+            return
+        snapshot = self.state.snapshot(self.agreement, options_of(self.args))
+        self.agreement.on_main(
+            lambda: self.run.save_checkpoint(
+                self.models.pipeline, snapshot, self.args.keep_checkpoints
+            )
+        )
+        self.saved = self.state.progress.step
+
+    def finish(self) -> None:
+        """Save the end of the run, and its pipeline."""
+        self.save()
+        averages = self.state.averaged_weights()
+        self.agreement.on_main(lambda: self.run.save_final(self.models.pipeline, averages))
+        self.reporter.close()
+
+    def say_stopped(self, signal: str) -> None:
+        """Say that a signal ended the run, and how to go on."""
+        step = self.state.progress.step
+        self.reporter.say(f"{signal}: saved and stopped after step {step}; --resume auto goes on.")
+        self.reporter.close()
+
+
+def set_up(args: argparse.Namespace) -> Session | None:
+    """Prepare a run: its data, its models, its folder, its state.
+
+    Returns:
+        The session; None if `--dry-run` asked for no more than a report on the data.
+
+    Raises:
+        TrainingStopped: in every process, if something is missing or wrong.
+    """
+    stop = StopRequest()
+    stop.listen()
+    accelerator = make_accelerator(args)
+    agreement = Agreement(accelerator)
+    data = agreement.on_main(lambda: find_data(args))
+    if args.dry_run:
+        from localdit.training.data.report import dry_run_report
+
+        for stage, found in zip(args.stages, data, strict=True):
+            batch = stage.global_batch(accelerator.num_processes)
+            accelerator.print(dry_run_report(found.found, found.sizes, found.buckets, batch))
+        return None
+
+    run = RunFolder(args.output)
+    checkpoint = agreement.on_main(lambda: run.open(options_of(args), args.resume))
+    set_seed(args.seed)  # the models start the same in every process
+    models = agreement.on_all(lambda: load_models(args, data, accelerator))
+    state = agreement.on_all(lambda: make_state(args, models.transformer, accelerator))
+    set_seed(args.seed, device_specific=True)
+    session = Session(
+        args,
+        accelerator,
+        agreement,
+        run,
+        data,
+        models,
+        state,
+        Reporter(args, accelerator, run),
+        stop,
+        attention_kernels(accelerator.device, accelerator.mixed_precision),
+    )
+    if checkpoint is not None:
+        agreement.on_all(partial(_resume, session, checkpoint))
+    session.reporter.begin(data, state.progress.step)
+    return session
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON has them."""
+    stages = [vars(stage) for stage in args.stages] if len(args.stages) > 1 else None
+    plain = vars(args) | {"stages": stages}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def _resume(session: Session, checkpoint: Path) -> None:
+    """Take over the state of a checkpoint, and say what differs from the run it is of.
+
+    Raises:
+        ValueError: if it is of another model or optimizer.
+    """
+    state, stages = session.state, session.args.stages
+    averages = load_transformer_weights(checkpoint / "transformer")
+    options = state.restore(checkpoint / "training", averages, session.accelerator.process_index)
+    session.saved = state.progress.step
+    say = session.reporter.say
+    say(f"Going on from {checkpoint}, after step {state.progress.step:,}.")
+    for change in changed_options(options, options_of(session.args)):
+        say(f"Changed since: {change}")
+    stage = stage_of_step(stages, state.progress.step)
+    if state.progress.step > stage.first_step:
+        _resume_data(session, stage)
+
+
+def _resume_data(session: Session, stage: Stage) -> None:
+    """Find the position in the data again, and say what a changed batch or data set means."""
+    progress, say = session.state.progress, session.reporter.say
+    if progress.data != session.data[stage.index].digest:
+        say("The data is not what it was: a new epoch of it begins.")
+        progress.position = Position(progress.position.epoch + 1)
+        progress.data = session.data[stage.index].digest
+        return
+    taken = progress.position.taken
+    batch = stage.global_batch(session.accelerator.num_processes)
+    if taken and taken[-1][0] != batch:
+        say(
+            f"An optimizer step has {batch} samples now, it had {taken[-1][0]}. The rest of the "
+            "epoch is cut anew: each of its samples still comes exactly once."
+        )
+
+
+def load_transformer_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a model folder, sharded or not."""
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights

@@ -1,0 +1,218 @@
+"""What a run is made of before its first step: processes, data, models, state."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from localdit.models.flops import forward_flops
+from localdit.training import components, sharding
+from localdit.training.data.finding import Found, find_samples
+from localdit.training.data.loading import Draws, VisitDataset
+from localdit.training.data.stage_data import StageData, prepare_data
+from localdit.training.ema import ExponentialMovingAverage
+from localdit.training.encoding import vae_scale
+from localdit.training.inputs import InputMaker, Inputs
+from localdit.training.metrics import Metrics, peak_flops
+from localdit.training.objective import Objective
+from localdit.training.optimizer import make_optimizer
+from localdit.training.pipeline_folder import PipelineFolder
+from localdit.training.sampling import PromptPictures
+from localdit.training.stages import Stage
+from localdit.training.state import Progress, TrainingState
+
+if TYPE_CHECKING:
+    from localdit.models import LocalDiTTransformer2DModel
+
+BROADCAST_BUFFERS = DistributedDataParallelKwargs(broadcast_buffers=False)
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Start Accelerate, with the trackers that were asked for."""
+    trackers = [name for name in ("wandb", "tensorboard") if getattr(args, f"use_{name}")]
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=trackers or None,
+        project_dir=str(args.output),
+        kwargs_handlers=[BROADCAST_BUFFERS],
+    )
+
+
+def find_data(args: argparse.Namespace) -> list[StageData]:
+    """The data of every stage, so that nothing is missed on the way; each root is searched once.
+
+    Raises:
+        ValueError, OSError: if a stage has nothing to train on.
+    """
+    window_size = components.transformer_config(args).get("window_size", 4)
+    found: dict[str, Found] = {}
+    data = []
+    for stage in args.stages:
+        if stage.data_root not in found:
+            found[stage.data_root] = find_samples(stage.data_root, args.data_format)
+        prepared = prepare_data(
+            found[stage.data_root],
+            stage,
+            window_size,
+            args.crop,
+            args.max_aspect_ratio,
+            args.max_upscale,
+            args.max_broken,
+            args.validation_samples,
+        )
+        prepared.order(stage, 1, args.seed)  # refuses a stage without samples
+        data.append(prepared)
+    return data
+
+
+@dataclass
+class Models:
+    """The models of a run, and what is made with them.
+
+    Attributes:
+        transformer: in training, bare.
+        objective: what it is trained for.
+        make_inputs: encodes batches.
+        latent_channels, vae_scale: of the VAE; the scale is pixels to a latent.
+        pipeline: writes pipeline folders.
+        pictures: draws the validation prompts, if there are any.
+    """
+
+    transformer: LocalDiTTransformer2DModel
+    objective: Objective
+    make_inputs: InputMaker
+    latent_channels: int
+    vae_scale: int
+    pipeline: PipelineFolder
+    pictures: PromptPictures | None
+
+    def step_flops(self, inputs: Inputs) -> int:
+        """Operations of the model for a batch, forward and backward."""
+        rows, _, height, width = inputs.latents.shape
+        return 3 * rows * _forward_flops(self.transformer, height, width, inputs.text.shape[1])
+
+    def dataset(
+        self, data: StageData, stage: Stage, args: argparse.Namespace, draws: Draws | None = None
+    ) -> VisitDataset:
+        """The samples of a stage, with the random choices of training unless others are given."""
+        draws = draws or Draws(
+            (args.seed, stage.index),
+            args.token_dropout,
+            args.horizontal_flip,
+            args.timestep_sampling,
+        )
+        return VisitDataset(
+            data.found.samples,
+            data.sizes,
+            draws,
+            self.latent_channels,
+            self.vae_scale,
+            data.found.encoded,
+        )
+
+
+def load_models(
+    args: argparse.Namespace, data: list[StageData], accelerator: Accelerator
+) -> Models:
+    """Load what the run needs; of encoded data that is neither VAE nor text encoder.
+
+    Raises:
+        ValueError, OSError: if models are missing or don't fit each other.
+    """
+    device = accelerator.device
+    encoded = next((stage.found.encoded for stage in data if stage.found.encoded), None)
+    pictures_wait = any(stage.found.encoded is None for stage in data)
+    sources = encoded.manifest.sources if encoded else components.encoder_sources(args)
+    encoders = None
+    if pictures_wait or args.validation_prompts:
+        text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        encoders = components.load_encoders(sources, text_dtype)
+        encoders.to(device)
+    if encoders is not None:
+        text_width, channels = (
+            encoders.text_encoder.config.d_model,
+            encoders.vae.config.latent_channels,
+        )
+        scale = vae_scale(encoders.vae)
+    else:
+        assert encoded is not None
+        text_width, channels = encoded.manifest.text_width, encoded.manifest.latent_channels
+        scale = encoded.manifest.vae_scale
+
+    transformer = components.load_transformer(args)
+    components.check_fit(transformer, text_width, channels)
+    transformer.set_sample_size(args.stages[0].image_size // scale)
+    transformer.to(device)
+    if args.compile:
+        transformer.compile_repeated_blocks()
+
+    pictures = None
+    if args.validation_prompts:
+        assert encoders is not None
+        pictures = PromptPictures(
+            args.validation_prompts,
+            encoders,
+            args.max_caption_length,
+            args.seed,
+            args.validation_guidance_scale,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+    objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
+    return Models(
+        transformer,
+        objective,
+        InputMaker(
+            device,
+            encoders if pictures_wait else None,
+            args.max_caption_length,
+            transformer.use_additional_conditions,
+            bf16=accelerator.mixed_precision == "bf16",
+        ),
+        channels,
+        scale,
+        PipelineFolder(
+            transformer,
+            objective.sampling_scheduler(),
+            components.encoder_folders(sources),
+            components.tokenizer_class(sources),
+        ),
+        pictures,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_flops(
+    transformer: LocalDiTTransformer2DModel, height: int, width: int, text_tokens: int
+) -> int:
+    return forward_flops(transformer.config, height, width, text_tokens)
+
+
+def make_state(
+    args: argparse.Namespace, transformer: LocalDiTTransformer2DModel, accelerator: Accelerator
+) -> TrainingState:
+    """Prepare the transformer and its optimizer for the processes, and begin to average."""
+    optimizer = make_optimizer(
+        transformer.parameters(),
+        args.optimizer,
+        args.learning_rate,
+        args.weight_decay,
+        device=accelerator.device,
+    )
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    ema = ExponentialMovingAverage(
+        sharding.named_parameters(model), args.ema_decay, "cpu" if args.ema_on_cpu else None
+    )
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    metrics = Metrics(
+        accelerator.device,
+        accelerator.num_processes,
+        peak_flops(accelerator.device, dtype or torch.float32),
+    )
+    return TrainingState(model, optimizer, ema, accelerator.scaler, metrics, Progress())

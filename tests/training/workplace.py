@@ -1,0 +1,105 @@
+"""A place to run `train.py` in: captioned pictures, a pipeline for its encoders, a small shape."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.tiny import tiny_pipeline
+
+ROOT = Path(__file__).parents[2]
+COLOURS = ["red", "green", "blue", "yellow", "black", "white", "large red", "small blue"]
+# At 96 pixels and windows of 2 tokens they fall into two buckets: squares and landscapes.
+SIZES = [(100, 96), (130, 64)]
+
+
+def make_workplace(folder):
+    """Write pictures as a folder and as tars, a pipeline, and a transformer's shape."""
+    (folder / "pictures").mkdir()
+    shards = [tarfile.open(folder / f"shard-{number}.tar", "w") for number in range(2)]
+    for number, colour in enumerate(COLOURS):
+        image = Image.new("RGB", SIZES[number % 3 == 2], colour.split()[-1])
+        name = colour.replace(" ", "-")
+        image.save(folder / f"pictures/{name}.png")
+        (folder / f"pictures/{name}.txt").write_text(f"a {colour} picture")
+        for file in (f"{name}.png", f"{name}.txt"):
+            data = (folder / "pictures" / file).read_bytes()
+            entry = tarfile.TarInfo(file)
+            entry.size = len(data)
+            shards[number % 2].addfile(entry, io.BytesIO(data))
+    for shard in shards:
+        shard.close()
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(folder / "pipeline")
+    shape = dict(pipeline.transformer.config) | {"sample_size": 8}
+    (folder / "shape.json").write_text(json.dumps(shape))
+    return folder
+
+
+def options(workplace, output, *more):
+    """The command line of a small run; what comes later wins."""
+    return [
+        "--data-root", f"{workplace}/pictures", "--pretrained", f"{workplace}/pipeline",
+        "--transformer-config", f"{workplace}/shape.json", "--output", str(output),
+        "--image-size", "96", "--batch-size", "2", "--num-workers", "0", "--log-interval", "1",
+        "--max-train-steps", "4", "--learning-rate", "1e-3", "--gradient-clip", "1",
+        "--log-samples", *map(str, more),
+    ]  # fmt: skip
+
+
+def load_main():
+    """The function `main` of train.py."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def command(workplace, output, *more, processes=1):
+    """The command that runs train.py in processes of its own."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        launcher += [str(processes)]
+    return [*launcher, "train.py", *options(workplace, output, *more)]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def start(workplace, output, *more, processes=1):
+    """Start train.py in a session of its own."""
+    return subprocess.Popen(
+        command(workplace, output, *more, processes=processes),
+        cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def kill(process):
+    """`kill -9` a process and all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def lines(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def weights(folder):
+    """All tensors of a checkpoint or pipeline folder, by file and name."""
+    return {
+        (str(file.relative_to(folder)), name): tensor
+        for file in folder.rglob("*.safetensors")
+        if not file.parent.is_symlink()
+        for name, tensor in load_file(file).items()
+    }
