@@ -48,11 +48,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 class Stopwatch:
-    """Adds up the time that passes in the parts of a step.
+    """Adds up the time that passes in the parts of a step: by the clock, but on CUDA.
 
-    On CUDA the time is the device's own: it works through a queue, and the processor is far ahead
-    of it. An event at each end of a part marks the place in the queue. So a part in which the
-    processor fetches data counts as long as the device stood idle for it, and no longer.
+    There it is the device's own: it works through a queue, and the processor is far ahead of it. An
+    event at each end of a part marks the place in the queue. So a part in which the processor
+    fetches data counts as long as the device stood idle for it, and no longer.
     """
 
     def __init__(self, device: torch.device) -> None:
