@@ -1,0 +1,86 @@
+"""Folders of pictures with their captions beside them, one file each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from localdit.training.data.candidates import Candidate
+from localdit.training.data.captions import CAPTION_SUFFIXES, CaptionFile
+from localdit.training.data.faults import Fault
+from localdit.training.data.samples import Blob
+
+# Of the formats that `images` reads.
+PICTURE_SUFFIXES = frozenset(
+    {"bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm"}
+    | {"tif", "tiff", "webp"}
+)
+
+
+def list_files(root: Path) -> list[str]:
+    """The files in a folder and below it, in an order that is the same on every machine.
+
+    Hidden files and folders, whose names begin with a dot, are left out. Links are followed, but
+    not to a folder that the link itself is in.
+
+    Returns:
+        Their paths relative to `root`, with slashes, sorted by code points.
+    """
+    return sorted(_walk(str(root), ""))
+
+
+def _walk(root: str, folder: str) -> Iterator[str]:
+    here = os.path.join(root, folder)
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = folder + entry.name
+            broken_link = entry.is_symlink() and not os.path.exists(entry.path)
+            if entry.is_file() or broken_link:  # the latter is reported when it is opened
+                yield name
+            elif entry.is_dir() and not (entry.is_symlink() and _leads_back(entry.path, here)):
+                yield from _walk(root, name + "/")
+
+
+def _leads_back(link: str, folder: str) -> bool:
+    return Path(folder).resolve().is_relative_to(Path(link).resolve())
+
+
+def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
+    """The pictures among files, each with the caption file of its name.
+
+    `a.png` takes its caption from `a.txt`, `a.caption` or `a.json`, the first of these that is
+    there. What has a caption but is no picture by its suffix, such as `a.heic`, is a fault.
+
+    Args:
+        root: the folder.
+        files: as from `list_files`.
+    """
+    suffixes: dict[str, list[str]] = {}
+    for file in files:
+        stem, suffix = split_suffix(file)
+        suffixes.setdefault(stem, []).append(suffix)
+    listing: list[Candidate | Fault] = []
+    for file in files:
+        stem, suffix = split_suffix(file)
+        beside = {other.lower(): f"{stem}.{other}" for other in suffixes[stem]}
+        kind = next((kind for kind in CAPTION_SUFFIXES if kind in beside), None)
+        if suffix.lower() in PICTURE_SUFFIXES:
+            caption = kind and CaptionFile(kind, Blob(os.path.join(root, beside[kind])))
+            listing.append(Candidate(printable(file), Blob(os.path.join(root, file)), caption))
+        elif kind and suffix.lower() not in CAPTION_SUFFIXES and not PICTURE_SUFFIXES & {*beside}:
+            listing.append(Fault("wrong type", printable(file), f".{suffix} files are not read"))
+    return listing
+
+
+def split_suffix(file: str) -> tuple[str, str]:
+    """The path of a file without its last suffix, and that suffix as it is written, no dot."""
+    suffix = PurePosixPath(file).suffix
+    return file.removesuffix(suffix), suffix[1:]
+
+
+def printable(name: str) -> str:
+    """A file's name for reports: bytes that are not UTF-8 are written as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
