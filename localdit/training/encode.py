@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     agreement, is_main = Agreement(accelerator), accelerator.is_main_process
     command = shlex.join([*PROGRAM.split(), *argv])
     try:
-        job = _everywhere(agreement, lambda: prepare(args, command, accelerator.device))
+        job = _everywhere(
+            agreement, lambda: prepare(args, command, accelerator.device, quiet=not is_main)
+        )
         _require_same(agreement, job.manifest.digest())
         agreement.on_main(lambda: check_folder(args.output, job.manifest))
         if is_main:

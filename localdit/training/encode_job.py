@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
@@ -50,8 +52,9 @@ class Job:
         return states[mask.bool()].to("cpu", torch.bfloat16)
 
     def bytes_of(self, shards: Sequence[int]) -> int:
-        """What some shards will take on the disk."""
-        return round(sum(self.need.total[self.plan.shard(shard)].sum() for shard in shards))
+        """What some shards will take on the disk; a little more, never less."""
+        samples = sum(self.need.total[self.plan.shard(shard)].sum() for shard in shards)
+        return math.ceil(samples) + len(shards) * tarfile.RECORDSIZE  # tars end in whole records
 
     def describe(self, folder: Path) -> str:
         """What is to be encoded into a folder, and the disk it takes."""
@@ -90,14 +93,20 @@ class Job:
             )
 
 
-def prepare(args: argparse.Namespace, command: str, device: torch.device) -> Job:
+def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet: bool) -> Job:
     """Find the samples, load the encoders, and say what comes of them.
+
+    Args:
+        args: the options.
+        command: the whole command, to be told to who finds the work unfinished.
+        device: where the encoders are to be.
+        quiet: whether to show no progress.
 
     Raises:
         OSError: if data or encoders are not there.
         ValueError: if there is nothing to encode, or too much of it is broken.
     """
-    found = find_samples(args.data_root, args.data_format)
+    found = find_samples(args.data_root, args.data_format, progress=not quiet)
     if found.encoded is not None:
         raise ValueError(f"--data-root {args.data_root} is encoded already: give the pictures.")
     require_few(found.faults, len(found.samples), args.max_broken)
@@ -105,11 +114,21 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device) -> Job
 
     sources = encoder_sources(args)
     encoders = load_encoders(sources, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    fingerprints = encoder_fingerprints(encoders)
+    manifest = _manifest(args, command, plan, sources, encoders)
     encoders.to(device)
     captions = CaptionEncoder(encoders.tokenizer, encoders.text_encoder, args.max_caption_length)
-    vae, text = encoders.vae.config, encoders.text_encoder.config
-    manifest = Manifest(
+    need = disk_need(
+        plan, captions, manifest.latent_channels, manifest.vae_scale, manifest.text_width
+    )
+    return Job(plan, found.faults, manifest, need, encoders, captions)
+
+
+def _manifest(
+    args: argparse.Namespace, command: str, plan: Plan, sources: dict[str, str], encoders: Encoders
+) -> Manifest:
+    """Of what and how a set is encoded."""
+    vae = encoders.vae.config
+    return Manifest(
         image_size=args.image_size,
         window_size=args.window_size,
         crop=args.crop,
@@ -121,8 +140,8 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device) -> Job
         latent_channels=vae.latent_channels,
         vae_scale=vae_scale(encoders.vae),
         scaling_factor=vae.scaling_factor,
-        text_width=text.d_model,
-        fingerprints=fingerprints,
+        text_width=encoders.text_encoder.config.d_model,
+        fingerprints=encoder_fingerprints(encoders),
         samples=len(plan.samples),
         shards=plan.num_shards,
         samples_per_shard=plan.samples_per_shard,
@@ -131,8 +150,6 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device) -> Job
         command=command,
         too_small=plan.too_small,
     )
-    need = disk_need(plan, captions, vae.latent_channels, manifest.vae_scale, text.d_model)
-    return Job(plan, found.faults, manifest, need, encoders, captions)
 
 
 def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: bool) -> None:

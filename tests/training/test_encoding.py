@@ -1,12 +1,8 @@
 import pytest
 import torch
-from PIL import Image
 
-from localdit.training.data_old import PictureDataset, Sample
 from localdit.training.encoding import (
-    CaptionCache,
     CaptionEncoder,
-    LatentCache,
     encode_captions,
     encode_pictures,
     pad_text,
@@ -93,33 +89,3 @@ def test_pictures_are_encoded_to_scaled_modes(parts):
     rough = encode_pictures(parts["vae"], pixels, bf16=True)
     assert rough.dtype == torch.float32
     assert 0 < (rough - latents).abs().max() < 0.1
-
-
-def test_cached_captions_are_the_encoded_ones(encode):
-    cache = CaptionCache([*CAPTIONS, *CAPTIONS], encode)
-    asked = [CAPTIONS[2], "", CAPTIONS[1], ""]
-    states, mask = cache(asked)
-    expected, expected_mask = encode(asked)
-    assert states.shape == (4, cache.PAD_MULTIPLE, 16)
-    assert torch.equal(mask.sum(dim=1), expected_mask.sum(dim=1))
-    torch.testing.assert_close(states[mask.bool()], expected[expected_mask.bool()])
-    assert (states[mask == 0] == 0).all()
-    assert len(cache.lengths) == len(CAPTIONS)
-
-
-def test_cached_latents_are_scaled_modes_in_the_order_of_the_samples(parts, tmp_path):
-    samples = []
-    for i, colour in enumerate(["red", "green", "blue"]):
-        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{i}.png")
-        samples.append(Sample(tmp_path / f"{i}.png", (colour,)))
-    pictures = PictureDataset(samples, 32)
-    cache = LatentCache(pictures, parts["vae"], num_workers=0)
-    assert len(cache) == 3
-    with torch.no_grad():
-        mode = parts["vae"].encode(pictures[2][1][None]).latent_dist.mode()
-    index, latents = cache[2]
-    assert index == 2
-    assert latents.shape == (4, 4, 4)
-    torch.testing.assert_close(latents, mode[0] * 0.13025, rtol=1e-4, atol=1e-5)
-    encoded = encode_pictures(parts["vae"], pictures[2][1][None])
-    torch.testing.assert_close(encoded[0], latents, rtol=1e-4, atol=1e-5)
