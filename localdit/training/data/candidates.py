@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from localdit.training.data.captions import read_captions
 from localdit.training.data.faults import BrokenSample, Fault, Faults
+from localdit.training.data.parallel import map_reads
 from localdit.training.data.pictures import inspect_picture
 from localdit.training.data.samples import Readable, Sample
 
-THREADS = 16  # they hide the latency of network storage; of a local disk they gain nothing
 CHUNK = 64
 MANY = 5000  # candidates from which on a progress bar is shown
 
@@ -47,9 +46,9 @@ def examine(
         disable=not progress or len(listing) < MANY,
     )
     # Pillow warns of much that is odd but harmless, and of bombs, which are refused anyway.
-    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool, bar:
+    with warnings.catch_warnings(), bar:
         warnings.simplefilter("ignore")
-        for results in pool.map(_examine_all, chunks):
+        for results in map_reads(_examine_all, chunks):
             for result in results:
                 if isinstance(result, Sample):
                     samples.append(result)

@@ -11,13 +11,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from localdit.training.data.candidates import THREADS, Candidate
+from localdit.training.data.candidates import Candidate
 from localdit.training.data.captions import CAPTION_SUFFIXES, CaptionFile
 from localdit.training.data.faults import Fault
 from localdit.training.data.folders import PICTURE_SUFFIXES, printable
+from localdit.training.data.parallel import map_reads
 from localdit.training.data.samples import Blob
 from localdit.training.data.tar_index import TarIndex, index_tar
 
@@ -102,9 +102,8 @@ def list_tars(paths: Sequence[str], root: Path | None = None) -> list[Candidate 
         )
     base = root or os.path.commonpath([os.path.dirname(path) for path in paths]) or "."
     names = [printable(Path(os.path.relpath(path, base)).as_posix()) for path in paths]
-    with ThreadPoolExecutor(THREADS) as pool:
-        listings = pool.map(_list_tar, paths, names)
-        return [entry for listing in listings for entry in listing]
+    listings = map_reads(lambda tar: _list_tar(*tar), zip(paths, names, strict=True))
+    return [entry for listing in listings for entry in listing]
 
 
 def _is_compressed(path: str) -> bool:

@@ -1,0 +1,69 @@
+"""Pictures and tars that the tests of training data are made of."""
+
+import io
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture_bytes(kind="JPEG", height=32, width=48, seed=0, **options):
+    """A picture of noise, as the bytes of its file."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return encode(Image.fromarray(noise), kind, **options)
+
+
+def encode(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_claiming(width, height):
+    """A PNG of a few bytes that claims to be of any size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + name + body
+        data += struct.pack(">I", zlib.crc32(name + body))
+    return data
+
+
+def animation(kind="GIF"):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+def damaged_png():
+    """A PNG whose header and end are in order, and whose pixels are not."""
+    data = bytearray(picture_bytes("PNG"))
+    middle = data.index(b"IDAT") + 100
+    data[middle : middle + 50] = bytes(50)
+    return bytes(data)
+
+
+def write_files(folder, files):
+    """Write files, given as bytes or text by their paths."""
+    for name, content in files.items():
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def tar_bytes(members, format=tarfile.PAX_FORMAT):
+    """A tar of (name, content) pairs; a member without content is a link."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "elsewhere"
+                tar.addfile(info)
+                continue
+            content = content.encode() if isinstance(content, str) else content
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()

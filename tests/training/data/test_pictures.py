@@ -1,0 +1,168 @@
+"""Sizes from headers, pixels as they should be, and every way of being broken."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from localdit.images import load_image
+from localdit.training.data.buckets import Size
+from localdit.training.data.faults import BrokenSample
+from localdit.training.data.pictures import inspect_picture, read_picture
+from localdit.training.data.samples import Blob
+from tests.training.data.drawn import (
+    animation,
+    damaged_png,
+    encode,
+    picture_bytes,
+    png_claiming,
+)
+
+KINDS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
+
+
+class Bytes:
+    """A picture that is neither a file nor in a tar."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def read(self):
+        return self.data
+
+
+def stored(tmp_path, data):
+    """The same bytes as a file of their own, within another file, and in memory."""
+    alone, within = tmp_path / "alone", tmp_path / "within"
+    alone.write_bytes(data)
+    within.write_bytes(b"before" + data + b"after" * 1000)
+    return [Blob(str(alone)), Blob(str(within), 6, len(data)), Bytes(data)]
+
+
+def kind_of(function, *arguments):
+    with pytest.raises(BrokenSample) as raised:
+        function(*arguments)
+    return raised.value.kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_healthy_pictures(tmp_path, kind):
+    data = picture_bytes(kind, height=40, width=64)
+    (tmp_path / "picture").write_bytes(data)
+    expected = np.asarray(load_image(tmp_path / "picture"))
+    for image in stored(tmp_path, data):
+        assert inspect_picture(image) == (40, 64)
+        pixels = read_picture(image, Size(40, 64))
+        assert pixels.dtype == torch.uint8
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+        mirrored = read_picture(image, Size(40, 64), flip=True)
+        assert torch.equal(mirrored, pixels.flip(2))
+
+
+@pytest.mark.parametrize("kind", ["BMP", "JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.1])
+def test_a_missing_end_is_seen_without_decoding(tmp_path, kind, share, monkeypatch):
+    data = picture_bytes(kind, 256, 256)
+    cut = data[: int(share * len(data))]
+    for image in stored(tmp_path, cut):
+        assert kind_of(read_picture, image, Size(64, 64)) == "truncated"
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for image in stored(tmp_path, cut):
+        assert kind_of(inspect_picture, image) == "truncated"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PPM", "TIFF"])
+def test_of_other_kinds_a_missing_end_is_seen_when_they_are_decoded(tmp_path, kind):
+    data = picture_bytes(kind, 256, 256)
+    for image in stored(tmp_path, data[: len(data) // 2]):
+        assert kind_of(read_picture, image, Size(64, 64)) == "truncated"
+
+
+def test_a_photograph_with_more_behind_it_or_a_preview_in_it(tmp_path):
+    photograph = picture_bytes("JPEG", 256, 256)
+    film = np.random.default_rng(0).bytes(5000).replace(b"\xff\xd9", b"")
+    for image in stored(tmp_path, photograph + film):
+        assert inspect_picture(image) == (256, 256)
+        assert read_picture(image, Size(64, 64)).shape == (3, 64, 64)
+    preview = b"Exif\0\0" + picture_bytes("JPEG", 16, 16)
+    segment = b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview
+    with_preview = photograph[:2] + segment + photograph[2:]
+    assert inspect_picture(Bytes(with_preview)) == (256, 256)
+    assert kind_of(inspect_picture, Bytes(with_preview[:-1000])) == "truncated"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_sizes_and_pixels_are_those_of_the_upright_picture(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.new("RGB", (64, 32), "white")
+    ImageDraw.Draw(picture).rectangle((0, 0, 31, 15), fill="black")
+    image = Bytes(encode(picture, kind, exif=exif))
+    upright = load_image(Image.open(io.BytesIO(image.read())))
+    assert inspect_picture(image) == (upright.height, upright.width)
+    pixels = read_picture(image, Size(upright.height, upright.width))
+    assert torch.equal(pixels, torch.from_numpy(np.array(upright)).permute(2, 0, 1))
+
+
+def test_it_is_scaled_to_cover_and_cut_in_the_middle():
+    picture = Image.new("RGB", (96, 32), "red")
+    picture.paste("blue", (32, 0, 64, 32))
+    pixels = read_picture(Bytes(encode(picture, "PNG")), Size(16, 16))
+    assert pixels.shape == (3, 16, 16)
+    assert pixels[2].float().mean() > 250
+    assert pixels[0].float().mean() < 5
+
+
+def test_a_large_photograph_decoded_at_a_smaller_scale_looks_the_same(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    smooth = Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC)
+    jpeg, png = encode(smooth, "JPEG", quality=95), encode(smooth, "PNG")
+    small = read_picture(Bytes(jpeg), Size(128, 128)).float()
+    assert (small - read_picture(Bytes(png), Size(128, 128)).float()).abs().mean() < 1.5
+
+
+def test_what_is_no_picture_to_train_on(tmp_path):
+    for data, kind in [
+        (b"", "empty"),
+        (b"<svg/>", "wrong type"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "wrong type"),
+        (png_claiming(20_000, 20_000), "too large"),
+        (png_claiming(8_001, 8_000), "too large"),
+        (animation("GIF"), "animated"),
+        (animation("PNG"), "animated"),
+        (animation("WEBP"), "animated"),
+        (animation("TIFF"), "animated"),
+        (b"BM" + bytes(100), "damaged"),
+    ]:
+        for image in stored(tmp_path, data):
+            assert kind_of(inspect_picture, image) == kind
+    assert kind_of(inspect_picture, Blob(str(tmp_path / "gone.png"))) == "missing"
+    assert kind_of(read_picture, Blob(str(tmp_path / "gone.png")), Size(8, 8)) == "missing"
+    assert kind_of(inspect_picture, Blob(str(tmp_path))) == "unreadable"
+
+
+def test_damage_that_only_decoding_shows(tmp_path):
+    for image in stored(tmp_path, damaged_png()):
+        assert inspect_picture(image) == (32, 48)
+        assert kind_of(read_picture, image, Size(32, 32)) == "damaged"
+
+
+def test_several_pictures_in_one_file_of_a_phone_are_no_animation():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    image = Bytes(encode(frames[0], "MPO", save_all=True, append_images=frames[1:]))
+    assert inspect_picture(image) == (16, 16)
+    assert read_picture(image, Size(16, 16))[0].min() > 250
+
+
+def test_of_a_large_file_little_is_read(tmp_path):
+    big = tmp_path / "big.bmp"
+    Image.new("RGB", (6000, 4000)).save(big)  # 72 MB
+    start = time.perf_counter()
+    assert inspect_picture(Blob(str(big))) == (4000, 6000)
+    inspected = time.perf_counter()
+    big.read_bytes()
+    assert inspected - start < (time.perf_counter() - inspected) / 3
