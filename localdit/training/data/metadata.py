@@ -55,7 +55,7 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
         for number, row in enumerate(_rows(root / file), start=1):
             try:
                 name = posixpath.normpath(posixpath.join(folder, _file_name(row)))
-                if name.startswith("../"):
+                if name == ".." or name.startswith("../"):
                     raise BrokenSample("bad entry", f"{name} is outside of the data")
                 captions.setdefault(name, []).append(_caption(row))
             except BrokenSample as broken:

@@ -19,7 +19,7 @@ MAX_NAME_BYTES = 1_000_000
 FILES = b"0\0" + b"7"  # types of members that are ordinary files
 WITHOUT_DATA = b"123456"  # links, devices, folders
 LONG_NAME, EXTENDED = b"L", b"x"  # types of members that carry the next one's name
-PAX_RECORD = re.compile(rb"\d+ (path|size)=([^\n]*)\n")
+PAX_RECORD = re.compile(rb"(\d{1,10}) ([^=]+)=")  # then the value; the number is the length of all
 
 
 class TarMember(NamedTuple):
@@ -147,6 +147,9 @@ def _read_ahead(file: BinaryIO, header: _Header) -> tuple[str | None, int | None
     data = file.read(min(header.size, MAX_NAME_BYTES))
     if header.type == LONG_NAME:
         return _text(data), None
-    records = dict(PAX_RECORD.findall(data))
+    records, at = {}, 0
+    while record := PAX_RECORD.match(data, at):
+        at = max(at + int(record[1]), record.end())
+        records[record[2]] = data[record.end() : at - 1]
     name, size = records.get(b"path"), records.get(b"size", b"")
-    return name and _text(name), int(size) if size.isdigit() else None
+    return _text(name) if name else None, int(size) if size.isdigit() else None

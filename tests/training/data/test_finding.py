@@ -1,0 +1,135 @@
+"""Formats that are recognised, formats that are not, and what is said then."""
+
+import json
+
+import pytest
+
+from localdit.training.data.finding import FORMATS, Found, find_samples
+from localdit.training.data.samples import Blob
+from tests.training.data.drawn import picture_bytes, tar_bytes, write_files
+
+PICTURE = picture_bytes(height=20, width=30)
+BESIDE = {"a.jpg": PICTURE, "a.txt": "of a"}
+METADATA = {"metadata.jsonl": json.dumps({"file_name": "pictures/a.jpg", "text": "of a"})}
+TARS = {"000.tar": tar_bytes([("a.jpg", PICTURE), ("a.txt", "of a")])}
+
+
+@pytest.mark.parametrize(
+    ("files", "data_format", "id"),
+    [
+        (BESIDE, "folder", "a.jpg"),
+        (
+            {f"deep/down/{name}": content for name, content in BESIDE.items()},
+            "folder",
+            "deep/down/a.jpg",
+        ),
+        ({**METADATA, "pictures/a.jpg": PICTURE}, "metadata", "pictures/a.jpg"),
+        ({**TARS, "000.json": "{}", "preview.png": PICTURE}, "webdataset", "000.tar/a"),
+    ],
+)
+def test_formats_are_recognised(tmp_path, files, data_format, id):
+    write_files(tmp_path, files)
+    for asked in ("auto", data_format):
+        for root in (tmp_path, str(tmp_path)):
+            found = find_samples(root, asked)
+            assert (found.format, found.encoded, found.faults.total) == (data_format, None, 0)
+            [sample] = found.samples
+            assert (sample.id, sample.captions) == (id, ("of a",))
+            assert (sample.height, sample.width) == (20, 30)
+            assert sample.image.read() == PICTURE
+
+
+def test_tars_by_path_and_pattern(tmp_path):
+    write_files(tmp_path, {f"{number:03d}.tar": TARS["000.tar"] for number in range(3)})
+    for pattern, count in (("001.tar", 1), ("*.tar", 3), ("{000..001}.tar", 2)):
+        found = find_samples(tmp_path / pattern)
+        assert (found.format, len(found.samples)) == ("webdataset", count)
+
+
+def test_a_saved_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = [{"image": {"bytes": PICTURE, "path": None}, "text": "of a"}]
+    dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "split")
+    for folder in ("one", "split"):
+        found = find_samples(tmp_path / folder)
+        assert (found.format, found.samples[0].captions) == ("saved", ("of a",))
+
+
+def test_encoded_data_is_opened_by_its_own_reader(tmp_path, monkeypatch):
+    from localdit.training.data import encoded
+
+    write_files(tmp_path, {"encoded.json": "{}", **TARS})
+    opened = Found("encoded", [])
+    monkeypatch.setattr(
+        encoded, "open_encoded", lambda folder: opened if folder == tmp_path else None
+    )
+    assert find_samples(tmp_path) is opened
+    assert find_samples(str(tmp_path), "encoded") is opened
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {**BESIDE, **TARS},
+            r"more than one format: webdataset \(000\.tar\) and folder \(a\.jpg\)",
+        ),
+        (
+            {**BESIDE, **METADATA},
+            r"metadata \(metadata\.jsonl\) and folder \(a\.jpg\).*--data-format",
+        ),
+    ],
+)
+def test_what_is_ambiguous_has_to_be_said(tmp_path, files, message):
+    write_files(tmp_path, files)
+    with pytest.raises(ValueError, match=message):
+        find_samples(tmp_path)
+    assert find_samples(tmp_path, "folder").samples[0].image == Blob(str(tmp_path / "a.jpg"))
+
+
+def test_where_nothing_fits_it_says_what_was_looked_for_and_what_is_there(tmp_path):
+    write_files(tmp_path, {"a.mp4": b"", "b.mp4": b"", "README": b"", "c.parquet": b""})
+    with pytest.raises(ValueError, match="nothing to train on") as raised:
+        find_samples(tmp_path)
+    assert all(meaning in str(raised.value) for meaning in FORMATS.values())
+    assert "Found 4 files: 2 with .mp4, 1 with no suffix, 1 with .parquet." in str(raised.value)
+    assert "save_to_disk" in str(raised.value)
+    with pytest.raises(ValueError, match=r"nothing of the format webdataset .*2 with \.mp4"):
+        find_samples(tmp_path, "webdataset")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="Found 0 files"):
+        find_samples(tmp_path / "empty")
+
+
+def test_pictures_without_captions_are_counted(tmp_path):
+    write_files(tmp_path, {"a.jpg": PICTURE, "b.jpg": PICTURE})
+    found = find_samples(tmp_path)
+    assert (found.format, found.samples, found.faults.counts) == ("folder", [], {"no caption": 2})
+
+
+def test_what_is_not_there_or_no_data(tmp_path):
+    write_files(tmp_path, BESIDE)
+    for data_format in ("auto", "folder"):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            find_samples(tmp_path / "nowhere", data_format)
+    with pytest.raises(ValueError, match=r"a\.jpg, which is no \.tar"):
+        find_samples(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="expected auto or one of folder, metadata"):
+        find_samples(tmp_path, "tars")
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        "pipe:cat a.tar",
+        "https://example.org/{000..123}.tar",
+        "s3://bucket/a.tar",
+        "hf://datasets/a",
+    ],
+)
+def test_commands_and_addresses_are_refused(root):
+    with pytest.raises(ValueError, match="commands and addresses are not read"):
+        find_samples(root)

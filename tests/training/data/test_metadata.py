@@ -1,0 +1,170 @@
+"""Pictures named by metadata files, and entries that can't be understood."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from localdit.training.data.candidates import Candidate
+from localdit.training.data.captions import read_captions
+from localdit.training.data.folders import list_files
+from localdit.training.data.metadata import list_metadata, metadata_files
+from localdit.training.data.samples import Blob
+from tests.training.data.drawn import write_files
+
+
+def jsonl(*rows):
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+
+
+def listed(root):
+    """The pictures with their captions by id, and the faults' kinds by id."""
+    listing = list_metadata(root, list_files(root))
+    pictures = {e.id: read_captions(e.captions) for e in listing if isinstance(e, Candidate)}
+    return pictures, {e.id: e.kind for e in listing if not isinstance(e, Candidate)}
+
+
+def test_jsonl(tmp_path):
+    rows = [
+        {"file_name": "b.png", "text": " of b "},
+        {"file_name": "sub/a.png", "caption": ["one", "two"], "width": 5},
+        "",
+        {"file_name": "./c.png", "text": "of c"},
+    ]
+    write_files(tmp_path, {"metadata.jsonl": jsonl(*rows)})
+    assert listed(tmp_path) == (
+        {"b.png": ("of b",), "sub/a.png": ("one", "two"), "c.png": ("of c",)},
+        {},
+    )
+    first = list_metadata(tmp_path, list_files(tmp_path))[0]
+    assert first.image == Blob(str(tmp_path / "b.png"))
+
+
+def test_csv(tmp_path):
+    file = io.StringIO()
+    csv.writer(file).writerows(
+        [
+            ["width", "file_name", "text"],
+            ["5", "a.png", 'a "red", round\nbear'],
+            [],
+            ["5", "b.png", "Bär"],
+        ]
+    )
+    write_files(tmp_path, {"metadata.csv": "\ufeff" + file.getvalue()})
+    assert listed(tmp_path) == ({"a.png": ('a "red", round\nbear',), "b.png": ("Bär",)}, {})
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_parquet(tmp_path, lists):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [["one", "two"], ["three"]] if lists else ["one", "three"]
+    table = pa.table({"file_name": ["a.png", "b.png"], "size": [5, 6], "text": texts})
+    parquet.write_table(table, tmp_path / "metadata.parquet")
+    first = ("one", "two") if lists else ("one",)
+    assert listed(tmp_path) == ({"a.png": first, "b.png": ("three",)}, {})
+
+
+def test_names_are_relative_to_the_metadata_file(tmp_path):
+    write_files(
+        tmp_path,
+        {
+            "train/metadata.jsonl": jsonl(
+                {"file_name": "a.png", "text": "1"}, {"file_name": "../shared/b.png", "text": "2"}
+            ),
+            "more/metadata.csv": "file_name,text\na.png,3\n",
+            "more/other.jsonl": "never read",
+        },
+    )
+    assert listed(tmp_path)[0] == {
+        "more/a.png": ("3",),
+        "train/a.png": ("1",),
+        "shared/b.png": ("2",),
+    }
+    assert metadata_files(list_files(tmp_path)) == ["more/metadata.csv", "train/metadata.jsonl"]
+
+
+def test_a_picture_named_twice_has_the_captions_of_both(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": "one"},
+        {"file_name": "b.png", "text": "of b"},
+        {"file_name": "./a.png", "text": ["two", "one"]},
+    ]
+    write_files(tmp_path, {"metadata.jsonl": jsonl(*rows)})
+    assert listed(tmp_path) == ({"a.png": ("one", "two"), "b.png": ("of b",)}, {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "5",
+        '"a.png"',
+        "[" * 100_000,
+        '{"text": "a"}',
+        '{"file_name": 5, "text": "a"}',
+        '{"file_name": "", "text": "a"}',
+        '{"file_name": "../a.png", "text": "a"}',
+        '{"file_name": "sub/../../../etc/passwd", "text": "a"}',
+        '{"file_name": "..", "text": "a"}',
+        '{"file_name": "/etc/passwd", "text": "a"}',
+        '{"file_name": "a\\u0000.png", "text": "a"}',
+        '{"file_name": "a\\ud800.png", "text": "a"}',
+        b'{"file_name": "b\xe4r.png", "text": "a"}',
+    ],
+)
+def test_lines_that_can_not_be_understood(tmp_path, line):
+    good = [b'{"file_name": "a.png", "text": "1"}', b'{"file_name": "b.png", "text": "2"}']
+    line = line if isinstance(line, bytes) else line.encode()
+    write_files(tmp_path, {"metadata.jsonl": b"\n".join([good[0], line, good[1]])})
+    assert listed(tmp_path) == (
+        {"a.png": ("1",), "b.png": ("2",)},
+        {"metadata.jsonl, entry 2": "bad entry"},
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["b.png", "b.png,a bear, red", '"b.png"x,a', f"b.png,{'x' * 200_000}", ",a", "../b.png,a"],
+)
+def test_rows_that_can_not_be_understood(tmp_path, row):
+    write_files(tmp_path, {"metadata.csv": f"file_name,text\na.png,1\n{row}\nc.png,2\n"})
+    assert listed(tmp_path) == (
+        {"a.png": ("1",), "c.png": ("2",)},
+        {"metadata.csv, entry 2": "bad entry"},
+    )
+
+
+def test_a_row_whose_quote_is_never_closed(tmp_path):
+    write_files(tmp_path, {"metadata.csv": 'file_name,text\na.png,1\nb.png,"2\nc.png,3\n'})
+    assert listed(tmp_path) == ({"a.png": ("1",)}, {"metadata.csv, entry 2": "bad entry"})
+
+
+def test_metadata_that_can_not_be_used(tmp_path):
+    cases = {
+        "metadata.jsonl": (jsonl({"image": "a.png", "text": "a"}), "has a file_name"),
+        "metadata.csv": (
+            "image,text\na.png,a\n",
+            "has the columns image, text; expected file_name",
+        ),
+    }
+    for name, (content, message) in cases.items():
+        write_files(tmp_path / name.split(".")[1], {name: content})
+        with pytest.raises(ValueError, match=message):
+            listed(tmp_path / name.split(".")[1])
+    for content in ("", "file_name\na.png\n", '"file_name\n'):
+        write_files(tmp_path, {"csv/metadata.csv": content})
+        with pytest.raises(ValueError, match=r"metadata\.csv"):
+            listed(tmp_path / "csv")
+    write_files(tmp_path, {"two/metadata.csv": "", "two/metadata.jsonl": ""})
+    with pytest.raises(ValueError, match=r"one metadata file.*two/metadata\.csv, two/metadata\.j"):
+        listed(tmp_path)
+
+
+def test_damaged_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    write_files(tmp_path, {"metadata.parquet": "PAR1 this is not PAR1"})
+    with pytest.raises(ValueError, match=r"metadata\.parquet can't be read as Parquet"):
+        listed(tmp_path)

@@ -1,0 +1,198 @@
+"""Samples in WebDataset tars: by their names, whole ones of damaged tars, and patterns of paths."""
+
+import gzip
+import os
+import pickle
+import random
+
+import pytest
+
+from localdit.training.data.candidates import Candidate, examine
+from localdit.training.data.captions import read_captions
+from localdit.training.data.tars import expand_braces, find_tars, list_tars
+from tests.training.data.drawn import picture_bytes, tar_bytes, write_files
+
+
+def listed(path, members):
+    """The entries of a tar with these members, by id: caption, or kind of the fault."""
+    path.write_bytes(members if isinstance(members, bytes) else tar_bytes(members))
+    entries = {}
+    for entry in list_tars([str(path)]):
+        if not isinstance(entry, Candidate):
+            value = entry.kind
+        else:
+            value = entry.captions and (entry.image.read(), read_captions(entry.captions))
+        entries.setdefault(entry.id, []).append(value)
+    return entries
+
+
+def test_samples_by_their_names(tmp_path):
+    members = [
+        ("./plain.jpg", "P"), ("./plain.txt", "of plain"),
+        ("a/b.seg.png", "S"), ("a/b.PNG", "B"), ("a/b.json", '{"caption": ["1", "2"]}'),
+        ("a/b.c/d.webp", "D"), ("a/b.c/d.caption", "of d"), ("a/b.c/d.cls", "5"),
+        ("c/b.jpg", "C"), ("c/b.json", "{}"), ("c/b.txt", "text first"),
+        ("silent.jpg", "S"),
+        ("._plain.jpg", "junk of a Mac"), ("README", "no suffix"), ("folder/", None),
+    ]  # fmt: skip
+    assert listed(tmp_path / "t.tar", members) == {
+        "t.tar/plain": [(b"P", ("of plain",))],
+        "t.tar/a/b": [(b"B", ("1", "2"))],
+        "t.tar/a/b.c/d": [(b"D", ("of d",))],
+        "t.tar/c/b": [(b"C", ("text first",))],
+        "t.tar/silent": [None],
+    }
+
+
+def test_members_in_any_order(tmp_path):
+    members = [
+        (f"{number}.{suffix}", f"{number}") for number in range(50) for suffix in ("jpg", "txt")
+    ]
+    random.Random(0).shuffle(members)
+    assert listed(tmp_path / "t.tar", members) == {
+        f"t.tar/{number}": [(b"%d" % number, (f"{number}",))] for number in range(50)
+    }
+
+
+def test_halves_and_doubles(tmp_path):
+    members = [
+        ("a.jpg", "1"), ("a.txt", "first"), ("a.jpg", "2"), ("a.txt", "second"), ("a.txt", "third"),
+        ("b.txt", "no picture"), ("c.heic", "H"), ("c.txt", "of c"), ("d.npy", "N"),
+    ]  # fmt: skip
+    assert listed(tmp_path / "t.tar", members) == {
+        "t.tar/a": [(b"1", ("first",)), "duplicate", "duplicate"],
+        "t.tar/b": ["half sample"],
+        "t.tar/c": ["half sample"],
+        "t.tar/d": ["half sample"],
+    }
+
+
+def test_a_tar_cut_anywhere_gives_its_whole_samples_and_at_most_one_half(tmp_path):
+    members = [
+        (f"{number}.{suffix}", content * 300)
+        for number in range(3)
+        for suffix, content in (("jpg", b"P"), ("txt", b"caption "))
+    ]
+    data = tar_bytes(members)
+    ends = {}
+    for number in range(3):  # behind the last byte of each sample's caption
+        at = data.index(b"%d.txt" % number)
+        ends[f"t.tar/{number}"] = at + 512 + 2400
+    starts = [data.index(b"%d.jpg" % number) for number in range(3)]
+    for length in [*range(1, len(data), 101), *starts[1:], *ends.values(), len(data)]:
+        entries = listed(tmp_path / "t.tar", data[:length])
+        whole = [id for id, end in ends.items() if length >= end]
+        assert [id for id, values in entries.items() if values[0] != "half sample"] == whole
+        assert all(len(values) == 1 for values in entries.values())
+        halves = {*entries} - {*whole}
+        begun = sum(length > start for start in starts) > len(whole)
+        assert len(halves) == int(begun)
+        # Where the name is known it is given.
+        if begun and length >= starts[len(whole)] + 512:
+            assert halves == {f"t.tar/{len(whole)}"}
+
+
+def test_a_picture_at_a_cut_is_half_a_sample_and_elsewhere_one_without_a_caption(tmp_path):
+    whole = tar_bytes([("a.jpg", "A"), ("b.jpg", "B")])
+    assert listed(tmp_path / "t.tar", whole) == {"t.tar/a": [None], "t.tar/b": [None]}
+    cut = whole[: whole.index(b"b.jpg") + 1024]
+    assert listed(tmp_path / "t.tar", cut) == {"t.tar/a": [None], "t.tar/b": ["half sample"]}
+
+
+def test_a_damaged_header(tmp_path):
+    data = bytearray(tar_bytes([(f"{n}.{s}", f"{n}") for n in range(3) for s in ("jpg", "txt")]))
+    at = bytes(data).index(b"1.jpg")
+    data[at + 110] ^= 1
+    assert listed(tmp_path / "t.tar", bytes(data)) == {
+        "t.tar/0": [(b"0", ("0",))],
+        "t.tar/1": ["half sample"],
+        "t.tar/2": [(b"2", ("2",))],
+        f"t.tar, byte {at:,}": ["bad entry"],
+    }
+
+
+def test_what_is_no_tar_does_not_keep_from_the_others(tmp_path):
+    good = tar_bytes([("a.jpg", picture_bytes()), ("a.txt", "of a")])
+    write_files(tmp_path, {"0.tar": "<html>" * 200, "1.tar": good, "2.tar": b""})
+    paths = [str(tmp_path / f"{number}.tar") for number in range(4)]
+    samples, faults = examine(list_tars(paths))
+    assert [sample.id for sample in samples] == ["1.tar/a"]
+    assert {kind: examples[0].id for kind, examples in faults.examples.items()} == {
+        "unreadable": "0.tar",
+        "empty": "2.tar",
+    }
+    assert faults.counts == {"unreadable": 2, "empty": 1}
+
+
+def test_compressed_tars(tmp_path):
+    data = gzip.compress(tar_bytes([("a.jpg", "A"), ("a.txt", "of a")]))
+    write_files(tmp_path, {"a.tar.gz": data, "b.tar": data})
+    for name in ("a.tar.gz", "b.tar"):
+        with pytest.raises(ValueError, match=rf"{name} is compressed.*unpack"):
+            list_tars([str(tmp_path / name)])
+
+
+def test_nothing_but_pictures_and_captions_is_opened(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    trap = pickle.dumps(Trap())
+    members = [(f"a.{suffix}", trap) for suffix in ("pkl", "pickle", "pyd", "pth", "pt", "npy")]
+    picture = [("a.jpg", picture_bytes()), ("a.txt", "of a")]
+    (tmp_path / "t.tar").write_bytes(tar_bytes(members + picture))
+    samples, faults = examine(list_tars([str(tmp_path / "t.tar")]))
+    assert (len(samples), faults.total) == (1, 0)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_ids_are_seen_from_the_folder_that_all_tars_are_in(tmp_path):
+    data = tar_bytes([("x.jpg", "X"), ("x.txt", "of x")])
+    write_files(tmp_path, {"one/0.tar": data, "two/0.tar": data})
+    paths = [str(tmp_path / "one/0.tar"), str(tmp_path / "two/0.tar")]
+    assert [entry.id for entry in list_tars(paths)] == ["one/0.tar/x", "two/0.tar/x"]
+    assert [entry.id for entry in list_tars(paths[1:])] == ["0.tar/x"]
+    assert [entry.id for entry in list_tars(paths[1:], tmp_path)] == ["two/0.tar/x"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "paths"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{000..002}.tar", ["000.tar", "001.tar", "002.tar"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{098..101}", ["098", "099", "100", "101"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{a,bc,}/x", ["a/x", "bc/x", "/x"]),
+        ("{a,b}-{0..1}", ["a-0", "a-1", "b-0", "b-1"]),
+        ("x{a,b{1..2}}y", ["xay", "xb1y", "xb2y"]),
+    ],
+)
+def test_braces(pattern, paths):
+    assert expand_braces(pattern) == paths
+
+
+@pytest.mark.parametrize("pattern", ["{0..99999999999}", "{0..9999}{0..9999}"])
+def test_too_many_tars(pattern):
+    with pytest.raises(ValueError, match="more than 1,000,000"):
+        expand_braces(pattern)
+
+
+def test_finding_tars(tmp_path):
+    names = ["a/000.tar", "a/001.tar", "b/001.tar", "odd[1]{2}.tar"]
+    write_files(tmp_path, dict.fromkeys(names, b""))
+    found = {
+        pattern: [os.path.relpath(path, tmp_path) for path in find_tars(f"{tmp_path}/{pattern}")]
+        for pattern in ("a/*.tar", "*/001.tar", "a/{000..001}.tar", "{a,b}/*.tar", "odd[1]{2}.tar")
+    }
+    assert found == {
+        "a/*.tar": names[:2],
+        "*/001.tar": names[1:3],
+        "a/{000..001}.tar": names[:2],
+        "{a,b}/*.tar": names[:3],
+        "odd[1]{2}.tar": names[3:],
+    }
+    with pytest.raises(FileNotFoundError, match=r"a/002\.tar, .*a/004\.tar, and 95 more"):
+        find_tars(f"{tmp_path}/a/{{000..099}}.tar")
+    with pytest.raises(FileNotFoundError, match=r"c/\*\.tar"):
+        find_tars(f"{tmp_path}/{{a,c}}/*.tar")
