@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
@@ -21,7 +22,10 @@ from localdit.training.data.buckets import Size
 from localdit.training.data.faults import BrokenSample
 from localdit.training.data.samples import Blob, Readable
 
-TAIL = 256  # bytes at the end of a file in which the mark of its end is looked for
+# Bytes at the end of a file in which the mark of its end is looked for, first and after that.
+TAIL, LONG_TAIL = 256, 256 * 1024
+JPEG_END = b"\xff\xd9"
+FOREIGN_TO_JPEG = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xda\xdb\xdd\xfe]")  # among pixels
 DRAFT = 2  # a JPEG is decoded at a smaller scale where that still leaves this many times the size
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -182,23 +186,19 @@ def _is_cut_off(kind: str, file: BinaryIO) -> bool:
 
 
 def _jpeg_cut_off(file: BinaryIO) -> bool:
-    if b"\xff\xd9" in _tail(file):
+    if JPEG_END in _tail(file, TAIL):
         return False
-    # Phones append films to photographs. The pixels' own data never holds the mark of the end; the
-    # small picture in the header may, so the search begins where the pixels do.
-    file.seek(0)
-    data = file.read()
-    at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+    # Phones append films to photographs. Pixels hold neither a mark of the end nor one foreign to
+    # JPEG; a film holds the latter. A small picture in the header may end too: it is passed over.
+    data = _tail(file, LONG_TAIL)
+    at = 2 if data.startswith(b"\xff\xd8") else 0
+    while at and data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data.find(b"\xff\xd9", at) < 0
+    return data.find(JPEG_END, at) < 0 and FOREIGN_TO_JPEG.search(data, at) is None
 
 
 def _png_cut_off(file: BinaryIO) -> bool:
-    if b"IEND" in _tail(file):
-        return False
-    file.seek(0)
-    return b"IEND" not in file.read()
+    return b"IEND" not in _tail(file, TAIL) and b"IEND" not in _tail(file, LONG_TAIL)
 
 
 def _webp_cut_off(file: BinaryIO) -> bool:
@@ -211,7 +211,7 @@ def _bmp_cut_off(file: BinaryIO) -> bool:
     return int.from_bytes(file.read(4), "little") > file.seek(0, os.SEEK_END)
 
 
-def _tail(file: BinaryIO) -> bytes:
+def _tail(file: BinaryIO, most: int) -> bytes:
     length = file.seek(0, os.SEEK_END)
-    file.seek(max(0, length - TAIL))
+    file.seek(max(0, length - most))
     return file.read()

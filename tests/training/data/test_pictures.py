@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from localdit.images import load_image
 from localdit.training.data.buckets import Size
 from localdit.training.data.faults import BrokenSample
-from localdit.training.data.pictures import inspect_picture, read_picture
+from localdit.training.data.pictures import LONG_TAIL, inspect_picture, read_picture
 from localdit.training.data.samples import Blob
 from tests.training.data.drawn import (
     animation,
@@ -87,6 +87,8 @@ def test_a_photograph_with_more_behind_it_or_a_preview_in_it(tmp_path):
     for image in stored(tmp_path, photograph + film):
         assert inspect_picture(image) == (256, 256)
         assert read_picture(image, Size(64, 64)).shape == (3, 64, 64)
+    film = np.random.default_rng(0).bytes(500_000).replace(b"\xff\xd9", b"")
+    assert inspect_picture(Bytes(photograph + film)) == (256, 256)
     preview = b"Exif\0\0" + picture_bytes("JPEG", 16, 16)
     segment = b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview
     with_preview = photograph[:2] + segment + photograph[2:]
@@ -156,6 +158,18 @@ def test_several_pictures_in_one_file_of_a_phone_are_no_animation():
     image = Bytes(encode(frames[0], "MPO", save_all=True, append_images=frames[1:]))
     assert inspect_picture(image) == (16, 16)
     assert read_picture(image, Size(16, 16))[0].min() > 250
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_large_photograph_that_is_cut_off_costs_little(progressive):
+    data = picture_bytes("JPEG", 1500, 1500, progressive=progressive, quality=95)
+    assert len(data) > 8 * LONG_TAIL
+    costs = []
+    for share in (0.9, 0.6, 0.3):
+        start = time.perf_counter()
+        assert kind_of(inspect_picture, Bytes(data[: int(share * len(data))])) == "truncated"
+        costs.append(time.perf_counter() - start)
+    assert min(costs) < 0.005
 
 
 def test_of_a_large_file_little_is_read(tmp_path):
