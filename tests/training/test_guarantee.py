@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -14,7 +14,9 @@ from accelerate.state import AcceleratorState
 from localdit.training.checkpointing import newest_checkpoint, verify_checkpoint
 from localdit.training.reporting import Reporter
 from tests.training.workplace import (
+    ROOT,
     command,
+    descendants,
     environment,
     kill,
     lines,
@@ -25,7 +27,7 @@ from tests.training.workplace import (
     weights,
 )
 
-STEPS = 16  # of 2 samples: with 8 of them in two buckets, an epoch has 5
+STEPS = 20  # of 2 samples: with 8 of them in two buckets, an epoch has 5
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def workplace(tmp_path_factory):
     shape = json.loads((folder / "shape.json").read_text())
     # Dropout draws from the global generators, which have to go on where they were as well.
     (folder / "shape.json").write_text(json.dumps(shape | {"dropout": 0.1}))
-    stages = [{"image-size": 96, "max-train-steps": 7}, {"image-size": 64, "max-train-steps": 9}]
+    stages = [{"image-size": 96, "max-train-steps": 7}, {"image-size": 64, "max-train-steps": 13}]
     (folder / "stages.json").write_text(json.dumps(stages))
     return folder
 
@@ -173,7 +175,7 @@ def test_signals_save_and_end_the_run(name, processes, workplace, tmp_path):
     wait_for(process, lambda: steps_of(run) >= 3)
     since = time.monotonic()
     # To one of the processes that train, as a scheduler or a person may do.
-    target = process.pid if processes == 1 else training_process(process.pid)
+    target = process.pid if processes == 1 else descendants(process.pid)[0]
     os.kill(target, getattr(signal, name))
     printed, _ = process.communicate(timeout=60)
     assert time.monotonic() - since < 30
@@ -184,17 +186,10 @@ def test_signals_save_and_end_the_run(name, processes, workplace, tmp_path):
     assert saved == steps_of(run)
 
 
-def training_process(launcher):
-    """The second of the processes that a launcher started."""
-    children = open(f"/proc/{launcher}/task/{launcher}/children").read().split()
-    return int(children[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_ends_the_run_with_one_message(processes, workplace, tmp_path):
     run, limit = tmp_path / "run", 200_000
-    shutil.rmtree(run, ignore_errors=True)
     finish(workplace, run, *case(workplace, "folder"), "--max-train-steps", "2",
            processes=processes)  # fmt: skip
     # No file may grow beyond the limit: writing weights fails as it does on a full disk.
@@ -203,13 +198,11 @@ def test_a_full_disk_ends_the_run_with_one_message(processes, workplace, tmp_pat
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit // 10}, {limit // 10}));"
         f"sys.exit(subprocess.call(sys.argv[1:]))"
     )
-    import subprocess
-
     result = subprocess.run(
         [sys.executable, "-c", script,
          *command(workplace, run, *case(workplace, "folder"), "--resume", "auto",
                   processes=processes)],
-        cwd=os.getcwd(), env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("error: The checkpoint of step 4 could not be written") == 1

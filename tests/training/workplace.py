@@ -1,7 +1,7 @@
 """A place to run `train.py` in: captioned pictures, a pipeline for its encoders, a small shape."""
 
+import contextlib
 import importlib.util
-import io
 import json
 import os
 import signal
@@ -24,19 +24,14 @@ SIZES = [(100, 96), (130, 64)]
 def make_workplace(folder):
     """Write pictures as a folder and as tars, a pipeline, and a transformer's shape."""
     (folder / "pictures").mkdir()
-    shards = [tarfile.open(folder / f"shard-{number}.tar", "w") for number in range(2)]
     for number, colour in enumerate(COLOURS):
         image = Image.new("RGB", SIZES[number % 3 == 2], colour.split()[-1])
         name = colour.replace(" ", "-")
         image.save(folder / f"pictures/{name}.png")
         (folder / f"pictures/{name}.txt").write_text(f"a {colour} picture")
-        for file in (f"{name}.png", f"{name}.txt"):
-            data = (folder / "pictures" / file).read_bytes()
-            entry = tarfile.TarInfo(file)
-            entry.size = len(data)
-            shards[number % 2].addfile(entry, io.BytesIO(data))
-    for shard in shards:
-        shard.close()
+        with tarfile.open(folder / f"shard-{number % 2}.tar", "a") as shard:
+            for file in (f"{name}.png", f"{name}.txt"):
+                shard.add(folder / "pictures" / file, file)
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(folder / "pipeline")
     shape = dict(pipeline.transformer.config) | {"sample_size": 8}
@@ -86,9 +81,17 @@ def start(workplace, output, *more, processes=1):
 
 
 def kill(process):
-    """`kill -9` a process and all that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """`kill -9` a process and all that it started, the youngest last."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
+
+
+def descendants(pid):
+    """The processes that one started, and those that they started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [each for child in map(int, children) for each in (child, *descendants(child))]
 
 
 def lines(run, name="metrics.jsonl"):
