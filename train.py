@@ -39,11 +39,12 @@ def train(session: Session) -> None:
         for step, batches in session.batches(stage):
             rate = session.set_learning_rate(stage)
             outcome = take_step(session, batches)
-            if outcome.finite:
-                optimizer.step()
-                if not session.accelerator.optimizer_step_was_skipped:
-                    state.ema.update(state.parameters())
-            optimizer.zero_grad()
+            with state.metrics.watch("compute"):
+                if outcome.finite:
+                    optimizer.step()
+                    if not session.accelerator.optimizer_step_was_skipped:
+                        state.ema.update(state.parameters())
+                optimizer.zero_grad()
 
             state.progress.advance(step, outcome.broken, skipped=not outcome.finite)
             session.report(rate, batches, outcome)
@@ -68,15 +69,16 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
     import torch
     from torch.nn.attention import sdpa_kernel
 
+    from localdit.training.distributed import loss_divisor
     from localdit.training.objective import denoising_errors
 
     accelerator, model = session.accelerator, session.state.model
     watch = session.state.metrics.watch
     objective, device = session.models.objective, session.accelerator.device
     (count,) = session.agreement.total(sum(batch.weights.sum().item() for batch in batches))
-    # Accelerate averages over accumulated batches, and DDP over processes.
-    scale = len(batches) * accelerator.num_processes / max(count, 1.0)
     accelerator.gradient_accumulation_steps = len(batches)
+    # Accelerate averages over accumulated batches, and over processes.
+    scale = loss_divisor(accelerator) * accelerator.num_processes / max(count, 1.0)
     losses, flops = [], 0
     for batch in batches:
         with accelerator.accumulate(model):
@@ -99,7 +101,8 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
                 accelerator.backward(loss.sum() * scale)
         losses.append(loss.detach())
         flops += session.models.step_flops(inputs)
-    norm = accelerator.clip_grad_norm_(model.parameters(), session.args.gradient_clip)
+    with watch("compute"):
+        norm = accelerator.clip_grad_norm_(model.parameters(), session.args.gradient_clip)
     return session.agree(batches, torch.stack(losses), norm, count, flops)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from localdit.training.encode_options import PROGRAM, parse_args
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from localdit.training.agreement import Agreement
-
-Result = TypeVar("Result")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     agreement, is_main = Agreement(accelerator), accelerator.is_main_process
     command = shlex.join([*PROGRAM.split(), *argv])
     try:
-        job = _everywhere(
-            agreement, lambda: prepare(args, command, accelerator.device, quiet=not is_main)
+        job = agreement.on_all(
+            lambda: prepare(args, command, accelerator.device, quiet=not is_main)
         )
         _require_same(agreement, job.manifest.digest())
         agreement.on_main(lambda: check_folder(args.output, job.manifest))
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         empty_text = job.empty_text()
         shards = agreement.on_main(lambda: open_folder(args.output, job.manifest, empty_text))
         share = shards[accelerator.process_index :: accelerator.num_processes]
-        _everywhere(agreement, lambda: encode(args, job, share, quiet=not is_main))
+        agreement.on_all(lambda: encode(args, job, share, quiet=not is_main))
         summary = agreement.on_main(lambda: report(args, job))
         if is_main:
             print(summary)
@@ -76,25 +74,6 @@ def _start_processes() -> Accelerator:
             "another. On CPUs, set ACCELERATE_USE_CPU=true."
         )
     return accelerator
-
-
-def _everywhere(agreement: Agreement, action: Callable[[], Result]) -> Result:
-    """Have every process do something, and all of them stop if it fails in one.
-
-    Raises:
-        TrainingStopped: in every process, with the message of the first that failed.
-    """
-    from localdit.training.agreement import TrainingStopped
-
-    outcome: list[Result] = []
-    problem = None
-    try:
-        outcome.append(action())
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    if problems := [text for text in agreement.gathered([problem]) if text is not None]:
-        raise TrainingStopped(problems[0])
-    return outcome[0]
 
 
 def _require_same(agreement: Agreement, digest: str) -> None:

@@ -47,7 +47,7 @@ class PromptPictures:
         self.num_inference_steps = num_inference_steps
         self.vae = encoders.vae
         self.embeddings = []
-        pipeline = LocalDiTPipeline(*encoders, transformer=None, scheduler=None)
+        pipeline = LocalDiTPipeline(*encoders, transformer=None, scheduler=None)  # type: ignore[arg-type]
         with torch.no_grad():
             for index in self.indices:
                 embeddings = pipeline.encode_prompt(

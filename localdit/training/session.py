@@ -25,7 +25,7 @@ from localdit.training.optimizer import learning_rate, set_learning_rate
 from localdit.training.pipeline_folder import with_weights
 from localdit.training.reporting import Reporter
 from localdit.training.run import RunFolder, changed_options
-from localdit.training.setup import Models, find_data, load_models, make_accelerator, make_state
+from localdit.training.setup import Models, find_data, load_models, make_state, start_processes
 from localdit.training.signals import StopRequest
 from localdit.training.stages import Stage, stage_of_step
 from localdit.training.state import TrainingState
@@ -145,12 +145,12 @@ class Session:
         Raises:
             TrainingStopped: if too many steps were not finite, or too many samples are broken.
         """
-        norm = float(norm)
+        grad_norm = float(norm)
         # With scaled gradients (float16) an overflow is part of the scheme: the scaler skips it.
-        sound = math.isfinite(norm) or self.accelerator.scaler is not None
+        sound = math.isfinite(grad_norm) or self.accelerator.scaler is not None
         bad = not (sound and bool(torch.isfinite(losses).all()))
         faults = [fault for batch in batches for fault in batch.faults]
-        loss, bad_ranks, stops, broken, flops = self.agreement.total(
+        loss, bad_ranks, stops, broken, operations = self.agreement.total(
             losses.double().sum().item(), bad, self.stop.signal is not None, len(faults), flops
         )
         if broken:
@@ -158,12 +158,18 @@ class Session:
                 self.reporter.broken(fault)
         self._require_few_broken(int(broken))
         if bad_ranks:
-            self._skip(batches, losses, norm)
+            self._skip(batches, losses, grad_norm)
         signals = self.agreement.gathered([self.stop.signal]) if stops else []
         signal = next((name for name in signals if name), None)
         finite = not bad_ranks and count > 0
         return Outcome(
-            loss / max(count, 1), norm, int(count), int(broken), finite, int(flops), signal
+            loss / max(count, 1),
+            grad_norm,
+            int(count),
+            int(broken),
+            finite,
+            int(operations),
+            signal,
         )
 
     def _require_few_broken(self, broken: int) -> None:
@@ -224,7 +230,7 @@ class Session:
         averaged = with_weights(transformer, self.state.averaged_weights())
         averaged = averaged.to(self.accelerator.device)
         if self.data[stage.index].held_out:
-            line = {"step": self.state.progress.step}
+            line: dict[str, float] = {"step": self.state.progress.step}
             for name, model in (("model", self.state.model), ("ema", averaged)):
                 line |= self._validation_losses(stage, model, name)
             self.reporter.line(line)
@@ -303,7 +309,7 @@ def set_up(args: argparse.Namespace) -> Session | None:
     """
     stop = StopRequest()
     stop.listen()
-    accelerator = make_accelerator(args)
+    accelerator = start_processes(args)
     agreement = Agreement(accelerator)
     data = agreement.on_main(lambda: find_data(args))
     if args.dry_run:

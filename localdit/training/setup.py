@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from localdit.models.flops import forward_flops
-from localdit.training import components, sharding
+from localdit.training import components, distributed, sharding
+from localdit.training.agreement import TrainingStopped
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
@@ -28,20 +27,28 @@ from localdit.training.stages import Stage
 from localdit.training.state import Progress, TrainingState
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from localdit.models import LocalDiTTransformer2DModel
 
-BROADCAST_BUFFERS = DistributedDataParallelKwargs(broadcast_buffers=False)
 
+def start_processes(args: argparse.Namespace) -> Accelerator:
+    """Start Accelerate, with the trackers that were asked for.
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Start Accelerate, with the trackers that were asked for."""
+    Raises:
+        TrainingStopped: if the processes can't work together as they were started.
+    """
     trackers = [name for name in ("wandb", "tensorboard") if getattr(args, f"use_{name}")]
-    return Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=trackers or None,
-        project_dir=str(args.output),
-        kwargs_handlers=[BROADCAST_BUFFERS],
-    )
+    try:
+        return distributed.make_accelerator(
+            args.stages[0].batch_size,
+            args.gradient_clip,
+            mixed_precision=args.mixed_precision,
+            log_with=trackers or None,
+            project_dir=str(args.output),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise TrainingStopped(str(error)) from error
 
 
 def find_data(args: argparse.Namespace) -> list[StageData]:
@@ -205,11 +212,11 @@ def make_state(
         args.weight_decay,
         device=accelerator.device,
     )
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    model, optimizer = distributed.prepare(accelerator, transformer, optimizer)
     ema = ExponentialMovingAverage(
         sharding.named_parameters(model), args.ema_decay, "cpu" if args.ema_on_cpu else None
     )
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    dtype = distributed.DTYPES.get(accelerator.mixed_precision)
     metrics = Metrics(
         accelerator.device,
         accelerator.num_processes,

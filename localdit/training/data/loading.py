@@ -185,7 +185,7 @@ def load_batches(
     """The batches of a sequence of visits, in its order, read ahead by `num_workers` processes."""
     loader = DataLoader(
         dataset,
-        batch_sampler=visits,  # type: ignore[arg-type]  # any iterable of lists of keys serves
+        batch_sampler=visits,
         num_workers=num_workers,
         collate_fn=dataset.batch,
         pin_memory=pin_memory,

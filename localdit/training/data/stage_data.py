@@ -80,10 +80,11 @@ def prepare_data(
     require_few(found.faults, len(found.samples), max_broken)
     shapes = [(sample.height, sample.width) for sample in found.samples]
     if found.encoded is not None:
-        if found.encoded.manifest.image_size != stage.image_size:
+        encoded_size = found.encoded.manifest.image_size
+        if encoded_size != stage.image_size:
             raise ValueError(
-                f"{stage.data_root} was encoded for {found.encoded.manifest.image_size} pixels, but "
-                f"--image-size is {stage.image_size}. Make the two agree."
+                f"{stage.data_root} was encoded for {encoded_size} pixels, but --image-size is "
+                f"{stage.image_size}. Make the two agree."
             )
         sizes = list(found.encoded.manifest.sizes)
         index = {tuple(size): number for number, size in enumerate(sizes)}
