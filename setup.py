@@ -6,6 +6,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+TRAIN = [
+    line.split("#")[0].strip()
+    for line in (ROOT / "requirements-train.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
 
 setup(
@@ -31,9 +36,16 @@ setup(
         "tqdm>=4.65",
     ],
     extras_require={
-        "train": ["wandb>=0.16"],
+        "train": TRAIN,
         "quantization": ["bitsandbytes>=0.43"],
-        "dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8.0", "ruff>=0.6"],
+        "dev": [
+            *TRAIN,
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pytest>=8.0",
+            "ruff>=0.6",
+            "webdataset>=0.2",  # reads what encoding ahead writes, in a test
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -10,7 +10,8 @@ from localdit.training.options import parse_args
 
 if TYPE_CHECKING:
     from localdit.training.data.loading import Batch
-    from localdit.training.session import Outcome, Session
+    from localdit.training.outcome import Outcome
+    from localdit.training.session import Session
 
 
 def main() -> int:
@@ -71,6 +72,7 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
 
     from localdit.training.distributed import loss_divisor
     from localdit.training.objective import denoising_errors
+    from localdit.training.outcome import agree_on
 
     accelerator, model = session.accelerator, session.state.model
     watch = session.state.metrics.watch
@@ -103,7 +105,7 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
         flops += session.models.step_flops(inputs)
     with watch("compute"):
         norm = accelerator.clip_grad_norm_(model.parameters(), session.args.gradient_clip)
-    return session.agree(batches, torch.stack(losses), norm, count, flops)
+    return agree_on(session, batches, torch.stack(losses), norm, count, flops)
 
 
 if __name__ == "__main__":

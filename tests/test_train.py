@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -171,6 +172,44 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(train, caps
     for folder in run.glob("checkpoint-*"):
         assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
     assert not (run / "final").exists()
+
+
+def test_broken_pictures_are_passed_over_and_listed(train, workplace, tmp_path):
+    shutil.copytree(workplace / "pictures", tmp_path / "data")
+    whole = (tmp_path / "data/red.png").read_bytes()
+    middle = len(whole) // 2
+    broken = whole[:middle] + b"\xff" * 8 + whole[middle + 8 :]  # only decoding shows it
+    (tmp_path / "data/red.png").write_bytes(broken)
+    more = ["--data-root", tmp_path / "data", "--max-train-steps", "4", "--max-broken", "0.2"]
+    run = train("run", *more)
+    seen = [name for line in lines(run, "samples-0.jsonl") for name in line["samples"] if name]
+    assert len(set(seen)) == len(seen) == 7
+    (fault,) = lines(run, "broken.jsonl")
+    assert (fault["kind"], fault["id"]) == ("damaged", "red.png")
+    train("strict", *more, "--max-broken", "0.1", expect=1)
+
+
+def test_resuming_another_run_is_refused(train, capsys):
+    run = train("run", "--max-train-steps", "2")
+    train("run", "--resume", "auto", "--seed", "9", expect=1)
+    assert "is of a run with --seed 0, not 9" in capsys.readouterr().err
+    train("run", "--resume", "auto", "--learning-rate", "2e-3")
+    assert "Changed since: learning_rate: 0.001 -> 0.002" in capsys.readouterr().out
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, capsys):
+    run = train("run", "--save-interval", "2")
+    expected = lines(run)
+    file = run / "checkpoint-4/training/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    train("run", "--resume", "auto")
+    printed = capsys.readouterr().out
+    assert "checkpoint-4 is passed over: training/model.safetensors is not what was" in printed
+    assert "Going on from" in printed and "after step 2." in printed
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in expected]
 
 
 @pytest.mark.parametrize(

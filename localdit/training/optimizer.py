@@ -51,8 +51,7 @@ def make_optimizer(
         from bitsandbytes.optim import AdamW8bit
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The optimizer adamw8bit needs bitsandbytes: pip install -r requirements-train.txt, or "
-            "choose adamw."
+            "The optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, or choose adamw."
         ) from error
     return AdamW8bit(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 

@@ -79,7 +79,7 @@ class Reporter:
             self.run.draw_curves()
         self.lines += 1
 
-    def samples(self, step: int, ids: Sequence[str], loss: float) -> None:
+    def samples(self, step: int, ids: Sequence[str], loss: float | None) -> None:
         """Log which samples this process saw in a step, and the loss of the step."""
         name = f"samples-{self.accelerator.process_index}.jsonl"
         self.run.log({"step": step, "loss": loss, "samples": list(ids)}, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,12 +152,3 @@ def link_or_copy(folder: Path, target: Path) -> None:
         target.symlink_to(folder, target_is_directory=True)
     except OSError:
         shutil.copytree(folder, target)
-
-
-def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
-    """What differs between the options of a run and those it is resumed with."""
-    ignored = {"resume", "output"}
-    for name in sorted((before.keys() | now.keys()) - ignored):
-        old, new = before.get(name), now.get(name)
-        if old != new:
-            yield f"{name}: {old} -> {new}"

@@ -3,56 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file
 
-from localdit.training.agreement import Agreement, TrainingStopped
+from localdit.training.agreement import Agreement
 from localdit.training.components import attention_kernels
 from localdit.training.data.loading import Batch, Draws
-from localdit.training.data.order import Position, Step
+from localdit.training.data.order import Step
 from localdit.training.data.stage_data import StageData, held_out_batches, stage_batches
 from localdit.training.optimizer import learning_rate, set_learning_rate
+from localdit.training.outcome import Outcome
 from localdit.training.pipeline_folder import with_weights
 from localdit.training.reporting import Reporter
-from localdit.training.run import RunFolder, changed_options
+from localdit.training.resuming import options_of, resume
+from localdit.training.run import RunFolder
 from localdit.training.setup import Models, find_data, load_models, make_state, start_processes
 from localdit.training.signals import StopRequest
 from localdit.training.stages import Stage, stage_of_step
 from localdit.training.state import TrainingState
 from localdit.training.validation import ValidationBatch, validation_losses
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the processes agree on about a step.
-
-    Attributes:
-        loss: mean over its samples.
-        grad_norm: of the gradient, before it was clipped.
-        count: samples that were sound.
-        broken: samples that were not.
-        finite: whether the gradient may be used.
-        flops: operations of the model, forward and backward.
-        signal: the signal that asked one of the processes to stop, if one did.
-    """
-
-    loss: float
-    grad_norm: float
-    count: int
-    broken: int
-    finite: bool
-    flops: int
-    signal: str | None
 
 
 @dataclass
@@ -125,99 +101,15 @@ class Session:
         set_learning_rate(self.state.optimizer, rate)
         return rate
 
-    def agree(
-        self,
-        batches: list[Batch],
-        losses: torch.Tensor,
-        norm: torch.Tensor,
-        count: float,
-        flops: int,
-    ) -> Outcome:
-        """Find out over all processes how a step went.
-
-        Args:
-            batches: this process's.
-            losses: (accumulations, B) of their samples.
-            norm: of the whole gradient.
-            count: sound samples of all processes.
-            flops: operations of this process.
-
-        Raises:
-            TrainingStopped: if too many steps were not finite, or too many samples are broken.
-        """
-        grad_norm = float(norm)
-        # With scaled gradients (float16) an overflow is part of the scheme: the scaler skips it.
-        sound = math.isfinite(grad_norm) or self.accelerator.scaler is not None
-        bad = not (sound and bool(torch.isfinite(losses).all()))
-        faults = [fault for batch in batches for fault in batch.faults]
-        loss, bad_ranks, stops, broken, operations = self.agreement.total(
-            losses.double().sum().item(), bad, self.stop.signal is not None, len(faults), flops
-        )
-        if broken:
-            for fault in self.agreement.gathered(faults):
-                self.reporter.broken(fault)
-        self._require_few_broken(int(broken))
-        if bad_ranks:
-            self._skip(batches, losses, grad_norm)
-        signals = self.agreement.gathered([self.stop.signal]) if stops else []
-        signal = next((name for name in signals if name), None)
-        finite = not bad_ranks and count > 0
-        return Outcome(
-            loss / max(count, 1),
-            grad_norm,
-            int(count),
-            int(broken),
-            finite,
-            int(operations),
-            signal,
-        )
-
-    def _require_few_broken(self, broken: int) -> None:
-        """Stop once too large a share of the epoch's samples is broken."""
-        if not broken:
-            return
-        progress = self.state.progress
-        found = self.data[stage_of_step(self.args.stages, progress.step).index].found
-        total = len(found.samples) + found.faults.total
-        now = found.faults.total + progress.broken + broken
-        if now > self.args.max_broken * total:
-            raise TrainingStopped(
-                f"{now:,} of {total:,} samples are broken, more than the "
-                f"{self.args.max_broken:.0%} that --max-broken allows; broken.jsonl in "
-                f"{self.run.path} lists those that only reading showed. Mend or remove them, or "
-                "raise --max-broken, and go on with --resume auto."
-            )
-
-    def _skip(self, batches: list[Batch], losses: torch.Tensor, norm: float) -> None:
-        """Report a step whose loss or gradient is not finite, and stop where it is one too many."""
-        ids = [sample for batch in batches for sample in batch.ids]
-        suspects = [
-            name
-            for name, loss in zip(ids, losses.flatten().tolist(), strict=True)
-            if name and not math.isfinite(loss)
-        ]
-        suspects = self.agreement.gathered(suspects)
-        everyone = [name for name in self.agreement.gathered(ids) if name]
-        progress = self.state.progress
-        what = "loss" if suspects else f"gradient (its norm is {norm:g})"
-        names = ", ".join(suspects or everyone)
-        message = f"Step {progress.step + 1}: the {what} is not finite, of {names}."
-        if progress.skipped + 1 > self.args.max_skipped_steps:
-            raise TrainingStopped(
-                f"{message} {progress.skipped} steps were skipped for this before, and "
-                f"--max-skipped-steps is {self.args.max_skipped_steps}. The checkpoints are from "
-                "before. Try a lower --learning-rate, or --mixed-precision bf16 or no."
-            )
-        self.reporter.say(f"{message} The step is skipped.")
-
     def report(self, rate: float, batches: list[Batch], outcome: Outcome) -> None:
         """Log the step that was taken."""
         step, metrics = self.state.progress.step, self.state.metrics
-        if outcome.finite:
+        # In float16 the scaler skips steps whose gradient overflows: nothing to take a mean of.
+        if outcome.finite and math.isfinite(outcome.grad_norm):
             metrics.add(outcome.loss, outcome.grad_norm, rate, outcome.count, outcome.flops)
         if self.args.log_samples:
             ids = [name for batch in batches for name in batch.ids]
-            self.reporter.samples(step, ids, outcome.loss)
+            self.reporter.samples(step, ids, outcome.loss if outcome.finite else None)
         self.reporter.advance()
         if step % self.args.log_interval == 0 or step == self.args.stages[-1].end:
             self.reporter.line(metrics.line(step))
@@ -339,57 +231,6 @@ def set_up(args: argparse.Namespace) -> Session | None:
         attention_kernels(accelerator.device, accelerator.mixed_precision),
     )
     if checkpoint is not None:
-        agreement.on_all(partial(_resume, session, checkpoint))
+        agreement.on_all(partial(resume, session, checkpoint))
     session.reporter.begin(data, state.progress.step)
     return session
-
-
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as JSON has them."""
-    stages = [vars(stage) for stage in args.stages] if len(args.stages) > 1 else None
-    plain = vars(args) | {"stages": stages}
-    return json.loads(json.dumps(plain, default=str))
-
-
-def _resume(session: Session, checkpoint: Path) -> None:
-    """Take over the state of a checkpoint, and say what differs from the run it is of.
-
-    Raises:
-        ValueError: if it is of another model or optimizer.
-    """
-    state, stages = session.state, session.args.stages
-    averages = load_transformer_weights(checkpoint / "transformer")
-    options = state.restore(checkpoint / "training", averages, session.accelerator.process_index)
-    session.saved = state.progress.step
-    say = session.reporter.say
-    say(f"Going on from {checkpoint}, after step {state.progress.step:,}.")
-    for change in changed_options(options, options_of(session.args)):
-        say(f"Changed since: {change}")
-    stage = stage_of_step(stages, state.progress.step)
-    if state.progress.step > stage.first_step:
-        _resume_data(session, stage)
-
-
-def _resume_data(session: Session, stage: Stage) -> None:
-    """Find the position in the data again, and say what a changed batch or data set means."""
-    progress, say = session.state.progress, session.reporter.say
-    if progress.data != session.data[stage.index].digest:
-        say("The data is not what it was: a new epoch of it begins.")
-        progress.position = Position(progress.position.epoch + 1)
-        progress.data = session.data[stage.index].digest
-        return
-    taken = progress.position.taken
-    batch = stage.global_batch(session.accelerator.num_processes)
-    if taken and taken[-1][0] != batch:
-        say(
-            f"An optimizer step has {batch} samples now, it had {taken[-1][0]}. The rest of the "
-            "epoch is cut anew: each of its samples still comes exactly once."
-        )
-
-
-def load_transformer_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a model folder, sharded or not."""
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights

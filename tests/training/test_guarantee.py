@@ -27,7 +27,7 @@ from tests.training.workplace import (
     weights,
 )
 
-STEPS = 20  # of 2 samples: with 8 of them in two buckets, an epoch has 5
+STEPS = 20  # of 2 samples: with 6 and 2 of them in two buckets, an epoch has 4
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_bits(names, workplace, tmp_pa
 
     run("whole")
     advance = Reporter.advance
-    for last in (5, 12):  # in the first epoch, and in the third
+    for last in (3, 10):  # in the first epoch, and in the third
 
         def interrupt(reporter, last=last):
             advance(reporter)
@@ -155,7 +155,7 @@ def test_kill_9_and_resume_give_the_same_bits(names, processes, workplace, tmp_p
     more += ["--resume", "auto"]
     finish(workplace, tmp_path / "whole", *more, processes=processes)
     run = tmp_path / "broken"
-    for last in (3, 8, 12):
+    for last in (2, 6, 10):
         process = start(workplace, run, *more, processes=processes)
         wait_for(process, lambda last=last: steps_of(run) >= last)
         kill(process)
@@ -208,6 +208,27 @@ def test_a_full_disk_ends_the_run_with_one_message(processes, workplace, tmp_pat
     assert result.stderr.count("error: The checkpoint of step 4 could not be written") == 1
     assert sorted(path.name for path in run.glob("*checkpoint*")) == ["checkpoint-2"]
     verify_checkpoint(run / "checkpoint-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(processes, workplace, tmp_path):
+    run = tmp_path / "run"
+    more = [*case(workplace, "folder"), "--save-interval", "1", "--max-train-steps", "4"]
+    launch = command(workplace, run, *more, processes=processes)
+    launch[launch.index("train.py")] = "tests/training/not_finite_run.py"
+    result = subprocess.run(
+        launch, cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    broken = lines(run, f"samples-{processes - 1}.jsonl")[2]
+    assert broken["loss"] is None
+    assert f"Step 3: the loss is not finite, of {broken['samples'][0]}." in result.stdout
+    state = json.loads((run / "checkpoint-4/training/state.json").read_text())
+    assert (state["progress"]["step"], state["progress"]["skipped"]) == (4, 1)
+    for name, tensor in weights(run / "checkpoint-4").items():
+        assert torch.isfinite(tensor.float()).all(), name
 
 
 @pytest.mark.slow
