@@ -32,6 +32,20 @@ many processes share the work.
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options as a flat namespace; ends the program with a message if one can't be right."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.num_workers is None:
+        args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
+    try:
+        check_data_options(vars(args))
+        require_positive(vars(args), ("window_size", "samples_per_shard", "batch_size"))
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all options, in groups."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=DESCRIPTION, formatter_class=HelpFormatter
     )
@@ -39,15 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_data_options(parser.add_argument_group("data"), defaults)
     add_encoder_options(parser.add_argument_group("encoders"), defaults)
     _add_encoding_options(parser.add_argument_group("encoding"), defaults)
-    args = parser.parse_args(argv)
-    if args.num_workers is None:
-        args.num_workers = min(defaults.num_workers, os.cpu_count() or 1)
-    try:
-        check_data_options(vars(args))
-        require_positive(vars(args), ("window_size", "samples_per_shard", "batch_size"))
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return parser
 
 
 def _add_encoding_options(group: argparse._ArgumentGroup, defaults: Config) -> None:

@@ -29,6 +29,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     `stages` is made a list of `Stage`, a single one where no file of stages was named.
     """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.num_workers is None:
+        args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
+    try:
+        _check(args)
+        args.stages = _stages(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all options, in groups."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter)
     defaults = Config()
     data = parser.add_argument_group("data")
@@ -40,15 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_objective_options(parser.add_argument_group("objective"))
     _add_optimisation_options(parser.add_argument_group("optimisation"), defaults)
     _add_output_options(parser.add_argument_group("output"), defaults)
-    args = parser.parse_args(argv)
-    if args.num_workers is None:
-        args.num_workers = min(defaults.num_workers, os.cpu_count() or 1)
-    try:
-        _check(args)
-        args.stages = _stages(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return parser
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
