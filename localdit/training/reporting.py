@@ -49,12 +49,10 @@ class Reporter:
             name: value if isinstance(value, int | float | str | bool) else str(value)
             for name, value in vars(self.args).items()
         }
-        folder = self.run.path.absolute()
-        self.accelerator.init_trackers(
-            "localdit",
-            config=settings,
-            init_kwargs={"wandb": {"id": folder.name, "resume": "allow", "dir": str(folder)}},
-        )
+        wandb = {"dir": str(self.run.path.absolute()), "name": self.run.path.name}
+        if self.main and self.args.use_wandb:
+            wandb |= {"id": self.run.wandb_id(), "resume": "allow"}
+        self.accelerator.init_trackers("localdit", settings, {"wandb": wandb})
 
     def say(self, text: str) -> None:
         """Print, above the progress bar."""

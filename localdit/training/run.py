@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,13 @@ class RunFolder:
         """Append a line, an object with a `step`, to a file of such lines."""
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def wandb_id(self) -> str:
+        """What Weights & Biases knows the run by, so that a resumed one goes on in its place."""
+        file = self.path / "wandb-id.txt"
+        if not file.is_file():
+            _write_whole(file, secrets.token_hex(8))
+        return file.read_text(encoding="utf-8")
 
     def draw_curves(self) -> None:
         """Draw `curves.png` from what was logged so far."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import ProjectConfiguration
 
 from localdit.models.flops import forward_flops
 from localdit.training import components, distributed, sharding
@@ -45,7 +46,9 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
             args.gradient_clip,
             mixed_precision=args.mixed_precision,
             log_with=trackers or None,
-            project_dir=str(args.output),
+            project_config=ProjectConfiguration(
+                project_dir=str(args.output), logging_dir=str(args.output / "tensorboard")
+            ),
         )
     except (RuntimeError, ValueError) as error:
         raise TrainingStopped(str(error)) from error

@@ -1,56 +1,103 @@
 import json
-import math
 import os
-from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from localdit.training.run import Metrics, RunFolder, require_finite, whole_folder
-
-
-def test_settings_are_written_and_a_used_folder_is_refused(tmp_path):
-    run = RunFolder(tmp_path / "new/run")
-    run.create({"seed": 3, "output": Path("x")})
-    assert json.loads((run.path / "config.json").read_text()) == {"seed": 3, "output": "x"}
-    with pytest.raises(FileExistsError, match="not empty"):
-        run.create({})
+from localdit.training.checkpointing import new_checkpoint
+from localdit.training.run import RunFolder, link_or_copy
+from localdit.training.state import Snapshot
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    def write(fail):
-        with whole_folder(tmp_path / "a") as folder:
-            (folder / "one").write_text("1")
-            assert not (tmp_path / "a").exists()
-            if fail:
-                raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write(fail=True)
-    assert os.listdir(tmp_path) == []
-    write(fail=False)
-    assert os.listdir(tmp_path) == ["a"]
-    assert os.listdir(tmp_path / "a") == ["one"]
+def checkpoint(run, step):
+    with new_checkpoint(run.path, step) as folder:
+        (folder / "file").write_text("content")
 
 
-def test_metrics_are_means_since_the_last_line():
-    metrics = Metrics(images_per_step=8)
-    metrics.add(1.0, 0.5)
-    metrics.add(3.0, 1.5)
-    line = metrics.collect()
-    assert (line["loss"], line["grad_norm"]) == (2.0, 1.0)
-    assert line["images_per_second"] > 0
-    metrics.add(5.0, 0.0)
-    assert metrics.collect()["loss"] == 5.0
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "new/run")
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
-def test_what_is_not_finite_stops_the_run(loss, norm):
-    with pytest.raises(FloatingPointError, match="Step 7"):
-        require_finite(7, torch.tensor(loss), torch.tensor(norm))
+def test_options_are_written_and_a_used_folder_is_refused(run):
+    assert run.open({"seed": 3}, resume=None) is None
+    assert json.loads((run.path / "config.json").read_text()) == {"seed": 3}
+    with pytest.raises(FileExistsError, match="not empty: go on with it by --resume auto"):
+        run.open({}, resume=None)
 
 
-def test_overflowing_scaled_gradients_are_the_scalers_business():
-    require_finite(7, torch.tensor(1.0), torch.tensor(math.inf), scaled=True)
-    with pytest.raises(FloatingPointError):
-        require_finite(7, torch.tensor(math.nan), torch.tensor(math.inf), scaled=True)
+def test_auto_begins_anew_or_goes_on_from_the_newest(run, capsys):
+    assert run.open({}, resume="auto") is None
+    checkpoint(run, 5), checkpoint(run, 10)
+    assert run.open({}, resume="auto") == run.path / "checkpoint-10"
+    (run.path / "checkpoint-10/file").write_text("c0ntent")
+    assert run.open({}, resume="auto") == run.path / "checkpoint-5"
+    assert "checkpoint-10 is passed over: file is not what was written" in capsys.readouterr().out
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run):
+    run.open({}, resume=None)
+    checkpoint(run, 5)
+    (run.path / "checkpoint-5/file").unlink()
+    with pytest.raises(ValueError, match="None of the checkpoints in .* is sound: checkpoint-5"):
+        run.open({}, resume="auto")
+    with pytest.raises(
+        ValueError, match=r"--resume .*checkpoint-5 can't be resumed: it lacks file"
+    ):
+        run.open({}, resume=str(run.path / "checkpoint-5"))
+
+
+def test_what_was_logged_after_the_checkpoint_is_forgotten(run):
+    run.open({}, resume=None)
+    for step in (1, 2, 3):
+        run.log({"step": step})
+        run.log({"step": step}, "samples-1.jsonl")
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the midst of a line
+    run.forget_after(2)
+    for name in ("metrics.jsonl", "samples-1.jsonl"):
+        steps = [json.loads(line)["step"] for line in (run.path / name).read_text().splitlines()]
+        assert steps == [1, 2]
+
+
+def test_pictures_are_laid_side_by_side(run):
+    run.open({}, resume=None)
+    run.save_pictures([Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")], step=7)
+    assert Image.open(run.path / "validation/00000007.png").size == (16, 8)
+
+
+class NoSpace:
+    """A pipeline folder that the disk has no room for."""
+
+    def write(self, folder, averages):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_in_a_line(run):
+    run.open({}, resume=None)
+    checkpoint(run, 1)
+    snapshot = Snapshot({"model": {"a": torch.ones(1)}}, {}, {"progress": {"step": 2}})
+    with pytest.raises(OSError, match=r"step 2 could not be written to .*No space left"):
+        run.save_checkpoint(NoSpace(), snapshot, keep=2)
+    assert sorted(os.listdir(run.path)) == ["checkpoint-1", "config.json"]
+
+
+def test_folders_are_linked_and_copied_where_links_are_unknown(tmp_path, monkeypatch):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text("{}")
+    link_or_copy(tmp_path / "vae", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+
+    def refuse(*args, **options):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    link_or_copy(tmp_path / "vae", tmp_path / "copy")
+    assert not (tmp_path / "copy").is_symlink()
+    assert (tmp_path / "copy/config.json").read_text() == "{}"
+
+
+def test_the_name_for_trackers_stays(run):
+    run.open({}, resume=None)
+    assert run.wandb_id() == run.wandb_id()

@@ -1,0 +1,52 @@
+import sys
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from tests.training.workplace import load_main, make_workplace, options
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Train with a tracker; returns the run folder."""
+
+    def train(*more):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        workplace = tmp_path / "workplace"
+        if not workplace.exists():
+            workplace.mkdir()
+            make_workplace(workplace)
+        argv = ["train.py", *options(workplace, tmp_path / "run", *more)]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert load_main()() == 0
+        return tmp_path / "run"
+
+    return train
+
+
+PICTURES = ["--validation-prompts", "a cat", "a dog", "--validation-interval", "2"]
+
+
+def test_tensorboard_has_numbers_and_pictures(run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run("--use-tensorboard", *PICTURES)
+    events = EventAccumulator(str(folder / "tensorboard/localdit"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert {event.step for event in events.Images("validation")} == {2, 4}
+
+
+@pytest.mark.slow
+def test_wandb_works_offline_and_goes_on_in_its_place(run, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = run("--use-wandb", "--max-train-steps", "2", *PICTURES)
+    name = (folder / "wandb-id.txt").read_text()
+    run("--use-wandb", "--resume", "auto", *PICTURES)
+    assert len(list(folder.glob(f"wandb/offline-run-*-{name}"))) in (1, 2)
+    assert len(list(folder.glob("wandb/offline-run-*"))) == len(
+        list(folder.glob(f"wandb/offline-run-*-{name}"))
+    )
+    assert len(list(folder.rglob("validation_*.png"))) >= 2
