@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from localdit import LocalDiTPipeline
+from tests.tiny import tiny_pipeline
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
 
 
@@ -108,6 +109,45 @@ def test_accumulation_makes_the_step_of_a_larger_batch(train):
     for a, b in zip(lines(large), lines(small), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_encoded_data_trains_as_the_pictures_do(train, workplace, tmp_path, monkeypatch, capsys):
+    from localdit.training import components
+    from localdit.training.encode import main as encode
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    encode([
+        "--data-root", f"{workplace}/pictures", "--pretrained", f"{workplace}/pipeline",
+        "--output", f"{tmp_path}/encoded", "--image-size", "96", "--window-size", "2",
+        "--samples-per-shard", "3", "--num-workers", "0", "--crop", "center",
+    ])  # fmt: skip
+    direct = train("direct", "--crop", "center")
+
+    def forbidden(*args):
+        raise AssertionError("encoders are not needed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(components, "load_encoders", forbidden)
+        ahead = train("ahead", "--data-root", tmp_path / "encoded")
+    for a, b in zip(lines(direct), lines(ahead), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert (
+        lines(direct, "samples-0.jsonl")[0]["samples"]
+        == (lines(ahead, "samples-0.jsonl")[0]["samples"])
+    )
+    LocalDiTPipeline.from_pretrained(ahead / "final")
+
+    train("pictures", "--data-root", tmp_path / "encoded", "--validation-prompts", "a cat")
+    other = tiny_pipeline(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    for more, message in [
+        (["--image-size", "64"], "was encoded for 96 pixels, but --image-size is 64"),
+        (["--max-caption-length", "9"], "captions cut at 120 tokens"),
+        (["--validation-prompts", "a", "--pretrained", tmp_path / "other"], "with the same text"),
+    ]:
+        train("no", "--data-root", tmp_path / "encoded", *more, expect=1)
+        assert message in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "no", ignore_errors=True)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ class Reporter:
         self.args, self.accelerator, self.run = args, accelerator, run
         self.main = accelerator.is_main_process
         self.lines = 0
+        self.can_draw = importlib.util.find_spec("matplotlib") is not None
         self.bar: tqdm = tqdm(
             total=args.stages[-1].end, desc="Training", unit="step", disable=not self.main
         )
@@ -44,6 +46,8 @@ class Reporter:
                 self.say(str(found.found.faults))
         if self.main:
             self.run.forget_after(step)
+        if not self.can_draw:
+            self.say("There will be no curves.png without matplotlib: pip install matplotlib")
         self.bar.update(step)
         settings = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
@@ -65,7 +69,7 @@ class Reporter:
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
         if not self.main:
             return
-        self.run.log(line)
+        self._write(lambda: self.run.log(line))
         if "loss" in line:
             self.bar.set_postfix(
                 loss=f"{line['loss']:.4f}",
@@ -74,24 +78,37 @@ class Reporter:
                 grad_norm=f"{line['grad_norm']:.3g}",
             )
         if self.lines % CURVES_EVERY == 0:
-            self.run.draw_curves()
+            self._draw_curves()
         self.lines += 1
+
+    def _draw_curves(self) -> None:
+        if self.can_draw:
+            self._write(self.run.draw_curves)
+
+    def _write(self, action: Callable[[], object]) -> None:
+        """Write something that training can do without: a full disk is told, and no more."""
+        try:
+            action()
+        except OSError as error:
+            self.say(f"This could not be logged: {error}")
 
     def samples(self, step: int, ids: Sequence[str], loss: float | None) -> None:
         """Log which samples this process saw in a step, and the loss of the step."""
         name = f"samples-{self.accelerator.process_index}.jsonl"
-        self.run.log({"step": step, "loss": loss, "samples": list(ids)}, name)
+        line = {"step": step, "loss": loss, "samples": list(ids)}
+        self._write(lambda: self.run.log(line, name))
 
     def broken(self, fault: Fault) -> None:
         """Log a sample that turned out to be broken when it was read."""
         if self.main:
-            self.run.log({"step": int(self.bar.n) + 1, **fault._asdict()}, "broken.jsonl")
+            line = {"step": int(self.bar.n) + 1, **fault._asdict()}
+            self._write(lambda: self.run.log(line, "broken.jsonl"))
 
     def pictures(self, images: Sequence[Image.Image], step: int) -> None:
         """Save validation pictures, and show them to the trackers."""
         if not self.main:
             return
-        self.run.save_pictures(images, step)
+        self._write(lambda: self.run.save_pictures(images, step))
         for tracker in self.accelerator.trackers:
             named = dict(zip(self.args.validation_prompts, images, strict=True))
             if tracker.name == "wandb":
@@ -109,6 +126,6 @@ class Reporter:
     def close(self) -> None:
         """Draw the curves a last time, and end the trackers."""
         if self.main:
-            self.run.draw_curves()
+            self._draw_curves()
         self.bar.close()
         self.accelerator.end_training()

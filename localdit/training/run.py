@@ -88,11 +88,10 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop the lines that a run had logged after the checkpoint it goes on from."""
-        for file in [self.path / "metrics.jsonl", *self.path.glob("samples-*.jsonl")]:
-            if file.is_file():
-                lines = file.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if _step_of(line) <= step]
-                _write_whole(file, "".join(f"{line}\n" for line in kept))
+        for file in self.path.glob("*.jsonl"):
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            _write_whole(file, "".join(f"{line}\n" for line in kept))
 
     def log(self, line: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
         """Append a line, an object with a `step`, to a file of such lines."""
@@ -107,9 +106,10 @@ class RunFolder:
         return file.read_text(encoding="utf-8")
 
     def draw_curves(self) -> None:
-        """Draw `curves.png` from what was logged so far."""
-        if (self.path / "metrics.jsonl").is_file():
-            draw_curves(self.path / "metrics.jsonl", self.path / "curves.png")
+        """Draw `curves.png` from what was logged so far, if that is a loss at least."""
+        metrics = self.path / "metrics.jsonl"
+        if metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
+            draw_curves(metrics, self.path / "curves.png")
 
     def save_checkpoint(self, pipeline: PipelineFolder, snapshot: Snapshot, keep: int) -> None:
         """Write a checkpoint, prove it, and only then delete the oldest ones.

@@ -13,11 +13,13 @@ from accelerate.utils import ProjectConfiguration
 from localdit.models.flops import forward_flops
 from localdit.training import components, distributed, sharding
 from localdit.training.agreement import TrainingStopped
+from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.ema import ExponentialMovingAverage
 from localdit.training.encoding import vae_scale
+from localdit.training.fingerprints import encoder_fingerprints
 from localdit.training.inputs import InputMaker, Inputs
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.objective import Objective
@@ -136,13 +138,17 @@ def load_models(
         ValueError, OSError: if models are missing or don't fit each other.
     """
     device = accelerator.device
-    encoded = next((stage.found.encoded for stage in data if stage.found.encoded), None)
+    encoded = _encoded(args, data)
     pictures_wait = any(stage.found.encoded is None for stage in data)
-    sources = encoded.manifest.sources if encoded else components.encoder_sources(args)
+    sources = components.encoder_sources(args)
+    if encoded is not None and not args.pretrained:
+        sources = encoded.manifest.sources
     encoders = None
     if pictures_wait or args.validation_prompts:
         text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         encoders = components.load_encoders(sources, text_dtype)
+        if encoded is not None:
+            _require_same_encoders(encoded.manifest.fingerprints, encoder_fingerprints(encoders))
         encoders.to(device)
     if encoders is not None:
         text_width, channels = (
@@ -195,6 +201,33 @@ def load_models(
         ),
         pictures,
     )
+
+
+def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | None:
+    """The encoded data of a run, if there is any; of several sets one, for they go together.
+
+    Raises:
+        ValueError: if they don't, or captions were cut at another length.
+    """
+    sets = [stage.found.encoded for stage in data if stage.found.encoded is not None]
+    for encoded in sets:
+        _require_same_encoders(sets[0].manifest.fingerprints, encoded.manifest.fingerprints)
+        length = encoded.manifest.max_caption_length
+        if length != args.max_caption_length:
+            raise ValueError(
+                f"{encoded.folder} was encoded with captions cut at {length} tokens, but "
+                f"--max-caption-length is {args.max_caption_length}. Make the two agree."
+            )
+    return sets[0] if sets else None
+
+
+def _require_same_encoders(expected: dict[str, str], given: dict[str, str]) -> None:
+    different = [part for part, fingerprint in expected.items() if given[part] != fingerprint]
+    if different:
+        raise ValueError(
+            f"Not all data was encoded with the same {' and '.join(different)}, or those that the "
+            "options name are others. Encode it anew, or name the ones it was encoded with."
+        )
 
 
 @functools.lru_cache(maxsize=1024)

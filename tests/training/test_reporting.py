@@ -50,3 +50,24 @@ def test_wandb_works_offline_and_goes_on_in_its_place(run, monkeypatch):
         list(folder.glob(f"wandb/offline-run-*-{name}"))
     )
     assert len(list(folder.rglob("validation_*.png"))) >= 2
+
+
+def test_a_line_that_cannot_be_written_does_not_end_the_run(run, monkeypatch, capsys):
+    def full(self, line, name="metrics.jsonl"):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("localdit.training.run.RunFolder.log", full)
+    folder = run()
+    assert "This could not be logged: [Errno 28] No space left" in capsys.readouterr().out
+    assert (folder / "final").is_dir()
+
+
+def test_without_matplotlib_there_is_no_curve_and_a_word_about_it(run, monkeypatch, capsys):
+    from importlib.util import find_spec
+
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
+    folder = run()
+    assert "no curves.png without matplotlib: pip install matplotlib" in capsys.readouterr().out
+    assert (folder / "final").is_dir() and not (folder / "curves.png").exists()
