@@ -189,8 +189,16 @@ def require_same_state(folder, other):
 
 
 def require_close_state(folder, other):
+    """The averaged gradients agree to rounding.
+
+    The weights agree less well: Adam divides by gradients of which some are nearly zero.
+    """
+    one, two = (load_file(path / "optimizer.safetensors") for path in (folder, other))
+    averages = [key for key in one if key.endswith(".exp_avg")]
+    largest = max(two[key].abs().max() for key in averages)
+    assert max((one[key] - two[key]).abs().max() for key in averages) < 1e-5 * largest
     one, two = (load_file(path / "model.safetensors") for path in (folder, other))
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-6
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
 
 
 needs_fsdp2 = pytest.mark.skipif(
