@@ -63,7 +63,7 @@ def locate(part: Part, source: str | Path, option: str | None = None) -> dict[st
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source)[0] in ".~":
         raise FileNotFoundError(f"{option}: there is no folder {source}")
     folder = part.folders[0]
-    with fetching(part, source):
+    with fetching(part, source, option):
         from huggingface_hub import hf_hub_download
 
         hf_hub_download(str(source), part.config, subfolder=folder or None)
@@ -71,8 +71,8 @@ def locate(part: Part, source: str | Path, option: str | None = None) -> dict[st
 
 
 @contextmanager
-def fetching(part: Part, source: str | Path) -> Iterator[None]:
-    """Turn the many errors of the hub's clients into one that helps."""
+def fetching(part: Part, source: str | Path, option: str | None = None) -> Iterator[None]:
+    """Turn the many errors of the hub's clients into one that helps; `option` is as in `locate`."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -83,5 +83,9 @@ def fetching(part: Part, source: str | Path) -> Iterator[None]:
             f"{source} could not be fetched from the Hugging Face hub: {reason} "
             f"({type(error).__name__}). Wanted from it: {_wanted(part, part.folders[0])}. "
             "Without a connection, copy these files to a folder here, under the same names, and "
-            f"set Config({part.field}='/path/to/that/folder')"
+            + (
+                f"give {option} /path/to/that/folder"
+                if option and option.startswith("--")
+                else f"set Config({part.field}='/path/to/that/folder')"
+            )
         ) from error

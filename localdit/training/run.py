@@ -44,11 +44,10 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def open(self, options: Mapping[str, Any], resume: str | None) -> Path | None:
+    def open(self, resume: str | None) -> Path | None:
         """Prepare the folder and choose the checkpoint to go on from.
 
         Args:
-            options: what to write to `config.json`.
             resume: folder of a checkpoint, "auto", or None for a new run.
 
         Returns:
@@ -64,9 +63,11 @@ class RunFolder:
         checkpoint = self._find(resume) if resume else None
         prepare_output_folder(self.path)
         remove_unfinished(self.path)
-        text = json.dumps(options, indent=2)
-        _write_whole(self.path / "config.json", text + "\n")
         return checkpoint
+
+    def save_options(self, options: Mapping[str, Any]) -> None:
+        """Write `config.json`."""
+        _write_whole(self.path / "config.json", json.dumps(options, indent=2) + "\n")
 
     def _find(self, resume: str) -> Path | None:
         """The checkpoint that `--resume` names; says which ones were passed over."""

@@ -213,7 +213,7 @@ def set_up(args: argparse.Namespace) -> Session | None:
         return None
 
     run = RunFolder(args.output)
-    checkpoint = agreement.on_main(lambda: run.open(options_of(args), args.resume))
+    checkpoint = agreement.on_main(lambda: run.open(args.resume))
     set_seed(args.seed)  # the models start the same in every process
     models = agreement.on_all(lambda: load_models(args, data, accelerator))
     state = agreement.on_all(lambda: make_state(args, models.transformer, accelerator))
@@ -232,5 +232,6 @@ def set_up(args: argparse.Namespace) -> Session | None:
     )
     if checkpoint is not None:
         agreement.on_all(partial(resume, session, checkpoint))
+    agreement.on_main(lambda: run.save_options(options_of(args)))
     session.reporter.begin(data, state.progress.step)
     return session

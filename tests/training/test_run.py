@@ -21,35 +21,37 @@ def run(tmp_path):
 
 
 def test_options_are_written_and_a_used_folder_is_refused(run):
-    assert run.open({"seed": 3}, resume=None) is None
+    assert run.open(resume=None) is None
+    assert run.open(resume=None) is None  # nothing was begun
+    run.save_options({"seed": 3})
     assert json.loads((run.path / "config.json").read_text()) == {"seed": 3}
     with pytest.raises(FileExistsError, match="not empty: go on with it by --resume auto"):
-        run.open({}, resume=None)
+        run.open(resume=None)
 
 
 def test_auto_begins_anew_or_goes_on_from_the_newest(run, capsys):
-    assert run.open({}, resume="auto") is None
+    assert run.open(resume="auto") is None
     checkpoint(run, 5), checkpoint(run, 10)
-    assert run.open({}, resume="auto") == run.path / "checkpoint-10"
+    assert run.open(resume="auto") == run.path / "checkpoint-10"
     (run.path / "checkpoint-10/file").write_text("c0ntent")
-    assert run.open({}, resume="auto") == run.path / "checkpoint-5"
+    assert run.open(resume="auto") == run.path / "checkpoint-5"
     assert "checkpoint-10 is passed over: file is not what was written" in capsys.readouterr().out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run):
-    run.open({}, resume=None)
+    run.open(resume=None)
     checkpoint(run, 5)
     (run.path / "checkpoint-5/file").unlink()
     with pytest.raises(ValueError, match="None of the checkpoints in .* is sound: checkpoint-5"):
-        run.open({}, resume="auto")
+        run.open(resume="auto")
     with pytest.raises(
         ValueError, match=r"--resume .*checkpoint-5 can't be resumed: it lacks file"
     ):
-        run.open({}, resume=str(run.path / "checkpoint-5"))
+        run.open(resume=str(run.path / "checkpoint-5"))
 
 
 def test_what_was_logged_after_the_checkpoint_is_forgotten(run):
-    run.open({}, resume=None)
+    run.open(resume=None)
     for step in (1, 2, 3):
         run.log({"step": step})
         run.log({"step": step}, "samples-1.jsonl")
@@ -62,7 +64,7 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten(run):
 
 
 def test_pictures_are_laid_side_by_side(run):
-    run.open({}, resume=None)
+    run.open(resume=None)
     run.save_pictures([Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")], step=7)
     assert Image.open(run.path / "validation/00000007.png").size == (16, 8)
 
@@ -75,12 +77,12 @@ class NoSpace:
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_in_a_line(run):
-    run.open({}, resume=None)
+    run.open(resume=None)
     checkpoint(run, 1)
     snapshot = Snapshot({"model": {"a": torch.ones(1)}}, {}, {"progress": {"step": 2}})
     with pytest.raises(OSError, match=r"step 2 could not be written to .*No space left"):
         run.save_checkpoint(NoSpace(), snapshot, keep=2)
-    assert sorted(os.listdir(run.path)) == ["checkpoint-1", "config.json"]
+    assert sorted(os.listdir(run.path)) == ["checkpoint-1"]
 
 
 def test_folders_are_linked_and_copied_where_links_are_unknown(tmp_path, monkeypatch):
@@ -99,5 +101,5 @@ def test_folders_are_linked_and_copied_where_links_are_unknown(tmp_path, monkeyp
 
 
 def test_the_name_for_trackers_stays(run):
-    run.open({}, resume=None)
+    run.open(resume=None)
     assert run.wandb_id() == run.wandb_id()
