@@ -240,7 +240,13 @@ def _forward_flops(
 def make_state(
     args: argparse.Namespace, transformer: LocalDiTTransformer2DModel, accelerator: Accelerator
 ) -> TrainingState:
-    """Prepare the transformer and its optimizer for the processes, and begin to average."""
+    """Prepare the transformer and its optimizer for the processes, and begin to average.
+
+    Raises:
+        ValueError: if the optimizer can't be split over processes that split the model.
+    """
+    if args.optimizer == "adamw8bit" and accelerator.distributed_type == "FSDP":
+        raise ValueError("--optimizer adamw8bit can't be split over processes: use DDP, or adamw.")
     optimizer = make_optimizer(
         transformer.parameters(),
         args.optimizer,
