@@ -1,0 +1,64 @@
+"""What the documentation says can be done, and does not go stale."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TESTED = re.compile(r"<!-- tested -->\n```bash\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
+
+
+def test_the_table_of_options_is_that_of_the_command_lines():
+    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs/make_options.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = (ROOT / "docs/TRAINING_OPTIONS.md").read_text(encoding="utf-8")
+    assert written == module.page(), "write it anew: python docs/make_options.py"
+
+
+@pytest.mark.parametrize("name", ["TRAIN.md", "GUARANTEE.md", "TRAINING_OPTIONS.md"])
+def test_links_lead_to_files_that_are_there(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for target, _ in LINK.findall(text):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_tests_that_the_guarantee_names_are_there():
+    text = (ROOT / "docs/GUARANTEE.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`pytest ([^`]+)`", text)
+    assert commands
+    for command in commands:
+        path = next(word for word in command.split() if word.startswith("tests/"))
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for words in re.findall(r"-k (?:\"([^\"]+)\"|(\S+))", command):
+            assert re.search(f"def test_\\w*{''.join(words)}", source), command
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_training_page_run_as_they_stand(tmp_path):
+    """In their order, on fewer pictures and for fewer steps."""
+    for name in ("train.py", "infer_t2i.py", "config.py", "localdit", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    page = (ROOT / "docs/TRAIN.md").read_text(encoding="utf-8")
+    script = "set -euo pipefail\n" + "\n".join(TESTED.findall(page))
+    script = re.sub(r"--count \d+", "--count 24", script)
+    script = re.sub(r"--max-train-steps \d+", "--max-train-steps 4", script)
+    script = re.sub(r"(max-train-steps\": )\d+", r"\g<1>2", script)
+    script = re.sub(r"--validation-samples \d+", "--validation-samples 2", script)
+    python = Path(sys.executable).parent
+    result = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{python}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list((tmp_path / "output/own").glob("*.png"))
