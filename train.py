@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from localdit.training.leaving import run_and_leave
 from localdit.training.options import parse_args
 
 if TYPE_CHECKING:
@@ -109,4 +110,4 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from localdit.training.encode_options import PROGRAM, parse_args
+from localdit.training.leaving import run_and_leave
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
     from localdit.training.agreement import Agreement
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Encode: look at the data, say what disk it takes, write the shards that are not there."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encode: look at the data, say what disk it takes, write the shards that are not there.
+
+    Returns:
+        The exit code: 0, or 1 if something was missing or wrong, which is told in a line.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
 
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(job.describe(args.output), flush=True)
         agreement.on_main(lambda: job.require_space(args.output))
         if args.dry_run:
-            return
+            return 0
         empty_text = job.empty_text()
         shards = agreement.on_main(lambda: open_folder(args.output, job.manifest, empty_text))
         share = shards[accelerator.process_index :: accelerator.num_processes]
@@ -52,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_main:
             print(summary)
     except TrainingStopped as stopped:
-        sys.exit(f"{PROGRAM}: error: {stopped}" if is_main else 1)
+        if is_main:
+            print(f"{PROGRAM}: error: {stopped}", file=sys.stderr)
+        return 1
     finally:
         accelerator.end_training()
+    return 0
 
 
 def _start_processes() -> Accelerator:
@@ -87,4 +95,4 @@ def _require_same(agreement: Agreement, digest: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

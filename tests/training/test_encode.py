@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -65,9 +67,10 @@ def shards(folder):
 
 def stopped(argv):
     """The message that a command ends with."""
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    return str(end.value.code)
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        assert main(argv) == 1
+    return told.getvalue()
 
 
 def test_latents_and_text_are_what_the_encoders_give(workplace):
