@@ -214,7 +214,8 @@ def test_a_full_disk_ends_the_run_with_one_message(processes, workplace, tmp_pat
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(processes, workplace, tmp_path):
     run = tmp_path / "run"
-    more = [*case(workplace, "folder"), "--save-interval", "1", "--max-train-steps", "4"]
+    more = [*case(workplace, "folder", *["half"] * (processes == 2)), "--save-interval", "1"]
+    more += ["--max-train-steps", "4"]
     launch = command(workplace, run, *more, processes=processes)
     launch[launch.index("train.py")] = "tests/training/not_finite_run.py"
     result = subprocess.run(
