@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from localdit.training import encode_options, options
+from localdit.training import options
+from localdit.training.encode import options as encode_options
 
 PAGE = Path(__file__).with_name("TRAINING_OPTIONS.md")
 INTRODUCTION = """# Options of training

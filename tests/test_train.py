@@ -113,7 +113,7 @@ def test_accumulation_makes_the_step_of_a_larger_batch(train):
 
 def test_encoded_data_trains_as_the_pictures_do(train, workplace, tmp_path, monkeypatch, capsys):
     from localdit.training import components
-    from localdit.training.encode import main as encode
+    from localdit.training.encode.__main__ import main as encode
 
     AcceleratorState._reset_state(reset_partial_state=True)
     encode([

@@ -18,8 +18,8 @@ from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.ema import ExponentialMovingAverage
+from localdit.training.encode.fingerprints import encoder_fingerprints
 from localdit.training.encoding import vae_scale
-from localdit.training.fingerprints import encoder_fingerprints
 from localdit.training.inputs import InputMaker, Inputs
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.objective import Objective

@@ -19,9 +19,9 @@ from localdit.training.data.encoded import (
 from localdit.training.data.faults import BrokenSample
 from localdit.training.data.manifest import NOTES
 from localdit.training.data.samples import Blob, Sample
-from localdit.training.encode_folder import open_folder
-from localdit.training.encode_plan import Plan
-from localdit.training.encode_shards import ShardEncoder, read_pictures
+from localdit.training.encode.folder import open_folder
+from localdit.training.encode.plan import Plan
+from localdit.training.encode.shards import ShardEncoder, read_pictures
 from localdit.training.encoding import CaptionEncoder
 from tests.tiny import TEXT_WIDTH, tiny_components
 from tests.training.manifests import some_manifest

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from localdit.images import prepare_output_folder
 from localdit.training.data.encoded import EMPTY_CAPTION, unwritten_shards
 from localdit.training.data.manifest import MANIFEST, Manifest, read_manifest
-from localdit.training.encode_shards import whole_file
+from localdit.training.encode.shards import whole_file
 
 UNFINISHED = ".*.tmp"
 LOCK = ".lock"

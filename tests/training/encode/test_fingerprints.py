@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from localdit.training.components import Encoders
-from localdit.training.fingerprints import encoder_fingerprints
+from localdit.training.encode.fingerprints import encoder_fingerprints
 from tests.tiny import tiny_components, tiny_tokenizer
 
 

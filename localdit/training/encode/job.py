@@ -19,11 +19,11 @@ from localdit.training.data.encoded import open_encoded, tar_path, unwritten_sha
 from localdit.training.data.faults import Faults, require_few
 from localdit.training.data.finding import find_samples
 from localdit.training.data.manifest import Manifest
-from localdit.training.encode_folder import free_bytes
-from localdit.training.encode_plan import DiskNeed, Plan, disk_need, make_plan
-from localdit.training.encode_shards import ShardEncoder, read_pictures
+from localdit.training.encode.fingerprints import encoder_fingerprints
+from localdit.training.encode.folder import free_bytes
+from localdit.training.encode.plan import DiskNeed, Plan, disk_need, make_plan
+from localdit.training.encode.shards import ShardEncoder, read_pictures
 from localdit.training.encoding import CaptionEncoder, vae_scale
-from localdit.training.fingerprints import encoder_fingerprints
 
 
 @dataclass(frozen=True)

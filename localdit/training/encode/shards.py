@@ -22,7 +22,7 @@ from localdit.training.data.encoded import index_path, tar_path
 from localdit.training.data.faults import BrokenSample, Fault
 from localdit.training.data.manifest import FORMAT
 from localdit.training.data.pictures import read_picture
-from localdit.training.encode_plan import BLOCK, Plan
+from localdit.training.encode.plan import BLOCK, Plan
 from localdit.training.encoding import CaptionEncoder, encode_captions, encode_pictures
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from localdit.training.encode_options import PROGRAM, parse_args
+from localdit.training.encode.options import PROGRAM, parse_args
 from localdit.training.leaving import run_and_leave
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
 
     from localdit.training.agreement import Agreement, TrainingStopped
-    from localdit.training.encode_folder import check_folder, open_folder
-    from localdit.training.encode_job import encode, prepare, report
+    from localdit.training.encode.folder import check_folder, open_folder
+    from localdit.training.encode.job import encode, prepare, report
 
     accelerator = _start_processes()
     agreement, is_main = Agreement(accelerator), accelerator.is_main_process

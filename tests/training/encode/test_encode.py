@@ -15,17 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
-from localdit.training import encode_job, encode_shards
 from localdit.training.components import load_encoders
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import open_encoded, read_encoded
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import Blob
-from localdit.training.encode import main
+from localdit.training.encode import job
+from localdit.training.encode import shards as shards_module
+from localdit.training.encode.__main__ import main
 from localdit.training.encoding import CaptionEncoder, encode_pictures
 from tests.tiny import tiny_pipeline
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 
 
@@ -123,18 +124,18 @@ def test_the_disk_it_takes_is_said_before(workplace, tmp_path, capsys):
     said = capsys.readouterr().out
     found = open_encoded(workplace / "encoded")
     latents = sum(2 * read_encoded(sample)[0].numel() for sample in found.samples)
-    assert f"latents {encode_job.human_size(latents)}," in said
+    assert f"latents {job.human_size(latents)}," in said
     assert "11 samples to encode:\n  7 of 64 x 64 pixels\n" in said
     text = sum(
         2 * read_encoded(sample, number)[1].numel()
         for sample in found.samples
         for number in range(len(sample.captions))
     )
-    assert f"text {encode_job.human_size(text)} " in said
+    assert f"text {job.human_size(text)} " in said
 
 
 def test_without_room_on_the_disk_nothing_is_begun(workplace, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encode_job, "free_bytes", lambda folder: 9_999)
+    monkeypatch.setattr(job, "free_bytes", lambda folder: 9_999)
     message = stopped(options(workplace, tmp_path / "new"))
     assert "10 kB are free. Make room" in message
     assert not (tmp_path / "new").exists()
@@ -244,7 +245,7 @@ def test_latents_that_are_not_finite_are_not_written(workplace, tmp_path, monkey
         latents[0, 0, 0, 0] = 1e6  # beyond float16
         return latents
 
-    monkeypatch.setattr(encode_shards, "encode_pictures", overflow)
+    monkeypatch.setattr(shards_module, "encode_pictures", overflow)
     message = stopped(options(workplace, tmp_path / "new", "--max-broken", "0.5"))
     assert "damaged" in message
 
@@ -277,7 +278,7 @@ def test_a_full_disk_ends_it_with_a_message(workplace, tmp_path, monkeypatch, ca
 
 def test_help_is_quick_and_wrong_options_are_refused(capsys):
     code = (
-        "import sys, localdit.training.encode as encode\n"
+        "import sys, localdit.training.encode.__main__ as encode\n"
         "try: encode.main(['--help'])\n"
         "except SystemExit: sys.exit('torch' in sys.modules)"
     )
