@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from localdit.training.leaving import run_and_leave
 from localdit.training.options import parse_args
+from localdit.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from localdit.training.data.loading import Batch
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 def main() -> int:
     """Set the run up, train, and say in one line what went wrong if something did."""
     args = parse_args()
+    stop = StopRequest()
+    stop.listen()
 
     from localdit.training.agreement import TrainingStopped
     from localdit.training.session import set_up
 
     try:
-        session = set_up(args)
+        session = set_up(args, stop)
         if session is not None:
             train(session)
     except TrainingStopped as error:

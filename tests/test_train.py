@@ -248,6 +248,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, capsys):
     train("run", "--resume", "auto")
     printed = capsys.readouterr().out
     assert "checkpoint-4 is passed over: training/model.safetensors is not what was" in printed
+    assert "checkpoint-4 is kept as set-aside-4" in printed
     assert "Going on from" in printed and "after step 2." in printed
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in expected]
 
@@ -274,8 +275,17 @@ def test_what_cannot_work_is_refused_in_a_line(train, more, message, monkeypatch
 
 def test_a_dry_run_trains_nothing(train, capsys):
     run = train("run", "--dry-run")
-    assert "8" in capsys.readouterr().out
+    assert "Samples: 8 to train on" in capsys.readouterr().out
     assert not run.exists()
+
+
+def test_a_dry_run_reports_what_training_would_refuse(train, workplace, tmp_path, capsys):
+    shutil.copytree(workplace / "pictures", tmp_path / "data")
+    (tmp_path / "data/red.png").write_bytes(b"")
+    train("run", "--data-root", tmp_path / "data", "--dry-run", expect=1)
+    told = capsys.readouterr()
+    assert "Samples: 7 to train on" in told.out
+    assert "1 of 8 samples are broken, 12.5%, more than the 10%" in told.err
 
 
 def test_help_answers_at_once():

@@ -111,6 +111,11 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def step_of_checkpoint(folder: Path) -> int:
+    """The step that a sound checkpoint is of, whatever its name."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]
+
+
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why each newer one was passed over."""
     passed_over = []
@@ -122,6 +127,26 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
             continue
         return folder, passed_over
     return None, passed_over
+
+
+def set_aside_after(run: Path, step: int) -> list[str]:
+    """Rename the checkpoints after a step, as one goes on from it: they are damaged, or given up.
+
+    So they are never taken for newer than what is written from then on, neither to go on from nor
+    when old ones are deleted.
+
+    Returns:
+        What was done, a line for each.
+    """
+    told = []
+    for number, folder in checkpoints(run):
+        if number > step:
+            aside = folder.with_name(f"set-aside-{number}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(folder, aside)
+            told.append(f"{folder.name} is kept as {aside.name}; delete it if you don't need it")
+    return told
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:

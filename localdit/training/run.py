@@ -20,6 +20,8 @@ from localdit.training.checkpointing import (
     newest_checkpoint,
     remove_old_checkpoints,
     remove_unfinished,
+    set_aside_after,
+    step_of_checkpoint,
     verify_checkpoint,
     whole_folder,
 )
@@ -63,6 +65,9 @@ class RunFolder:
         checkpoint = self._find(resume) if resume else None
         prepare_output_folder(self.path)
         remove_unfinished(self.path)
+        if checkpoint is not None:
+            for told in set_aside_after(self.path, step_of_checkpoint(checkpoint)):
+                print(told)
         return checkpoint
 
     def save_options(self, options: Mapping[str, Any]) -> None:

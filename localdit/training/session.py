@@ -190,7 +190,7 @@ class Session:
         self.reporter.close()
 
 
-def set_up(args: argparse.Namespace) -> Session | None:
+def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     """Prepare a run: its data, its models, its folder, its state.
 
     Returns:
@@ -199,8 +199,6 @@ def set_up(args: argparse.Namespace) -> Session | None:
     Raises:
         TrainingStopped: in every process, if something is missing or wrong.
     """
-    stop = StopRequest()
-    stop.listen()
     accelerator = start_processes(args)
     agreement = Agreement(accelerator)
     data = agreement.on_main(lambda: find_data(args))
@@ -210,6 +208,9 @@ def set_up(args: argparse.Namespace) -> Session | None:
         for stage, found in zip(args.stages, data, strict=True):
             batch = stage.global_batch(accelerator.num_processes)
             accelerator.print(dry_run_report(found.found, found.sizes, found.buckets, batch))
+    for found in data:
+        agreement.on_main(partial(found.require_few_broken, args.max_broken))
+    if args.dry_run:
         return None
 
     run = RunFolder(args.output)

@@ -75,7 +75,6 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             args.crop,
             args.max_aspect_ratio,
             args.max_upscale,
-            args.max_broken,
             args.validation_samples,
         )
         prepared.order(stage, 1, args.seed)  # refuses a stage without samples

@@ -16,6 +16,8 @@ from localdit.training.checkpointing import (
     newest_checkpoint,
     remove_old_checkpoints,
     remove_unfinished,
+    set_aside_after,
+    step_of_checkpoint,
     verify_checkpoint,
     whole_folder,
 )
@@ -136,6 +138,22 @@ def test_old_ones_are_removed_but_at_least_two_stay(tmp_path):
     remove_old_checkpoints(tmp_path, keep=0)
     assert [step for step, _ in checkpoints(tmp_path)] == [5, 4]
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_damaged_ones_never_push_out_what_is_written_after_them(tmp_path):
+    for step in (100, 200, 300):
+        save(tmp_path, step)
+    for step in (200, 300):
+        (tmp_path / f"checkpoint-{step}/other").write_text("othes")
+    found, _ = newest_checkpoint(tmp_path)
+    assert step_of_checkpoint(found) == 100
+    assert len(set_aside_after(tmp_path, 100)) == 2
+    save(tmp_path, 120)
+    remove_old_checkpoints(tmp_path, 2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [120, 100]
+    assert sorted(os.listdir(tmp_path))[2:] == ["set-aside-200", "set-aside-300"]
+    save(tmp_path, 200)
+    assert len(set_aside_after(tmp_path, 120)) == 1  # a second time, in the place of the first
 
 
 def test_what_a_kill_left_is_removed(tmp_path):

@@ -42,6 +42,10 @@ class StageData:
             digest.update(f"{sample.id}\n{len(sample.captions)}\n".encode())
         return digest.hexdigest()
 
+    def require_few_broken(self, allowed: float) -> None:
+        """Stop where too large a share of the samples is broken; see `require_few`."""
+        require_few(self.found.faults, len(self.found.samples), allowed)
+
     def order(self, stage: Stage, global_batch: int, seed: int) -> Order:
         """The order in which the samples are visited.
 
@@ -67,7 +71,6 @@ def prepare_data(
     crop: str,
     max_aspect_ratio: float,
     max_upscale: float,
-    max_broken: float,
     validation_samples: int,
 ) -> StageData:
     """Sort what was found into buckets.
@@ -75,9 +78,8 @@ def prepare_data(
     Encoded samples keep the buckets that they were encoded for.
 
     Raises:
-        ValueError: if too many samples are broken, or were encoded for another size.
+        ValueError: if samples were encoded for another size.
     """
-    require_few(found.faults, len(found.samples), max_broken)
     shapes = [(sample.height, sample.width) for sample in found.samples]
     if found.encoded is not None:
         encoded_size = found.encoded.manifest.image_size

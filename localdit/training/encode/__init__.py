@@ -1,0 +1,1 @@
+"""Encoding pictures and captions ahead of training: `python -m localdit.training.encode`."""
