@@ -130,7 +130,7 @@ def test_encoded_data_trains_as_the_pictures_do(train, workplace, tmp_path, monk
         patch.setattr(components, "load_encoders", forbidden)
         ahead = train("ahead", "--data-root", tmp_path / "encoded")
     for a, b in zip(lines(direct), lines(ahead), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)  # text in bfloat16
     assert (
         lines(direct, "samples-0.jsonl")[0]["samples"]
         == (lines(ahead, "samples-0.jsonl")[0]["samples"])
