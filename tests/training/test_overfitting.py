@@ -15,7 +15,7 @@ from localdit.training.encode.__main__ import main as encode
 from localdit.utils import model_in_the_box
 from tests.training.workplace import load_main
 
-SIDE = 64
+SIDE = 128
 CAPTION = "a large red circle in the centre on a blue background"
 
 
@@ -84,10 +84,11 @@ def psnr(image, other):
 
 
 @pytest.mark.slow
+# Noise prediction takes far more steps: at the noisiest timesteps, where a picture begins, the
+# smallest error in the noise is a large one in the picture.
 @pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
 def test_overfitting_one_picture_gives_it_back(sample, wanted, prediction):
-    print("PSNR", psnr(sample(prediction, 1), wanted))
-    print("PSNR", psnr(sample(prediction, 250), wanted))
-    return
-    assert psnr(sample(prediction, 1), wanted) < 15
-    assert psnr(sample(prediction, 250), wanted) > 25
+    before, after = (psnr(sample(prediction, steps), wanted) for steps in (1, 400))
+    print(f"{prediction}: {before:.1f} dB after 1 step, {after:.1f} dB after 400")
+    assert before < 15
+    assert after > 25
