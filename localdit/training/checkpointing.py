@@ -42,7 +42,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _flush(unfinished)
         with _put_aside(path):
             os.replace(unfinished, path)
-        _flush_entry(path.parent)
+        flush_entry(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -191,11 +191,12 @@ def _flush(folder: Path) -> None:
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not (Path(parent) / name).is_symlink():
-                _flush_entry(Path(parent) / name)
-        _flush_entry(Path(parent))
+                flush_entry(Path(parent) / name)
+        flush_entry(Path(parent))
 
 
-def _flush_entry(path: Path) -> None:
+def flush_entry(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

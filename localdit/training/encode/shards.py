@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
+from localdit.training.checkpointing import flush_entry
 from localdit.training.data.encoded import index_path, tar_path
 from localdit.training.data.faults import BrokenSample, Fault
 from localdit.training.data.manifest import FORMAT
@@ -201,15 +202,6 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-        _flush_folder(path.parent)
+        flush_entry(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have the disk hold the names of a folder's files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
