@@ -17,7 +17,6 @@ from .attention import (
 )
 from .global_context import GlobalContext, SqueezeExcitation
 from .transformer import LocalDiTTransformer2DModel
-from .windows import padded
 
 
 def forward_flops(
@@ -78,7 +77,8 @@ def _self_attention(attn: LocalDiTAttention, rows: int, columns: int) -> int:
     products = tokens * (_weights(attn.to_qkv) + _weights(attn.to_out))
     if isinstance(attn.processor, FullAttnProcessor):
         return products + 2 * tokens * tokens * dim  # logits, and the sum of the values
-    slots = padded(rows, w) * padded(columns, w)
+    grid = attn.grid(rows, columns)
+    slots = grid.rows * grid.columns * w * w
     products += 2 * slots * w * w * dim
     if isinstance(attn.processor, LocalGlobalAttnProcessor):
         assert attn.global_context is not None

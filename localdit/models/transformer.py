@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from einops import rearrange
 from torch import nn
 
 from .attention import CrossAttention, LocalDiTAttention
-from .windows import shift_sizes
+from .windows import WindowGrid, shift_sizes
 
 
 class LocalDiTBlock(nn.Module):
@@ -63,14 +64,54 @@ class LocalDiTBlock(nn.Module):
         """
         modulation = self.scale_shift_table + timestep.unflatten(1, (6, -1))  # (B, 6, C)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        text = self.attn2.keys_and_values(encoder_hidden_states)
 
-        normed = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
-        hidden_states = hidden_states + gate_msa * self.attn1(normed, height, width)
-        hidden_states = hidden_states + self.attn2(
-            hidden_states, encoder_hidden_states, encoder_attention_bias
-        )
-        normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
-        return hidden_states + gate_mlp * self.ff(normed)
+        def see_each_other(x: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
+            normed = torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa)
+            return torch.addcmul(x, gate_msa, self.attn1(normed, grid))
+
+        def read_and_think(x: torch.Tensor, _: WindowGrid) -> torch.Tensor:
+            x = x + self.attn2(x, *text, encoder_attention_bias)
+            normed = torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)
+            return torch.addcmul(x, gate_mlp, self.ff(normed))
+
+        grid = self.attn1.grid(height, width)
+        if getattr(self.attn1.processor, "within_windows", False):
+            return in_bands(
+                lambda x, band: read_and_think(see_each_other(x, band), band), hidden_states, grid
+            )
+        return in_bands(read_and_think, see_each_other(hidden_states, grid), grid)
+
+
+# Tokens, of all maps of a batch together, that a block takes at once in inference: enough for
+# matrix products at full speed, and few enough for what lies between them to stay small and, on a
+# CPU, in its caches.
+BAND_TOKENS = {"cpu": 1024}
+BAND_TOKENS_ELSEWHERE = 32768
+
+
+def in_bands(
+    function: Callable[[torch.Tensor, WindowGrid], torch.Tensor],
+    hidden_states: torch.Tensor,
+    grid: WindowGrid,
+) -> torch.Tensor:
+    """Compute band by band, in inference, what no token outside a window has a part in.
+
+    Args:
+        function: from the tokens of a band, `(B, tokens, C)`, and its grid to the like.
+        hidden_states: `(B, height * width, C)`, the tokens of the whole map, row-major.
+        grid: the map and its windows.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(hidden_states, grid)
+    at_once = BAND_TOKENS.get(hidden_states.device.type, BAND_TOKENS_ELSEWHERE)
+    bands = grid.bands(at_once // hidden_states.shape[0])
+    if len(bands) == 1:
+        return function(hidden_states, grid)
+    out = torch.empty_like(hidden_states)
+    for tokens, band in bands:
+        out[:, tokens] = function(hidden_states[:, tokens], band)
+    return out
 
 
 class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):

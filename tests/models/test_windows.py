@@ -3,7 +3,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localdit.models.windows import relative_position_index, shift_sizes, window_layout
+from localdit.models.windows import (
+    WindowGrid,
+    relative_position_index,
+    shift_sizes,
+    window_layout,
+)
 from tests.models.oracle import who_sees_whom
 
 CPU = torch.device("cpu")
@@ -23,7 +28,7 @@ def layouts(draw):
 @given(layouts())
 def test_a_token_reads_its_own_slot_and_sees_whom_it_should(case):
     height, width, window, shift = case
-    order, inverse, hidden = window_layout(*case, CPU)
+    order, inverse, hidden = window_layout(WindowGrid(*case, case[-1]), CPU)
     tokens = height * width
     assert torch.equal(order[inverse], torch.arange(tokens))
 
@@ -42,20 +47,20 @@ def test_a_token_reads_its_own_slot_and_sees_whom_it_should(case):
 
 @given(layouts())
 def test_no_row_of_the_mask_is_empty(case):
-    hidden = window_layout(*case, CPU).hidden
+    hidden = window_layout(WindowGrid(*case, case[-1]), CPU).hidden
     if hidden is not None:  # an empty row would be a softmax over nothing: NaN
         assert not hidden.all(-1).any()
 
 
 def test_a_map_of_whole_windows_needs_no_mask():
-    assert window_layout(8, 12, 4, 0, CPU).hidden is None
-    assert window_layout(8, 12, 4, 1, CPU).hidden is not None
-    assert window_layout(8, 13, 4, 0, CPU).hidden is not None
+    assert window_layout(WindowGrid(8, 12, 4, 0, 0), CPU).hidden is None
+    assert window_layout(WindowGrid(8, 12, 4, 1, 1), CPU).hidden is not None
+    assert window_layout(WindowGrid(8, 13, 4, 0, 0), CPU).hidden is not None
 
 
 def test_layouts_made_in_inference_mode_serve_training():
     with torch.inference_mode():
-        layout = window_layout(7, 5, 4, 3, CPU)
+        layout = window_layout(WindowGrid(7, 5, 4, 3, 3), CPU)
     x = torch.randn(1, 35, 2, requires_grad=True)
     x.index_select(1, layout.order).sum().backward()
     assert x.grad.isfinite().all()

@@ -1,0 +1,35 @@
+"""Root mean square normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which norms and rotations are computed: float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x**2) + eps) * weight` over the last axis (Zhang & Sennrich, 2019).
+
+    Args:
+        x: in the dtype to compute in; the result has it, too.
+        weight: broadcast against `x`.
+    """
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return x * torch.rsqrt(mean_square + eps) * weight.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over the last axis, in float32 at least."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.to(compute_dtype(hidden_states))
+        return rms_norm(x, self.weight, self.eps).to(hidden_states.dtype)
