@@ -50,9 +50,10 @@ def read_pairs(rows, is_token, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HALF: t
     pair = tl.arange(0, BLOCK)
     there = is_token[:, None] & (pair < PAIRS)[None, :]
     word = tl.load(rows[:, None] + pair[None, :], mask=there, other=0)
-    bits: tl.constexpr = tl.int16 if HALF.primitive_bitwidth == 16 else tl.int32
-    even = word.to(bits).to(HALF, bitcast=True)
-    odd = (word >> HALF.primitive_bitwidth).to(bits).to(HALF, bitcast=True)
+    BITS: tl.constexpr = 32 if HALF == tl.float32 else 16
+    INTEGER: tl.constexpr = tl.int32 if HALF == tl.float32 else tl.int16
+    even = word.to(INTEGER).to(HALF, bitcast=True)
+    odd = (word >> BITS).to(INTEGER).to(HALF, bitcast=True)
     return even.to(tl.float32), odd.to(tl.float32)
 
 
@@ -63,12 +64,13 @@ def write_pairs(
     """Write what `read_pairs` reads."""
     pair = tl.arange(0, BLOCK)
     there = is_token[:, None] & (pair < PAIRS)[None, :]
-    bits: tl.constexpr = tl.uint16 if HALF.primitive_bitwidth == 16 else tl.uint32
-    word: tl.constexpr = tl.uint32 if HALF.primitive_bitwidth == 16 else tl.uint64
-    low = even.to(HALF).to(bits, bitcast=True).to(word)
-    high = odd.to(HALF).to(bits, bitcast=True).to(word)
-    both = (low | (high << HALF.primitive_bitwidth)).to(rows.dtype.element_ty, bitcast=True)
-    tl.store(rows[:, None] + pair[None, :], both, mask=there)
+    BITS: tl.constexpr = 32 if HALF == tl.float32 else 16
+    INTEGER: tl.constexpr = tl.uint32 if HALF == tl.float32 else tl.uint16
+    WORD: tl.constexpr = tl.uint64 if HALF == tl.float32 else tl.uint32
+    low = even.to(HALF).to(INTEGER, bitcast=True).to(WORD)
+    high = odd.to(HALF).to(INTEGER, bitcast=True).to(WORD)
+    word = (low | (high << BITS)).to(rows.dtype.element_ty, bitcast=True)
+    tl.store(rows[:, None] + pair[None, :], word, mask=there)
 
 
 @triton.jit
