@@ -16,10 +16,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
 
+from .backends import checked_backend, window_attention_backend
 from .global_context import GlobalContext
 from .norms import RMSNorm, compute_dtype, rms_norm
 from .rope import apply_rope, rope_angles
-from .window_attention import QueryKeyNorm, window_attention
+from .window_attention import QueryKeyNorm
 from .windows import WindowGrid
 
 
@@ -162,7 +163,14 @@ class _Processor:
         )
 
 
-class LocalAttnProcessor(_Processor):
+class _WindowProcessor(_Processor):
+    """What computes attention within windows is chosen by `backend`: see `backends.py`."""
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = checked_backend(backend)
+
+
+class LocalAttnProcessor(_WindowProcessor):
     """Attention within shifted windows (Swin Transformer, section 3.2)."""
 
     within_windows = True
@@ -170,12 +178,13 @@ class LocalAttnProcessor(_Processor):
     def __call__(
         self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
-        return window_attention(
+        attend = window_attention_backend(self.backend, qkv, grid, attn.num_heads)
+        return attend(
             qkv, grid, attn.num_heads, attn.qk_norm, attn.do_rope, attn.local_rel_pos_bias
         )
 
 
-class LocalGlobalAttnProcessor(_Processor):
+class LocalGlobalAttnProcessor(_WindowProcessor):
     """The mean of window attention and of the window's look at features of the whole map."""
 
     def __call__(
@@ -183,15 +192,14 @@ class LocalGlobalAttnProcessor(_Processor):
     ) -> torch.Tensor:
         context = attn.global_context
         assert context is not None  # `set_processor` has seen to it
-        local = window_attention(
+        attend = window_attention_backend(self.backend, qkv, grid, attn.num_heads)
+        local = attend(
             qkv, grid, attn.num_heads, attn.qk_norm, attn.do_rope, attn.local_rel_pos_bias
         )
         query, key = attn.queries_and_keys(qkv, grid).flatten(3).unbind(2)  # (B, N, C) each
         features = self._features(context, query, grid)
         of_the_map = torch.cat([features, context.to_global_kv(key)], dim=-1)
-        seen = window_attention(
-            of_the_map, grid, attn.num_heads, None, False, context.global_rel_pos_bias
-        )
+        seen = attend(of_the_map, grid, attn.num_heads, None, False, context.global_rel_pos_bias)
         return (local + seen) / 2
 
     @staticmethod

@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import nn
 
 from .attention import CrossAttention, LocalDiTAttention
+from .backends import checked_backend
 from .windows import WindowGrid, shift_sizes
 
 
@@ -293,6 +294,22 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 for name, current in self.attn_processors.items()
             }
         super().set_attn_processor(processors)
+
+    def set_window_attention_backend(self, backend: str) -> None:
+        """Choose what computes attention within windows, in every layer that has windows.
+
+        Args:
+            backend: "triton", a kernel for NVIDIA's GPUs; "torch", PyTorch's own operations, on any
+                device; or "auto", the default: the kernel where it can be used.
+
+        Raises:
+            ValueError: for another name.
+            ImportError: for "triton" where Triton is not installed.
+        """
+        checked_backend(backend)
+        for processor in self.attn_processors.values():
+            if hasattr(processor, "backend"):
+                processor.backend = backend
 
     def forward(
         self,

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from localdit.models import (
+    FullAttnProcessor,
+    LocalAttnProcessor,
+    LocalDiTTransformer2DModel,
+    LocalGlobalAttnProcessor,
+    backends,
+)
+from localdit.models import window_attention_triton as kernel
+from localdit.models.window_attention import window_attention
+from localdit.models.windows import WindowGrid
+
+GRID = WindowGrid(8, 8, 4)
+WHY_NOT_ON_GPU = backends._why_not_on_gpu
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine with Triton and a recent GPU; tests take away from it."""
+    monkeypatch.setattr(backends, "_triton_version", lambda: (3, 7))
+    monkeypatch.setattr(backends, "_is_interpreting", lambda: False)
+    monkeypatch.setattr(backends, "_why_not_on_gpu", lambda index: None)
+    return monkeypatch
+
+
+def packed(device="cuda", dtype=torch.bfloat16, channels=16 * 72):
+    """Of packed queries, keys and values what a choice looks at."""
+    device = torch.device(device)
+    return SimpleNamespace(
+        device=device, dtype=dtype, shape=(1, 64, 3 * channels), is_cuda=device.type == "cuda"
+    )
+
+
+def chosen(backend, qkv, grid=GRID, heads=16):
+    return backends.window_attention_backend(backend, qkv, grid, heads)
+
+
+def test_auto_takes_the_kernel_on_a_gpu_only():
+    assert chosen("auto", packed("cuda")) is kernel.window_attention
+    assert chosen("auto", packed("cpu")) is window_attention
+    assert chosen("auto", packed("mps")) is window_attention
+
+
+def test_auto_does_not_interpret(machine):
+    machine.setattr(backends, "_is_interpreting", lambda: True)
+    assert chosen("auto", packed("cpu")) is window_attention
+    assert chosen("triton", packed("cpu")) is kernel.window_attention
+
+
+def test_torch_is_torch_everywhere():
+    assert chosen("torch", packed("cuda")) is window_attention
+
+
+@pytest.mark.parametrize(
+    ("qkv", "window", "reason"),
+    [
+        (packed("cpu"), 4, "CUDA devices, not on cpu"),
+        (packed("mps"), 4, "CUDA devices, not on mps"),
+        (packed(dtype=torch.float64), 4, "not in torch.float64"),
+        (packed(), 9, "at most 8 tokens a side, not 9"),
+        (packed(channels=16 * 7), 4, "even number of channels, at most 128, not 7"),
+        (packed(channels=16 * 132), 4, "even number of channels, at most 128, not 132"),
+    ],
+)
+def test_what_the_kernel_cannot_do(qkv, window, reason):
+    grid = WindowGrid(18, 18, window)
+    assert chosen("auto", qkv, grid) is window_attention
+    with pytest.raises(ValueError, match=f"{reason}.*set_window_attention_backend..torch"):
+        chosen("triton", qkv, grid)
+
+
+def test_an_old_triton_takes_small_windows(machine):
+    machine.setattr(backends, "_triton_version", lambda: (3, 2))
+    assert chosen("auto", packed()) is kernel.window_attention
+    assert chosen("auto", packed(), WindowGrid(8, 8, 8)) is window_attention
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        ((9, 0), None, None),
+        ((8, 0), None, None),
+        ((7, 5), None, "compute capability 8.0"),
+        ((9, 4), "6.2", "AMD"),
+    ],
+)
+def test_which_gpus(monkeypatch, capability, hip, reason):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    why = WHY_NOT_ON_GPU.__wrapped__(0)
+    assert why is None if reason is None else reason in why
+
+
+def test_without_triton(machine):
+    machine.setattr(backends, "_triton_version", lambda: None)
+    assert chosen("auto", packed("cuda")) is window_attention
+    for choose in (LocalAttnProcessor, LocalGlobalAttnProcessor):
+        with pytest.raises(ImportError, match=r"pip install triton.*'torch' or 'auto'"):
+            choose("triton")
+        assert choose().backend == "auto"
+
+
+def test_unknown_backends_are_refused():
+    for choose in (LocalAttnProcessor, LocalGlobalAttnProcessor):
+        with pytest.raises(ValueError, match="'cuda'; choose one of auto, torch, triton"):
+            choose(backend="cuda")
+
+
+def small_model(**kwargs):
+    return LocalDiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, num_layers=2, sample_size=8,
+        cross_attention_dim=24, caption_channels=16, **kwargs,
+    )  # fmt: skip
+
+
+def test_a_model_sets_the_backend_of_its_windows():
+    model = small_model(use_global=True, layer_types=["local", "local_global"])
+    model.set_window_attention_backend("torch")
+    assert [block.attn1.processor.backend for block in model.transformer_blocks] == ["torch"] * 2
+    with pytest.raises(ValueError, match="'nope'; choose one of auto, torch, triton"):
+        model.set_window_attention_backend("nope")
+    assert model.transformer_blocks[0].attn1.processor.backend == "torch"
+
+    model.set_attn_processor(FullAttnProcessor())
+    model.set_window_attention_backend("triton")  # nothing to set
+    assert not hasattr(model.transformer_blocks[0].attn1.processor, "backend")
+
+
+def test_both_looks_of_a_layer_with_global_context_go_through_the_choice(machine):
+    calls = []
+
+    def attend(qkv, grid, num_heads, norm, do_rope, bias):
+        calls.append((norm is not None, do_rope))
+        return window_attention(qkv, grid, num_heads, norm, do_rope, bias)
+
+    machine.setattr("localdit.models.attention.window_attention_backend", lambda *_: attend)
+    attn = small_model(use_global=True).transformer_blocks[0].attn1
+    attn(torch.randn(1, 64, 24), attn.grid(8, 8))
+    assert calls == [(True, True), (False, False)]
