@@ -85,29 +85,31 @@ def compare(sizes: list[int], dtype: torch.dtype, bandwidth: float) -> None:
 
 def sweep(sizes: list[int], dtype: torch.dtype, bandwidth: float) -> None:
     """Print the kernel's time for launch settings that one might choose."""
-    print("| tokens | pass | warps | programs | µs | : bound |")
-    print("|---|---|---|---|---|---|")
-    settings = [(False, warps, kernel.PROGRAMS) for warps in (1, 2, 4)]
-    settings += itertools.product([True], (1, 2, 4, 8), (256, 512, 1024, 2048))
-    for tokens, (backward, warps, programs) in itertools.product(sizes, settings):
-        with launched_with(warps, programs, backward):
+    print("| tokens | pass | warps | stages | programs | µs | : bound |")
+    print("|---|---|---|---|---|---|---|")
+    settings = [(False, warps, 1, kernel.PROGRAMS) for warps in (1, 2, 4)]
+    settings += itertools.product([True], (1, 2, 4, 8), (1, 2), (256, 512, 1024, 2048))
+    for tokens, (backward, warps, stages, programs) in itertools.product(sizes, settings):
+        with launched_with(warps, stages, programs, backward):
             time = time_of(kernel.window_attention, tokens, dtype, backward)
         cells: list[Any] = [tokens, "forward and backward" if backward else "forward", warps]
-        cells += [programs if backward else "", micro(time)]
+        cells += [stages, programs if backward else "", micro(time)]
         cells += [f"{time / bound_of(tokens, dtype, bandwidth, backward):.2f}"]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 @contextlib.contextmanager
-def launched_with(warps: int, programs: int, backward: bool) -> Iterator[None]:
+def launched_with(warps: int, stages: int, programs: int, backward: bool) -> Iterator[None]:
     """Launch one of the passes with other settings; the other keeps its own."""
-    own = kernel._warps
+    own = kernel._launch
 
-    def choice(slots: int, half: str, of_backward: bool) -> int:
-        return warps if of_backward == backward else own(slots, half, of_backward)
+    def choice(slots: int, half: str, of_backward: bool) -> dict[str, int]:
+        if of_backward != backward:
+            return own(slots, half, of_backward)
+        return {"num_warps": warps, "num_stages": stages}
 
     with (
-        mock.patch.object(kernel, "_warps", choice),
+        mock.patch.object(kernel, "_launch", choice),
         mock.patch.object(kernel, "PROGRAMS", programs),
     ):
         yield

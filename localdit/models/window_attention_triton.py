@@ -186,7 +186,7 @@ def _constants(
         # In IEEE's float32 a window of 8 x 8 would not fit in registers; three products in TF32 are
         # nearly as exact.
         "PRECISION": "ieee" if half == "float32" and slots < 64 else "tf32x3",
-        "num_warps": _warps(slots, half, backward),
+        **_launch(slots, half, backward),
     }
 
 
@@ -204,15 +204,16 @@ def _factor(half: str, normed: bool, do_rope: bool, backward: bool) -> str:
     return "float32" if do_rope else half
 
 
-def _warps(slots: int, half: str, backward: bool) -> int:
-    """Warps of a program.
+def _launch(slots: int, half: str, backward: bool) -> dict[str, int]:
+    """How a kernel is launched.
 
-    As few as hold a tile in registers: fewer take fewer instructions and wait less for one another.
-    Chosen by the registers and instructions in what the compiler makes for compute capability 9.0
-    of heads of 72 channels.
+    With as few warps as hold a tile in registers: fewer take fewer instructions and wait less for
+    one another. Chosen by the registers and instructions in what the compiler makes for compute
+    capability 9.0 of heads of 72 channels. With one stage, for loads ahead would go through shared
+    memory: for large windows more of it than there is.
     """
     at_16_slots = {"bfloat16": (2, 2), "float16": (2, 4), "float32": (4, 8)}[half][backward]
-    return min(8, at_16_slots * slots // 16)
+    return {"num_warps": min(8, at_16_slots * slots // 16), "num_stages": 1}
 
 
 def _tiles(grid: WindowGrid, slots: int) -> int:

@@ -310,6 +310,55 @@ def test_compiles_as_one_graph(interpreted):
     torch.testing.assert_close(our_grads, their_grads)
 
 
+def compile_for(capability, pass_name, dtype, head_dim, window):
+    """What Triton's compiler makes of a kernel for a GPU that need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from localdit.models import window_attention_kernels
+
+    function = getattr(window_attention_kernels, pass_name)
+    qkv = torch.empty(1, window**2, 6 * head_dim, dtype=dtype, device="meta")
+    constants = kernel._constants(qkv, True, window, 2, True, pass_name == "backward")
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    types = {"words": "i64" if dtype is torch.float32 else "i32"}
+    types |= {"d_words": types["words"]} | dict.fromkeys(("qkv", "out", "grad", "d_qkv"), half)
+    integers = ("height", "width", "row_shift", "column_shift", "tiles", "items", "chunks")
+    integers += ("batch_stride", "row_stride")
+    signature = dict.fromkeys(function.arg_names, "*fp32") | dict.fromkeys(integers, "i32")
+    signature |= {name: f"*{of}" for name, of in types.items()} | {"eps": "fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in function.arg_names}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    values = {(i,): constants[name] for i, name in enumerate(signature) if name in constants}
+    source = triton.compiler.ASTSource(function, signature, values)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pass_name", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "window"),
+    [
+        (80, torch.bfloat16, 72, 4),
+        (90, torch.bfloat16, 72, 4),
+        (90, torch.float16, 72, 4),
+        (90, torch.float32, 72, 4),
+        (90, torch.bfloat16, 12, 2),
+        (90, torch.bfloat16, 72, 8),
+        (100, torch.bfloat16, 72, 4),
+    ],
+)
+def test_compiles_for_a_gpu(pass_name, capability, dtype, head_dim, window):
+    from localdit.models.backends import _triton_version
+
+    if _triton_version() < (3, 3) or os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("compiles with Triton 3.3 or newer, outside of the interpreter")
+    compiled = compile_for(capability, pass_name, dtype, head_dim, window)
+    assert compiled.metadata.shared <= 99 * 1024, "more shared memory than many GPUs have"
+    assert "cubin" in compiled.asm
+
+
 def test_without_a_gpu_or_the_interpreter_the_choice_says_why():
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the kernel can be used here")
