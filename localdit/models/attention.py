@@ -17,9 +17,9 @@ from einops import rearrange
 from torch import nn
 
 from .global_context import GlobalContext
-from .norms import RMSNorm, compute_dtype, rms_norm
+from .norms import RMSNorm, compute_dtype
 from .rope import apply_rope, rope_angles
-from .window_attention import QueryKeyNorm, window_attention
+from .window_attention import window_attention
 from .windows import WindowGrid
 
 
@@ -94,11 +94,6 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
             )
         super().set_processor(processor)
 
-    @property
-    def qk_norm(self) -> QueryKeyNorm:
-        """The norms of queries and keys."""
-        return QueryKeyNorm(self.norm_q.weight, self.norm_k.weight, self.norm_q.eps)
-
     def grid(self, height: int, width: int) -> WindowGrid:
         """The windows of a map of `height x width` tokens."""
         return WindowGrid(height, width, self.window_size, self.shift_size, self.shift_size)
@@ -114,22 +109,23 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         to_out, dropout = self.to_out
         return dropout(to_out(attended)) + hidden_states
 
-    def queries_and_keys(self, qkv: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
-        """Queries and keys of a map, normed and turned by position: `(B, N, 2, heads, head_dim)`.
+    def queries_and_keys(
+        self, qkv: torch.Tensor, grid: WindowGrid
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of a map, normed and turned by position: `(B, N, heads, head_dim)` each.
 
         Args:
             qkv: `(B, N, 3 C)`, row-major.
             grid: the map.
         """
-        packed = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
-        query_key = packed[:, :, :2].to(compute_dtype(qkv))
-        weight = torch.stack([self.norm_q.weight, self.norm_k.weight])[:, None]  # (2, 1, d)
-        query_key = rms_norm(query_key, weight, self.norm_q.eps)
+        packed = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))[:, :, :2]
+        query, key = packed.to(compute_dtype(qkv)).unbind(2)
+        query, key = self.norm_q(query), self.norm_k(key)
         if self.do_rope:
             size = grid.height, grid.width
-            angles = rope_angles(*size, self.head_dim, qkv.device, query_key.dtype)
-            query_key = apply_rope(query_key, angles[:, None, None])
-        return query_key.to(qkv.dtype)
+            angles = rope_angles(*size, self.head_dim, qkv.device, query.dtype)[:, None]
+            query, key = apply_rope(query, angles), apply_rope(key, angles)
+        return query.to(qkv.dtype), key.to(qkv.dtype)
 
 
 class _Processor:
@@ -171,7 +167,12 @@ class LocalAttnProcessor(_Processor):
         self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
         return window_attention(
-            qkv, grid, attn.num_heads, attn.qk_norm, attn.do_rope, attn.local_rel_pos_bias
+            qkv,
+            grid,
+            attn.num_heads,
+            (attn.norm_q, attn.norm_k),
+            attn.do_rope,
+            attn.local_rel_pos_bias,
         )
 
 
@@ -184,11 +185,16 @@ class LocalGlobalAttnProcessor(_Processor):
         context = attn.global_context
         assert context is not None  # `set_processor` has seen to it
         local = window_attention(
-            qkv, grid, attn.num_heads, attn.qk_norm, attn.do_rope, attn.local_rel_pos_bias
+            qkv,
+            grid,
+            attn.num_heads,
+            (attn.norm_q, attn.norm_k),
+            attn.do_rope,
+            attn.local_rel_pos_bias,
         )
-        query, key = attn.queries_and_keys(qkv, grid).flatten(3).unbind(2)  # (B, N, C) each
-        features = self._features(context, query, grid)
-        of_the_map = torch.cat([features, context.to_global_kv(key)], dim=-1)
+        query, key = attn.queries_and_keys(qkv, grid)
+        features = self._features(context, query.flatten(2), grid)
+        of_the_map = torch.cat([features, context.to_global_kv(key.flatten(2))], dim=-1)
         seen = window_attention(
             of_the_map, grid, attn.num_heads, None, False, context.global_rel_pos_bias
         )
@@ -212,7 +218,7 @@ class FullAttnProcessor(_Processor):
     def __call__(
         self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
-        query, key = attn.queries_and_keys(qkv, grid).unbind(2)
+        query, key = attn.queries_and_keys(qkv, grid)
         value = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))[:, :, 2]
         return self.attend(query, key, value).flatten(2)
 
