@@ -16,6 +16,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
 
+from .bands import in_bands
 from .global_context import GlobalContext
 from .norms import RMSNorm, compute_dtype
 from .rope import apply_rope, rope_angles
@@ -109,23 +110,27 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         to_out, dropout = self.to_out
         return dropout(to_out(attended)) + hidden_states
 
-    def queries_and_keys(
-        self, qkv: torch.Tensor, grid: WindowGrid
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys of a map, normed and turned by position: `(B, N, heads, head_dim)` each.
+    def norm_and_turn(
+        self, x: torch.Tensor, norm: RMSNorm, grid: WindowGrid, tokens: slice = slice(None)
+    ) -> torch.Tensor:
+        """Norm queries or keys and turn them by their position on the map.
 
         Args:
-            qkv: `(B, N, 3 C)`, row-major.
+            x: `(B, tokens, C)`.
+            norm: `norm_q` or `norm_k`.
             grid: the map.
+            tokens: which of the map's tokens these are.
+
+        Returns:
+            `(B, tokens, heads, head_dim)`.
         """
-        packed = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))[:, :, :2]
-        query, key = packed.to(compute_dtype(qkv)).unbind(2)
-        query, key = self.norm_q(query), self.norm_k(key)
+        heads = x.unflatten(-1, (self.num_heads, self.head_dim)).to(compute_dtype(x))
+        heads = norm(heads)
         if self.do_rope:
             size = grid.height, grid.width
-            angles = rope_angles(*size, self.head_dim, qkv.device, query.dtype)[:, None]
-            query, key = apply_rope(query, angles), apply_rope(key, angles)
-        return query.to(qkv.dtype), key.to(qkv.dtype)
+            angles = rope_angles(*size, self.head_dim, x.device, heads.dtype)[tokens]
+            heads = apply_rope(heads, angles[:, None])
+        return heads.to(x.dtype)
 
 
 class _Processor:
@@ -184,21 +189,30 @@ class LocalGlobalAttnProcessor(_Processor):
     ) -> torch.Tensor:
         context = attn.global_context
         assert context is not None  # `set_processor` has seen to it
-        local = window_attention(
-            qkv,
-            grid,
-            attn.num_heads,
-            (attn.norm_q, attn.norm_k),
-            attn.do_rope,
-            attn.local_rel_pos_bias,
-        )
-        query, key = attn.queries_and_keys(qkv, grid)
-        features = self._features(context, query.flatten(2), grid)
-        of_the_map = torch.cat([features, context.to_global_kv(key.flatten(2))], dim=-1)
-        seen = window_attention(
-            of_the_map, grid, attn.num_heads, None, False, context.global_rel_pos_bias
-        )
-        return (local + seen) / 2
+        queries, keys, _ = qkv.chunk(3, dim=-1)
+
+        def turned_queries(tokens: slice, _: WindowGrid) -> torch.Tensor:
+            return attn.norm_and_turn(queries[:, tokens], attn.norm_q, grid, tokens).flatten(2)
+
+        features = self._features(context, in_bands(turned_queries, grid, qkv), grid)
+
+        def attended(tokens: slice, band: WindowGrid) -> torch.Tensor:
+            key = attn.norm_and_turn(keys[:, tokens], attn.norm_k, grid, tokens).flatten(2)
+            of_the_map = torch.cat([features[:, tokens], context.to_global_kv(key)], dim=-1)
+            seen = window_attention(
+                of_the_map, band, attn.num_heads, None, False, context.global_rel_pos_bias
+            )
+            local = window_attention(
+                qkv[:, tokens],
+                band,
+                attn.num_heads,
+                (attn.norm_q, attn.norm_k),
+                attn.do_rope,
+                attn.local_rel_pos_bias,
+            )
+            return (local + seen) / 2
+
+        return in_bands(attended, grid, qkv)
 
     @staticmethod
     def _features(context: GlobalContext, query: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
@@ -218,9 +232,12 @@ class FullAttnProcessor(_Processor):
     def __call__(
         self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
-        query, key = attn.queries_and_keys(qkv, grid)
-        value = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))[:, :, 2]
-        return self.attend(query, key, value).flatten(2)
+        query, key, value = qkv.chunk(3, dim=-1)
+        return self.attend(
+            attn.norm_and_turn(query, attn.norm_q, grid),
+            attn.norm_and_turn(key, attn.norm_k, grid),
+            value.unflatten(-1, (attn.num_heads, attn.head_dim)),
+        ).flatten(2)
 
 
 PROCESSORS: dict[str, type[_Processor]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from einops import rearrange
 from torch import nn
 
 from .attention import CrossAttention, LocalDiTAttention
+from .bands import in_bands
 from .windows import WindowGrid, shift_sizes
 
 
@@ -70,7 +70,7 @@ class LocalDiTBlock(nn.Module):
             normed = torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa)
             return torch.addcmul(x, gate_msa, self.attn1(normed, grid))
 
-        def read_and_think(x: torch.Tensor, _: WindowGrid) -> torch.Tensor:
+        def read_and_think(x: torch.Tensor) -> torch.Tensor:
             x = x + self.attn2(x, *text, encoder_attention_bias)
             normed = torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)
             return torch.addcmul(x, gate_mlp, self.ff(normed))
@@ -78,40 +78,14 @@ class LocalDiTBlock(nn.Module):
         grid = self.attn1.grid(height, width)
         if getattr(self.attn1.processor, "within_windows", False):
             return in_bands(
-                lambda x, band: read_and_think(see_each_other(x, band), band), hidden_states, grid
+                lambda tokens, band: read_and_think(see_each_other(hidden_states[:, tokens], band)),
+                grid,
+                hidden_states,
             )
-        return in_bands(read_and_think, see_each_other(hidden_states, grid), grid)
-
-
-# Tokens, of all maps of a batch together, that a block takes at once in inference: enough for
-# matrix products at full speed, and few enough for what lies between them to stay small and, on a
-# CPU, in its caches.
-BAND_TOKENS = {"cpu": 1024}
-BAND_TOKENS_ELSEWHERE = 32768
-
-
-def in_bands(
-    function: Callable[[torch.Tensor, WindowGrid], torch.Tensor],
-    hidden_states: torch.Tensor,
-    grid: WindowGrid,
-) -> torch.Tensor:
-    """Compute band by band, in inference, what no token outside a window has a part in.
-
-    Args:
-        function: from the tokens of a band, `(B, tokens, C)`, and its grid to the like.
-        hidden_states: `(B, height * width, C)`, the tokens of the whole map, row-major.
-        grid: the map and its windows.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(hidden_states, grid)
-    at_once = BAND_TOKENS.get(hidden_states.device.type, BAND_TOKENS_ELSEWHERE)
-    bands = grid.bands(at_once // hidden_states.shape[0])
-    if len(bands) == 1:
-        return function(hidden_states, grid)
-    out = torch.empty_like(hidden_states)
-    for tokens, band in bands:
-        out[:, tokens] = function(hidden_states[:, tokens], band)
-    return out
+        hidden_states = see_each_other(hidden_states, grid)
+        return in_bands(
+            lambda tokens, _: read_and_think(hidden_states[:, tokens]), grid, hidden_states
+        )
 
 
 class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
@@ -341,7 +315,8 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError("`attention_mask` and `cross_attention_kwargs` are not supported.")
 
         height, width = size[0] // patch, size[1] // patch
-        hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
+        # (B, height * width, C); the embedding leaves channels before tokens in memory.
+        hidden_states = self.pos_embed(hidden_states).contiguous()
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
         modulation, embedded_timestep = self.adaln_single(
             timestep, added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
