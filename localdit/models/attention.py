@@ -19,6 +19,7 @@ from torch import nn
 from .bands import in_bands
 from .global_context import GlobalContext
 from .norms import RMSNorm, compute_dtype
+from .recomputing import recomputed
 from .rope import apply_rope, rope_angles
 from .window_attention import window_attention
 from .windows import WindowGrid
@@ -317,4 +318,8 @@ class CrossAttnProcessor(_Processor):
     ) -> torch.Tensor:
         query = attn.to_q(hidden_states).unflatten(-1, (attn.num_heads, attn.head_dim))
         bias = None if attention_bias is None else attention_bias[:, None]  # (B, 1, 1, L)
-        return self.attend(attn.norm_q(query), key, value, bias).flatten(2)
+
+        def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return self.attend(attn.norm_q(query), key, value, bias)
+
+        return recomputed(attended, query, key, value).flatten(2)

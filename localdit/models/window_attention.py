@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .norms import RMSNorm, compute_dtype
+from .recomputing import recomputed
 from .rope import apply_rope, rope_angles
 from .windows import WindowGrid, relative_position_index, window_layout
 
@@ -41,6 +42,17 @@ def window_attention(
     Returns:
         `(B, N, C)`.
     """
+    return recomputed(_window_attention, qkv, grid, num_heads, norms, do_rope, bias)
+
+
+def _window_attention(
+    qkv: torch.Tensor,
+    grid: WindowGrid,
+    num_heads: int,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    do_rope: bool,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     batch, _, channels = qkv.shape
     w, head_dim = grid.window_size, channels // (3 * num_heads)
     rows = _head_rows(grid, num_heads, batch, qkv.device)
