@@ -46,10 +46,9 @@ class Case:
             backward pass and AdamW.
         mode: as it is, or with each block compiled.
         depth: all with `layers` blocks, or each with as many as its released model.
-        layers: with equal depth, the blocks of each. With own depth, the blocks of a model that is
-            measured in its place, rounded up so that each kind of block is there as often: from
-            it and from a model without blocks the cost of the own depth is derived. None measures
-            the own depth itself.
+        layers: with equal depth, the blocks of each. With own depth, how many blocks two models
+            differ by that are measured in its place and from which its cost is derived, rounded up
+            so that each kind of block is among them as often; None measures the own depth itself.
         contexts: the LocalDiTs beside PixArt, keys of `LOCALDIT`.
         device: "cpu" or "cuda".
         repeats, warm_up: runs of each that count, and runs before them that do not.
@@ -91,11 +90,14 @@ class Case:
         return self.layers
 
     def measured_layers(self, denoiser: Denoiser) -> list[int]:
-        """The depths that are run for it."""
-        if self.derived:
-            assert self.layers is not None
-            return [0, -(-self.layers // denoiser.period) * denoiser.period]
-        return [self.target_layers(denoiser)]
+        """The depths that are run for it, of which two differ by blocks of every kind."""
+        if not self.derived:
+            return [self.target_layers(denoiser)]
+        assert self.layers is not None
+        more = -(-self.layers // denoiser.period) * denoiser.period
+        # Without blocks nothing leads back to what projects the text: no gradients, no AdamW.
+        fewer = 1 if self.task == "training" else 0
+        return [fewer, fewer + more]
 
 
 def make_model(denoiser: Denoiser, layers: int, case: Case) -> Any:

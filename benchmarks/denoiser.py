@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", metavar="N", type=options.positive, default=2,
         help="for equal depth (default: 2; LocalDiT's windows shift in turns of 4)")  # fmt: skip
     add("--measured-layers", metavar="N", type=_measured, default=1,
-        help="for own depth: derive it from models of 0 and N layers, of LocalDiT from the next "
-        f"multiple of 4 (default: 1); {FULL}: measure all layers")  # fmt: skip
+        help="for own depth: derive it from models of 0 and N layers, in training of 1 and 1 + N, "
+        f"with N a multiple of 4 for LocalDiT (default: 1); {FULL}: measure all")  # fmt: skip
     return parser
 
 

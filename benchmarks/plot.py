@@ -102,7 +102,7 @@ def _draw_costs(
     axes.minorticks_off()
     axes.margins(y=0.15)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_xlabel("image tokens (side of the picture in pixels)")
     axes.grid(alpha=0.3, which="both")
     if sizes:

@@ -27,6 +27,9 @@ def test_own_depth_is_derived_from_blocks_of_every_kind():
     assert [case.target_layers(denoiser) for denoiser in case.denoisers] == [18, 28]
     assert case.measured_layers(LOCALDIT["local"]) == [0, 4]
     assert case.measured_layers(PIXART) == [0, 1]
+    training = Case(pixels=64, task="training", depth="own", layers=1)
+    assert training.measured_layers(LOCALDIT["local"]) == [1, 5]
+    assert training.measured_layers(PIXART) == [1, 2]
     five = Case(pixels=64, depth="own", layers=5)
     assert five.measured_layers(LOCALDIT["local"]) == [0, 8]
     assert five.measured_layers(PIXART) == [0, 5]
@@ -87,3 +90,12 @@ def test_a_training_step_changes_the_weights():
     before = model.proj_out.weight.detach().clone()
     make_run(model, case, [])()
     assert not torch.equal(model.proj_out.weight, before)
+
+
+def test_one_block_is_enough_for_every_weight_to_be_trained():
+    """Own depths in training are derived from one block on: with none, some would do nothing."""
+    case = Case(pixels=64, task="training")
+    for layers, trained in ((0, False), (1, True)):
+        model = make_model(PIXART, layers, case)
+        model(**make_inputs(case))[0].sum().backward()
+        assert all(p.grad is not None for p in model.parameters()) == trained
