@@ -1,0 +1,3 @@
+"""What LocalDiT costs beside diffusers' PixArt (`benchmarks.denoiser`), and where the time of its
+blocks goes (`benchmarks.breakdown`).
+"""
