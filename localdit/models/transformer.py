@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, FeedForward
-from diffusers.models.embeddings import (
-    PatchEmbed,
-    PixArtAlphaTextProjection,
-    get_2d_sincos_pos_embed,
-)
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -21,6 +17,7 @@ from torch import nn
 
 from .attention import CrossAttention, LocalDiTAttention
 from .bands import in_bands
+from .embedding import PatchEmbedding
 from .windows import WindowGrid, shift_sizes
 
 
@@ -128,7 +125,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["LocalDiTBlock", "PatchEmbed"]
+    _no_split_modules = ["LocalDiTBlock", "PatchEmbedding"]
     _repeated_blocks = ["LocalDiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
 
@@ -188,13 +185,8 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         if interpolation_scale is None:
             interpolation_scale = max(sample_size // 64, 1)
-        self.pos_embed = PatchEmbed(
-            height=sample_size,
-            width=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=dim,
-            interpolation_scale=interpolation_scale,
+        self.pos_embed = PatchEmbedding(
+            patch_size, in_channels, dim, sample_size // patch_size, interpolation_scale
         )
         self.adaln_single = AdaLayerNormSingle(
             dim, use_additional_conditions=self.use_additional_conditions
@@ -239,15 +231,10 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         the `interpolation_scale` that the model was made with). What the model is conditioned on
         does not change.
         """
-        embedding, patch = self.pos_embed, self.config.patch_size
-        scale = self.config.interpolation_scale or max(sample_size // 64, 1)
-        side = sample_size // patch
-        positions = get_2d_sincos_pos_embed(
-            self.inner_dim, side, base_size=side, interpolation_scale=scale, output_type="pt"
+        self.pos_embed.base_size = sample_size // self.config.patch_size
+        self.pos_embed.interpolation_scale = self.config.interpolation_scale or max(
+            sample_size // 64, 1
         )
-        embedding.pos_embed = positions[None].to(embedding.pos_embed)
-        embedding.height = embedding.width = embedding.base_size = side
-        embedding.interpolation_scale = scale
         self.register_to_config(
             sample_size=sample_size, use_additional_conditions=self.use_additional_conditions
         )
@@ -315,8 +302,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError("`attention_mask` and `cross_attention_kwargs` are not supported.")
 
         height, width = size[0] // patch, size[1] // patch
-        # (B, height * width, C); the embedding leaves channels before tokens in memory.
-        hidden_states = self.pos_embed(hidden_states).contiguous()
+        hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
         modulation, embedded_timestep = self.adaln_single(
             timestep, added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
@@ -333,9 +319,13 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 hidden_states = block(*args)
 
         shift, scale = (self.scale_shift_table + embedded_timestep[:, None]).chunk(2, dim=1)
-        hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
+
+        def projected(tokens: slice, _: WindowGrid) -> torch.Tensor:
+            normed = self.norm_out(hidden_states[:, tokens])
+            return self.proj_out(torch.addcmul(shift, normed, 1 + scale))
+
         sample = rearrange(
-            hidden_states,
+            in_bands(projected, WindowGrid(height, width, window_size=1), hidden_states),
             "b (y x) (p q c) -> b c (y p) (x q)",
             y=height,
             p=patch,
