@@ -1,4 +1,4 @@
-"""Window attention goes on paying off: ratios of processor time within one run, with wide margins."""
+"""Window attention goes on paying off: ratios of processor time in one run, with wide margins."""
 
 import time
 
