@@ -28,7 +28,7 @@ import torch
 from localdit.models import window_attention as portable
 from localdit.models import window_attention_triton as kernel
 from localdit.models.backends import why_not_triton
-from localdit.models.window_attention import QueryKeyNorm
+from localdit.models.norms import RMSNorm
 from localdit.models.windows import WindowGrid
 
 HEADS, HEAD_DIM, WINDOW = 16, 72, 4
@@ -46,7 +46,8 @@ def main() -> int:
         print("There is no CUDA device to measure on.", file=sys.stderr)
         return 1
     dtype = getattr(torch, args.dtype)
-    reason = why_not_triton(torch.empty(0, device="cuda", dtype=dtype), WINDOW, HEAD_DIM)
+    qkv = torch.empty(1, WINDOW**2, 3 * CHANNELS, device="cuda", dtype=dtype)
+    reason = why_not_triton(qkv, WindowGrid(WINDOW, WINDOW, WINDOW), HEADS)
     if reason is not None:
         print(f"The Triton kernel cannot be used: {reason}.", file=sys.stderr)
         return 1
@@ -127,8 +128,7 @@ def time_of(
     """Seconds of one call; with its backward pass, where `backward`."""
     side = math.isqrt(tokens)
     grid = WindowGrid(side, side, WINDOW, 1, 1)
-    weights = torch.randn(2, HEAD_DIM, device="cuda").requires_grad_(backward)
-    norm = QueryKeyNorm(weights[0], weights[1], 1e-10)
+    norms = RMSNorm(HEAD_DIM, 1e-10).cuda(), RMSNorm(HEAD_DIM, 1e-10).cuda()
     bias = torch.randn((2 * WINDOW - 1) ** 2, HEADS, device="cuda").requires_grad_(backward)
 
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -140,9 +140,9 @@ def time_of(
     def call(qkv: torch.Tensor) -> None:
         with torch.set_grad_enabled(backward):
             qkv = qkv.detach().requires_grad_(backward)
-            out = attend(qkv, grid, HEADS, norm, True, bias)
+            out = attend(qkv, grid, HEADS, norms, True, bias)
             if backward:
-                torch.autograd.grad(out, [qkv, weights, bias], grad)
+                torch.autograd.grad(out, [qkv, norms[0].weight, norms[1].weight, bias], grad)
 
     def take_turns() -> None:
         for qkv in maps:

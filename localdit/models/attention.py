@@ -16,11 +16,12 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
 
-from .backends import checked_backend, window_attention_backend
+from .backends import attend_within_windows, checked_backend
+from .bands import in_bands
 from .global_context import GlobalContext
-from .norms import RMSNorm, compute_dtype, rms_norm
+from .norms import RMSNorm, compute_dtype
+from .recomputing import recomputed
 from .rope import apply_rope, rope_angles
-from .window_attention import QueryKeyNorm
 from .windows import WindowGrid
 
 
@@ -95,11 +96,6 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
             )
         super().set_processor(processor)
 
-    @property
-    def qk_norm(self) -> QueryKeyNorm:
-        """The norms of queries and keys."""
-        return QueryKeyNorm(self.norm_q.weight, self.norm_k.weight, self.norm_q.eps)
-
     def grid(self, height: int, width: int) -> WindowGrid:
         """The windows of a map of `height x width` tokens."""
         return WindowGrid(height, width, self.window_size, self.shift_size, self.shift_size)
@@ -115,22 +111,27 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         to_out, dropout = self.to_out
         return dropout(to_out(attended)) + hidden_states
 
-    def queries_and_keys(self, qkv: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
-        """Queries and keys of a map, normed and turned by position: `(B, N, 2, heads, head_dim)`.
+    def norm_and_turn(
+        self, x: torch.Tensor, norm: RMSNorm, grid: WindowGrid, tokens: slice = slice(None)
+    ) -> torch.Tensor:
+        """Norm queries or keys and turn them by their position on the map.
 
         Args:
-            qkv: `(B, N, 3 C)`, row-major.
+            x: `(B, tokens, C)`.
+            norm: `norm_q` or `norm_k`.
             grid: the map.
+            tokens: which of the map's tokens these are.
+
+        Returns:
+            `(B, tokens, heads, head_dim)`.
         """
-        packed = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
-        query_key = packed[:, :, :2].to(compute_dtype(qkv))
-        weight = torch.stack([self.norm_q.weight, self.norm_k.weight])[:, None]  # (2, 1, d)
-        query_key = rms_norm(query_key, weight, self.norm_q.eps)
+        heads = x.unflatten(-1, (self.num_heads, self.head_dim)).to(compute_dtype(x))
+        heads = norm(heads)
         if self.do_rope:
             size = grid.height, grid.width
-            angles = rope_angles(*size, self.head_dim, qkv.device, query_key.dtype)
-            query_key = apply_rope(query_key, angles[:, None, None])
-        return query_key.to(qkv.dtype)
+            angles = rope_angles(*size, self.head_dim, x.device, heads.dtype)[tokens]
+            heads = apply_rope(heads, angles[:, None])
+        return heads.to(x.dtype)
 
 
 class _Processor:
@@ -178,9 +179,14 @@ class LocalAttnProcessor(_WindowProcessor):
     def __call__(
         self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
-        attend = window_attention_backend(self.backend, qkv, grid, attn.num_heads)
-        return attend(
-            qkv, grid, attn.num_heads, attn.qk_norm, attn.do_rope, attn.local_rel_pos_bias
+        return attend_within_windows(
+            self.backend,
+            qkv,
+            grid,
+            attn.num_heads,
+            (attn.norm_q, attn.norm_k),
+            attn.do_rope,
+            attn.local_rel_pos_bias,
         )
 
 
@@ -192,15 +198,37 @@ class LocalGlobalAttnProcessor(_WindowProcessor):
     ) -> torch.Tensor:
         context = attn.global_context
         assert context is not None  # `set_processor` has seen to it
-        attend = window_attention_backend(self.backend, qkv, grid, attn.num_heads)
-        local = attend(
-            qkv, grid, attn.num_heads, attn.qk_norm, attn.do_rope, attn.local_rel_pos_bias
-        )
-        query, key = attn.queries_and_keys(qkv, grid).flatten(3).unbind(2)  # (B, N, C) each
-        features = self._features(context, query, grid)
-        of_the_map = torch.cat([features, context.to_global_kv(key)], dim=-1)
-        seen = attend(of_the_map, grid, attn.num_heads, None, False, context.global_rel_pos_bias)
-        return (local + seen) / 2
+        queries, keys, _ = qkv.chunk(3, dim=-1)
+
+        def turned_queries(tokens: slice, _: WindowGrid) -> torch.Tensor:
+            return attn.norm_and_turn(queries[:, tokens], attn.norm_q, grid, tokens).flatten(2)
+
+        features = self._features(context, in_bands(turned_queries, grid, qkv), grid)
+
+        def attended(tokens: slice, band: WindowGrid) -> torch.Tensor:
+            key = attn.norm_and_turn(keys[:, tokens], attn.norm_k, grid, tokens).flatten(2)
+            of_the_map = torch.cat([features[:, tokens], context.to_global_kv(key)], dim=-1)
+            seen = attend_within_windows(
+                self.backend,
+                of_the_map,
+                band,
+                attn.num_heads,
+                None,
+                False,
+                context.global_rel_pos_bias,
+            )
+            local = attend_within_windows(
+                self.backend,
+                qkv[:, tokens],
+                band,
+                attn.num_heads,
+                (attn.norm_q, attn.norm_k),
+                attn.do_rope,
+                attn.local_rel_pos_bias,
+            )
+            return (local + seen) / 2
+
+        return in_bands(attended, grid, qkv)
 
     @staticmethod
     def _features(context: GlobalContext, query: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
@@ -220,9 +248,12 @@ class FullAttnProcessor(_Processor):
     def __call__(
         self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
-        query, key = attn.queries_and_keys(qkv, grid).unbind(2)
-        value = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))[:, :, 2]
-        return self.attend(query, key, value).flatten(2)
+        query, key, value = qkv.chunk(3, dim=-1)
+        return self.attend(
+            attn.norm_and_turn(query, attn.norm_q, grid),
+            attn.norm_and_turn(key, attn.norm_k, grid),
+            value.unflatten(-1, (attn.num_heads, attn.head_dim)),
+        ).flatten(2)
 
 
 PROCESSORS: dict[str, type[_Processor]] = {
@@ -302,4 +333,8 @@ class CrossAttnProcessor(_Processor):
     ) -> torch.Tensor:
         query = attn.to_q(hidden_states).unflatten(-1, (attn.num_heads, attn.head_dim))
         bias = None if attention_bias is None else attention_bias[:, None]  # (B, 1, 1, L)
-        return self.attend(attn.norm_q(query), key, value, bias).flatten(2)
+
+        def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return self.attend(attn.norm_q(query), key, value, bias)
+
+        return recomputed(attended, query, key, value).flatten(2)

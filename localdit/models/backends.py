@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Protocol
 
 import torch
 
 from . import window_attention_triton as kernel
-from .window_attention import QueryKeyNorm, window_attention
+from .norms import RMSNorm
+from .window_attention import window_attention
 from .windows import WindowGrid
 
 BACKENDS = ("auto", "torch", "triton")
-
-
-class WindowAttention(Protocol):
-    """See `localdit.models.window_attention.window_attention`."""
-
-    def __call__(
-        self,
-        qkv: torch.Tensor,
-        grid: WindowGrid,
-        num_heads: int,
-        norm: QueryKeyNorm | None,
-        do_rope: bool,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor: ...
 
 
 def checked_backend(backend: str) -> str:
@@ -48,46 +34,68 @@ def checked_backend(backend: str) -> str:
     return backend
 
 
-def window_attention_backend(
-    backend: str, qkv: torch.Tensor, grid: WindowGrid, num_heads: int
-) -> WindowAttention:
-    """What is to compute window attention of packed queries, keys and values.
+def attend_within_windows(
+    backend: str,
+    qkv: torch.Tensor,
+    grid: WindowGrid,
+    num_heads: int,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    do_rope: bool,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Window attention by the backend: see `localdit.models.window_attention.window_attention`.
 
     Args:
         backend: "torch", "triton", or "auto": Triton's kernel where it can be used, else PyTorch's
             operations.
-        qkv: `(B, N, 3 C)`.
-        grid: the map of N tokens and its windows.
-        num_heads: heads that share the C channels.
+        qkv, grid, num_heads, norms, do_rope, bias: as there.
 
     Raises:
         ValueError: if the backend is "triton" and it cannot be used, with the reason.
     """
-    if backend == "torch":
-        return window_attention
-    reason = why_not_triton(qkv, grid.window_size, qkv.shape[-1] // (3 * num_heads))
-    if reason is None and (backend == "triton" or qkv.is_cuda):
-        return kernel.window_attention
+    arguments = (qkv, grid, num_heads, norms, do_rope, bias)
+    if backend == "torch" or (backend == "auto" and qkv.device.type != "cuda"):
+        return window_attention(*arguments)
+    reason = why_not_triton(*arguments)
+    if reason is None:
+        return kernel.window_attention(*arguments)
     if backend == "triton":
         raise ValueError(
             f"The backend 'triton' of window attention cannot be used here: {reason}. Choose "
             "another with `set_window_attention_backend('torch')`, or 'auto'."
         )
-    return window_attention
+    return window_attention(*arguments)
 
 
-def why_not_triton(qkv: torch.Tensor, window_size: int, head_dim: int) -> str | None:
-    """Why Triton's kernel cannot be used; None where it can."""
-    if qkv.dtype not in kernel.DTYPES:
-        return f"it computes in float16, bfloat16 and float32, not in {qkv.dtype}"
+def why_not_triton(
+    qkv: torch.Tensor,
+    grid: WindowGrid,
+    num_heads: int,
+    norms: tuple[RMSNorm, RMSNorm] | None = None,
+    do_rope: bool = False,
+    bias: torch.Tensor | None = None,
+) -> str | None:
+    """Why Triton's kernel cannot be used for these arguments; None where it can."""
+    head_dim, window_size = qkv.shape[-1] // (3 * num_heads), grid.window_size
+    weights: list[torch.Tensor] = [norm.weight for norm in norms or ()]
+    weights += [] if bias is None else [bias]
+    for dtype in (qkv.dtype, *(weight.dtype for weight in weights)):
+        if dtype not in kernel.DTYPES:
+            return f"it computes in float16, bfloat16 and float32, not in {dtype}"
+    if any(weight.device != qkv.device for weight in weights):
+        return "it does not wait for weights that hooks bring to the device (offloading)"
     if window_size > kernel.MAX_WINDOW_SIZE:
         return f"its windows have at most {kernel.MAX_WINDOW_SIZE} tokens a side, not {window_size}"
     if head_dim % 2 or head_dim > kernel.MAX_HEAD_DIM:
         most = kernel.MAX_HEAD_DIM
         return f"its heads have an even number of channels, at most {most}, not {head_dim}"
-    interpreting = qkv.device.type == "cpu" and _is_interpreting()
-    if qkv.device.type != "cuda" and not interpreting:
-        return f"it runs on CUDA devices, not on {qkv.device.type}"
+    return _why_not_here(qkv.device, window_size)
+
+
+def _why_not_here(device: torch.device, window_size: int) -> str | None:
+    interpreting = device.type == "cpu" and _is_interpreting()
+    if device.type != "cuda" and not interpreting:
+        return f"it runs on CUDA devices, not on {device.type}"
     version = _triton_version()
     if version is None:
         return "Triton is not installed (`pip install triton`, on Linux)"
@@ -95,7 +103,7 @@ def why_not_triton(qkv: torch.Tensor, window_size: int, head_dim: int) -> str | 
         return None
     if version < (3, 3) and window_size > 5:
         return "windows of more than 5 tokens a side need Triton 3.3 or newer"
-    return _why_not_on_gpu(qkv.device.index)
+    return _why_not_on_gpu(device.index)
 
 
 @torch.compiler.assume_constant_result

@@ -30,8 +30,8 @@ def forward_flops(
     Counted are the matrix products and convolutions as they are computed: in attention within
     windows each slot of the map, padded to whole windows, meets all slots of its window. Norms,
     activations, masks and sums are not counted. A training step takes three times as many, for the
-    backward pass has two products to each of the forward pass; what gradient checkpointing computes
-    anew is not counted.
+    backward pass has two products to each of the forward pass; what is computed anew for it, in
+    attention or by gradient checkpointing, is not counted.
 
     Args:
         transformer: the model as it is, with the processors it has; or its configuration.

@@ -11,19 +11,11 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps) * weight` over the last axis (Zhang & Sennrich, 2019).
 
-    Args:
-        x: in the dtype to compute in; the result has it, too.
-        weight: broadcast against `x`.
+    Computed in float32 at least, and returned in the dtype of the input.
     """
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-    return x * torch.rsqrt(mean_square + eps) * weight.to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation over the last axis, in float32 at least."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -32,4 +24,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(compute_dtype(hidden_states))
-        return rms_norm(x, self.weight, self.eps).to(hidden_states.dtype)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        x = x * torch.rsqrt(mean_square + self.eps) * self.weight.to(x.dtype)
+        return x.to(hidden_states.dtype)

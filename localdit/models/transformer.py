@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, FeedForward
-from diffusers.models.embeddings import (
-    PatchEmbed,
-    PixArtAlphaTextProjection,
-    get_2d_sincos_pos_embed,
-)
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -22,6 +17,8 @@ from torch import nn
 
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
+from .bands import in_bands
+from .embedding import PatchEmbedding
 from .windows import WindowGrid, shift_sizes
 
 
@@ -71,7 +68,7 @@ class LocalDiTBlock(nn.Module):
             normed = torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa)
             return torch.addcmul(x, gate_msa, self.attn1(normed, grid))
 
-        def read_and_think(x: torch.Tensor, _: WindowGrid) -> torch.Tensor:
+        def read_and_think(x: torch.Tensor) -> torch.Tensor:
             x = x + self.attn2(x, *text, encoder_attention_bias)
             normed = torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)
             return torch.addcmul(x, gate_mlp, self.ff(normed))
@@ -79,40 +76,14 @@ class LocalDiTBlock(nn.Module):
         grid = self.attn1.grid(height, width)
         if getattr(self.attn1.processor, "within_windows", False):
             return in_bands(
-                lambda x, band: read_and_think(see_each_other(x, band), band), hidden_states, grid
+                lambda tokens, band: read_and_think(see_each_other(hidden_states[:, tokens], band)),
+                grid,
+                hidden_states,
             )
-        return in_bands(read_and_think, see_each_other(hidden_states, grid), grid)
-
-
-# Tokens, of all maps of a batch together, that a block takes at once in inference: enough for
-# matrix products at full speed, and few enough for what lies between them to stay small and, on a
-# CPU, in its caches.
-BAND_TOKENS = {"cpu": 1024}
-BAND_TOKENS_ELSEWHERE = 32768
-
-
-def in_bands(
-    function: Callable[[torch.Tensor, WindowGrid], torch.Tensor],
-    hidden_states: torch.Tensor,
-    grid: WindowGrid,
-) -> torch.Tensor:
-    """Compute band by band, in inference, what no token outside a window has a part in.
-
-    Args:
-        function: from the tokens of a band, `(B, tokens, C)`, and its grid to the like.
-        hidden_states: `(B, height * width, C)`, the tokens of the whole map, row-major.
-        grid: the map and its windows.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(hidden_states, grid)
-    at_once = BAND_TOKENS.get(hidden_states.device.type, BAND_TOKENS_ELSEWHERE)
-    bands = grid.bands(at_once // hidden_states.shape[0])
-    if len(bands) == 1:
-        return function(hidden_states, grid)
-    out = torch.empty_like(hidden_states)
-    for tokens, band in bands:
-        out[:, tokens] = function(hidden_states[:, tokens], band)
-    return out
+        hidden_states = see_each_other(hidden_states, grid)
+        return in_bands(
+            lambda tokens, _: read_and_think(hidden_states[:, tokens]), grid, hidden_states
+        )
 
 
 class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
@@ -155,7 +126,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["LocalDiTBlock", "PatchEmbed"]
+    _no_split_modules = ["LocalDiTBlock", "PatchEmbedding"]
     _repeated_blocks = ["LocalDiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
 
@@ -215,13 +186,8 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         if interpolation_scale is None:
             interpolation_scale = max(sample_size // 64, 1)
-        self.pos_embed = PatchEmbed(
-            height=sample_size,
-            width=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=dim,
-            interpolation_scale=interpolation_scale,
+        self.pos_embed = PatchEmbedding(
+            patch_size, in_channels, dim, sample_size // patch_size, interpolation_scale
         )
         self.adaln_single = AdaLayerNormSingle(
             dim, use_additional_conditions=self.use_additional_conditions
@@ -266,15 +232,10 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         the `interpolation_scale` that the model was made with). What the model is conditioned on
         does not change.
         """
-        embedding, patch = self.pos_embed, self.config.patch_size
-        scale = self.config.interpolation_scale or max(sample_size // 64, 1)
-        side = sample_size // patch
-        positions = get_2d_sincos_pos_embed(
-            self.inner_dim, side, base_size=side, interpolation_scale=scale, output_type="pt"
+        self.pos_embed.base_size = sample_size // self.config.patch_size
+        self.pos_embed.interpolation_scale = self.config.interpolation_scale or max(
+            sample_size // 64, 1
         )
-        embedding.pos_embed = positions[None].to(embedding.pos_embed)
-        embedding.height = embedding.width = embedding.base_size = side
-        embedding.interpolation_scale = scale
         self.register_to_config(
             sample_size=sample_size, use_additional_conditions=self.use_additional_conditions
         )
@@ -375,9 +336,13 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 hidden_states = block(*args)
 
         shift, scale = (self.scale_shift_table + embedded_timestep[:, None]).chunk(2, dim=1)
-        hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
+
+        def projected(tokens: slice, _: WindowGrid) -> torch.Tensor:
+            normed = self.norm_out(hidden_states[:, tokens])
+            return self.proj_out(torch.addcmul(shift, normed, 1 + scale))
+
         sample = rearrange(
-            hidden_states,
+            in_bands(projected, WindowGrid(height, width, window_size=1), hidden_states),
             "b (y x) (p q c) -> b c (y p) (x q)",
             y=height,
             p=patch,

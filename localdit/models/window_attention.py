@@ -11,24 +11,17 @@ from typing import NamedTuple
 
 import torch
 
-from .norms import compute_dtype, rms_norm
+from .norms import RMSNorm, compute_dtype
+from .recomputing import recomputed
 from .rope import apply_rope, rope_angles
 from .windows import WindowGrid, relative_position_index, window_layout
-
-
-class QueryKeyNorm(NamedTuple):
-    """The RMSNorms of queries and keys: weights `(head_dim,)`, and their epsilon."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    eps: float
 
 
 def window_attention(
     qkv: torch.Tensor,
     grid: WindowGrid,
     num_heads: int,
-    norm: QueryKeyNorm | None,
+    norms: tuple[RMSNorm, RMSNorm] | None,
     do_rope: bool,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -42,28 +35,37 @@ def window_attention(
         qkv: `(B, N, 3 C)`, queries, keys and values of a row-major map.
         grid: the map of N tokens and its windows of l = w**2 tokens.
         num_heads: heads that share the C channels, `head_dim` each.
-        norm: of queries and keys; None where they come normed.
+        norms: of queries and of keys, over the channels of a head; None where they come normed.
         do_rope: whether queries and keys are turned by their position.
         bias: relative position bias `((2 w - 1)**2, heads)`, or None.
 
     Returns:
         `(B, N, C)`.
     """
+    return recomputed(_window_attention, qkv, grid, num_heads, norms, do_rope, bias)
+
+
+def _window_attention(
+    qkv: torch.Tensor,
+    grid: WindowGrid,
+    num_heads: int,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    do_rope: bool,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     batch, _, channels = qkv.shape
     w, head_dim = grid.window_size, channels // (3 * num_heads)
     rows = _head_rows(grid, num_heads, batch, qkv.device)
     heads = qkv.reshape(-1, head_dim).index_select(0, rows.order)
     heads = heads.view(3, -1, w * w, head_dim)  # (3, B * windows * heads, l, d)
 
-    query_key = heads[:2].to(compute_dtype(qkv))
-    if norm is not None:
-        weight = torch.stack([norm.query, norm.key])[:, None, None]  # (2, 1, 1, d)
-        query_key = rms_norm(query_key, weight, norm.eps)
+    query, key = heads[:2].to(compute_dtype(qkv))
+    if norms is not None:
+        query, key = norms[0](query), norms[1](key)
     if do_rope:
-        angles = rope_angles(w, w, head_dim, qkv.device, query_key.dtype)
-        query_key = apply_rope(query_key, angles)
+        angles = rope_angles(w, w, head_dim, qkv.device, query.dtype)
+        query, key = apply_rope(query, angles), apply_rope(key, angles)
 
-    query, key = query_key
     logits = torch.baddbmm(
         window_bias(bias, grid, num_heads, batch, query),
         query,

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from .norms import RMSNorm
 from .rope import rope_angles
-from .window_attention import QueryKeyNorm
 from .windows import WindowGrid
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,7 +30,7 @@ def window_attention(
     qkv: torch.Tensor,
     grid: WindowGrid,
     num_heads: int,
-    norm: QueryKeyNorm | None,
+    norms: tuple[RMSNorm, RMSNorm] | None,
     do_rope: bool,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -42,7 +42,10 @@ def window_attention(
     Raises:
         RuntimeError: for gradients of gradients.
     """
-    query_weight, key_weight, eps = (None, None, 0.0) if norm is None else norm
+    query_weight, key_weight, eps = None, None, 0.0
+    if norms is not None:
+        query_weight, key_weight, eps = norms[0].weight, norms[1].weight, norms[0].eps
+        assert norms[1].eps == eps
     arguments = (qkv, query_weight, key_weight, bias, [*grid], num_heads, eps, do_rope)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _window_attention(*arguments)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from localdit.models import (
     backends,
 )
 from localdit.models import window_attention_triton as kernel
+from localdit.models.norms import RMSNorm
 from localdit.models.window_attention import window_attention
 from localdit.models.windows import WindowGrid
 
@@ -31,30 +33,43 @@ def machine(monkeypatch):
 
 def packed(device="cuda", dtype=torch.bfloat16, channels=16 * 72):
     """Of packed queries, keys and values what a choice looks at."""
-    device = torch.device(device)
-    return SimpleNamespace(
-        device=device, dtype=dtype, shape=(1, 64, 3 * channels), is_cuda=device.type == "cuda"
-    )
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 64, 3 * channels))
 
 
-def chosen(backend, qkv, grid=GRID, heads=16):
-    return backends.window_attention_backend(backend, qkv, grid, heads)
+def chosen(backend, qkv, grid=GRID, heads=16, norms=None, bias=None):
+    """Name of the backend that is chosen: both stand idle."""
+    with (
+        mock.patch.object(backends, "window_attention", lambda *_: "torch"),
+        mock.patch.object(kernel, "window_attention", lambda *_: "triton"),
+    ):
+        return backends.attend_within_windows(backend, qkv, grid, heads, norms, True, bias)
 
 
 def test_auto_takes_the_kernel_on_a_gpu_only():
-    assert chosen("auto", packed("cuda")) is kernel.window_attention
-    assert chosen("auto", packed("cpu")) is window_attention
-    assert chosen("auto", packed("mps")) is window_attention
+    assert chosen("auto", packed("cuda")) == "triton"
+    assert chosen("auto", packed("cpu")) == "torch"
+    assert chosen("auto", packed("mps")) == "torch"
 
 
 def test_auto_does_not_interpret(machine):
     machine.setattr(backends, "_is_interpreting", lambda: True)
-    assert chosen("auto", packed("cpu")) is window_attention
-    assert chosen("triton", packed("cpu")) is kernel.window_attention
+    assert chosen("auto", packed("cpu")) == "torch"
+    assert chosen("triton", packed("cpu")) == "triton"
 
 
 def test_torch_is_torch_everywhere():
-    assert chosen("torch", packed("cuda")) is window_attention
+    assert chosen("torch", packed("cuda")) == "torch"
+
+
+def test_weights_that_hooks_bring_are_left_to_their_modules():
+    there = SimpleNamespace(
+        weight=SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    )
+    assert chosen("auto", packed(), norms=(there, there)) == "triton"
+    for norms, bias in (((there, RMSNorm(72, 1e-10)), None), (None, torch.zeros(49, 16))):
+        assert chosen("auto", packed(), norms=norms, bias=bias) == "torch"
+        with pytest.raises(ValueError, match="offloading"):
+            chosen("triton", packed(), norms=norms, bias=bias)
 
 
 @pytest.mark.parametrize(
@@ -70,15 +85,15 @@ def test_torch_is_torch_everywhere():
 )
 def test_what_the_kernel_cannot_do(qkv, window, reason):
     grid = WindowGrid(18, 18, window)
-    assert chosen("auto", qkv, grid) is window_attention
+    assert chosen("auto", qkv, grid) == "torch"
     with pytest.raises(ValueError, match=f"{reason}.*set_window_attention_backend..torch"):
         chosen("triton", qkv, grid)
 
 
 def test_an_old_triton_takes_small_windows(machine):
     machine.setattr(backends, "_triton_version", lambda: (3, 2))
-    assert chosen("auto", packed()) is kernel.window_attention
-    assert chosen("auto", packed(), WindowGrid(8, 8, 8)) is window_attention
+    assert chosen("auto", packed()) == "triton"
+    assert chosen("auto", packed(), WindowGrid(8, 8, 8)) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +114,7 @@ def test_which_gpus(monkeypatch, capability, hip, reason):
 
 def test_without_triton(machine):
     machine.setattr(backends, "_triton_version", lambda: None)
-    assert chosen("auto", packed("cuda")) is window_attention
+    assert chosen("auto", packed("cuda")) == "torch"
     for choose in (LocalAttnProcessor, LocalGlobalAttnProcessor):
         with pytest.raises(ImportError, match=r"pip install triton.*'torch' or 'auto'"):
             choose("triton")
@@ -135,11 +150,13 @@ def test_a_model_sets_the_backend_of_its_windows():
 def test_both_looks_of_a_layer_with_global_context_go_through_the_choice(machine):
     calls = []
 
-    def attend(qkv, grid, num_heads, norm, do_rope, bias):
-        calls.append((norm is not None, do_rope))
-        return window_attention(qkv, grid, num_heads, norm, do_rope, bias)
+    def attend(backend, qkv, grid, num_heads, norms, do_rope, bias):
+        calls.append((backend, norms is not None, do_rope))
+        return window_attention(qkv, grid, num_heads, norms, do_rope, bias)
 
-    machine.setattr("localdit.models.attention.window_attention_backend", lambda *_: attend)
-    attn = small_model(use_global=True).transformer_blocks[0].attn1
+    machine.setattr("localdit.models.attention.attend_within_windows", attend)
+    model = small_model(use_global=True)
+    model.set_window_attention_backend("triton")
+    attn = model.transformer_blocks[0].attn1
     attn(torch.randn(1, 64, 24), attn.grid(8, 8))
-    assert calls == [(True, True), (False, False)]
+    assert sorted(calls) == [("triton", False, False), ("triton", True, True)]

@@ -7,6 +7,7 @@ it is imported whether to interpret, and by now it may have been.
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import functools
 import multiprocessing
 import os
@@ -16,14 +17,16 @@ import pytest
 import torch
 
 from localdit.models import window_attention_triton as kernel
-from localdit.models.window_attention import QueryKeyNorm, window_attention
+from localdit.models.backends import attend_within_windows
+from localdit.models.norms import RMSNorm
+from localdit.models.window_attention import window_attention
 from localdit.models.windows import WindowGrid, window_layout
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 NAMES = ("out", "d_qkv", "d_query_weight", "d_key_weight", "d_bias")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-GRID = WindowGrid(8, 8, 4, 1, 2)
+GRID = WindowGrid(8, 5, 4, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +61,27 @@ def draw(
     torch.manual_seed(0)
     tokens, channels = grid.height * grid.width, heads * head_dim
     qkv = torch.randn(batch, tokens, 3 * channels).to(dtype)
-    weights = QueryKeyNorm(*torch.randn(2, head_dim), 1e-10) if norm else None
+    norms = (RMSNorm(head_dim, 1e-10), RMSNorm(head_dim, 1e-10)) if norm else None
+    for each in norms or ():
+        torch.nn.init.normal_(each.weight)
     table = torch.randn((2 * grid.window_size - 1) ** 2, heads) if bias else None
     grad = torch.randn(batch, tokens, channels).to(dtype)
-    return (qkv, grid, heads, weights, do_rope, table), grad
+    return (qkv, grid, heads, norms, do_rope, table), grad
 
 
 def run(function, arguments, grad, dtype=None, device=None):
     """What the function returns, and its gradients, of all inputs cast to `dtype`."""
-    qkv, grid, heads, norm, do_rope, bias = arguments
+    qkv, grid, heads, norms, do_rope, bias = arguments
 
     def leaf(x):
         return None if x is None else x.detach().to(device, dtype).requires_grad_()
 
     qkv, bias = leaf(qkv), leaf(bias)
-    norm = None if norm is None else QueryKeyNorm(leaf(norm.query), leaf(norm.key), norm.eps)
-    out = function(qkv, grid, heads, norm, do_rope, bias)
-    inputs = [qkv, *(norm[:2] if norm else (None, None)), bias]
+    if norms is not None:
+        norms = tuple(copy.deepcopy(norm).to(device, dtype) for norm in norms)
+    out = function(qkv, grid, heads, norms, do_rope, bias)
+    weights = [norm.weight for norm in norms] if norms else [None, None]
+    inputs = [qkv, *weights, bias]
     there = [x for x in inputs if x is not None]
     grads = iter(torch.autograd.grad(out, there, grad.to(out)))
     return [out.detach(), *(None if x is None else next(grads) for x in inputs)]
@@ -94,7 +101,8 @@ def _filled_with_nan(empty, *args, **kwargs):
 def check(results, arguments, grad):
     """The kernel errs at most twice as much as PyTorch's operations do in the same dtype.
 
-    That is, in the root mean square; the largest of the errors is more of a matter of luck.
+    Luck may round single numbers exactly. So a few of float32's roundings are allowed beside: to
+    the largest error, and to gradients of parameters, which are few and sums of larger terms.
     """
     exact = run(window_attention, arguments, grad, torch.float64)
     pytorch = run(window_attention, arguments, grad)
@@ -105,23 +113,24 @@ def check(results, arguments, grad):
         assert ours.dtype is theirs.dtype and ours.shape == theirs.shape, name
         assert ours.isfinite().all(), name
         ours, theirs = ((x.cpu().double() - true).abs() for x in (ours, theirs))
-        limit = 2 * theirs.square().mean().sqrt()
+        rounding = torch.finfo(torch.float32).eps * true.abs()
+        luck = 8 * rounding.square().mean().sqrt()
         if name in ("out", "d_qkv"):
-            assert ours.max() <= 3 * theirs.max(), name
-        else:  # so few numbers that luck may sum them up exactly: allow for two roundings
-            limit += 2 * torch.finfo(torch.float32).eps * true.square().mean().sqrt()
-        assert ours.square().mean().sqrt() <= limit, name
+            assert ours.max() <= 2 * theirs.max() + 2 * rounding.max(), name
+            luck = 0
+        ours, theirs = (x.square().mean().sqrt() for x in (ours, theirs))
+        assert ours <= 2 * theirs + luck, name
 
 
 CASES = [
-    *({"grid": WindowGrid(8, 8, 4, row, row)} for row in range(4)),
-    {"grid": WindowGrid(8, 8, 4, 1, 2), "batch": 2},
+    *({"grid": WindowGrid(8, 8, 4, row, row), "heads": 1} for row in range(4)),
+    {"grid": WindowGrid(8, 4, 4, 1, 2), "batch": 2},
     {"grid": WindowGrid(9, 6, 4, 3, 1), "programs": 2},  # padding, and sums over several tiles
-    {"grid": WindowGrid(9, 6, 4, 0, 3), "programs": 4, "batch": 2},
+    {"grid": WindowGrid(6, 5, 4, 0, 3), "heads": 1, "programs": 3, "batch": 2},
     {"grid": WindowGrid(3, 2, 4, 2, 0)},
     {"grid": WindowGrid(5, 7, 2, 1, 0), "programs": 2},
     {"grid": WindowGrid(6, 6, 2, 1, 1), "heads": 1},
-    {"grid": WindowGrid(7, 7, 3, 1, 2)},
+    {"grid": WindowGrid(7, 5, 3, 1, 2), "heads": 1},
     {"grid": WindowGrid(8, 8, 8, 3, 5)},
     {"grid": WindowGrid(9, 7, 8, 0, 6), "heads": 1},
     {"grid": WindowGrid(5, 5, 4, 1, 0), "head_dim": 72, "heads": 1},
@@ -157,7 +166,7 @@ def test_float32(interpreted, case):
 @pytest.mark.parametrize(
     "case",
     [
-        {"grid": WindowGrid(9, 6, 4, 3, 1), "programs": 4},
+        {"grid": WindowGrid(6, 5, 4, 3, 1), "programs": 4},
         {"grid": WindowGrid(4, 8, 4, 1, 2), "head_dim": 72, "heads": 1},
         {"grid": WindowGrid(4, 8, 4, 1, 2), "norm": False, "do_rope": False},
         {"grid": WindowGrid(4, 8, 4, 1, 2), "norm": False, "bias": False},
@@ -231,7 +240,7 @@ def test_rows_are_read_where_they_lie(interpreted, layout):
 
 
 def test_equal_inputs_give_equal_bits(interpreted):
-    drawn = draw(WindowGrid(9, 6, 4, 3, 1), dtype=torch.bfloat16)
+    drawn = draw(WindowGrid(6, 5, 4, 3, 1), dtype=torch.bfloat16)
     first, second = (interpreted(run_kernel, *drawn, programs=4) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     out = interpreted(attend_without_gradients, drawn[0])
@@ -239,9 +248,9 @@ def test_equal_inputs_give_equal_bits(interpreted):
 
 
 def test_weights_in_16_bits(interpreted):
-    (qkv, grid, heads, norm, do_rope, bias), grad = draw(GRID, dtype=torch.bfloat16)
-    norm = QueryKeyNorm(norm.query.bfloat16(), norm.key.bfloat16(), norm.eps)
-    drawn = (qkv, grid, heads, norm, do_rope, bias.bfloat16()), grad
+    (qkv, grid, heads, norms, do_rope, bias), grad = draw(GRID, dtype=torch.bfloat16)
+    norms = tuple(norm.bfloat16() for norm in norms)
+    drawn = (qkv, grid, heads, norms, do_rope, bias.bfloat16()), grad
     check(interpreted(run_kernel, *drawn), *drawn)
 
 
@@ -259,9 +268,10 @@ def test_gradients_of_gradients_are_refused(interpreted):
 
 
 def check_operators():
-    (qkv, grid, heads, norm, do_rope, bias), grad = draw(WindowGrid(4, 4, 4))
-    leaves = [x.requires_grad_() for x in (qkv, norm.query, norm.key, bias)]
-    settings = ([*grid], heads, norm.eps, do_rope)
+    (qkv, grid, heads, norms, do_rope, bias), grad = draw(WindowGrid(4, 4, 4))
+    weights = [norm.weight.detach() for norm in norms]
+    leaves = [x.requires_grad_() for x in (qkv, *weights, bias)]
+    settings = ([*grid], heads, norms[0].eps, do_rope)
     torch.library.opcheck(kernel._window_attention, (*leaves, *settings))
     torch.library.opcheck(kernel._window_attention, (leaves[0], None, None, None, *settings))
     leaves = [x.detach() for x in leaves]
@@ -362,11 +372,8 @@ def test_compiles_for_a_gpu(pass_name, capability, dtype, head_dim, window):
 def test_without_a_gpu_or_the_interpreter_the_choice_says_why():
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the kernel can be used here")
-    from localdit.models.backends import window_attention_backend
-
-    (qkv, grid, heads, *_), _ = draw(GRID)
     with pytest.raises(ValueError, match="CUDA devices, not on cpu.*'torch'"):
-        window_attention_backend("triton", qkv, grid, heads)
+        attend_within_windows("triton", *draw(GRID)[0])
 
 
 @NEEDS_CUDA
