@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 
 import torch
 
@@ -46,8 +47,8 @@ def attend_within_windows(
     """Window attention by the backend: see `localdit.models.window_attention.window_attention`.
 
     Args:
-        backend: "torch", "triton", or "auto": Triton's kernel where it can be used, else PyTorch's
-            operations.
+        backend: "torch", "triton", or "auto": Triton's kernel where it can be used and computes on
+            this very device what PyTorch's operations do, else these.
         qkv, grid, num_heads, norms, do_rope, bias: as there.
 
     Raises:
@@ -57,6 +58,9 @@ def attend_within_windows(
     if backend == "torch" or (backend == "auto" and qkv.device.type != "cuda"):
         return window_attention(*arguments)
     reason = why_not_triton(*arguments)
+    if reason is None and backend == "auto":
+        head_dim = qkv.shape[2] // (3 * num_heads)
+        reason = why_not_trusted(qkv.device, qkv.dtype, grid.window_size, num_heads, head_dim)
     if reason is None:
         return kernel.window_attention(*arguments)
     if backend == "triton":
@@ -90,6 +94,63 @@ def why_not_triton(
         most = kernel.MAX_HEAD_DIM
         return f"its heads have an even number of channels, at most {most}, not {head_dim}"
     return _why_not_here(qkv.device, window_size)
+
+
+# How far the kernel may be from PyTorch's operations in the same dtype, as a part of the largest
+# value: some roundings of values and of what they were summed up from.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def why_not_trusted(
+    device: torch.device, dtype: torch.dtype, window_size: int, num_heads: int, head_dim: int
+) -> str | None:
+    """Compare the kernel with PyTorch's operations on a small map, values and gradients.
+
+    Done once in a process for each device and shape. A kernel that fails, or errs, says so in a
+    warning and is not used by the backend "auto".
+    """
+    grid = WindowGrid(2 * window_size, 2 * window_size + 1, window_size, 1 % window_size, 0)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    reason = None
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        norms = RMSNorm(head_dim, 1e-6).to(device, dtype), RMSNorm(head_dim, 1e-6).to(device, dtype)
+        for norm in norms:
+            norm.weight.data += drawn(head_dim) / 8
+        qkv = drawn(2, grid.height * grid.width, 3 * num_heads * head_dim).requires_grad_()
+        bias = drawn((2 * window_size - 1) ** 2, num_heads).requires_grad_()
+        seen = drawn(2, grid.height * grid.width, num_heads * head_dim)
+        inputs = [qkv, bias, *(norm.weight for norm in norms)]
+        try:
+            pairs = []
+            for compute in (window_attention, kernel.window_attention):
+                out = compute(qkv, grid, num_heads, norms, True, bias)
+                pairs.append([out, *torch.autograd.grad((out * seen).sum(), inputs)])
+            for expected, given in zip(*pairs, strict=True):
+                error = (
+                    given.float() - expected.float()
+                ).abs().max() / expected.float().abs().max()
+                if not error <= TOLERANCES[dtype]:
+                    reason = f"it is {error:.2g} of the largest value off on this device"
+        except Exception as error:  # whatever a compiler or driver may raise
+            reason = f"it failed on this device ({type(error).__name__}: {error})"
+    if reason is not None:
+        warnings.warn(
+            f"Triton's kernel of window attention is not used: {reason}. PyTorch's operations "
+            "compute the same, slower. Please report this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason
 
 
 def _why_not_here(device: torch.device, window_size: int) -> str | None:

@@ -20,6 +20,7 @@ from localdit.models.windows import WindowGrid
 
 GRID = WindowGrid(8, 8, 4)
 WHY_NOT_ON_GPU = backends._why_not_on_gpu
+WHY_NOT_TRUSTED = backends.why_not_trusted.__wrapped__
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(backends, "_triton_version", lambda: (3, 7))
     monkeypatch.setattr(backends, "_is_interpreting", lambda: False)
     monkeypatch.setattr(backends, "_why_not_on_gpu", lambda index: None)
+    monkeypatch.setattr(backends, "why_not_trusted", lambda *_: None)
     return monkeypatch
 
 
@@ -160,3 +162,51 @@ def test_both_looks_of_a_layer_with_global_context_go_through_the_choice(machine
     attn = model.transformer_blocks[0].attn1
     attn(torch.randn(1, 64, 24), attn.grid(8, 8))
     assert sorted(calls) == [("triton", False, False), ("triton", True, True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [2, 4])
+def test_a_kernel_that_agrees_is_trusted_and_draws_no_numbers_of_the_users(machine, dtype, window):
+    machine.setattr(kernel, "window_attention", lambda *arguments: window_attention(*arguments) * 1)
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        assert WHY_NOT_TRUSTED(torch.device("cpu"), dtype, window, 2, 12) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def values_off(qkv, *others):
+    out = window_attention(qkv, *others)
+    return out * torch.linspace(1, 1.5, out.shape[1])[:, None]
+
+
+def gradients_off(qkv, *others):
+    return window_attention(qkv * 1.2 - 0.2 * qkv.detach(), *others)
+
+
+def not_numbers(*arguments):
+    return window_attention(*arguments) * float("nan")
+
+
+def no_kernel(*arguments):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (values_off, "largest value off"),
+        (gradients_off, "largest value off"),
+        (not_numbers, "largest value off"),
+        (no_kernel, "no kernel image"),
+    ],
+)
+def test_a_kernel_that_errs_is_not_trusted_and_says_so(machine, broken, reason):
+    machine.setattr(kernel, "window_attention", broken)
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert reason in WHY_NOT_TRUSTED(torch.device("cpu"), torch.float32, 4, 2, 12)
+
+
+def test_auto_leaves_a_kernel_that_is_not_trusted(machine):
+    machine.setattr(backends, "why_not_trusted", lambda *_: "it errs")
+    assert chosen("auto", packed("cuda")) == "torch"
+    assert chosen("triton", packed("cuda")) == "triton"
