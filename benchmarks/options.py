@@ -34,7 +34,7 @@ def add_shared(parser: argparse.ArgumentParser, pixels: list[int], repeats: int)
     add("--text-tokens", metavar="N", type=positive, default=120, help="default: 120")
     add("--repeats", metavar="N", type=positive, default=repeats,
         help=f"runs of each that count (default: {repeats})")  # fmt: skip
-    add("--warm-up", metavar="N", type=positive, default=2,
+    add("--warm-up", metavar="N", type=_not_negative, default=2,
         help="runs of each before those that count (default: 2)")  # fmt: skip
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="default: auto, cuda where there is one")  # fmt: skip
@@ -46,6 +46,13 @@ def positive(text: str) -> int:
     number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} given; expected at least 1")
+    return number
+
+
+def _not_negative(text: str) -> int:
+    number = _whole(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} given; expected at least 0")
     return number
 
 
