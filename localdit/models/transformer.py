@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import (
     PatchEmbed,
     PixArtAlphaTextProjection,
@@ -20,6 +21,7 @@ from einops import rearrange
 from torch import nn
 
 from .attention import CrossAttention, LocalDiTAttention
+from .caching import register_for_caching
 from .windows import shift_sizes
 
 
@@ -73,7 +75,7 @@ class LocalDiTBlock(nn.Module):
         return hidden_states + gate_mlp * self.ff(normed)
 
 
-class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
+class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigMixin):
     """A diffusion transformer whose self-attention looks only at small shifted windows.
 
     Called as diffusers' `PixArtTransformer2DModel` is. The size of the picture is read off the
@@ -326,6 +328,9 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             q=patch,
         )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+register_for_caching(LocalDiTBlock)
 
 
 def _resolve_layer_types(
