@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .attention import PROCESSORS, CrossAttention, CrossAttnProcessor
+from .attention import PROCESSORS, CrossAttention, CrossAttnProcessor, LocalDiTAttention
 
 
 def register_for_caching(block: type[nn.Module]) -> None:
@@ -20,7 +20,9 @@ def register_for_caching(block: type[nn.Module]) -> None:
     Args:
         block: its `forward` takes and returns `hidden_states`, as one bare tensor.
     """
-    CrossAttention.is_cross_attention = True  # caches of attention ask each module for it
+    # Caches of attention ask each module for it.
+    LocalDiTAttention.is_cross_attention = False
+    CrossAttention.is_cross_attention = True
     try:
         helpers = importlib.import_module("diffusers.hooks._helpers")
     except ImportError:

@@ -71,13 +71,15 @@ def in_tiles(
 
 
 def spread_crops(picture: torch.Tensor, size: int) -> torch.Tensor:
-    """Square crops of `(1, C, H, W)`, spread evenly, `(CROPS_A_SIDE**2, C, size, size)`.
+    """Square crops of `(1, C, H, W)`, each from the middle of its part of an even grid.
 
-    Where the picture is narrower than `size`, so are they.
+    Returns:
+        `(CROPS_A_SIDE**2, C, size, size)`; smaller where the parts of the grid are.
     """
-    height, width = (min(size, length) for length in picture.shape[2:])
+    n = CROPS_A_SIDE
+    height, width = (max(1, min(size, length // n)) for length in picture.shape[2:])
     tops, lefts = (
-        torch.linspace(0, length - part, CROPS_A_SIDE).round().int().tolist()
+        [int((i + 0.5) * length / n - part / 2) for i in range(n)]
         for length, part in zip(picture.shape[2:], (height, width), strict=True)
     )
     return torch.cat([picture[..., y : y + height, x : x + width] for y in tops for x in lefts])
