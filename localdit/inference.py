@@ -173,7 +173,7 @@ def _image_to_image(
 
     if isinstance(pipe, LocalDiTImg2ImgPipeline):
         return pipe
-    sibling = LocalDiTImg2ImgPipeline(**pipe.components)
+    sibling = LocalDiTImg2ImgPipeline.from_pipe(pipe)
     sibling.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     if getattr(pipe, "_all_hooks", None):
         sibling.enable_model_cpu_offload(device=pipe._offload_device)

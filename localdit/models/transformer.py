@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -18,6 +19,7 @@ from torch import nn
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .bands import in_bands
+from .caching import register_for_caching
 from .embedding import PatchEmbedding
 from .windows import WindowGrid, shift_sizes
 
@@ -86,7 +88,7 @@ class LocalDiTBlock(nn.Module):
         )
 
 
-class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
+class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigMixin):
     """A diffusion transformer whose self-attention looks only at small shifted windows.
 
     Called as diffusers' `PixArtTransformer2DModel` is. The size of the picture is read off the
@@ -349,6 +351,9 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             q=patch,
         )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+register_for_caching(LocalDiTBlock)
 
 
 def _resolve_layer_types(

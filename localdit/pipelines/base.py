@@ -5,28 +5,28 @@ prepare the latents, denoise, decode. The stages are here; the pipelines say onl
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..models.transformer import LocalDiTTransformer2DModel
+from .autoencoding import AutoencodingMixin
+from .guidance import DenoiserText, guided_steps
+from .prediction import PredictionMixin
+from .prompt_cache import PromptCache
 from .prompts import PromptEncodingMixin
 from .request import Request, TextEmbeddings
 
-# Pictures of more pixels than this pass through the autoencoder in tiles.
-TILING_THRESHOLD = 2048 * 2048
 
-
-class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
+class LocalDiTBasePipeline(
+    DiffusionPipeline, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
+):
     """The components of a LocalDiT pipeline and the stages of sampling.
 
     Args:
@@ -61,7 +61,8 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
         depth = len(vae.config.block_out_channels) if vae is not None else 4
         self.vae_scale_factor = 2 ** (depth - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = 1.0
+        self.prompt_cache = PromptCache()
+        self._denoiser_text = DenoiserText()
         self._num_timesteps = 0
         self._interrupt = False
 
@@ -70,21 +71,14 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
         """Make this pipeline from another one's components.
 
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
-        unless a `dtype` or `torch_dtype` is given.
+        unless a `dtype` or `torch_dtype` is given. Prompts that were encoded by a LocalDiT pipeline
+        are known to both.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
-        return cls(**{**pipeline.components, **kwargs})
-
-    @property
-    def guidance_scale(self) -> float:
-        """Weight g of `uncond + g * (text - uncond)`; a callback may set `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the negative prompt takes part: it does where the guidance scale exceeds 1."""
-        return self._guidance_scale > 1
+        made = cls(**{**pipeline.components, **kwargs})
+        made.prompt_cache = getattr(pipeline, "prompt_cache", made.prompt_cache)
+        return made
 
     @property
     def num_timesteps(self) -> int:
@@ -108,7 +102,7 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
             self.vae_scale_factor * config.patch_size, self._callback_tensor_inputs
         )
         request.check_embeddings(config.caption_channels)
-        request.check_prompts(self.tokenizer is not None and self.text_encoder is not None)
+        request.check_prompts(self._can_encode)
         request.check_noise(self._latents_shape(request))
 
     def set_timesteps(self, request: Request) -> torch.Tensor:
@@ -202,13 +196,16 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
         options = {"eta": request.eta, "generator": request.generator}
         step_options = {name: value for name, value in options.items() if name in accepted}
 
+        guided = guided_steps(request.guidance_interval, len(timesteps))
         self._guidance_scale = request.guidance_scale
         self._num_timesteps = len(timesteps)
         self._interrupt = False
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with self.denoising(), self.progress_bar(total=len(timesteps)) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
+                self._within_interval = index in guided
+                self._current_timestep = timestep
                 prediction = self.predict(timestep, **tensors)
                 tensors["latents"] = self.scheduler.step(
                     prediction, timestep, tensors["latents"], **step_options, return_dict=False
@@ -218,88 +215,3 @@ class LocalDiTBasePipeline(DiffusionPipeline, PromptEncodingMixin):
                     tensors |= callback(self, index, timestep, shown) or {}
                 progress_bar.update()
         return tensors["latents"]
-
-    def predict(
-        self,
-        timestep: torch.Tensor,
-        latents: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        prompt_attention_mask: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Predict what the scheduler steps with, guided where the guidance scale exceeds 1.
-
-        Classifier-free guidance (Ho and Salimans, 2022) as `uncond + g * (text - uncond)`, both
-        halves in one batch, the negative prompts first.
-        """
-        guided = self.do_classifier_free_guidance
-        if guided:
-            if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
-                raise ValueError(
-                    "The guidance scale was raised above 1 during sampling, but the negative "
-                    "prompt was not encoded: start with a guidance_scale above 1."
-                )
-            latents = torch.cat([latents, latents])
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-            prompt_attention_mask = torch.cat(
-                [negative_prompt_attention_mask, prompt_attention_mask]
-            )
-        prediction = self.transformer(
-            self.scheduler.scale_model_input(latents, timestep),
-            encoder_hidden_states=prompt_embeds,
-            encoder_attention_mask=prompt_attention_mask,
-            timestep=timestep.to(latents.device).expand(len(latents)),
-            added_cond_kwargs=self._micro_conditions(latents),
-            return_dict=False,
-        )[0]
-        if guided:
-            uncond, text = prediction.chunk(2)
-            prediction = uncond + self.guidance_scale * (text - uncond)
-        if prediction.shape[1] == 2 * latents.shape[1]:  # the second half is a learned variance
-            prediction = prediction.chunk(2, dim=1)[0]
-        return prediction
-
-    def _micro_conditions(self, latents: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        if not self.transformer.use_additional_conditions:
-            return {"resolution": None, "aspect_ratio": None}
-        batch, _, *size = latents.shape
-        height, width = (self.vae_scale_factor * length for length in size)
-        # float32 whatever the latents are: the embedding computes in it, and bfloat16 would round.
-        resolution = torch.tensor([[height, width]], dtype=torch.float32, device=latents.device)
-        aspect_ratio = torch.tensor([[width / height]], dtype=torch.float32, device=latents.device)
-        return {
-            "resolution": resolution.expand(batch, 2),
-            "aspect_ratio": aspect_ratio.expand(batch, 1),
-        }
-
-    def decode(self, latents: torch.Tensor, request: Request) -> ImagePipelineOutput | tuple[Any]:
-        """Decode latents `(B, C, H, W)` into the pictures asked for; free offloaded models."""
-        images: Any = latents
-        if request.output_type != "latent":
-            with self.vae_for(request) as vae:
-                latents = latents.to(vae.dtype) / vae.config.scaling_factor
-                latents = latents + (vae.config.shift_factor or 0)
-                decoded = vae.decode(latents, return_dict=False)[0]
-            images = self.image_processor.postprocess(decoded, output_type=request.output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if request.return_dict else (images,)
-
-    @contextmanager
-    def vae_for(self, request: Request) -> Iterator[AutoencoderKL]:
-        """Lend the autoencoder as the request's size needs it, and restore it afterwards.
-
-        It works in tiles above `TILING_THRESHOLD` pixels; and a float16 one whose configuration has
-        `force_upcast` works in float32, because it would overflow.
-        """
-        vae, tiles = self.vae, self.vae.use_tiling
-        vae.use_tiling = tiles or request.height * request.width > TILING_THRESHOLD
-        upcast = vae.dtype == torch.float16 and vae.config.force_upcast
-        if upcast:
-            vae.float()
-        try:
-            yield vae
-        finally:
-            vae.use_tiling = tiles
-            if upcast:
-                vae.half()

@@ -29,6 +29,16 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
+def check_interval(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is two numbers with 0 <= start <= stop <= 1."""
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_finite, value))
+    if not pair or not 0 <= value[0] <= value[1] <= 1:
+        raise ValueError(
+            f"{name} must be two fractions of the steps, (start, stop) with 0 <= start <= stop <= "
+            f"1, got {value!r}."
+        )
+
+
 def check_size(name: str, value: Any, multiple: int) -> None:
     """Raise `ValueError`, naming the nearest sizes that work, unless `multiple` divides `value`.
 

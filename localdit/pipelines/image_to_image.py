@@ -50,6 +50,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 120,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Change pictures to follow prompts.
 
@@ -65,6 +66,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
             negative_prompt: what to steer away from: one for all prompts, or one for each.
             height, width: pixels to scale the image to, multiples of 16; by default its own.
             latents: standard normal noise to add, `(B * n, C, height / 8, width / 8)`.
+            guidance_interval: fractions (start, stop) of the steps that are taken.
 
         Returns:
             The B * n pictures, those of the first prompt first, as `output.images` or `(images,)`.
@@ -85,6 +87,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
             timesteps=timesteps,
             sigmas=sigmas,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
             generator=generator,
@@ -148,9 +151,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
         if self._are_latents(images):
             return images.repeat_interleave(repeats, dim=0)
         images = 2 * scale_images(images, request.height, request.width) - 1
-        with self.vae_for(request) as vae:
-            parameters = vae.encode(images.to(vae.dtype)).latent_dist.parameters
-        parameters = parameters.float().repeat_interleave(repeats, dim=0)
+        parameters = self.posterior_parameters(images, request).repeat_interleave(repeats, dim=0)
         latents = DiagonalGaussianDistribution(parameters).sample(request.generator)
         return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
+    from .prompt_cache import PromptCache
+
 logger = logging.getLogger(__name__)
 
 # Far beyond 120 tokens of any language; tokenising megabytes takes seconds and gigabytes.
 MAX_PROMPT_CHARACTERS = 10_000
+
+NO_ENCODER = (
+    "This pipeline has no tokenizer or no text encoder, and not all of these prompts were encoded "
+    "before: give prompt_embeds and prompt_attention_mask and, with a guidance_scale above 1, the "
+    "negative ones too; or set pipe.text_encoder (and pipe.tokenizer) again."
+)
 
 
 def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[str]:
@@ -96,7 +105,9 @@ class PromptEncodingMixin:
     tokenizer: Any
     text_encoder: Any
     transformer: Any
+    prompt_cache: PromptCache
     _execution_device: torch.device
+    maybe_free_model_hooks: Callable[[], None]
 
     def encode_prompt(
         self,
@@ -126,6 +137,8 @@ class PromptEncodingMixin:
         Returns:
             Embeddings `(B * n, L, C)` in the transformer's dtype and masks `(B * n, L)` of the
             prompts, then of the negative prompts (None and None without guidance).
+
+        Prompts are encoded once: `prompt_cache` keeps what they became, for later calls.
         """
         device = device or self._execution_device
         model = self.transformer if self.transformer is not None else self.text_encoder
@@ -136,7 +149,8 @@ class PromptEncodingMixin:
             )
         rows, length, _ = prompt_embeds.shape
         repeats = num_images_per_prompt
-        prompt_embeds = prompt_embeds.to(device, model.dtype).repeat_interleave(repeats, dim=0)
+        dtype = prompt_embeds.dtype if model is None else model.dtype
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(repeats, dim=0)
         prompt_attention_mask = prompt_attention_mask.to(device).repeat_interleave(repeats, dim=0)
         if not do_classifier_free_guidance:
             return prompt_embeds, prompt_attention_mask, None, None
@@ -149,7 +163,7 @@ class PromptEncodingMixin:
             if len(prompts) not in (1, rows):
                 raise ValueError(f"{rows} prompts but {len(prompts)} negative prompts.")
             repeats *= rows // len(prompts)
-        negative_prompt_embeds = negative_prompt_embeds.to(device, model.dtype)
+        negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
         negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
         negative_prompt_attention_mask = negative_prompt_attention_mask.to(device)
         negative_prompt_attention_mask = negative_prompt_attention_mask.repeat_interleave(
@@ -162,9 +176,74 @@ class PromptEncodingMixin:
             negative_prompt_attention_mask,
         )
 
+    def release_text_encoder(self) -> None:
+        """Drop the text encoder and give its memory back; prompts encoded before go on working.
+
+        They are in `prompt_cache`, and so do not outlast the process. Any other prompt raises
+        `ValueError` from then on, until `text_encoder` is set again. Memory comes back only when
+        nothing else holds the encoder: another pipeline of the same components, or a variable.
+        """
+        from .memory import give_memory_back
+
+        self.text_encoder = None
+        # Offloading holds each model in the hook of the next one; this sets the hooks up anew.
+        self.maybe_free_model_hooks()
+        give_memory_back()
+
     def _encode(
         self, prompts: list[str], max_length: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `(N, L, C)` of N prompts, and their mask `(N, L)`.
+
+        Each prompt is encoded by itself: what it becomes depends neither on the others nor on
+        which of them are in the cache.
+        """
+        import torch
+
+        if self.tokenizer is None:
+            raise ValueError(NO_ENCODER)
         input_ids, mask = tokenize(self.tokenizer, prompts, max_length)
-        mask = mask.to(device)
-        return self.text_encoder(input_ids.to(device), attention_mask=mask)[0], mask
+        self.prompt_cache.serve(self.text_encoder, device)
+        keys = _keys(input_ids, mask)
+        states: dict[bytes, torch.Tensor] = {}
+        for row, key in enumerate(keys):
+            if key not in states:
+                one = slice(row, row + 1)
+                states[key] = self._states_of(key, input_ids[one], mask[one], device)
+        return torch.stack([states[key] for key in keys]), mask.to(device)
+
+    def _states_of(
+        self, key: bytes, input_ids: torch.Tensor, mask: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        """States `(L, C)` of one prompt, from the cache where nothing can tell the difference."""
+        import torch
+
+        encoder = self.text_encoder
+        learns = encoder is not None and (
+            encoder.training  # drops other channels each time
+            or (torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters()))
+        )
+        cached = None if learns else self.prompt_cache.get(key)
+        if cached is not None:
+            return cached.to(device)
+        if encoder is None:
+            raise ValueError(NO_ENCODER)
+        states = encoder(input_ids.to(device), attention_mask=mask.to(device))[0][0]
+        if not encoder.training:
+            self.prompt_cache.put(key, states)
+        return states
+
+    def _can_encode(self, prompts: list[str], max_length: int) -> bool:
+        """Whether there is what it takes: a tokenizer, and a text encoder or the states cached."""
+        if self.tokenizer is None or self.text_encoder is not None:
+            return self.tokenizer is not None
+        keys = _keys(*tokenize(self.tokenizer, prompts, max_length))
+        return all(self.prompt_cache.get(key) is not None for key in keys)
+
+
+def _keys(input_ids: torch.Tensor, mask: torch.Tensor) -> list[bytes]:
+    """What tells prompts apart: their tokens, padding included, so that no tokenizer matters."""
+    return [
+        ids.numpy().tobytes() + keep.numpy().tobytes()
+        for ids, keep in zip(input_ids, mask, strict=True)
+    ]

@@ -1,13 +1,13 @@
 """The arguments that all LocalDiT pipelines share, checked as a whole before any work."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from . import checks
-from .prompts import check_prompts
+from .prompts import NO_ENCODER, check_prompts
 
 Generators = torch.Generator | list[torch.Generator] | None
 StepCallback = Callable[..., dict[str, Any] | None]
@@ -36,6 +36,7 @@ class Request:
     timesteps: list[int] | None
     sigmas: list[float] | None
     guidance_scale: float
+    guidance_interval: tuple[float, float]
     num_images_per_prompt: int
     eta: float
     generator: Generators
@@ -61,8 +62,9 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt takes part from the first step on."""
-        return self.guidance_scale > 1
+        """Whether the negative prompt takes part in any step."""
+        start, stop = self.guidance_interval
+        return self.guidance_scale > 1 and start < stop
 
     def check_values(self, multiple: int, callback_tensors: list[str]) -> None:
         """Raise for single values that cannot work.
@@ -77,6 +79,7 @@ class Request:
         checks.check_positive_integer("num_images_per_prompt", self.num_images_per_prompt)
         checks.check_positive_integer("max_sequence_length", self.max_sequence_length)
         checks.check_number("guidance_scale", self.guidance_scale)
+        checks.check_interval("guidance_interval", self.guidance_interval)
         checks.check_one_of("output_type", [self.output_type], OUTPUT_TYPES)
         checks.check_one_of(
             "callback_on_step_end_tensor_inputs",
@@ -100,11 +103,11 @@ class Request:
             length = self.max_sequence_length if positive is None else positive.shape[1]
             checks.check_tensor("negative_prompt_embeds", negative, (None, length, channels))
 
-    def check_prompts(self, can_encode: bool) -> None:
+    def check_prompts(self, can_encode: Callable[[list[str], int], bool]) -> None:
         """Raise for prompts that are missing, given twice, too long, or differ in number.
 
         Args:
-            can_encode: whether there are a tokenizer and a text encoder.
+            can_encode: tells whether prompts can be encoded, at a number of tokens.
         """
         if (self.prompt is None) == (self.text.prompt_embeds is None):
             raise ValueError("Give either prompt or prompt_embeds, one of the two.")
@@ -123,14 +126,18 @@ class Request:
                 f"There are {self.num_prompts} prompts but {negatives} negative prompts: give one "
                 "string for all, or one negative prompt for each prompt."
             )
-        to_encode = self.prompt is not None or (
-            self.guided and self.text.negative_prompt_embeds is None
-        )
-        if to_encode and not can_encode:
-            raise ValueError(
-                "This pipeline has no tokenizer or no text encoder: give prompt_embeds and "
-                "prompt_attention_mask and, with a guidance_scale above 1, the negative ones too."
-            )
+        if any(not can_encode(prompts, length) for prompts, length in self._to_encode()):
+            raise ValueError(NO_ENCODER)
+
+    def _to_encode(self) -> Iterator[tuple[list[str], int]]:
+        """The prompts that no embeddings are given for, each list with its number of tokens."""
+        length = self.max_sequence_length
+        if self.prompt is not None:
+            yield check_prompts(self.prompt), length
+        if self.text.prompt_embeds is not None:
+            length = self.text.prompt_embeds.shape[1]
+        if self.guided and self.text.negative_prompt_embeds is None:
+            yield check_prompts(self.negative_prompt or "", "negative_prompt"), length
 
     def check_noise(self, latents_shape: tuple[int, ...]) -> None:
         """Raise for generators of a wrong number and for latents of another shape."""

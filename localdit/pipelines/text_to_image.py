@@ -37,6 +37,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 120,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Make pictures from prompts.
 
@@ -63,6 +64,9 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             callback_on_step_end_tensor_inputs: names of the tensors it is given: "latents" and any
                 of the four embeddings and masks.
             max_sequence_length: tokens of a prompt.
+            guidance_interval: fractions (start, stop) of the steps between which the guidance scale
+                holds; the others are computed without the negative prompt, in half the time
+                (Kynkaanniemi et al., 2024).
 
         Returns:
             The B * n pictures, those of the first prompt first, as `output.images` or `(images,)`.
@@ -81,6 +85,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             timesteps=timesteps,
             sigmas=sigmas,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
             generator=generator,

@@ -1,0 +1,93 @@
+"""Between pictures and latents, in bounded memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from .request import Request
+from .tiling import CROP, in_tiles, tile_settings
+
+# The most pixels that pass through the autoencoder at once: batches of more do so one picture after
+# the other, pictures of more in tiles.
+TILING_THRESHOLD = 2048 * 2048
+
+
+class AutoencodingMixin:
+    """Encoding and decoding for a pipeline with an autoencoder."""
+
+    vae: AutoencoderKL
+    vae_scale_factor: int
+    image_processor: VaeImageProcessor
+    maybe_free_model_hooks: Callable[[], None]
+
+    def decode(self, latents: torch.Tensor, request: Request) -> ImagePipelineOutput | tuple[Any]:
+        """Decode latents `(B, C, H, W)` into the pictures asked for; free offloaded models."""
+        images: Any = latents
+        if request.output_type != "latent":
+            with self.vae_for(request) as vae:
+                latents = latents.to(vae.dtype) / vae.config.scaling_factor
+                latents = latents + (vae.config.shift_factor or 0)
+                decoded = self._in_parts(
+                    lambda part: vae.decode(part, return_dict=False)[0],
+                    latents,
+                    request,
+                    vae.tile_latent_min_size,
+                    CROP,
+                )
+            images = self.image_processor.postprocess(decoded, output_type=request.output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if request.return_dict else (images,)
+
+    def posterior_parameters(self, images: torch.Tensor, request: Request) -> torch.Tensor:
+        """Encode images `(N, 3, H, W)` in [-1, 1]: mean and log variance `(N, 2 C, H / 8, W / 8)`,
+        in float32."""
+        with self.vae_for(request) as vae:
+            parameters = self._in_parts(
+                lambda part: vae.encode(part).latent_dist.parameters,
+                images.to(vae.dtype),
+                request,
+                vae.tile_sample_min_size,
+                CROP * self.vae_scale_factor,
+            )
+        return parameters.float()
+
+    @contextmanager
+    def vae_for(self, request: Request) -> Iterator[AutoencoderKL]:
+        """Lend the autoencoder as the request's size needs it, and restore it afterwards.
+
+        It works in tiles above `TILING_THRESHOLD` pixels, and where its user has switched tiling
+        on, then with its own sizes of tiles. A float16 one whose configuration has `force_upcast`
+        works in float32, because it would overflow.
+        """
+        vae = self.vae
+        large = request.height * request.width > TILING_THRESHOLD
+        upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+        if upcast:
+            vae.float()
+        try:
+            with tile_settings(vae) if large and not vae.use_tiling else nullcontext():
+                yield vae
+        finally:
+            if upcast:
+                vae.half()
+
+    def _in_parts(
+        self,
+        run: Callable[[torch.Tensor], torch.Tensor],
+        batch: torch.Tensor,
+        request: Request,
+        tile: int,
+        crop: int,
+    ) -> torch.Tensor:
+        """`run` a batch at once, picture by picture or in tiles, as its size needs it."""
+        tiled = self.vae.use_tiling and max(batch.shape[2:]) > tile
+        if tiled:
+            return torch.cat([in_tiles(self.vae, run, one, crop) for one in batch.split(1)])
+        if len(batch) * request.height * request.width > TILING_THRESHOLD:
+            return torch.cat([run(one) for one in batch.split(1)])
+        return run(batch)

@@ -1,0 +1,149 @@
+"""Large pictures through the autoencoder in tiles, without seams.
+
+Diffusers cuts the picture into overlapping tiles and fades one into the next. What stays visible
+comes from the group norms: each tile is normalised by its own mean and variance, so that a tile of
+sky and a tile of grass are decoded by different functions. Here the statistics of every norm are
+taken once, from crops spread over the whole picture, and hold for all of its tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch.overrides import TorchFunctionMode
+
+# Lengths in latents. A tile is 1024 pixels wide. The overlap exceeds the 17 latents or so that the
+# decoder of the SDXL autoencoder sees to each side, so that a tile fades out before its border
+# shows. The crops are together as large as a tile, and so need no more memory.
+TILE, OVERLAP = 128, 0.25
+CROP, CROPS_A_SIDE = 32, 4
+
+Statistics = tuple[torch.Tensor, torch.Tensor]
+
+
+@contextmanager
+def tile_settings(vae: AutoencoderKL) -> Iterator[None]:
+    """Let an autoencoder work in tiles of `TILE` x `TILE` latents; restore it afterwards."""
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    settings = {
+        "use_tiling": True,
+        "tile_latent_min_size": TILE,
+        "tile_sample_min_size": TILE * scale,
+        "tile_overlap_factor": OVERLAP,
+    }
+    before = {name: getattr(vae, name) for name in settings}
+    for name, value in settings.items():
+        setattr(vae, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
+
+
+def in_tiles(
+    vae: AutoencoderKL,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    picture: torch.Tensor,
+    crop: int,
+) -> torch.Tensor:
+    """Encode or decode one picture in the tiles that `vae` is set to.
+
+    Args:
+        vae: the autoencoder that `run` calls, tiling switched on.
+        run: from `(N, C, H, W)`, pixels or latents, to what it makes of them.
+        picture: `(1, C, H, W)`.
+        crop: side of the crops that the statistics are taken from, in the picture's own unit.
+    """
+    vae.use_tiling = False
+    try:
+        with RecordedGroupNorms() as norms:
+            run(spread_crops(picture, crop))
+    finally:
+        vae.use_tiling = True
+    with FixedGroupNorms(norms.statistics):
+        return run(picture)
+
+
+def spread_crops(picture: torch.Tensor, size: int) -> torch.Tensor:
+    """Square crops of `(1, C, H, W)`, each from the middle of its part of an even grid.
+
+    Returns:
+        `(CROPS_A_SIDE**2, C, size, size)`; smaller where the parts of the grid are.
+    """
+    n = CROPS_A_SIDE
+    height, width = (max(1, min(size, length // n)) for length in picture.shape[2:])
+    tops, lefts = (
+        [int((i + 0.5) * length / n - part / 2) for i in range(n)]
+        for length, part in zip(picture.shape[2:], (height, width), strict=True)
+    )
+    return torch.cat([picture[..., y : y + height, x : x + width] for y in tops for x in lefts])
+
+
+class _GroupNorms(TorchFunctionMode):
+    """Stands in for `F.group_norm` while it is active; modules and their hooks stay untouched."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.group_norm:
+            return self.normalise(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def statistics_of(self, grouped: torch.Tensor) -> Statistics:
+        """Mean and variance, each `(groups,)`, of `(N, groups, values)`."""
+        raise NotImplementedError
+
+    def normalise(
+        self,
+        input: torch.Tensor,
+        num_groups: int,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """`F.group_norm` with the statistics of `statistics_of`, computed in float32 at least."""
+        mean, variance = self.statistics_of(input.reshape(len(input), num_groups, -1))
+        channels = input.shape[1]
+        scale = torch.rsqrt(variance + eps).repeat_interleave(channels // num_groups)
+        shift = -mean.repeat_interleave(channels // num_groups) * scale
+        if weight is not None:
+            scale, shift = scale * weight, shift * weight
+        if bias is not None:
+            shift = shift + bias
+        ends = [1] * (input.ndim - 2)
+        result = torch.addcmul(shift.view(-1, *ends), input, scale.view(-1, *ends))
+        return result.to(input.dtype)
+
+
+class RecordedGroupNorms(_GroupNorms):
+    """Normalises a batch as if it were one picture, and records each norm's statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics: list[Statistics] = []
+
+    def statistics_of(self, grouped: torch.Tensor) -> Statistics:
+        grouped = grouped.to(torch.promote_types(grouped.dtype, torch.float32))
+        variance, mean = torch.var_mean(grouped, dim=(0, 2), correction=0)
+        self.statistics.append((mean, variance))
+        return mean, variance
+
+
+class FixedGroupNorms(_GroupNorms):
+    """Normalises by recorded statistics, over and over in the order of recording."""
+
+    def __init__(self, statistics: list[Statistics]) -> None:
+        super().__init__()
+        self.statistics = statistics
+        self.calls = 0
+
+    def statistics_of(self, grouped: torch.Tensor) -> Statistics:
+        statistics = self.statistics[self.calls % len(self.statistics)]
+        self.calls += 1
+        return statistics
