@@ -127,10 +127,10 @@ def test_skipped_layers_pass_their_input_on(box):
     model = LocalDiTTransformer2DModel.from_pretrained(model_in_the_box() / "transformer")
     attention = model.transformer_blocks[0].attn1
     x = torch.randn(1, 16, model.inner_dim)
-    assert not torch.equal(attention(x, 4, 4), x)
+    assert not torch.equal(attention(x, attention.grid(4, 4)), x)
     options.skip_attention_scores = options.skip_ff = False
     hooks.apply_layer_skip(model, options)
-    assert torch.equal(attention(x, 4, 4), x)
+    assert torch.equal(attention(x, attention.grid(4, 4)), x)
 
 
 @pytest.mark.slow
