@@ -76,6 +76,8 @@ class LocalDiTBlock(nn.Module):
             return torch.addcmul(x, gate_mlp, self.ff(normed))
 
         grid = self.attn1.grid(height, width)
+        if self._is_hooked():
+            return read_and_think(see_each_other(hidden_states, grid))
         if getattr(self.attn1.processor, "within_windows", False):
             return in_bands(
                 lambda tokens, band: read_and_think(see_each_other(hidden_states[:, tokens], band)),
@@ -86,6 +88,13 @@ class LocalDiTBlock(nn.Module):
         return in_bands(
             lambda tokens, _: read_and_think(hidden_states[:, tokens]), grid, hidden_states
         )
+
+    def _is_hooked(self) -> bool:
+        """Whether hooks of Diffusers watch the parts: caches expect one call of each in a step."""
+        registries = (
+            getattr(x, "_diffusers_hook", None) for x in (self.attn1, self.attn2, self.ff)
+        )
+        return any(getattr(registry, "hooks", None) for registry in registries)
 
 
 class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigMixin):

@@ -4,7 +4,7 @@ import diffusers.hooks as hooks
 import pytest
 import torch
 
-from localdit.models import LocalDiTTransformer2DModel
+from localdit.models import LocalDiTTransformer2DModel, bands
 from localdit.pipelines import LocalDiTPipeline
 from localdit.utils import model_in_the_box
 
@@ -131,6 +131,14 @@ def test_skipped_layers_pass_their_input_on(box):
     options.skip_attention_scores = options.skip_ff = False
     hooks.apply_layer_skip(model, options)
     assert torch.equal(attention(x, attention.grid(4, 4)), x)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_draw_the_same_where_maps_are_cut_into_bands(box, cached, monkeypatch, name):
+    cached(name)
+    whole = draw(box)
+    monkeypatch.setattr(bands, "TOKENS_ON_CPU", 50)
+    torch.testing.assert_close(draw(box), whole, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
