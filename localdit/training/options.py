@@ -24,9 +24,7 @@ FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
 EXTRAS = "pip install -r requirements-train.txt"
 
 
-def parse_args(
-    argv: Sequence[str] | None = None, prog: str | None = None
-) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The options as a flat namespace; ends the program with a message if one can't be right.
 
     `stages` is made a list of `Stage`, a single one where no file of stages was named.
