@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from localdit.pipelines import autoencoding, tiling
-from localdit.pipelines.tiling import FixedGroupNorms, RecordedGroupNorms, in_tiles, spread_crops
+from localdit.pipelines.tiling import Recording, Replay, in_tiles, spread_crops
 from localdit.utils import model_in_the_box
 from tests.tiny import tiny_components, tiny_pipeline
 
@@ -91,7 +91,7 @@ def test_encoding_in_tiles_agrees_with_encoding_at_once(vae, landscape, latents)
     assert error < 0.3 * (own - latents).abs().mean()
 
 
-# The norms
+# Norms and attention
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 5, 7), (1, 6, 11)])
@@ -100,10 +100,10 @@ def test_recorded_statistics_give_back_group_norm(shape):
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     x = 3 * torch.randn(shape) + 2
-    with RecordedGroupNorms() as norms:
+    with Recording() as recorded_norms:
         recorded = norm(x)
     torch.testing.assert_close(recorded, norm(x))
-    with FixedGroupNorms(norms.statistics):
+    with Replay(recorded_norms, 1.0):
         torch.testing.assert_close(norm(x), recorded)
         scaled = norm(2 * x)  # is not brought back to where it was
     assert (scaled - recorded).abs().max() > 0.5
@@ -113,19 +113,45 @@ def test_recorded_statistics_give_back_group_norm(shape):
 def test_half_precision_keeps_its_dtype_and_computes_in_float32():
     norm = torch.nn.GroupNorm(2, 4).to(torch.bfloat16)
     x = (100 + torch.randn(1, 4, 8, 8)).to(torch.bfloat16)
-    with RecordedGroupNorms() as norms:
+    with Recording() as recorded_norms:
         assert norm(x).dtype == torch.bfloat16
-    assert norms.statistics[0][0].dtype == torch.float32
-    with FixedGroupNorms(norms.statistics):
+    assert recorded_norms.statistics[0][0].dtype == torch.float32
+    with Replay(recorded_norms, 1.0):
         torch.testing.assert_close(norm(x), norm.float()(x.float()).to(x.dtype))
 
 
 def test_a_batch_is_recorded_as_one_picture():
     norm, x = torch.nn.GroupNorm(1, 2), torch.randn(3, 2, 4, 4)
-    with RecordedGroupNorms():
+    with Recording():
         together = norm(x)
     assert torch.allclose(together.mean(), torch.zeros(()), atol=1e-5)
     assert together.mean((1, 2, 3)).abs().max() > 0.01
+
+
+def test_a_tile_attends_to_itself_and_to_the_crops_for_the_rest_of_the_picture():
+    """A picture of three times 4 tokens: the tile, and twice what the crops hold."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    query, key, value = torch.randn(3, 1, 1, 4, 8)
+    others = torch.randn(2, 1, 1, 4, 8)
+    with Recording() as recorded:
+        attention(query, *others)
+    with Replay(recorded, ratio=3):
+        seen = attention(query, key, value)
+    rest = [torch.cat([one, one], dim=2) for one in others]
+    whole = [torch.cat(parts, dim=2) for parts in zip((key, value), rest, strict=True)]
+    torch.testing.assert_close(seen, attention(query, *whole))
+    with Replay(recorded, ratio=1):  # the tile is the whole picture
+        alone = attention(query, key, value)
+    assert torch.equal(alone, attention(query, key, value))
+
+
+def test_crops_attend_to_one_another():
+    attention = torch.nn.functional.scaled_dot_product_attention
+    query, key, value = torch.randn(3, 2, 1, 4, 8)
+    with Recording():
+        seen = attention(query, key, value)
+    whole = [torch.cat(list(x), dim=1)[None].expand(2, -1, -1, -1) for x in (key, value)]
+    torch.testing.assert_close(seen, attention(query, *whole))
 
 
 def test_crops_are_spread_evenly_over_a_picture():
