@@ -1,4 +1,4 @@
-.PHONY: lint type test slow
+.PHONY: lint type test slow bench
 
 PYTHON ?= .venv/bin/python
 
@@ -14,3 +14,6 @@ test:
 
 slow:
 	$(PYTHON) -m pytest -m slow
+
+bench:
+	$(PYTHON) -m benchmarks.denoiser

@@ -11,6 +11,7 @@ TRAIN = [
     for line in (ROOT / "requirements-train.txt").read_text().splitlines()
     if not line.startswith("#")
 ]
+TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
 
 setup(
@@ -38,8 +39,10 @@ setup(
     extras_require={
         "train": TRAIN,
         "quantization": ["bitsandbytes>=0.43"],
+        "triton": TRITON,
         "dev": [
             *TRAIN,
+            *TRITON,  # tests interpret its kernels
             "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8.0",

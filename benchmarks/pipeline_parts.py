@@ -81,7 +81,8 @@ def encode_text(dtype: str) -> dict[str, Any]:
     weights = width * sum(p.numel() for p in whole.parameters())
     encoder = random_weights(lambda: T5EncoderModel(T5Config(num_layers=1, **T5_XXL)), dtype)
     size = sum(p.nbytes for p in encoder.parameters())
-    pipe = LocalDiTPipeline(None, encoder, None, None, None)
+    nothing: Any = None
+    pipe = LocalDiTPipeline(nothing, encoder, nothing, nothing, nothing)
     ids = torch.randint(2, 1000, (1, TOKENS))
     del encoder  # the pipeline alone holds it
     with torch.no_grad():

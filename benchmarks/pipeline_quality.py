@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def list_options() -> list[Option]:
     options += [
         Option(
             f"FirstBlockCache({threshold})",
-            cache=lambda _, threshold=threshold: hooks.FirstBlockCacheConfig(threshold),
+            cache=functools.partial(_first_block_cache, threshold),
         )
         for threshold in (0.05, 0.1, 0.2, 0.4)
     ]
@@ -105,6 +106,12 @@ def list_options() -> list[Option]:
         for name, cache in caches.items()
         if hasattr(hooks, name)
     ]
+
+
+def _first_block_cache(threshold: float, _: Any) -> Any:
+    from diffusers import hooks
+
+    return hooks.FirstBlockCacheConfig(threshold)
 
 
 def draw_with(option: Option, pipe: Any, captions: list[str], seed: int) -> tuple[Any, float]:

@@ -22,7 +22,7 @@ def test_the_table_of_options_is_that_of_the_command_lines():
     assert written == module.page(), "write it anew: python docs/make_options.py"
 
 
-@pytest.mark.parametrize("name", ["TRAIN.md", "GUARANTEE.md", "TRAINING_OPTIONS.md"])
+@pytest.mark.parametrize("name", ["TRAIN.md", "GUARANTEE.md", "TRAINING_OPTIONS.md", "SPEED.md"])
 def test_links_lead_to_files_that_are_there(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     for target, _ in LINK.findall(text):
@@ -38,6 +38,19 @@ def test_tests_that_the_guarantee_names_are_there():
         source = (ROOT / path).read_text(encoding="utf-8")
         for words in re.findall(r"-k (?:\"([^\"]+)\"|(\S+))", command):
             assert re.search(f"def test_\\w*{''.join(words)}", source), command
+
+
+def test_the_code_of_the_page_on_speed_runs_as_it_stands():
+    page = (ROOT / "docs/SPEED.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("pipe(prompt)", "pipe(prompt, num_inference_steps=2)"), names)
+    assert names["image"].size == (128, 128)
+    assert names["pipe"].text_encoder is None
+    for call in re.findall(r"`(pipe\(prompt, .*?\))`", page):
+        assert eval(call[:-1] + ", height=32, width=32)", names).images, call
 
 
 @pytest.mark.slow

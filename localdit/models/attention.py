@@ -16,29 +16,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
 
+from .backends import attend_within_windows, checked_backend
+from .bands import in_bands
 from .global_context import GlobalContext
+from .norms import RMSNorm, compute_dtype
+from .recomputing import recomputed
 from .rope import apply_rope, rope_angles
-from .windows import WindowLayout, padded, relative_position_index, window_layout
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation over the last axis (Zhang & Sennrich, 2019), in float32 at
-    least."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.to(compute_dtype(hidden_states))
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight.to(x.dtype)).to(hidden_states.dtype)
-
-
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which norms and rotations are computed: float32, or float64 for float64."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+from .windows import WindowGrid
 
 
 class LocalDiTAttention(nn.Module, AttentionModuleMixin):
@@ -112,34 +96,54 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
             )
         super().set_processor(processor)
 
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def grid(self, height: int, width: int) -> WindowGrid:
+        """The windows of a map of `height x width` tokens."""
+        return WindowGrid(height, width, self.window_size, self.shift_size, self.shift_size)
+
+    def forward(self, hidden_states: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
         """Attend within a map.
 
         Args:
-            hidden_states: `(B, height * width, C)`, row-major.
-            height, width: size of the map in tokens.
+            hidden_states: `(B, N, C)`, the tokens of the map, row-major.
+            grid: the map and its windows, as `grid` returns it; or a band of it.
         """
-        attended = self.processor(self, self.to_qkv(hidden_states), height, width)
+        attended = self.processor(self, self.to_qkv(hidden_states), grid)
         to_out, dropout = self.to_out
         return dropout(to_out(attended)) + hidden_states
 
-    def rotate(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Turn `(..., height * width, heads, head_dim)` by position, where `do_rope`."""
-        if not self.do_rope:
-            return x
-        angles = rope_angles(height, width, self.head_dim, x.device, compute_dtype(x))
-        return apply_rope(x, angles)
+    def norm_and_turn(
+        self, x: torch.Tensor, norm: RMSNorm, grid: WindowGrid, tokens: slice = slice(None)
+    ) -> torch.Tensor:
+        """Norm queries or keys and turn them by their position on the map.
+
+        Args:
+            x: `(B, tokens, C)`.
+            norm: `norm_q` or `norm_k`.
+            grid: the map.
+            tokens: which of the map's tokens these are.
+
+        Returns:
+            `(B, tokens, heads, head_dim)`.
+        """
+        heads = x.unflatten(-1, (self.num_heads, self.head_dim)).to(compute_dtype(x))
+        heads = norm(heads)
+        if self.do_rope:
+            size = grid.height, grid.width
+            angles = rope_angles(*size, self.head_dim, x.device, heads.dtype)[tokens]
+            heads = apply_rope(heads, angles[:, None])
+        return heads.to(x.dtype)
 
 
-class _AttnProcessor:
-    """What the processors share: the attention backend, which Diffusers sets by these two names.
+class _Processor:
+    """What the processors share.
 
-    A processor of self-attention is called with `(attn, qkv, height, width)`, where `qkv` is
-    `(B, N, 3 C)`: queries, keys and values of all tokens, in row-major order and before norms and
-    rotation. It returns `(B, N, C)`.
+    A processor of self-attention is called with `(attn, qkv, grid)`, where `qkv` is `(B, N, 3 C)`:
+    queries, keys and values of a map's tokens, row-major and before norms and rotation. It returns
+    `(B, N, C)`.
     """
 
-    _attention_backend: Any = None
+    within_windows = False  # whether no token sees another outside its window
+    _attention_backend: Any = None  # both set by Diffusers
     _parallel_config: Any = None
 
     def attend(
@@ -160,125 +164,103 @@ class _AttnProcessor:
         )
 
 
-class LocalAttnProcessor(_AttnProcessor):
+class _WindowProcessor(_Processor):
+    """What computes attention within windows is chosen by `backend`: see `backends.py`."""
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = checked_backend(backend)
+
+
+class LocalAttnProcessor(_WindowProcessor):
     """Attention within shifted windows (Swin Transformer, section 3.2)."""
 
+    within_windows = True
+
     def __call__(
-        self, attn: LocalDiTAttention, qkv: torch.Tensor, height: int, width: int
+        self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
-        w = attn.window_size
-        layout = window_layout(height, width, w, attn.shift_size, qkv.device)
-        windows = qkv.index_select(1, layout.order)
-        query, key, value = rearrange(
-            windows, "b (n l) (three h d) -> three (b n) l h d", three=3, l=w * w, h=attn.num_heads
+        return attend_within_windows(
+            self.backend,
+            qkv,
+            grid,
+            attn.num_heads,
+            (attn.norm_q, attn.norm_k),
+            attn.do_rope,
+            attn.local_rel_pos_bias,
         )
-        # Rotations enter the logits through differences of positions alone, and tokens that see
-        # each other lie together on the map: positions within the window serve for every window.
-        query = attn.rotate(attn.norm_q(query), w, w)
-        key = attn.rotate(attn.norm_k(key), w, w)
-        bias = window_bias(attn.local_rel_pos_bias, layout, w, qkv.shape[0], qkv.dtype)
-        out = self.attend(query, key, value, bias)
-        out = rearrange(out, "(b n) l h d -> b (n l) (h d)", b=qkv.shape[0])
-        return out.index_select(1, layout.inverse)
 
 
-class LocalGlobalAttnProcessor(_AttnProcessor):
+class LocalGlobalAttnProcessor(_WindowProcessor):
     """The mean of window attention and of the window's look at features of the whole map."""
 
     def __call__(
-        self, attn: LocalDiTAttention, qkv: torch.Tensor, height: int, width: int
+        self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
-        assert attn.global_context is not None  # `set_processor` has seen to it
-        context, w = attn.global_context, attn.window_size
-        layout = window_layout(height, width, w, attn.shift_size, qkv.device)
-        query, key, value = rearrange(
-            qkv, "b n (three h d) -> three b n h d", three=3, h=attn.num_heads
-        )
-        query = attn.rotate(attn.norm_q(query), height, width)
-        key = attn.rotate(attn.norm_k(key), height, width)
-        global_key, global_value = rearrange(
-            context.to_global_kv(key.flatten(2)),
-            "b n (two h d) -> two b n h d",
-            two=2,
-            h=attn.num_heads,
-        )
-        global_query = self._global_query(attn, query, height, width)
+        context = attn.global_context
+        assert context is not None  # `set_processor` has seen to it
+        queries, keys, _ = qkv.chunk(3, dim=-1)
 
-        def cut(x: torch.Tensor) -> torch.Tensor:
-            return rearrange(x.index_select(1, layout.order), "b (n l) h d -> (b n) l h d", l=w * w)
+        def turned_queries(tokens: slice, _: WindowGrid) -> torch.Tensor:
+            return attn.norm_and_turn(queries[:, tokens], attn.norm_q, grid, tokens).flatten(2)
 
-        batch = qkv.shape[0], qkv.dtype
-        local_bias = window_bias(attn.local_rel_pos_bias, layout, w, *batch)
-        global_bias = window_bias(context.global_rel_pos_bias, layout, w, *batch)
-        out = self.attend(cut(query), cut(key), cut(value), local_bias)
-        out = out + self.attend(global_query, cut(global_key), cut(global_value), global_bias)
-        out = rearrange(out / 2, "(b n) l h d -> b (n l) (h d)", b=qkv.shape[0])
-        return out.index_select(1, layout.inverse)
+        features = self._features(context, in_bands(turned_queries, grid, qkv), grid)
+
+        def attended(tokens: slice, band: WindowGrid) -> torch.Tensor:
+            key = attn.norm_and_turn(keys[:, tokens], attn.norm_k, grid, tokens).flatten(2)
+            of_the_map = torch.cat([features[:, tokens], context.to_global_kv(key)], dim=-1)
+            seen = attend_within_windows(
+                self.backend,
+                of_the_map,
+                band,
+                attn.num_heads,
+                None,
+                False,
+                context.global_rel_pos_bias,
+            )
+            local = attend_within_windows(
+                self.backend,
+                qkv[:, tokens],
+                band,
+                attn.num_heads,
+                (attn.norm_q, attn.norm_k),
+                attn.do_rope,
+                attn.local_rel_pos_bias,
+            )
+            return (local + seen) / 2
+
+        return in_bands(attended, grid, qkv)
 
     @staticmethod
-    def _global_query(
-        attn: LocalDiTAttention, query: torch.Tensor, height: int, width: int
-    ) -> torch.Tensor:
-        """Features of the padded and rolled map, cut into windows: `(B * windows, l, h, d)`."""
-        assert attn.global_context is not None
-        w, shift = attn.window_size, attn.shift_size
-        image = rearrange(query, "b (y x) h d -> b (h d) y x", y=height)
-        image = F.pad(image, (0, padded(width, w) - width, 0, padded(height, w) - height))
-        image = image.roll((-shift, -shift), dims=(2, 3))
-        image = attn.global_context.query_feat_extract(image)
-        return rearrange(
-            image, "b (h d) (y i) (x j) -> (b y x) (i j) h d", h=attn.num_heads, i=w, j=w
-        )
+    def _features(context: GlobalContext, query: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
+        """Features of the padded and rolled map of queries, `(B, N, C)` in the map's own order."""
+        height, width, w, *shifts = grid
+        image = rearrange(query, "b (y x) c -> b y x c", y=height)
+        image = F.pad(image, (0, 0, 0, grid.columns * w - width, 0, grid.rows * w - height))
+        image = image.roll([-shift for shift in shifts], dims=(1, 2))
+        features = context.query_feat_extract(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        features = features.roll(shifts, dims=(1, 2))[:, :height, :width]
+        return features.flatten(1, 2)
 
 
-class FullAttnProcessor(_AttnProcessor):
+class FullAttnProcessor(_Processor):
     """Attention of every token to every other: the same model without windows, to compare with."""
 
     def __call__(
-        self, attn: LocalDiTAttention, qkv: torch.Tensor, height: int, width: int
+        self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
-        query, key, value = rearrange(
-            qkv, "b n (three h d) -> three b n h d", three=3, h=attn.num_heads
-        )
-        query = attn.rotate(attn.norm_q(query), height, width)
-        key = attn.rotate(attn.norm_k(key), height, width)
-        return self.attend(query, key, value).flatten(2)
+        query, key, value = qkv.chunk(3, dim=-1)
+        return self.attend(
+            attn.norm_and_turn(query, attn.norm_q, grid),
+            attn.norm_and_turn(key, attn.norm_k, grid),
+            value.unflatten(-1, (attn.num_heads, attn.head_dim)),
+        ).flatten(2)
 
 
-PROCESSORS: dict[str, type[_AttnProcessor]] = {
+PROCESSORS: dict[str, type[_Processor]] = {
     "local": LocalAttnProcessor,
     "local_global": LocalGlobalAttnProcessor,
     "full": FullAttnProcessor,
 }
-
-
-def window_bias(
-    table: torch.Tensor | None,
-    layout: WindowLayout,
-    window_size: int,
-    batch_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor | None:
-    """What is added to the logits of each window: relative position bias, and -inf where hidden.
-
-    Args:
-        table: `((2 w - 1)**2, heads)`, or None for no bias.
-        batch_size: number of maps in the batch.
-
-    Returns:
-        `(1 or batch_size * num_windows, heads or 1, w**2, w**2)`; None where there is nothing to
-        add.
-    """
-    if table is None and layout.hidden is None:
-        return None
-    bias = torch.zeros(1, 1, 1, dtype=dtype, device=layout.order.device)
-    if table is not None:
-        index = relative_position_index(window_size, table.device)
-        bias = table.to(dtype)[index].permute(2, 0, 1)  # (heads, l, l)
-    if layout.hidden is None:
-        return bias[None]
-    bias = torch.where(layout.hidden[:, None], -torch.inf, bias)  # (num_windows, heads, l, l)
-    return bias.expand(batch_size, *bias.shape).flatten(0, 1)
 
 
 class CrossAttention(nn.Module, AttentionModuleMixin):
@@ -305,41 +287,54 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
         self.processor: Any = CrossAttnProcessor()
 
+    def keys_and_values(
+        self, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (normed) and values of the text, `(B, L, heads, head_dim)` each.
+
+        Args:
+            encoder_hidden_states: `(B, L, text_dim)`.
+        """
+        key, value = (
+            layer(encoder_hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
+            for layer in (self.to_k, self.to_v)
+        )
+        return self.norm_k(key), value
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         attention_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend to the text.
 
         Args:
             hidden_states: `(B, N, C)`.
-            encoder_hidden_states: `(B, L, text_dim)`.
+            key, value: of the text, as `keys_and_values` returns them.
             attention_bias: `(B, 1, L)`, added to the logits of every head and query.
         """
-        attended = self.processor(self, hidden_states, encoder_hidden_states, attention_bias)
+        attended = self.processor(self, hidden_states, key, value, attention_bias)
         to_out, dropout = self.to_out
         return dropout(to_out(attended))
 
 
-class CrossAttnProcessor(_AttnProcessor):
+class CrossAttnProcessor(_Processor):
     """Scaled dot-product attention to the text."""
 
     def __call__(
         self,
         attn: CrossAttention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         attention_bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        query, key, value = (
-            rearrange(x, "b n (h d) -> b n h d", h=attn.num_heads)
-            for x in (
-                attn.to_q(hidden_states),
-                attn.to_k(encoder_hidden_states),
-                attn.to_v(encoder_hidden_states),
-            )
-        )
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.num_heads, attn.head_dim))
         bias = None if attention_bias is None else attention_bias[:, None]  # (B, 1, 1, L)
-        return self.attend(attn.norm_q(query), attn.norm_k(key), value, bias).flatten(2)
+
+        def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return self.attend(attn.norm_q(query), key, value, bias)
+
+        return recomputed(attended, query, key, value).flatten(2)

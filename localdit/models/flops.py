@@ -17,7 +17,6 @@ from .attention import (
 )
 from .global_context import GlobalContext, SqueezeExcitation
 from .transformer import LocalDiTTransformer2DModel
-from .windows import padded
 
 
 def forward_flops(
@@ -31,8 +30,8 @@ def forward_flops(
     Counted are the matrix products and convolutions as they are computed: in attention within
     windows each slot of the map, padded to whole windows, meets all slots of its window. Norms,
     activations, masks and sums are not counted. A training step takes three times as many, for the
-    backward pass has two products to each of the forward pass; what gradient checkpointing computes
-    anew is not counted.
+    backward pass has two products to each of the forward pass; what is computed anew for it, in
+    attention or by gradient checkpointing, is not counted.
 
     Args:
         transformer: the model as it is, with the processors it has; or its configuration.
@@ -78,7 +77,8 @@ def _self_attention(attn: LocalDiTAttention, rows: int, columns: int) -> int:
     products = tokens * (_weights(attn.to_qkv) + _weights(attn.to_out))
     if isinstance(attn.processor, FullAttnProcessor):
         return products + 2 * tokens * tokens * dim  # logits, and the sum of the values
-    slots = padded(rows, w) * padded(columns, w)
+    grid = attn.grid(rows, columns)
+    slots = grid.rows * grid.columns * w * w
     products += 2 * slots * w * w * dim
     if isinstance(attn.processor, LocalGlobalAttnProcessor):
         assert attn.global_context is not None

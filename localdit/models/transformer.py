@@ -9,11 +9,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import (
-    PatchEmbed,
-    PixArtAlphaTextProjection,
-    get_2d_sincos_pos_embed,
-)
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -21,8 +17,11 @@ from einops import rearrange
 from torch import nn
 
 from .attention import CrossAttention, LocalDiTAttention
+from .backends import checked_backend
+from .bands import in_bands
 from .caching import register_for_caching
-from .windows import shift_sizes
+from .embedding import PatchEmbedding
+from .windows import WindowGrid, shift_sizes
 
 
 class LocalDiTBlock(nn.Module):
@@ -65,14 +64,37 @@ class LocalDiTBlock(nn.Module):
         """
         modulation = self.scale_shift_table + timestep.unflatten(1, (6, -1))  # (B, 6, C)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        text = self.attn2.keys_and_values(encoder_hidden_states)
 
-        normed = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
-        hidden_states = hidden_states + gate_msa * self.attn1(normed, height, width)
-        hidden_states = hidden_states + self.attn2(
-            hidden_states, encoder_hidden_states, encoder_attention_bias
+        def see_each_other(x: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
+            normed = torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa)
+            return torch.addcmul(x, gate_msa, self.attn1(normed, grid))
+
+        def read_and_think(x: torch.Tensor) -> torch.Tensor:
+            x = x + self.attn2(x, *text, encoder_attention_bias)
+            normed = torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)
+            return torch.addcmul(x, gate_mlp, self.ff(normed))
+
+        grid = self.attn1.grid(height, width)
+        if self._is_hooked():
+            return read_and_think(see_each_other(hidden_states, grid))
+        if getattr(self.attn1.processor, "within_windows", False):
+            return in_bands(
+                lambda tokens, band: read_and_think(see_each_other(hidden_states[:, tokens], band)),
+                grid,
+                hidden_states,
+            )
+        hidden_states = see_each_other(hidden_states, grid)
+        return in_bands(
+            lambda tokens, _: read_and_think(hidden_states[:, tokens]), grid, hidden_states
         )
-        normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
-        return hidden_states + gate_mlp * self.ff(normed)
+
+    def _is_hooked(self) -> bool:
+        """Whether hooks of Diffusers watch the parts: caches expect one call of each in a step."""
+        registries = (
+            getattr(x, "_diffusers_hook", None) for x in (self.attn1, self.attn2, self.ff)
+        )
+        return any(getattr(registry, "hooks", None) for registry in registries)
 
 
 class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigMixin):
@@ -115,7 +137,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["LocalDiTBlock", "PatchEmbed"]
+    _no_split_modules = ["LocalDiTBlock", "PatchEmbedding"]
     _repeated_blocks = ["LocalDiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
 
@@ -175,13 +197,8 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
 
         if interpolation_scale is None:
             interpolation_scale = max(sample_size // 64, 1)
-        self.pos_embed = PatchEmbed(
-            height=sample_size,
-            width=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=dim,
-            interpolation_scale=interpolation_scale,
+        self.pos_embed = PatchEmbedding(
+            patch_size, in_channels, dim, sample_size // patch_size, interpolation_scale
         )
         self.adaln_single = AdaLayerNormSingle(
             dim, use_additional_conditions=self.use_additional_conditions
@@ -226,15 +243,10 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
         the `interpolation_scale` that the model was made with). What the model is conditioned on
         does not change.
         """
-        embedding, patch = self.pos_embed, self.config.patch_size
-        scale = self.config.interpolation_scale or max(sample_size // 64, 1)
-        side = sample_size // patch
-        positions = get_2d_sincos_pos_embed(
-            self.inner_dim, side, base_size=side, interpolation_scale=scale, output_type="pt"
+        self.pos_embed.base_size = sample_size // self.config.patch_size
+        self.pos_embed.interpolation_scale = self.config.interpolation_scale or max(
+            sample_size // 64, 1
         )
-        embedding.pos_embed = positions[None].to(embedding.pos_embed)
-        embedding.height = embedding.width = embedding.base_size = side
-        embedding.interpolation_scale = scale
         self.register_to_config(
             sample_size=sample_size, use_additional_conditions=self.use_additional_conditions
         )
@@ -254,6 +266,22 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
                 for name, current in self.attn_processors.items()
             }
         super().set_attn_processor(processors)
+
+    def set_window_attention_backend(self, backend: str) -> None:
+        """Choose what computes attention within windows, in every layer that has windows.
+
+        Args:
+            backend: "triton", a kernel for NVIDIA's GPUs; "torch", PyTorch's own operations, on any
+                device; or "auto", the default: the kernel where it can be used.
+
+        Raises:
+            ValueError: for another name.
+            ImportError: for "triton" where Triton is not installed.
+        """
+        checked_backend(backend)
+        for processor in self.attn_processors.values():
+            if hasattr(processor, "backend"):
+                processor.backend = backend
 
     def forward(
         self,
@@ -319,9 +347,13 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
                 hidden_states = block(*args)
 
         shift, scale = (self.scale_shift_table + embedded_timestep[:, None]).chunk(2, dim=1)
-        hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
+
+        def projected(tokens: slice, _: WindowGrid) -> torch.Tensor:
+            normed = self.norm_out(hidden_states[:, tokens])
+            return self.proj_out(torch.addcmul(shift, normed, 1 + scale))
+
         sample = rearrange(
-            hidden_states,
+            in_bands(projected, WindowGrid(height, width, window_size=1), hidden_states),
             "b (y x) (p q c) -> b c (y p) (x q)",
             y=height,
             p=patch,

@@ -3,13 +3,67 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
 
 
+class WindowGrid(NamedTuple):
+    """A map of tokens and the shifted windows it is cut into.
+
+    The map is padded right and below to whole windows, rolled up and left by the shifts, and cut
+    (Swin Transformer, section 3.2: the cyclic shift).
+
+    Attributes:
+        height, width: size of the map in tokens, at least 1.
+        window_size: side of a window in tokens.
+        row_shift, column_shift: how far the map is rolled, `0 <= shift < window_size`.
+    """
+
+    height: int
+    width: int
+    window_size: int
+    row_shift: int = 0
+    column_shift: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Number of windows from top to bottom."""
+        return -(-self.height // self.window_size)
+
+    @property
+    def columns(self) -> int:
+        """Number of windows from left to right."""
+        return -(-self.width // self.window_size)
+
+    def bands(self, max_tokens: int) -> list[tuple[slice, WindowGrid]]:
+        """Cut the map between rows of windows, into bands that do not see each other.
+
+        Whatever is computed within windows, or for each token alone, is the same for a band as for
+        its part of the map. Bands are of about equal height, and of `max_tokens` tokens at most, as
+        far as whole windows allow. What the roll would bring together from opposite edges is not
+        joined: it does not see each other either.
+
+        Returns:
+            For each band from top to bottom the tokens of the (row-major) map that it holds, and
+            the band as a map of its own.
+        """
+        w, shift = self.window_size, self.row_shift
+        in_band = max(1, max_tokens // (self.width * w))
+        in_band = -(-self.rows // -(-self.rows // in_band))  # even
+        edges = [0, *range(shift + in_band * w, self.height, in_band * w), self.height]
+        return [
+            (
+                slice(top * self.width, bottom * self.width),
+                self._replace(height=bottom - top, row_shift=0 if top else shift),
+            )
+            for top, bottom in itertools.pairwise(edges)
+        ]
+
+
 class WindowLayout(NamedTuple):
-    """Where the tokens of one `height x width` map go when it is cut into shifted windows.
+    """Where the tokens of a map go when it is cut into windows.
 
     Attributes:
         order: `(num_windows * window_size**2,)` int64. Token (row-major index) that each window
@@ -24,60 +78,45 @@ class WindowLayout(NamedTuple):
     hidden: torch.Tensor | None
 
 
-def padded(size: int, window_size: int) -> int:
-    """The smallest multiple of `window_size` that holds `size` tokens."""
-    return -(-size // window_size) * window_size
-
-
 @functools.lru_cache(maxsize=256)
-def window_layout(
-    height: int, width: int, window_size: int, shift_size: int, device: torch.device
-) -> WindowLayout:
-    """Lay a map of `height x width` tokens out in windows, padded right and below, then rolled.
+def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
+    """Lay a map of tokens out in windows.
 
-    The map is padded to a multiple of the window, rolled by `-shift_size` in both directions and
-    cut (Swin Transformer, section 3.2: the cyclic shift and its mask). Tokens that the roll brought
-    together from opposite edges do not see each other, and nothing sees the padding.
+    Tokens that the roll brought together from opposite edges do not see each other (Swin
+    Transformer, section 3.2: the mask of the cyclic shift), and nothing sees the padding.
 
     Args:
-        height, width: size of the map in tokens, at least 1.
-        window_size: side of a window in tokens.
-        shift_size: how far the map is rolled, `0 <= shift_size < window_size`.
+        grid: the map and its windows.
         device: where the index tensors live.
     """
+    height, width, w, row_shift, column_shift = grid
     # Cached tensors outlive the call: made inside inference mode, no later training could use them.
     with torch.inference_mode(False):
-        rows = _shifted_positions(height, window_size, shift_size, device)
-        columns = _shifted_positions(width, window_size, shift_size, device)
+        rows = torch.arange(grid.rows * w, device=device).roll(-row_shift)
+        columns = torch.arange(grid.columns * w, device=device).roll(-column_shift)
 
         y, x = torch.meshgrid(rows, columns, indexing="ij")
-        order = _cut(y.clamp(max=height - 1) * width + x.clamp(max=width - 1), window_size)
-        is_token = _cut((y < height) & (x < width), window_size)
+        order = _cut(y.clamp(max=height - 1) * width + x.clamp(max=width - 1), w)
+        is_token = _cut((y < height) & (x < width), w)
 
-        w = window_size
         slots = torch.arange(order.numel(), device=device)
-        slots = slots.view(len(rows) // w, len(columns) // w, w, w).transpose(1, 2)
-        slots = slots.reshape(len(rows), len(columns)).roll((shift_size, shift_size), dims=(0, 1))
-        inverse = slots[:height, :width]
+        slots = slots.view(grid.rows, grid.columns, w, w).transpose(1, 2)
+        slots = slots.reshape(len(rows), len(columns))
+        inverse = slots.roll((row_shift, column_shift), dims=(0, 1))[:height, :width]
 
         hidden = None
-        if shift_size > 0 or (height, width) != (len(rows), len(columns)):
+        if row_shift > 0 or column_shift > 0 or (height, width) != (len(rows), len(columns)):
             # Rows below the seam of the roll came from the top edge; columns likewise; padding is
             # its own.
-            wrapped_rows = torch.arange(len(rows), device=device) >= len(rows) - shift_size
-            wrapped_columns = torch.arange(len(columns), device=device) >= len(columns) - shift_size
+            wrapped_rows = torch.arange(len(rows), device=device) >= len(rows) - row_shift
+            wrapped_columns = torch.arange(len(columns), device=device) >= (
+                len(columns) - column_shift
+            )
             region = 2 * wrapped_rows[:, None].long() + wrapped_columns[None, :].long()
-            region = _cut(region, window_size).masked_fill(~is_token, -1)
+            region = _cut(region, w).masked_fill(~is_token, -1)
             hidden = region[:, :, None] != region[:, None, :]
 
         return WindowLayout(order.flatten(), inverse.flatten(), hidden)
-
-
-def _shifted_positions(
-    size: int, window_size: int, shift_size: int, device: torch.device
-) -> torch.Tensor:
-    """Positions along one axis after padding and rolling, `(padded size,)`."""
-    return torch.arange(padded(size, window_size), device=device).roll(-shift_size)
 
 
 def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:

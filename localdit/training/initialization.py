@@ -26,9 +26,10 @@ def initialize_weights(transformer: LocalDiTTransformer2DModel) -> None:
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    patch_embedding = transformer.pos_embed.proj
-    nn.init.xavier_uniform_(patch_embedding.weight.flatten(1))
-    nn.init.zeros_(patch_embedding.bias)
+    patches = transformer.pos_embed.proj
+    nn.init.xavier_uniform_(patches.weight.flatten(1))
+    assert patches.bias is not None
+    nn.init.zeros_(patches.bias)
 
     for name, parameter in transformer.named_parameters():
         if name.startswith(("adaln_single.", "caption_projection.")) and name.endswith(".weight"):

@@ -205,17 +205,18 @@ def test_folding_halves_the_values_and_nothing_else(released):
 def test_folding_is_the_mean_over_random_global_contexts(released):
     """Per layer, since what follows is not linear. The mean of n draws is sigma / sqrt(n) away."""
     hidden_states = torch.randn(1, 64, 24, generator=torch.Generator().manual_seed(2))
-    small = {"sample_size": 2}  # a small position embedding, which is not used here
     draws = []
     with torch.no_grad():
         for seed in range(64):
-            model = load_transformer(released, global_context="draw", seed=seed, **small)
-            draws.append(model.transformer_blocks[1].attn1(hidden_states, 8, 8))
-        attn = load_transformer(released, **small).transformer_blocks[1].attn1
-        folded = attn(hidden_states, 8, 8)
+            model = load_transformer(released, global_context="draw", seed=seed)
+            attn = model.transformer_blocks[1].attn1
+            draws.append(attn(hidden_states, attn.grid(8, 8)))
+        attn = load_transformer(released).transformer_blocks[1].attn1
+        grid = attn.grid(8, 8)
+        folded = attn(hidden_states, grid)
         attn.to_qkv.weight[48:] *= 2
         attn.to_qkv.bias[48:] *= 2
-        unfolded = attn(hidden_states, 8, 8)
+        unfolded = attn(hidden_states, grid)
     draws = torch.stack(draws)
     standard_error = draws.std(0) / len(draws) ** 0.5
 
@@ -363,7 +364,6 @@ def test_dtypes(source, dtype, write):
     loaded = load_transformer(write(state), torch_dtype=dtype)
     assert {p.dtype for p in loaded.parameters()} == {dtype or source}
     assert torch.equal(loaded.proj_out.weight, state["proj_out.weight"].to(dtype or source))
-    assert loaded.pos_embed.pos_embed.dtype == torch.float32  # as `from_pretrained` leaves it
 
 
 def test_mixed_dtypes_widen_and_narrow_ones_do_not_overflow(write):

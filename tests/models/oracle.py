@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from localdit.models.attention import LocalDiTAttention
-from localdit.models.windows import padded
+
+
+def padded(size: int, window: int) -> int:
+    return -(-size // window) * window
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -48,7 +48,7 @@ def check_against_oracle(case):
     size, kind = case["size"], case["kind"]
     attn = make(case["window"], case["shift"], kind, do_rope=case["do_rope"], seed=case["seed"])
     x = torch.randn(2, size[0] * size[1], 24, dtype=torch.float64)
-    ours, our_grads = outputs_and_gradients(lambda x: attn(x, *size), attn, x)
+    ours, our_grads = outputs_and_gradients(lambda x: attn(x, attn.grid(*size)), attn, x)
     true, true_grads = outputs_and_gradients(
         lambda x: self_attention(attn, x, *size, kind), attn, x
     )
@@ -95,7 +95,7 @@ def test_bfloat16_is_as_exact_as_pytorch(size, shift):
 
     exact = sdpa(q, k, v, bias)
     pytorch = sdpa(*(x.bfloat16() for x in (q, k, v, bias)))
-    ours = attn.bfloat16().processor(attn, qkv, *size).view_as(exact)
+    ours = attn.bfloat16().processor(attn, qkv, attn.grid(*size)).view_as(exact)
     ours_error, pytorch_error = ((x.double() - exact).abs() for x in (ours, pytorch))
     assert ours_error.square().mean().sqrt() <= 2 * pytorch_error.square().mean().sqrt()
     assert ours_error.max() <= 2 * pytorch_error.max()
@@ -109,7 +109,7 @@ def test_a_token_changes_nothing_outside_its_window(size, shift):
     token = 3 * size[1] + 2
     changed = x.clone()
     changed[:, token] += 10.0
-    difference = (attn(changed, *size) - attn(x, *size)).abs().amax(-1)[0]
+    difference = (attn(changed, attn.grid(*size)) - attn(x, attn.grid(*size))).abs().amax(-1)[0]
     visible = who_sees_whom(*size, 4, shift)[0][token]
     assert (difference[~visible] == 0).all()
     assert (difference[visible] > 0).all()
@@ -122,7 +122,7 @@ def test_padding_is_masked_out_of_the_softmax():
     attn.local_rel_pos_bias.data.zero_()
     attn.to_qkv.bias.data.zero_()
     x = torch.randn(1, 20, 24, dtype=torch.float64)
-    last_row = attn.processor(attn, attn.to_qkv(x), 5, 4)[:, 16:]
+    last_row = attn.processor(attn, attn.to_qkv(x), attn.grid(5, 4))[:, 16:]
     values = attn.to_qkv(x)[:, 16:, 48:]
     torch.testing.assert_close(last_row, values.mean(1, keepdim=True).expand_as(values))
 
@@ -130,12 +130,12 @@ def test_padding_is_masked_out_of_the_softmax():
 def test_processors_swap_and_weights_stay():
     attn = make(kind="local_global")
     x = torch.randn(1, 64, 24, dtype=torch.float64)
-    before, names = attn(x, 8, 8), list(attn.state_dict())
+    before, names = attn(x, attn.grid(8, 8)), list(attn.state_dict())
     for processor, kind in ((LocalAttnProcessor(), "local"), (FullAttnProcessor(), "full")):
         attn.set_processor(processor)
-        torch.testing.assert_close(attn(x, 8, 8), self_attention(attn, x, 8, 8, kind))
+        torch.testing.assert_close(attn(x, attn.grid(8, 8)), self_attention(attn, x, 8, 8, kind))
     attn.set_processor(LocalGlobalAttnProcessor())
-    assert torch.equal(attn(x, 8, 8), before)
+    assert torch.equal(attn(x, attn.grid(8, 8)), before)
     assert list(attn.state_dict()) == names
 
 
@@ -171,4 +171,4 @@ def test_cross_attention_agrees_with_its_formula():
     logits = torch.einsum("bihd,bjhd->bhij", q, k) / 12**0.5 + bias[:, None]
     out = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v).flatten(2)
     out = out @ attn.to_out[0].weight.T + attn.to_out[0].bias
-    torch.testing.assert_close(attn(x, text, bias), out, atol=1e-12, rtol=0)
+    torch.testing.assert_close(attn(x, *attn.keys_and_values(text), bias), out, atol=1e-12, rtol=0)

@@ -3,7 +3,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localdit.models.windows import relative_position_index, shift_sizes, window_layout
+from localdit.models.windows import (
+    WindowGrid,
+    relative_position_index,
+    shift_sizes,
+    window_layout,
+)
 from tests.models.oracle import who_sees_whom
 
 CPU = torch.device("cpu")
@@ -23,7 +28,7 @@ def layouts(draw):
 @given(layouts())
 def test_a_token_reads_its_own_slot_and_sees_whom_it_should(case):
     height, width, window, shift = case
-    order, inverse, hidden = window_layout(*case, CPU)
+    order, inverse, hidden = window_layout(WindowGrid(*case, case[-1]), CPU)
     tokens = height * width
     assert torch.equal(order[inverse], torch.arange(tokens))
 
@@ -42,20 +47,59 @@ def test_a_token_reads_its_own_slot_and_sees_whom_it_should(case):
 
 @given(layouts())
 def test_no_row_of_the_mask_is_empty(case):
-    hidden = window_layout(*case, CPU).hidden
+    hidden = window_layout(WindowGrid(*case, case[-1]), CPU).hidden
     if hidden is not None:  # an empty row would be a softmax over nothing: NaN
         assert not hidden.all(-1).any()
 
 
 def test_a_map_of_whole_windows_needs_no_mask():
-    assert window_layout(8, 12, 4, 0, CPU).hidden is None
-    assert window_layout(8, 12, 4, 1, CPU).hidden is not None
-    assert window_layout(8, 13, 4, 0, CPU).hidden is not None
+    assert window_layout(WindowGrid(8, 12, 4, 0, 0), CPU).hidden is None
+    assert window_layout(WindowGrid(8, 12, 4, 1, 1), CPU).hidden is not None
+    assert window_layout(WindowGrid(8, 13, 4, 0, 0), CPU).hidden is not None
+
+
+@given(layouts(), st.integers(1, 200))
+def test_bands_hold_all_tokens_and_see_what_the_map_sees(case, max_tokens):
+    height, width, window, shift = case
+    bands = WindowGrid(*case, shift).bands(max_tokens)
+    tokens = torch.arange(height * width)
+    assert torch.equal(torch.cat([tokens[part] for part, _ in bands]), tokens)
+
+    visible = who_sees_whom(*case)[0]
+    for part, band in bands:
+        assert band.height * band.width == len(tokens[part])
+        assert band.column_shift == shift
+        outside = torch.ones(len(tokens), dtype=torch.bool)
+        outside[part] = False
+        assert not visible[part][:, outside].any()
+        # The windows of the band are those of the map.
+        order, inverse, hidden = window_layout(band, CPU)
+        slots = inverse[:, None] // window**2 == inverse[None] // window**2
+        if hidden is not None:
+            own = hidden[
+                inverse[:, None] // window**2, inverse[:, None] % window**2, inverse % window**2
+            ]
+            slots &= ~own
+        assert torch.equal(slots, visible[part, part])
+
+
+def test_bands_are_even_and_no_larger_than_asked():
+    grid = WindowGrid(64, 64, 4, 1, 1)
+    heights = [band.height for _, band in grid.bands(1024)]
+    assert heights == [17, 16, 16, 15]
+    assert [band.row_shift for _, band in grid.bands(1024)] == [1, 0, 0, 0]
+    assert [band.height for _, band in WindowGrid(36, 64, 4).bands(1024)] == [12, 12, 12]
+    assert [band.height for _, band in grid.bands(1)] == [
+        5,
+        *[4] * 14,
+        3,
+    ]  # a row of windows at least
+    assert grid.bands(4096) == [(slice(0, 4096), grid)]
 
 
 def test_layouts_made_in_inference_mode_serve_training():
     with torch.inference_mode():
-        layout = window_layout(7, 5, 4, 3, CPU)
+        layout = window_layout(WindowGrid(7, 5, 4, 3, 3), CPU)
     x = torch.randn(1, 35, 2, requires_grad=True)
     x.index_select(1, layout.order).sum().backward()
     assert x.grad.isfinite().all()

@@ -4,7 +4,7 @@ import diffusers.hooks as hooks
 import pytest
 import torch
 
-from localdit.models import LocalDiTTransformer2DModel
+from localdit.models import LocalDiTTransformer2DModel, bands
 from localdit.pipelines import LocalDiTPipeline
 from localdit.utils import model_in_the_box
 
@@ -127,10 +127,18 @@ def test_skipped_layers_pass_their_input_on(box):
     model = LocalDiTTransformer2DModel.from_pretrained(model_in_the_box() / "transformer")
     attention = model.transformer_blocks[0].attn1
     x = torch.randn(1, 16, model.inner_dim)
-    assert not torch.equal(attention(x, 4, 4), x)
+    assert not torch.equal(attention(x, attention.grid(4, 4)), x)
     options.skip_attention_scores = options.skip_ff = False
     hooks.apply_layer_skip(model, options)
-    assert torch.equal(attention(x, 4, 4), x)
+    assert torch.equal(attention(x, attention.grid(4, 4)), x)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_draw_the_same_where_maps_are_cut_into_bands(box, cached, monkeypatch, name):
+    cached(name)
+    whole = draw(box)
+    monkeypatch.setattr(bands, "TOKENS_ON_CPU", 50)
+    torch.testing.assert_close(draw(box), whole, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow

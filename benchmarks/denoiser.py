@@ -1,0 +1,153 @@
+"""Time and memory of LocalDiT beside diffusers' PixArt.
+
+    python -m benchmarks.denoiser --pixels 512 1024 2048 --task inference training
+    python -m benchmarks.denoiser --pixels 512 1024 2048 4096 --depth own
+
+Runs of the models take turns in one process. The peak memory of each is measured in a process of
+its own. Results are saved after each case, as a table, a picture and JSON that holds every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import options, report
+from .cases import Case
+from .machine import circumstances
+from .results import summary
+from .worker import ROOT, WorkerError, encode, in_own_process
+
+FULL = "full"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = options.Parser(
+        prog="benchmarks.denoiser",
+        description="Time and memory of LocalDiT beside diffusers' PixArtTransformer2DModel, of "
+        "the same width and with random weights.",
+    )
+    options.add_shared(parser, pixels=[512, 1024], repeats=5)
+    add = parser.add_argument
+    add("--task", nargs="+", choices=["inference", "training"], default=["inference"],
+        help="a forward pass; forward, backward and AdamW (default: inference)")  # fmt: skip
+    add("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"],
+        help="as they are, or each block compiled (default: eager)")  # fmt: skip
+    add("--depth", nargs="+", choices=["equal", "own"], default=["equal"],
+        help="equal: --layers each; own: LocalDiT 18, PixArt 28 (default: equal)")  # fmt: skip
+    add("--layers", metavar="N", type=options.positive, default=2,
+        help="for equal depth (default: 2; LocalDiT's windows shift in turns of 4)")  # fmt: skip
+    add("--measured-layers", metavar="N", type=_measured, default=1,
+        help="for own depth: derive it from models of 0 and N layers, in training of 1 and 1 + N, "
+        f"with N a multiple of 4 for LocalDiT (default: 1); {FULL}: measure all")  # fmt: skip
+    return parser
+
+
+def _measured(text: str) -> int | None:
+    return None if text == FULL else options.positive(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every case.
+
+    Returns:
+        The exit status: 0; 2 for a mistake in the command; 1 if a case failed; 130 when
+        interrupted, with what is known until then saved.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        stem = options.prepare_output(args.output, "denoiser")
+    except OSError as error:
+        parser.error(str(error))
+    try:
+        about = in_own_process("machine", device=args.device)
+        if "error" in about:
+            parser.error(about["error"])
+        about |= circumstances("benchmarks.denoiser", argv, ROOT)
+        about["options"] = {**vars(args), "output": str(args.output)}
+        return measure_all(make_cases(args, about["device"]), about, stem)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; results so far: {stem}.*", file=sys.stderr)
+        return 130
+
+
+def make_cases(args: argparse.Namespace, device: str) -> list[Case]:
+    """What the options ask for, small pictures first."""
+    kinds = itertools.product(args.dtype, args.task, args.mode, args.depth, args.pixels)
+    return [
+        Case(
+            pixels=pixels,
+            dtype=dtype,
+            task=task,
+            mode=mode,
+            depth=depth,
+            layers=args.layers if depth == "equal" else args.measured_layers,
+            contexts=tuple(dict.fromkeys(args.context)),
+            batch_size=args.batch_size,
+            text_tokens=args.text_tokens,
+            device=device,
+            repeats=args.repeats,
+            warm_up=args.warm_up,
+        )
+        for dtype, task, mode, depth, pixels in kinds
+    ]
+
+
+def measure_all(cases: Sequence[Case], about: dict[str, Any], stem: Path) -> int:
+    """Measure cases one after the other; print and save as it goes."""
+    records: list[dict[str, Any]] = []
+    print(report.head(report.COLUMNS), flush=True)
+    for number, case in enumerate(cases, start=1):
+        print(f"{number} of {len(cases)}: {report.what(encode(case))}", file=sys.stderr)
+        record = measure(case)
+        records.append(record)
+        print("\n".join(report.rows(record)), flush=True)
+        report.save(stem, about, records)
+        _draw(records, stem.with_suffix(".png"))
+    growth = report.exponent_table(records)
+    print("\n".join(["", *([growth, ""] if growth else []), report.notes(about, records), ""]))
+    print(f"saved as {stem}.json, .md and, where it could be drawn, .png")
+    return 1 if any("error" in record for record in records) else 0
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Times and memory of one case, each in processes of their own; "error" if one fails."""
+    record: dict[str, Any] = {"case": encode(case), "tokens": case.tokens}
+    try:
+        results = in_own_process("times", case=encode(case))
+        for denoiser in case.denoisers:
+            result = results[denoiser.name]
+            for run in result["runs"]:
+                run["memory"] = in_own_process(
+                    "memory",
+                    case=encode(case),
+                    denoiser=denoiser.name,
+                    layers=run["layers"],
+                    attention=result["attention"],
+                )
+    except WorkerError as error:
+        return {**record, "error": str(error)}
+    return {**record, "results": results, "summary": summary(case, results)}
+
+
+def _draw(records: Sequence[dict[str, Any]], png: Path) -> None:
+    from .plot import draw
+
+    try:
+        draw(records, png)
+    except ModuleNotFoundError as error:
+        if len(records) == 1:  # once is enough
+            print(f"benchmarks.denoiser: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a child would stay behind
+    sys.exit(main())

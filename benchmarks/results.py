@@ -1,0 +1,132 @@
+"""From what was measured in a case to what it says: costs at a depth, ratios, exponents."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .cases import PIXART, Case, Denoiser
+from .timing import Spread, at_depth, exponent, paired_ratios, times_at_depth
+
+# What tells one curve over sizes from another.
+GROUP = ("dtype", "task", "mode", "depth")
+
+
+def summary(case: Case, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The costs of each denoiser of a case, and how many times PixArt's they are.
+
+    Args:
+        results: what `timing.measure_times` returned, with "memory" added to each run.
+
+    Returns:
+        "models", the `cost` of each by name; and "ratios", for each LocalDiT that has one, the
+        spread of PixArt's seconds divided by its seconds in the same turn.
+    """
+    ratios = {}
+    times = {}
+    for denoiser in case.denoisers:
+        runs = results[denoiser.name]["runs"]
+        times[denoiser.name] = times_at_depth(runs, case.target_layers(denoiser))
+    for name, seconds in times.items():
+        if name != PIXART.name and seconds and times[PIXART.name]:
+            ratios[name] = paired_ratios(times[PIXART.name], seconds).as_dict()
+    models = {
+        denoiser.name: cost(case, denoiser, results[denoiser.name]["runs"])
+        for denoiser in case.denoisers
+    }
+    return {"models": models, "ratios": ratios}
+
+
+def cost(case: Case, denoiser: Denoiser, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a denoiser costs at the depth that is asked for.
+
+    Returns:
+        "layers"; "obtained", which says whether the costs are measured or derived; "seconds", a
+        spread; "compile_seconds", by how much the first call of the deepest model that was run took
+        longer than the median one; "memory"; "error". None in place of what is not known.
+    """
+    layers = case.target_layers(denoiser)
+    seconds = times_at_depth(runs, layers)
+    depths = " and ".join(str(run["layers"]) for run in runs)
+    return {
+        "layers": layers,
+        "obtained": f"derived from {depths} layers" if case.derived else "measured",
+        "seconds": Spread.of(seconds).as_dict() if seconds else None,
+        "compile_seconds": _compile_seconds(runs[-1]) if case.mode == "compiled" else None,
+        "memory": _memory(case, runs, layers),
+        "error": next((run["error"] for run in runs if "error" in run), None),
+    }
+
+
+def _compile_seconds(run: Mapping[str, Any]) -> float | None:
+    return run["first_call"] - statistics.median(run["seconds"]) if run["seconds"] else None
+
+
+def _memory(
+    case: Case, runs: Sequence[Mapping[str, Any]], layers: int
+) -> dict[str, int | str] | None:
+    """Bytes of the weights, of what is held beside them at the peak, and in total."""
+    found = {run["layers"]: run.get("memory") or {} for run in runs}
+    for memory in found.values():
+        if "beside" not in memory:
+            return {"error": memory["error"]} if "error" in memory else None
+    weights = at_depth({depth: memory["weights"] for depth, memory in found.items()}, layers)
+    beside = {depth: memory["beside"] for depth, memory in found.items()}
+    # In inference layers follow each other and leave nothing behind.
+    peak = at_depth(beside, layers) if case.task == "training" else max(beside.values())
+    return {"total": round(weights + peak), "weights": round(weights), "beside": round(peak)}
+
+
+def groups(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
+    """Records of cases that differ in size alone, by what else they are (`GROUP`)."""
+    found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for record in records:
+        if "models" in record.get("summary", {}):
+            found.setdefault(tuple(record["case"][name] for name in GROUP), []).append(record)
+    return found
+
+
+def curve(
+    records: Iterable[Mapping[str, Any]], name: str, what: str, part: str
+) -> list[tuple[int, float]]:
+    """(tokens, cost) of a denoiser over the sizes of a group, where the cost is known.
+
+    Args:
+        what, part: as `cost` names them: "seconds" and "median", or "memory" and "beside".
+    """
+    points = []
+    for record in records:
+        value = (record["summary"]["models"].get(name, {}).get(what) or {}).get(part)
+        if value:
+            points.append((record["tokens"], value))
+    return sorted(points)
+
+
+def names_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The denoisers of some cases, in order."""
+    return list(dict.fromkeys(name for record in records for name in record["summary"]["models"]))
+
+
+def exponents(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How the time and the memory beside the weights of each denoiser grow with the tokens.
+
+    Returns:
+        For each group and denoiser of which two sizes are known: what it is, the "pixels", and
+        the exponents "seconds" and "beside" (None if not known).
+    """
+    rows = []
+    for group, members in groups(records).items():
+        for name in names_of(members):
+            time = curve(members, name, "seconds", "median")
+            beside = curve(members, name, "memory", "beside")
+            row: dict[str, Any] = dict(zip(GROUP, group, strict=True), model=name)
+            row["tokens"] = [tokens for tokens, _ in time]
+            row["seconds"], row["beside"] = _slope(time), _slope(beside)
+            if row["seconds"] is not None:
+                rows.append(row)
+    return rows
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float | None:
+    return exponent([tokens for tokens, _ in points], [cost for _, cost in points])

@@ -1,0 +1,135 @@
+"""Attention within windows, from packed queries, keys and values to what they attend to.
+
+In PyTorch's own operations, for any device: one gather of the rows of all heads, two batched
+matrix products, one gather back.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .norms import RMSNorm, compute_dtype
+from .recomputing import recomputed
+from .rope import apply_rope, rope_angles
+from .windows import WindowGrid, relative_position_index, window_layout
+
+
+def window_attention(
+    qkv: torch.Tensor,
+    grid: WindowGrid,
+    num_heads: int,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    do_rope: bool,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`softmax(q k^T / sqrt(d) + bias) v` within each window, with q and k normed and turned.
+
+    Rotations enter the logits through differences of positions alone (RoFormer, section 3.1), and
+    tokens that see each other lie together on the map: positions within the window serve for every
+    window.
+
+    Args:
+        qkv: `(B, N, 3 C)`, queries, keys and values of a row-major map.
+        grid: the map of N tokens and its windows of l = w**2 tokens.
+        num_heads: heads that share the C channels, `head_dim` each.
+        norms: of queries and of keys, over the channels of a head; None where they come normed.
+        do_rope: whether queries and keys are turned by their position.
+        bias: relative position bias `((2 w - 1)**2, heads)`, or None.
+
+    Returns:
+        `(B, N, C)`.
+    """
+    return recomputed(_window_attention, qkv, grid, num_heads, norms, do_rope, bias)
+
+
+def _window_attention(
+    qkv: torch.Tensor,
+    grid: WindowGrid,
+    num_heads: int,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    do_rope: bool,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, _, channels = qkv.shape
+    w, head_dim = grid.window_size, channels // (3 * num_heads)
+    rows = _head_rows(grid, num_heads, batch, qkv.device)
+    heads = qkv.reshape(-1, head_dim).index_select(0, rows.order)
+    heads = heads.view(3, -1, w * w, head_dim)  # (3, B * windows * heads, l, d)
+
+    query, key = heads[:2].to(compute_dtype(qkv))
+    if norms is not None:
+        query, key = norms[0](query), norms[1](key)
+    if do_rope:
+        angles = rope_angles(w, w, head_dim, qkv.device, query.dtype)
+        query, key = apply_rope(query, angles), apply_rope(key, angles)
+
+    logits = torch.baddbmm(
+        window_bias(bias, grid, num_heads, batch, query),
+        query,
+        key.transpose(1, 2),
+        alpha=head_dim**-0.5,
+    )
+    out = torch.bmm(logits.softmax(-1).to(qkv.dtype), heads[2])
+    return out.view(-1, head_dim).index_select(0, rows.inverse).view(batch, -1, channels // 3)
+
+
+def window_bias(
+    table: torch.Tensor | None, grid: WindowGrid, num_heads: int, batch: int, like: torch.Tensor
+) -> torch.Tensor:
+    """What is added to the logits of each window: relative position bias, and -inf where hidden.
+
+    Args:
+        table: `((2 w - 1)**2, heads)`, or None for no bias.
+        grid: the map and its windows.
+        num_heads, batch: heads, and maps in the batch.
+        like: has the dtype and device of the logits.
+
+    Returns:
+        `(batch * num_windows * heads, w**2, w**2)`, or one that broadcasts to it.
+    """
+    hidden = window_layout(grid, like.device).hidden
+    bias = like.new_zeros(1, 1, 1)
+    if table is not None:
+        index = relative_position_index(grid.window_size, like.device)
+        bias = table.to(like.dtype)[index].permute(2, 0, 1)  # (heads, l, l)
+    elif hidden is None:
+        return bias
+    if hidden is None:
+        bias = bias.expand(grid.rows * grid.columns, *bias.shape)
+    else:
+        bias = torch.where(hidden[:, None], -torch.inf, bias)  # (num_windows, heads or 1, l, l)
+    return bias.expand(batch, -1, num_heads, -1, -1).flatten(0, 2)
+
+
+class _HeadRows(NamedTuple):
+    """Where the rows of single heads go.
+
+    Attributes:
+        order: `(3 * batch * num_windows * heads * w**2,)`. Row of packed queries, keys and values,
+            `(batch * N * 3 * heads, d)`, that each slot reads.
+        inverse: `(batch * N * heads,)`. Slot, of `(batch * num_windows * heads * w**2, d)`, in
+            which each head of each token sits.
+    """
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _head_rows(grid: WindowGrid, num_heads: int, batch: int, device: torch.device) -> _HeadRows:
+    layout = window_layout(grid, device)
+    slots = grid.window_size**2
+    with torch.inference_mode(False):
+        part = torch.arange(3, device=device).view(3, 1, 1, 1, 1)
+        item = torch.arange(batch, device=device).view(batch, 1, 1, 1)
+        head = torch.arange(num_heads, device=device)[:, None]
+        token = layout.order.view(-1, 1, slots) + item * (grid.height * grid.width)
+        order = (token * 3 + part) * num_heads + head  # (3, batch, num_windows, heads, l)
+
+        window, slot = layout.inverse // slots, layout.inverse % slots
+        window = window[:, None] + item[..., 0] * (grid.rows * grid.columns)
+        inverse = (window * num_heads + head[:, 0]) * slots + slot[:, None]  # (batch, N, heads)
+        return _HeadRows(order.flatten().int(), inverse.flatten().int())

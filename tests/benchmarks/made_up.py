@@ -1,0 +1,57 @@
+"""Results of cases as a process would have measured them, by rules that are easily checked."""
+
+from dataclasses import replace
+
+from benchmarks.cases import Case, Denoiser
+from benchmarks.results import summary
+from benchmarks.worker import encode
+
+GROWTH = {"LocalDiT": 1.0, "LocalDiT with global context": 1.0, "PixArt": 2.0}
+
+
+def seconds(denoiser: Denoiser, layers: int, case: Case, turn: int) -> float:
+    """Half a second outside of blocks, and in each what grows with the tokens."""
+    return 0.5 + layers * (case.tokens / 256) ** GROWTH[denoiser.name] * (1 + turn / 10)
+
+
+def times(case: Case) -> dict:
+    """Like `timing.measure_times`."""
+    return {
+        denoiser.name: {
+            "attention": [],
+            "attention_choice": "made up",
+            "runs": [
+                {
+                    "layers": layers,
+                    "first_call": 10.0 + seconds(denoiser, layers, case, 1),
+                    "seconds": [seconds(denoiser, layers, case, t) for t in range(case.repeats)],
+                }
+                for layers in case.measured_layers(denoiser)
+            ],
+        }
+        for denoiser in case.denoisers
+    }
+
+
+def memory(layers: int) -> dict:
+    """Like `memory.measure_memory`."""
+    return {"weights": 1000 + 200 * layers, "beside": 300 + 50 * layers}
+
+
+def record(case: Case) -> dict:
+    """Like `denoiser.measure`."""
+    results = times(case)
+    for result in results.values():
+        for run in result["runs"]:
+            run["memory"] = memory(run["layers"])
+    return {
+        "case": encode(case),
+        "tokens": case.tokens,
+        "results": results,
+        "summary": summary(case, results),
+    }
+
+
+def records(case: Case, pixels: list[int]) -> list[dict]:
+    """One for each size."""
+    return [record(replace(case, pixels=side)) for side in pixels]

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from benchmarks.cases import (
+    LOCALDIT,
+    PIXART,
+    Case,
+    compile_blocks,
+    make_inputs,
+    make_model,
+    make_run,
+    weight_bytes,
+)
+from localdit.models import LocalDiTTransformer2DModel
+
+
+def test_equal_depth_is_measured_as_it_is():
+    case = Case(pixels=64, layers=3)
+    for denoiser in case.denoisers:
+        assert case.measured_layers(denoiser) == [3] == [case.target_layers(denoiser)]
+
+
+def test_own_depth_is_derived_from_blocks_of_every_kind():
+    """LocalDiT's windows shift in turns of four: fewer blocks would not be like the others."""
+    case = Case(pixels=64, depth="own", layers=1)
+    assert [case.target_layers(denoiser) for denoiser in case.denoisers] == [18, 28]
+    assert case.measured_layers(LOCALDIT["local"]) == [0, 4]
+    assert case.measured_layers(PIXART) == [0, 1]
+    training = Case(pixels=64, task="training", depth="own", layers=1)
+    assert training.measured_layers(LOCALDIT["local"]) == [1, 5]
+    assert training.measured_layers(PIXART) == [1, 2]
+    five = Case(pixels=64, depth="own", layers=5)
+    assert five.measured_layers(LOCALDIT["local"]) == [0, 8]
+    assert five.measured_layers(PIXART) == [0, 5]
+
+
+def test_own_depth_can_be_measured_in_full():
+    case = Case(pixels=64, depth="own", layers=None)
+    assert not case.derived
+    assert [case.measured_layers(denoiser) for denoiser in case.denoisers] == [[18], [28]]
+
+
+def test_tokens_are_16_pixels_wide():
+    assert [Case(pixels=pixels).tokens for pixels in (512, 4096)] == [1024, 65536]
+
+
+@pytest.mark.parametrize("denoiser", [*LOCALDIT.values(), PIXART], ids=lambda d: d.name)
+def test_a_model_without_blocks_can_be_run(denoiser):
+    case = Case(pixels=64)
+    model = make_model(denoiser, 0, case)
+    with torch.inference_mode():
+        out = model(**make_inputs(case))[0]
+    assert out.shape == (1, 4, 8, 8)
+    assert out.isfinite().all()
+
+
+def test_weights_have_the_bytes_of_the_model():
+    case = Case(pixels=64)
+    model = make_model(PIXART, 1, case)
+    count = sum(p.numel() for p in model.parameters())
+    positions = 16 * 1152  # of 4 x 4 tokens
+    assert weight_bytes(model) == 4 * (count + positions)
+    assert weight_bytes(make_model(PIXART, 1, Case(64, "bfloat16"))) == 2 * (count + positions)
+    mixed = make_model(PIXART, 1, Case(64, "bfloat16", task="training"))
+    assert weight_bytes(mixed) == 4 * (count + positions)
+
+
+def test_the_models_are_those_of_the_case():
+    case = Case(pixels=64, contexts=("local", "global"))
+    models = [make_model(denoiser, 1, case) for denoiser in case.denoisers]
+    assert [type(model) for model in models] == [
+        LocalDiTTransformer2DModel,
+        LocalDiTTransformer2DModel,
+        PixArtTransformer2DModel,
+    ]
+    assert [model.config.get("use_global") for model in models] == [False, True, None]
+
+
+@pytest.mark.parametrize("denoiser", [LOCALDIT["local"], PIXART], ids=lambda d: d.name)
+def test_every_block_is_compiled(denoiser):
+    model = make_model(denoiser, 2, Case(pixels=64))
+    compile_blocks(model)
+    assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
+
+
+def test_a_training_step_changes_the_weights():
+    case = Case(pixels=64, task="training", layers=1)
+    model = make_model(LOCALDIT["local"], 1, case)
+    before = model.proj_out.weight.detach().clone()
+    make_run(model, case, [])()
+    assert not torch.equal(model.proj_out.weight, before)
+
+
+def test_one_block_is_enough_for_every_weight_to_be_trained():
+    """Own depths in training are derived from one block on: with none, some would do nothing."""
+    case = Case(pixels=64, task="training")
+    for layers, trained in ((0, False), (1, True)):
+        model = make_model(PIXART, layers, case)
+        model(**make_inputs(case))[0].sum().backward()
+        assert all(p.grad is not None for p in model.parameters()) == trained

@@ -1,0 +1,33 @@
+import sys
+
+import pytest
+from PIL import Image
+
+from benchmarks.cases import Case
+from benchmarks.plot import draw
+
+from . import made_up
+
+
+def test_every_group_has_its_panels(tmp_path):
+    pytest.importorskip("matplotlib")
+    one = made_up.records(Case(pixels=512, contexts=("local", "global")), [512, 1024, 2048])
+    own = made_up.records(Case(pixels=512, depth="own"), [512, 1024])
+    assert draw(one, tmp_path / "one.png")
+    assert draw([*one, *own], tmp_path / "two.png")
+    heights = [Image.open(tmp_path / name).height for name in ("one.png", "two.png")]
+    assert heights[1] == 2 * heights[0]
+
+
+def test_nothing_known_is_no_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    failed = {"case": {}, "tokens": 256, "error": "killed"}
+    assert not draw([failed], tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ModuleNotFoundError, match="requirements-train.txt"):
+        draw(made_up.records(Case(pixels=512), [512]), tmp_path / "none.png")

@@ -1,0 +1,15 @@
+import pytest
+
+from benchmarks.cases import Case
+from benchmarks.worker import WorkerError, decode, encode, in_own_process
+
+
+def test_a_case_comes_through_as_it_was():
+    case = Case(pixels=64, depth="own", layers=None, contexts=("local", "global"))
+    assert decode(encode(case)) == case
+
+
+def test_a_process_that_fails_says_so(capfd):
+    with pytest.raises(WorkerError, match="failed with status 1"):
+        in_own_process("nothing")
+    assert "KeyError" in capfd.readouterr().err
