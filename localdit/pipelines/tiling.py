@@ -21,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 # Lengths in latents. A tile is 1024 pixels wide. The overlap exceeds the 17 latents or so that the
 # decoder of the SDXL autoencoder sees to each side, so that a tile fades out before its border
-# shows. The crops are together as large as a tile, and so need no more memory.
+# shows. The crops are together as large as a tile, and so need no more memory; below 16 latents a
+# crop would be mostly border, and tell little of the picture.
 TILE, OVERLAP = 128, 0.25
-CROP, CROPS_A_SIDE = 32, 4
+CROPS_A_SIDE, SMALLEST_CROP = 4, 16
 
 Statistics = tuple[torch.Tensor, torch.Tensor]
 Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # keys, values, bias of the logits
@@ -53,7 +54,7 @@ def in_tiles(
     vae: AutoencoderKL,
     run: Callable[[torch.Tensor], torch.Tensor],
     picture: torch.Tensor,
-    crop: int,
+    scale: int = 1,
 ) -> torch.Tensor:
     """Encode or decode one picture in the tiles that `vae` is set to.
 
@@ -61,8 +62,9 @@ def in_tiles(
         vae: the autoencoder that `run` calls, tiling switched on.
         run: from `(N, C, H, W)`, pixels or latents, to what it makes of them.
         picture: `(1, C, H, W)`.
-        crop: side of the crops that the statistics are taken from, in the picture's own unit.
+        scale: how many of the picture's pixels or latents, along a side, make a latent.
     """
+    crop = scale * max(vae.tile_latent_min_size // CROPS_A_SIDE, SMALLEST_CROP)
     vae.use_tiling = False
     try:
         crops = spread_crops(picture, crop)
