@@ -15,11 +15,10 @@ def measure(args: Namespace) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKL
 
-    from benchmarks.pipeline_parts import SDXL_VAE, random_weights
     from localdit.utils import model_in_the_box
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    from .pipeline_parts import SDXL_VAE, random_weights
+
     pixels = args.pixels or 1536
     box = AutoencoderKL.from_pretrained(model_in_the_box() / "vae").eval()
     sdxl = random_weights(lambda: AutoencoderKL(**SDXL_VAE), "float32")
