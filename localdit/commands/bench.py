@@ -23,11 +23,10 @@ SHAPE: dict[str, Any] = {  # of the released model and of PixArt-XL-2
     "use_additional_conditions": False,
 }
 TEXT_TOKENS = 120
-CAVEAT = (
-    "Each on PyTorch's own choice of attention kernel. A short measurement on a machine that may be\n"
-    "busy shows the order of things; figures to quote come from `python -m benchmarks.denoiser` in\n"
-    "the repository, which also measures memory, training and whole models."
-)
+CAVEAT = """
+Each on PyTorch's own choice of attention kernel. A short measurement on a machine that may be busy
+shows the order of things. Figures to quote come from `python -m benchmarks.denoiser` in the
+repository, which also measures memory, training and whole models."""
 
 
 def build_parser() -> Parser:
@@ -90,7 +89,7 @@ def bench(args: argparse.Namespace) -> None:
         results.append({"pixels": pixels, "seconds": result})
         if not args.json:
             print("\n".join(_rows(pixels, result)), flush=True)
-    print(json.dumps(about | {"results": results}, indent=1) if args.json else f"\n{CAVEAT}")
+    print(json.dumps(about | {"results": results}, indent=1) if args.json else CAVEAT)
 
 
 def measure(

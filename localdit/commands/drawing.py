@@ -48,6 +48,11 @@ def load(job: Job) -> LocalDiTPipeline:
         _hide_loading_bars()
     pipe = load_model(job.config, job.device, job.dtype)
     pipe.set_progress_bar_config(disable=None)  # None: shown on terminals only
+    for number, path in enumerate(job.loras):
+        pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
+    if job.loras:
+        names = [f"lora_{number}" for number in range(len(job.loras))]
+        pipe.set_adapters(names, list(job.loras.values()))
     return pipe
 
 
@@ -154,6 +159,8 @@ def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "localdit": __version__,
     }
+    if job.loras:
+        settings["loras"] = job.loras
     if job.image is not None:
         settings |= {"image": str(job.image), "strength": config.denoising_strength}
     if job.mask is not None:
