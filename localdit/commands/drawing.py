@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,12 +41,12 @@ def draw(
 
 def load(job: Job) -> LocalDiTPipeline:
     """The pipeline of a job; bars are shown on terminals only."""
+    from ..progress import hidden, hide_loading_bars
     from ..utils import load_model
 
-    if not sys.stderr.isatty():
-        _hide_loading_bars()
+    hide_loading_bars()
     pipe = load_model(job.config, job.device, job.dtype)
-    pipe.set_progress_bar_config(disable=None)  # None: shown on terminals only
+    pipe.set_progress_bar_config(disable=hidden())
     for number, path in enumerate(job.loras):
         pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
     if job.loras:
@@ -134,14 +133,6 @@ def _padding(job: Job) -> int | None:
     assert job.image is not None
     width, height = load_image(job.image).size
     return None if (height, width) == (job.config.height, job.config.width) else max(width, height)
-
-
-def _hide_loading_bars() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
