@@ -151,11 +151,11 @@ def _lay_out_settings(offer: Offer) -> dict[str, Any]:
                 1, 100, offer.config.denoising_steps, step=1, precision=0, label="Steps"
             )
             guidance_scale = gr.Slider(
-                1, 15, offer.config.guidance_scale, step=0.5, label="Guidance scale"
+                1, 15, offer.config.guidance_scale, step=0.5, label="Guidance"
             )
         with gr.Row(equal_height=True):
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-            random_seed = gr.Checkbox(True, label="A new one for each picture")
+            random_seed = gr.Checkbox(True, label="New for each picture")
     return {
         "negative_prompt": negative_prompt, "width": width, "height": height, "steps": steps,
         "guidance_scale": guidance_scale, "seed": seed, "random_seed": random_seed,

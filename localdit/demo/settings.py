@@ -18,7 +18,7 @@ MAX_SEED = 2**53 - 1  # the largest whole number that browsers hold exactly
 LABELS = {
     "denoising_steps": "Steps",
     "denoising_strength": "Strength",
-    "guidance_scale": "Guidance scale",
+    "guidance_scale": "Guidance",
     "height": "Height",
     "width": "Width",
 }
