@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .config import Config
     from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
+    from .pipelines.request import StepCallback
 
     Source = str | Path | Image.Image
     Pipeline: TypeAlias = LocalDiTPipeline | LocalDiTImg2ImgPipeline | LocalDiTInpaintPipeline
@@ -94,10 +95,12 @@ def inference_batches(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
+    callback_on_step_end: StepCallback | None = None,
 ) -> Iterator[list[Image.Image]]:
     """As `inference`, but hand out each batch of pictures as soon as it is done.
 
     Everything is checked in this call, before the first picture is asked for.
+    `callback_on_step_end` is that of the pipelines.
     """
     prompts = check_prompts(prompts if isinstance(prompts, str) else list(prompts), "prompts")
     count = len(prompts)
@@ -135,6 +138,8 @@ def inference_batches(
         each["generator"] = _one_each("generator", generator, count)
     else:
         settings["generator"] = generator
+    if callback_on_step_end is not None:
+        settings["callback_on_step_end"] = callback_on_step_end
     return _run(pipe, each, settings, config.batch_size, progress)
 
 
@@ -153,18 +158,21 @@ def _run(
         if "latents" in part:
             part["latents"] = torch.stack(part["latents"])
         if progress:
-            part["callback_on_step_end"] = _step_callback(progress, batch, len(starts))
-        yield pipe(**part, **settings).images
+            then = settings.get("callback_on_step_end")
+            part["callback_on_step_end"] = _step_callback(progress, batch, len(starts), then)
+        yield pipe(**(settings | part)).images
 
 
 def _step_callback(
-    progress: Callable[[int, int], None], batch: int, batches: int
-) -> Callable[..., dict[str, Any]]:
-    """The pipeline's kind of callback, counting the steps of all batches."""
+    progress: Callable[[int, int], None], batch: int, batches: int, then: StepCallback | None
+) -> StepCallback:
+    """The pipeline's kind of callback, counting the steps of all batches; `then` comes next."""
 
-    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(
+        pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any] | None:
         progress(batch * pipe.num_timesteps + step + 1, batches * pipe.num_timesteps)
-        return {}
+        return then(pipe, step, timestep, tensors) if then else None
 
     return on_step_end
 

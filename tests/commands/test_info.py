@@ -38,7 +38,7 @@ def test_the_released_kind_of_file(here, told):
     assert facts["dead"] == dead
     assert facts["live"] == count(model) - biases
     assert facts["parameters"] == facts["live"] + dead
-    assert facts["dead tensors"][0] == "2 x transformer_blocks.*.attn1.to_q.weight"
+    assert "2 x transformer_blocks.*.attn1.to_q.weight" in facts["dead tensors"]
     assert any(text.startswith("global context, in 2 layers") for text in facts["missing"])
     assert any(text.startswith("relative position bias, in 2") for text in facts["missing"])
     assert any("--text-encoder" in text for text in facts["elsewhere"])
