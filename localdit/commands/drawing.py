@@ -122,9 +122,10 @@ def proportional_size(
 
 
 def _padding(job: Job) -> int | None:
-    """Repainted pictures keep their size: of others than the drawn size the surroundings of the
+    """How much around the mask is worked on; None if the picture is of the size that is drawn.
 
-    mask are drawn and put back, with all of the picture around it unless told otherwise.
+    Others are scaled and put back, so that they keep their size: with all that is around the mask,
+    unless told otherwise.
     """
     from ..images import load_image
 
