@@ -49,8 +49,10 @@ def attention_shape(path: Path | None) -> dict[str, int]:
 
 
 def _of_file(path: Path) -> dict[str, Any]:
-    report = inspect_checkpoint(path)
     file = CheckpointFile(path)
+    if any(".lora_A." in name for name in file.infos):
+        return _of_lora(file)
+    report = inspect_checkpoint(path)
     dead = read_layout(file.infos, str(path)).dead
     facts: dict[str, Any] = {
         "kind": f"checkpoint file ({'.pt' if report.kind == 'torch' else '.safetensors'})",
@@ -72,6 +74,18 @@ def _of_file(path: Path) -> dict[str, Any]:
     if report.zeroed_layers:
         missing.append(f"relative position bias, in {len(report.zeroed_layers)} layers: zero")
     return facts | {"missing": missing or "nothing", "elsewhere": _elsewhere()}
+
+
+def _of_lora(file: CheckpointFile) -> dict[str, Any]:
+    down = {name: info.shape[0] for name, info in file.infos.items() if ".lora_A." in name}
+    return {
+        "kind": "LoRA",
+        "bytes": file.path.stat().st_size,
+        "rank": ", ".join(map(str, sorted(set(down.values())))),
+        "parameters": sum(info.values for info in file.infos.values()),
+        "changes": _by_kind(name.split(".lora_A.")[0] for name in down),
+        "missing": "the model that it is of: give that as --model, and this as --lora",
+    }
 
 
 def _of_pipeline(folder: Path) -> Sections:

@@ -53,6 +53,15 @@ def test_a_file_of_our_own(here, told):
     assert "with global context" in facts["model"]
 
 
+def test_a_lora(here, told):
+    name = "transformer.transformer_blocks.{}.attn1.to_qkv.lora_{}.weight"
+    state = {name.format(layer, half): torch.zeros(4, 24) for layer in (0, 1) for half in "AB"}
+    save_file(state, "lora.safetensors")
+    facts = told("lora.safetensors")["lora.safetensors"]
+    assert (facts["kind"], facts["rank"], facts["parameters"]) == ("LoRA", "4", 4 * 4 * 24)
+    assert facts["changes"] == ["2 x transformer.transformer_blocks.*.attn1.to_qkv"]
+
+
 def test_a_pipeline(model, told):
     from localdit import LocalDiTPipeline
 

@@ -58,11 +58,11 @@ import contextlib, io, json, sys, time
 from localdit.commands import COMMANDS, main
 told = {{}}
 for name in COMMANDS:
-    out, start = io.StringIO(), time.perf_counter()
+    out, start = io.StringIO(), time.process_time()
     with contextlib.redirect_stdout(out):
         code = main([name, "--help"])
     heavy = [module for module in {HEAVY} if module in sys.modules]
-    told[name] = [code, out.getvalue(), heavy, time.perf_counter() - start]
+    told[name] = [code, out.getvalue(), heavy, time.process_time() - start]
 print(json.dumps(told))
 """
     start = time.monotonic()
