@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, fetching, locate
+from .sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, Part, fetching, locate
 
 if TYPE_CHECKING:
     import torch
@@ -258,17 +258,21 @@ def _load_pipeline_folder(
     )
 
 
-def _assemble(
-    config: Config, checkpoint: Path, device: torch.device, dtype: torch.dtype
-) -> LocalDiTPipeline:
-    """Join a transformer with the parts that `config` names; the largest comes last."""
-    sources = {
+def part_sources(config: Config) -> dict[Part, str | Path]:
+    """Where `config` has the parts that no checkpoint holds; the largest comes last."""
+    return {
         SCHEDULER: config.scheduler,
         VAE: config.vae,
         TOKENIZER: config.text_encoder,
         TEXT_ENCODER: config.text_encoder,
     }
-    where = {part: locate(part, source) for part, source in sources.items()}
+
+
+def _assemble(
+    config: Config, checkpoint: Path, device: torch.device, dtype: torch.dtype
+) -> LocalDiTPipeline:
+    """Join a transformer with the parts that `config` names; the largest comes last."""
+    where = {part: locate(part, source) for part, source in part_sources(config).items()}
 
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
     from transformers import AutoTokenizer

@@ -33,7 +33,8 @@ def contents_of(path: Path) -> Sections:
         return {str(path): _of_file(path)}
     if (path / "model_index.json").is_file():
         return _of_pipeline(path)
-    return {str(path): {"kind": "transformer", **_of_transformer(path), "elsewhere": _elsewhere()}}
+    facts = {"kind": "transformer", **_of_transformer(path)}
+    return {str(path): facts | {"elsewhere": _elsewhere(transformer_folder(path)[1])}}
 
 
 def attention_shape(path: Path | None) -> dict[str, int]:
@@ -73,7 +74,7 @@ def _of_file(path: Path) -> dict[str, Any]:
         )
     if report.zeroed_layers:
         missing.append(f"relative position bias, in {len(report.zeroed_layers)} layers: zero")
-    return facts | {"missing": missing or "nothing", "elsewhere": _elsewhere()}
+    return facts | {"missing": missing or "nothing", "elsewhere": _elsewhere(report.config)}
 
 
 def _of_lora(file: CheckpointFile) -> dict[str, Any]:
@@ -165,10 +166,12 @@ def _shape(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _elsewhere() -> list[str]:
+def _elsewhere(config: dict[str, Any]) -> list[str]:
     """What no transformer brings along, and where it comes from."""
+    channels = config["caption_channels"]
+    released = f"{Config.text_encoder}, or " if channels == Config.caption_channels else ""
     return [
-        f"text encoder and tokenizer: {Config.text_encoder}, or --text-encoder",
+        f"text encoder of {channels} channels and its tokenizer: {released}--text-encoder",
         f"VAE: {Config.vae}, or --vae",
         f"scheduler: {Config.scheduler}, or --scheduler",
     ]

@@ -89,6 +89,8 @@ def _plan(
 
     settings, preset = _configure(config or Config(), args)
     checkpoint = find_checkpoint(settings.ckpt_path)
+    if not (checkpoint / "model_index.json").is_file():
+        _check_parts(settings)
     prompts = _read_prompts(args)
     if not prompts:
         if own_prompts is None:
@@ -201,6 +203,16 @@ def _loras(args: argparse.Namespace) -> dict[str, float]:
         if not Path(name).exists() and name.count("/") != 1:
             raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
     return dict(zip(args.lora, scales, strict=True))
+
+
+def _check_parts(config: Config) -> None:
+    """Look for the parts that the model comes without, where they are to be on this machine."""
+    from ..sources import is_hub_name, locate
+    from ..utils import part_sources
+
+    for part, source in part_sources(config).items():
+        if not is_hub_name(source):
+            locate(part, source)
 
 
 def _check_pictures(image: Path | None, mask: Path | None) -> None:

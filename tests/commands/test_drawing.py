@@ -182,12 +182,19 @@ def test_failures_later_take_one_line_and_status_1(here, model, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_parts_that_are_missing_are_asked_for_by_option(here, model, capsys):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "--text-encoder: there is no folder nowhere"),
+        (".", "--text-encoder: . lacks files; expected config.json and model*.safetensors"),
+    ],
+)
+def test_parts_that_are_missing_are_asked_for_by_option(here, model, capsys, source, message):
     convert_to_single_file(model, here / "own.safetensors")
     parts = [f"--{part}={model}" for part in ("vae", "scheduler")]
-    argv = [*parts, "--text-encoder", "nowhere"]
-    assert draw("generate", "own.safetensors", "a cat", *argv) == 1
-    assert "--text-encoder: there is no folder nowhere" in capsys.readouterr().err
+    argv = [*parts, "--text-encoder", source]
+    assert draw("generate", "own.safetensors", "a cat", *argv) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
