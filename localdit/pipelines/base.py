@@ -23,10 +23,12 @@ from .prediction import PredictionMixin
 from .prompt_cache import PromptCache
 from .prompts import PromptEncodingMixin
 from .request import Request, TextEmbeddings
+from .saving import SavingMixin
+from .single_file import SingleFileMixin
 
 
 class LocalDiTBasePipeline(
-    DiffusionPipeline, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
+    SavingMixin, SingleFileMixin, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
 ):
     """The components of a LocalDiT pipeline and the stages of sampling.
 
