@@ -208,9 +208,10 @@ def _loras(args: argparse.Namespace) -> dict[str, float]:
 def _check_parts(config: Config) -> None:
     """Look for the parts that the model comes without, where they are to be on this machine."""
     from ..sources import is_hub_name, locate
-    from ..utils import part_sources
+    from ..utils import PARTS
 
-    for part, source in part_sources(config).items():
+    for part in PARTS.values():
+        source = getattr(config, part.field)
         if not is_hub_name(source):
             locate(part, source)
 
