@@ -51,6 +51,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 120,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Change pictures to follow prompts.
 
@@ -103,6 +104,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
+            cross_attention_kwargs=cross_attention_kwargs,
         )
         self.check_inputs(request)
         self._check_images(images, request)
