@@ -110,15 +110,12 @@ class AdapterFolder:
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write the adapters, and whose they are; weights of the base are left out."""
         from localdit.pipelines import LocalDiTPipeline
-        from localdit.pipelines.lora import adapter_of
 
-        tensors, settings = adapter_of(self.transformer, NAME)
-        names = self._names()
         LocalDiTPipeline.save_lora_weights(
             folder,
-            {name: averages[names[name]].contiguous() for name in tensors},
+            {name: averages[parameter].contiguous() for name, parameter in self._names().items()},
             weight_name=WEIGHTS,
-            transformer_lora_adapter_metadata=settings,
+            transformer_lora_adapter_metadata=self.transformer.peft_config[NAME].to_dict(),
         )
         base = {"transformer": str(self.source), "sha256": self.fingerprint}
         text = json.dumps(base, indent=2) + "\n"
@@ -137,12 +134,22 @@ class AdapterFolder:
                 f"--transformer {self.source}. Name the same ones."
             )
         tensors = load_file(folder / WEIGHTS)
-        names = self._names()
-        files = {f"transformer.{name}": parameter for name, parameter in names.items()}
-        if files.keys() != tensors.keys():
-            differing = sorted(files.keys() ^ tensors.keys())
+        names = {f"transformer.{name}": parameter for name, parameter in self._names().items()}
+        if names.keys() != tensors.keys():
+            differing = sorted(names.keys() ^ tensors.keys())
             raise ValueError(f"{folder} holds adapters of other layers: {few(differing)} differ.")
-        return {files[name]: tensor for name, tensor in tensors.items()}
+        return {names[name]: tensor for name, tensor in tensors.items()}
+
+    def __str__(self) -> str:
+        trained, frozen = (
+            sum(p.numel() for p in self.transformer.parameters() if p.requires_grad == wanted)
+            for wanted in (True, False)
+        )
+        settings = self.transformer.peft_config[NAME]
+        return (
+            f"Adapters of rank {settings.r} on {len(self._names()) // 2} layers: {trained:,} "
+            f"parameters are trained, {frozen:,} of {self.source} are frozen"
+        )
 
     def _names(self) -> dict[str, str]:
         """The parameters of the adapters, by their names in a file."""

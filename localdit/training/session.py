@@ -235,4 +235,6 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         agreement.on_all(partial(resume, session, checkpoint))
     agreement.on_main(lambda: run.save_options(options_of(args)))
     session.reporter.begin(data, state.progress.step)
+    if models.frozen:
+        session.reporter.say(str(models.result))
     return session
