@@ -57,7 +57,9 @@ def test_pictures_are_those_of_the_command_line(artist, asked, mode):
     mask = mask_of((0, 0, 16, 32)) if mode == "inpaint" else None
     _, picture = drawn(artist, settings, image, mask)
     config = settings.configure(artist.config)
-    again = inference(artist.pipe, settings.prompt, "", config, image, mask=mask, seed=settings.seed)
+    again = inference(
+        artist.pipe, settings.prompt, "", config, image, mask=mask, seed=settings.seed
+    )
     assert np.array_equal(picture, again[0])
 
 
