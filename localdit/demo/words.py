@@ -20,7 +20,8 @@ def note(text: str) -> str:
 
 def progress(step: int, total: int) -> str:
     """How far a drawing is."""
-    return f'<progress value="{step}" max="{total}"></progress>' + note(f"Step {step} of {total}")
+    done = f'<i style="width: {100 * step / total:.0f}%"></i>'
+    return f'<div class="bar">{done}</div>' + note(f"Step {step} of {total}")
 
 
 def settings_list(settings: Mapping[str, Any]) -> str:
