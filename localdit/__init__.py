@@ -1,6 +1,7 @@
 """LocalDiT: pictures from text with a diffusion transformer whose attention looks at small windows.
 
 The names below are imported when they are first used, so that `import localdit` costs nothing.
+Diffusers' own classes, such as `DiffusionPipeline` and `AutoPipelineForInpainting`, know them too.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .lazy import lazy_names
+from .registration import register
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import Config
     from .models import LocalDiTTransformer2DModel
-    from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
+    from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
     from .utils import load_model
 
 _HOMES = {
     "Config": "config",
     "LocalDiTImg2ImgPipeline": "pipelines",
+    "LocalDiTInpaintPipeline": "pipelines",
     "LocalDiTPipeline": "pipelines",
     "LocalDiTTransformer2DModel": "models",
     "load_model": "utils",
@@ -28,6 +31,7 @@ _HOMES = {
 __all__ = [
     "Config",
     "LocalDiTImg2ImgPipeline",
+    "LocalDiTInpaintPipeline",
     "LocalDiTPipeline",
     "LocalDiTTransformer2DModel",
     "load_model",
@@ -38,3 +42,6 @@ __getattr__ = lazy_names(__name__, _HOMES)
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register()

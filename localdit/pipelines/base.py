@@ -5,6 +5,7 @@ prepare the latents, denoise, decode. The stages are here; the pipelines say onl
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from .prediction import PredictionMixin
 from .prompt_cache import PromptCache
 from .prompts import PromptEncodingMixin
 from .request import Request, TextEmbeddings
+from .saving import SavingMixin
+from .single_file import SingleFileMixin
 
 
 class LocalDiTBasePipeline(
-    DiffusionPipeline, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
+    SavingMixin, SingleFileMixin, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
 ):
     """The components of a LocalDiT pipeline and the stages of sampling.
 
@@ -72,12 +75,14 @@ class LocalDiTBasePipeline(
 
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
         unless a `dtype` or `torch_dtype` is given. Prompts that were encoded by a LocalDiT pipeline
-        are known to both.
+        are known to both, and where its models are offloaded as a whole, they are from both.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
         made = cls(**{**pipeline.components, **kwargs})
-        made.prompt_cache = getattr(pipeline, "prompt_cache", made.prompt_cache)
+        for name in ("prompt_cache", "_all_hooks", "_offload_device", "_offload_gpu_id"):
+            if hasattr(pipeline, name):
+                setattr(made, name, getattr(pipeline, name))
         return made
 
     @property
@@ -175,6 +180,7 @@ class LocalDiTBasePipeline(
         timesteps: torch.Tensor,
         text: TextEmbeddings,
         request: Request,
+        after_step: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Step the latents through the timesteps.
 
@@ -183,6 +189,8 @@ class LocalDiTBasePipeline(
             timesteps: the timesteps to take, a tail of the scheduler's.
             text: B rows each; the negative ones may be None without guidance.
             request: for guidance, eta, generators and callback.
+            after_step: given the latents that a step made and its index, returns those to go on
+                with; the callback comes after it.
 
         Returns:
             The denoised latents, `(B, C, H, W)`.
@@ -210,6 +218,8 @@ class LocalDiTBasePipeline(
                 tensors["latents"] = self.scheduler.step(
                     prediction, timestep, tensors["latents"], **step_options, return_dict=False
                 )[0]
+                if after_step is not None:
+                    tensors["latents"] = after_step(tensors["latents"], index)
                 if callback is not None:
                     shown = {name: tensors[name] for name in callback_inputs}
                     tensors |= callback(self, index, timestep, shown) or {}
