@@ -22,6 +22,7 @@ from .prediction import PredictionMixin
 from .prompt_cache import PromptCache
 from .prompts import PromptEncodingMixin
 from .request import Request, TextEmbeddings
+from .schedules import check_schedule
 
 
 class LocalDiTBasePipeline(
@@ -110,8 +111,7 @@ class LocalDiTBasePipeline(
 
         Raises:
             ValueError: timesteps and sigmas were both given, or the scheduler takes no such thing,
-                or its timesteps do not descend, because there are more of them than it can tell
-                apart (the step between two equal ones is undefined).
+                or its timesteps do not descend, or there are more of them than it can tell apart.
         """
         custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
         schedule: dict[str, Any] = {k: v for k, v in custom.items() if v is not None}
@@ -126,15 +126,8 @@ class LocalDiTBasePipeline(
                 )
         schedule = schedule or {"num_inference_steps": request.num_inference_steps}
         self.scheduler.set_timesteps(device=self._execution_device, **schedule)
-        taken = self.scheduler.timesteps
-        # Schedulers of second order name most timesteps twice.
-        descends = (taken.diff() < 0) if self.scheduler.order == 1 else (taken.diff() <= 0)
-        if len(taken) == 0 or not descends.all() or taken[-1] < 0:
-            raise ValueError(
-                f"The {len(taken)} timesteps must each be lower than the one before, and at least "
-                "0: take fewer steps, or correct the timesteps or sigmas given."
-            )
-        return taken
+        check_schedule(self.scheduler)
+        return self.scheduler.timesteps
 
     def encode_request(self, request: Request) -> TextEmbeddings:
         """Encode the request's prompts; see `encode_prompt`."""

@@ -13,6 +13,7 @@ from .base import LocalDiTBasePipeline
 from .checks import check_number
 from .image_inputs import read_images, scale_images
 from .request import Generators, Request, StepCallback, TextEmbeddings
+from .schedules import add_noise
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
         if len(timesteps) == 0:
             return latents
         noise = self.prepare_noise(request)
-        return self.scheduler.add_noise(latents, noise, timesteps[:1].repeat(len(latents)))
+        return add_noise(self.scheduler, latents, noise, timesteps[:1])
 
     def encode_images(self, images: torch.Tensor, request: Request) -> torch.Tensor:
         """Draw latents `(B, C, height / 8, width / 8)` of images `(N, 3, H, W)` in [0, 1].
@@ -150,7 +151,9 @@ class LocalDiTImg2ImgPipeline(LocalDiTBasePipeline):
         images = images.to(self._execution_device)
         if self._are_latents(images):
             return images.repeat_interleave(repeats, dim=0)
-        images = 2 * scale_images(images, request.height, request.width) - 1
+        images = scale_images(images, request.height, request.width)
+        if self.image_processor.config.do_normalize:
+            images = self.image_processor.normalize(images)
         parameters = self.posterior_parameters(images, request).repeat_interleave(repeats, dim=0)
         latents = DiagonalGaussianDistribution(parameters).sample(request.generator)
         return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor

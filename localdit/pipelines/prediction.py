@@ -10,6 +10,7 @@ import torch
 
 from ..models.transformer import LocalDiTTransformer2DModel
 from .guidance import DenoiserText
+from .schedules import scale_input
 
 
 class PredictionMixin:
@@ -86,7 +87,7 @@ class PredictionMixin:
         embeds, mask = self._denoiser_text(*pairs)
         with self._cache_context("cond_uncond" if guided else "cond"):
             prediction = self.transformer(
-                self.scheduler.scale_model_input(latents, timestep),
+                scale_input(self.scheduler, latents, timestep),
                 encoder_hidden_states=embeds,
                 encoder_attention_mask=mask,
                 timestep=timestep.to(latents.device).expand(len(latents)),

@@ -8,6 +8,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .base import LocalDiTBasePipeline
 from .request import Generators, Request, StepCallback, TextEmbeddings
+from .schedules import initial_scale
 
 
 class LocalDiTPipeline(LocalDiTBasePipeline):
@@ -105,5 +106,5 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         self.check_inputs(request)
         schedule = self.set_timesteps(request)
         text = self.encode_request(request)
-        start = self.prepare_noise(request) * self.scheduler.init_noise_sigma
+        start = self.prepare_noise(request) * initial_scale(self.scheduler)
         return self.decode(self.denoise(start, schedule, text, request), request)
