@@ -341,7 +341,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
         hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
         conditions = {
-            name: value if value is None else value.expand(batch_size, -1)
+            name: value if value is None else value.view(len(value), -1).expand(batch_size, -1)
             for name, value in (added_cond_kwargs or {}).items()
         }
         modulation, embedded_timestep = self.adaln_single(
