@@ -229,12 +229,26 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, **overrides: Any
+        cls,
+        path: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
     ) -> LocalDiTTransformer2DModel:
-        """Load a flat checkpoint file: see `localdit.checkpoint.load_transformer`."""
-        from ..checkpoint import load_transformer
+        """Load a flat checkpoint: see `localdit.checkpoint.load_transformer`.
 
-        return load_transformer(path, torch_dtype=torch_dtype, **overrides)
+        Args:
+            path: the file, or its address on the Hugging Face hub.
+            torch_dtype: dtype of the model; None keeps the file's.
+            local_files_only: take a file of the hub from the cache, and fetch nothing.
+            **overrides: further arguments of `load_transformer`.
+        """
+        from ..checkpoint import load_transformer
+        from ..sources import local_file
+
+        file = local_file(path, local_files_only)
+        return load_transformer(file, torch_dtype=torch_dtype, **overrides)
 
     def set_sample_size(self, sample_size: int) -> None:
         """Make the model one for pictures of another size: positions are scaled to it.

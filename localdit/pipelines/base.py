@@ -24,10 +24,12 @@ from .prompt_cache import PromptCache
 from .prompts import PromptEncodingMixin
 from .request import Request, TextEmbeddings
 from .schedules import check_schedule
+from .saving import SavingMixin
+from .single_file import SingleFileMixin
 
 
 class LocalDiTBasePipeline(
-    DiffusionPipeline, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
+    SavingMixin, SingleFileMixin, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
 ):
     """The components of a LocalDiT pipeline and the stages of sampling.
 
@@ -74,12 +76,14 @@ class LocalDiTBasePipeline(
 
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
         unless a `dtype` or `torch_dtype` is given. Prompts that were encoded by a LocalDiT pipeline
-        are known to both.
+        are known to both, and where its models are offloaded as a whole, they are from both.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
         made = cls(**{**pipeline.components, **kwargs})
-        made.prompt_cache = getattr(pipeline, "prompt_cache", made.prompt_cache)
+        for name in ("prompt_cache", "_all_hooks", "_offload_device", "_offload_gpu_id"):
+            if hasattr(pipeline, name):
+                setattr(made, name, getattr(pipeline, name))
         return made
 
     @property

@@ -12,6 +12,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 
+from localdit.pipelines.saving import TRANSFORMER
 from localdit.training.run import link_or_copy
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class PipelineFolder:
             "scheduler": ["diffusers", type(self.scheduler).__name__],
             "text_encoder": ["transformers", "T5EncoderModel"],
             "tokenizer": ["transformers", self.tokenizer_class],
-            "transformer": ["localdit.models.transformer", "LocalDiTTransformer2DModel"],
+            "transformer": TRANSFORMER,
             "vae": ["diffusers", "AutoencoderKL"],
         }
         text = json.dumps(index, indent=2) + "\n"
