@@ -19,17 +19,23 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from ..models.transformer import LocalDiTTransformer2DModel
 from .autoencoding import AutoencodingMixin
 from .guidance import DenoiserText, guided_steps
+from .lora import LocalDiTLoraLoaderMixin
 from .prediction import PredictionMixin
 from .prompt_cache import PromptCache
 from .prompts import PromptEncodingMixin
 from .request import Request, TextEmbeddings
-from .schedules import check_schedule
 from .saving import SavingMixin
+from .schedules import check_schedule
 from .single_file import SingleFileMixin
 
 
 class LocalDiTBasePipeline(
-    SavingMixin, SingleFileMixin, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
+    SavingMixin,
+    SingleFileMixin,
+    LocalDiTLoraLoaderMixin,
+    PromptEncodingMixin,
+    PredictionMixin,
+    AutoencodingMixin,
 ):
     """The components of a LocalDiT pipeline and the stages of sampling.
 
@@ -199,6 +205,7 @@ class LocalDiTBasePipeline(
 
         guided = guided_steps(request.guidance_interval, len(timesteps))
         self._guidance_scale = request.guidance_scale
+        self._cross_attention_kwargs = request.cross_attention_kwargs
         self._num_timesteps = len(timesteps)
         self._interrupt = False
         with self.denoising(), self.progress_bar(total=len(timesteps)) as progress_bar:
