@@ -11,6 +11,7 @@ TRAIN = [
     for line in (ROOT / "requirements-train.txt").read_text().splitlines()
     if not line.startswith("#")
 ]
+LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
 
@@ -38,9 +39,11 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "lora": LORA,
         "quantization": ["bitsandbytes>=0.43"],
         "triton": TRITON,
         "dev": [
+            *LORA,
             *TRAIN,
             *TRITON,  # tests interpret its kernels
             "hypothesis>=6.100",
