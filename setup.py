@@ -13,6 +13,7 @@ TRAIN = [
 ]
 LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
+DEMO = ["gradio>=6.0"]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
 
 setup(
@@ -25,7 +26,8 @@ setup(
     python_requires=">=3.10",
     # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
     packages=find_packages(include=["localdit", "localdit.*"]),
-    package_data={"localdit": ["py.typed", "box/**/*"]},
+    package_data={"localdit": ["py.typed", "box/**/*", "demo/*.css"]},
+    entry_points={"console_scripts": ["localdit=localdit.commands:main"]},
     install_requires=[
         "torch>=2.6",  # before, `weights_only=True` could be bypassed
         "diffusers>=0.36",
@@ -39,15 +41,18 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "demo": DEMO,
         "lora": LORA,
         "quantization": ["bitsandbytes>=0.43"],
         "triton": TRITON,
         "dev": [
             *LORA,
             *TRAIN,
+            *DEMO,
             *TRITON,  # tests interpret its kernels
             "hypothesis>=6.100",
             "mypy>=1.10",
+            "playwright>=1.40",  # drives Chromium in the tests of the page
             "pytest>=8.0",
             "ruff>=0.6",
             "webdataset>=0.2",  # reads what encoding ahead writes, in a test
