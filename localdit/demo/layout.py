@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from .settings import MAX_SEED, Offer
+from .words import note
 
 MODES = [("Generate", "generate"), ("Edit", "edit"), ("Inpaint", "inpaint")]
 BRUSH = "#ff2d95"  # seen on most pictures
@@ -35,7 +37,7 @@ class Controls:
 
     @property
     def settings(self) -> list[Any]:
-        """What a drawing depends on, in the order in which `page` reads it."""
+        """What a drawing depends on, in the order of the arguments of `page.Desk.draw`."""
         return [
             self.mode, self.prompt, self.image, self.editor, self.strength, self.negative_prompt,
             self.width, self.height, self.steps, self.guidance_scale, self.seed, self.random_seed,
@@ -81,7 +83,7 @@ def lay_out(offer: Offer) -> tuple[Controls, Results]:
         with gr.Column(elem_id="result"):
             results = _lay_out_results()
         with gr.Column(elem_id="more"):
-            gr.Examples([[text] for text in offer.prompts], [asked["prompt"]], label="Try")
+            _lay_out_examples(offer, asked["prompt"])
             settings = _lay_out_settings(offer)
     return Controls(**asked, **settings), results
 
@@ -100,6 +102,8 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
             buttons=[],
             elem_id="image",
         )
+        # Gradio would try all of Pillow's readers, and what fails in there can't be told well.
+        image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
         editor = gr.ImageEditor(
             offer.picture,
             label="Paint over what is to change",
@@ -108,6 +112,7 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
             transforms=(),
             brush=gr.Brush(colors=[(BRUSH, 0.7)], default_color=(BRUSH, 0.7), color_mode="fixed"),
             layers=False,
+            format="png",
             height=420,
             visible=False,
             buttons=[],
@@ -132,6 +137,15 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
         "mode": mode, "source": source, "image": image, "editor": editor, "strength": strength,
         "prompt": prompt, "draw": draw, "stop": stop,
     }  # fmt: skip
+
+
+def _lay_out_examples(offer: Offer, prompt: gr.Textbox) -> None:
+    """Prompts that a press puts into the page."""
+    with gr.Column(elem_id="try"):
+        gr.HTML(note("To try:"))
+        for text in offer.prompts:
+            button = gr.Button(text, size="sm")
+            button.click(None, None, prompt, js=f"() => {json.dumps(text)}")
 
 
 def _lay_out_settings(offer: Offer) -> dict[str, Any]:
@@ -170,12 +184,11 @@ def _lay_out_results() -> Results:
         interactive=False,
         type="filepath",
         format="png",
-        placeholder="The picture appears here",
         height="min(60vh, 520px)",
         buttons=["download", "fullscreen"],
         elem_id="picture",
     )
-    status = gr.HTML(elem_id="status")
+    status = gr.HTML(note("Say what the picture is to show, and press Draw."), elem_id="status")
     with gr.Row(elem_id="actions"):
         edit = gr.Button("Edit this", size="sm", interactive=False)
         inpaint = gr.Button("Inpaint this", size="sm", interactive=False)
@@ -190,6 +203,7 @@ def _lay_out_results() -> Results:
         allow_preview=False,
         interactive=False,
         buttons=[],
+        visible=False,
         elem_id="gallery",
     )
     return Results(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from .settings import Offer, Settings
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..config import Config
     from ..pipelines import LocalDiTPipeline
 
 # What the commands that draw have beside the options of this one.
@@ -40,19 +40,16 @@ def serve(args: argparse.Namespace) -> None:
     """
     from .serving import free_port, launch, wait_for_the_end
 
-    with pictures_folder(args.output) as folder:
-        job = plan(
-            argparse.Namespace(**WITHOUT | vars(args) | {"output": folder}),
-            "demo",
-            own_prompts=lambda preset: preset.t2i,
-        )
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
+    with tempfile.TemporaryDirectory(prefix="localdit-") as name:
+        job = planned(args, Path(name))
         try:
             port = free_port(args.host, args.port)
+            keep = None if args.output is None else prepare_output_folder(args.output)
         except OSError as error:
             raise UsageError(str(error)) from error
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
-        page = open_page(load(job), job, folder)
-        address = launch(page, args.host, port, folder)
+        page = open_page(load(job), job, keep)
+        address = launch(page, args.host, port)
         print(f"LocalDiT is at {address} (Ctrl+C ends it)", flush=True)
         try:
             wait_for_the_end()
@@ -60,44 +57,59 @@ def serve(args: argparse.Namespace) -> None:
             page.close(verbose=False)
 
 
-def open_page(pipe: LocalDiTPipeline, job: Job, folder: Path) -> Any:
-    """The page of a loaded model, with what suits it."""
+def planned(args: argparse.Namespace, folder: Path) -> Job:
+    """What the page begins with, as the job of a command that draws into a folder.
+
+    Raises:
+        UsageError: if it can't be done.
+    """
+    given = argparse.Namespace(**WITHOUT | vars(args) | {"output": folder})
+    return plan(given, "demo", own_prompts=lambda preset: preset.t2i)
+
+
+def open_page(pipe: LocalDiTPipeline, job: Job, keep: Path | None = None) -> Any:
+    """The page of a loaded model, with what suits it.
+
+    Args:
+        pipe: the model.
+        job: from `planned`.
+        keep: where pictures stay; without it they go with the job's folder.
+    """
     from .drawing import Artist
     from .page import build_page
 
     config = fit_size(job, pipe)
+    picture = scene() if job.preset is SCENES else None
+    offer = Offer(config, job.negative_prompt, job.prompts, STRENGTH, picture)
+    save = saving(pipe, job, config, keep)
+    return build_page(Artist(pipe, config), offer, about(pipe, job), save)
+
+
+def saving(
+    pipe: LocalDiTPipeline, job: Job, config: Config, keep: Path | None
+) -> Callable[[Image.Image, Settings], Path]:
+    """What saves a picture with its settings, and says where the page finds it.
+
+    That is never in `keep`: who can reach the page could then read what else is in there.
+    """
 
     def save(picture: Image.Image, settings: Settings) -> Path:
-        drawn = settings.configure(config)
         carried = picture_settings(
-            drawn, job.preset, pipe, settings.prompt, settings.negative_prompt, settings.seed
+            settings.configure(config),
+            job.preset,
+            pipe,
+            settings.prompt,
+            settings.negative_prompt,
+            settings.seed,
         )
         carried["mode"] = settings.mode
         if settings.mode != "generate":
             carried["strength"] = settings.strength
-        return Output(folder, settings.mode).save(picture, 0, carried)
+        if keep is not None:
+            Output(keep, settings.mode).save(picture, 0, carried)
+        return Output(job.output.folder, settings.mode).save(picture, 0, carried)
 
-    boxed = job.preset is SCENES
-    offer = Offer(config, job.negative_prompt, job.prompts, STRENGTH, scene() if boxed else None)
-    return build_page(Artist(pipe, config), offer, about(pipe, job), save)
-
-
-@contextmanager
-def pictures_folder(given: Path | None) -> Iterator[Path]:
-    """The folder given, or one that is there for as long as the page.
-
-    Raises:
-        UsageError: if it can't be written to.
-    """
-    if given is None:
-        with tempfile.TemporaryDirectory(prefix="localdit-") as name:
-            yield Path(name)
-        return
-    try:
-        folder = prepare_output_folder(given)
-    except OSError as error:
-        raise UsageError(str(error)) from error
-    yield folder
+    return save
 
 
 def about(pipe: LocalDiTPipeline, job: Job) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from ..images import load_image, read_metadata
 from .drawing import Artist, Step
 from .layout import Controls, Results, lay_out
 from .settings import Offer, Settings
-from .words import header, note, progress, settings_list
+from .words import header, note, problem, progress, settings_list
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,7 +89,8 @@ class Desk:
             concurrency_limit=1,
             api_name="draw",
         )
-        drawing.then(self.end, None, buttons[:2], **at_once)
+        drawing.success(self.end, None, buttons[:2], **at_once)
+        drawing.failure(self.end, None, buttons[:2], **at_once)
         controls.stop.click(self.stop, None, buttons, cancels=[drawing], **at_once)
         results.gallery.select(self.select, results.history, results.of_a_picture, **at_once)
         controls.mode.input(self.switch, controls.mode, controls.of_a_mode, **at_once)
@@ -109,26 +112,49 @@ class Desk:
             self.results.status: note("Waiting for its turn …"),
         }
 
-    def draw(self, *values: Any) -> Iterator[Updates]:
-        """Draw a picture as the controls say, with previews; `Controls.settings` has the order.
+    def draw(
+        self,
+        mode: Any,
+        prompt: str,
+        image: str | None,
+        painted: dict[str, Any] | None,
+        strength: float,
+        negative_prompt: str,
+        width: int,
+        height: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        random_seed: bool,
+        history: list[str],
+    ) -> Iterator[Updates]:
+        """Draw a picture as the controls say, with previews.
 
         Raises:
             gr.Error: with a message for the page.
         """
-        *asked, history = values
+        settings = Settings(
+            mode=mode,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=secrets.randbelow(NEW_SEEDS) if random_seed else seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            strength=strength,
+        )
+        yield {self.results.status: note("Starting …")}
         try:
-            settings, image, mask = _read(*asked)
-            yield {self.results.status: note("Starting …")}
-            for event in self.artist.draw(settings, image, mask):
-                if isinstance(event, Step):
-                    yield self._while_drawing(event)
-                else:
-                    yield self._drawn(self.save(event, settings), settings, history)
-        except ValueError as error:
-            raise _readable(str(error)) from error
-        except Exception as error:
-            logger.exception("A picture could not be drawn")
-            raise _readable(f"{type(error).__name__}: {error}. The terminal has more.") from error
+            with _told():
+                for event in self.artist.draw(settings, *_pictures(mode, image, painted)):
+                    if isinstance(event, Step):
+                        yield self._while_drawing(event)
+                    else:
+                        yield self._drawn(self.save(event, settings), settings, history)
+        except gr.Error as error:
+            yield {self.results.status: problem(html.unescape(error.message))}
+            raise
 
     def end(self) -> Updates:
         """Nothing is being drawn any more."""
@@ -148,7 +174,9 @@ class Desk:
     def _drawn(self, path: Path, settings: Settings, history: list[str]) -> Updates:
         history = [str(path), *history][:HISTORY]
         return self._show(history[0]) | {
-            self.results.gallery: gr.update(value=_captioned(history), selected_index=0),
+            self.results.gallery: gr.update(
+                value=_captioned(history), selected_index=0, visible=True
+            ),
             self.results.history: history,
             self.controls.seed: settings.seed,
         }
@@ -170,11 +198,13 @@ class Desk:
 
     def edit_this(self, path: str) -> Updates:
         """Start from the picture that is shown."""
-        return self.switch("edit") | {self.controls.image: path} | self.fit_to(path)
+        put_in = {self.controls.image: gr.update(value=path, visible=True)}
+        return self.switch("edit") | put_in | self.fit_to(path)
 
     def inpaint_this(self, path: str) -> Updates:
         """Paint in the picture that is shown."""
-        return self.switch("inpaint") | {self.controls.editor: path} | self.fit_to(path)
+        put_in = {self.controls.editor: gr.update(value=path, visible=True)}
+        return self.switch("inpaint") | put_in | self.fit_to(path)
 
     def reuse(self, path: str) -> Updates:
         """Set the controls as they were for the picture that is shown."""
@@ -198,10 +228,11 @@ class Desk:
             controls.strength: self.offer.strength.get(mode, 1.0),
         }
 
-    def fit_to(self, source: str | Image.Image) -> Updates:
+    def fit_to(self, picture: str | Image.Image) -> Updates:
         """Choose a size with the proportions of a picture, of as many pixels as at first."""
         first, (_, longest, _) = self.offer.config, self.offer.sides
-        size = load_image(source).size
+        with _told():
+            size = _picture(picture).size
         height, width = proportional_size(size, first.height * first.width)
         return {
             self.controls.height: min(height, longest),
@@ -218,40 +249,15 @@ class Desk:
         return self.fit_to(background) if background else {}
 
 
-def _read(
-    mode: Any,
-    prompt: str,
-    image: str | None,
-    painted: dict[str, Any] | None,
-    strength: float,
-    negative_prompt: str,
-    width: int,
-    height: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    random_seed: bool,
-) -> tuple[Settings, Any, Image.Image | None]:
-    """What the controls say: settings, picture to start from, and mask.
-
-    Raises:
-        ValueError: if it can't be drawn.
-    """
-    settings = Settings(
-        mode=mode,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        seed=secrets.randbelow(NEW_SEEDS) if random_seed else seed,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        strength=strength,
-    )
-    if mode == "inpaint":
-        painted = painted or {}
-        return settings, painted.get("background"), _mask(painted.get("layers") or [])
-    return settings, image, None
+def _pictures(
+    mode: str, image: str | None, painted: dict[str, Any] | None
+) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture to start from, and the mask, as far as they are there."""
+    if mode == "edit" and image:
+        return _picture(image), None
+    if mode == "inpaint" and painted:
+        return painted["background"], _mask(painted["layers"])
+    return None, None
 
 
 def _mask(layers: list[Image.Image]) -> Image.Image | None:
@@ -270,5 +276,33 @@ def _captioned(paths: list[str]) -> list[tuple[str, str]]:
     return [(path, read_metadata(path)["prompt"]) for path in paths]
 
 
-def _readable(message: str) -> gr.Error:
-    return gr.Error(message, title="This can't be drawn", print_exception=False)
+def _picture(source: str | Image.Image) -> Image.Image:
+    """Read a picture.
+
+    Raises:
+        ValueError: if it is none; the message has the file's name, and not where the server put it.
+    """
+    try:
+        return load_image(source)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(source), Path(str(source)).name)) from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong is told in the page.
+
+    Raises:
+        gr.Error: with a message for whoever sits before it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise _error(str(error)) from error
+    except Exception as error:
+        logger.exception("Something in the page failed")
+        raise _error(f"{type(error).__name__}: {error} (the terminal has more)") from error
+
+
+def _error(message: str) -> gr.Error:
+    return gr.Error(html.escape(message, quote=False), print_exception=False)

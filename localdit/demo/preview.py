@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 MAX_LATENTS = 32  # along the longer side: previews of at most 256 pixels
 
 
-class _Size(NamedTuple):
+@dataclass
+class _Size:
     height: int  # pixels
     width: int
 
@@ -52,13 +54,10 @@ def expected_latents(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
     DPM-Solver++ and UniPC keep these estimates for their next step. With other schedulers, the
     latents themselves, noise and all.
     """
-    keeps_clean = scheduler.config.get("predict_x0", True) and "++" in scheduler.config.get(
-        "algorithm_type", "++"
-    )
+    config = scheduler.config
+    solves_for_them = "++" in config.get("algorithm_type", "") or config.get("predict_x0", False)
     kept = getattr(scheduler, "model_outputs", None)
-    if not keeps_clean or not kept or kept[-1] is None:
-        return latents
-    return kept[-1]
+    return kept[-1] if solves_for_them and kept and kept[-1] is not None else latents
 
 
 def decode_small(pipe: LocalDiTBasePipeline, latents: torch.Tensor) -> Image.Image:

@@ -22,14 +22,13 @@ Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
 
-def launch(page: gr.Blocks, host: str, port: int | None, folder: Path) -> str:
+def launch(page: gr.Blocks, host: str, port: int | None) -> str:
     """Begin to serve the page, in threads of its own; `page.close()` ends it.
 
     Args:
         page: from `build_page`.
         host: an address of this machine.
         port: None takes the first free one from `FIRST_PORT` on.
-        folder: where the page's pictures are.
 
     Returns:
         The page's address.
@@ -47,7 +46,6 @@ def launch(page: gr.Blocks, host: str, port: int | None, folder: Path) -> str:
         ssr_mode=False,
         mcp_server=False,
         footer_links=[],
-        allowed_paths=[str(folder)],
         max_file_size="64mb",
         app_kwargs={"middleware": [_middleware()]},
         theme=_theme(),

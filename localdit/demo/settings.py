@@ -60,11 +60,15 @@ class Settings:
             raise ValueError("The prompt is empty: say what the picture is to show.")
         if self.seed is None or not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"The seed must be a whole number from 0 to {MAX_SEED}.")
-        values = (
-            self.steps, self.strength, self.guidance_scale, self.height, self.width
-        )  # fmt: skip
         try:
-            return replace(config, **dict(zip(LABELS, values, strict=True)))
+            return replace(
+                config,
+                denoising_steps=self.steps,
+                denoising_strength=self.strength,
+                guidance_scale=self.guidance_scale,
+                height=self.height,
+                width=self.width,
+            )
         except (TypeError, ValueError) as error:
             message = str(error)
             for name, label in LABELS.items():

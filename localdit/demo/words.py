@@ -18,9 +18,15 @@ def note(text: str) -> str:
     return f'<p class="note" role="status">{escape(text)}</p>'
 
 
+def problem(text: str) -> str:
+    """Why nothing was drawn."""
+    return f'<p class="problem" role="alert">{escape(text)}</p>'
+
+
 def progress(step: int, total: int) -> str:
     """How far a drawing is."""
-    return f'<progress value="{step}" max="{total}"></progress>' + note(f"Step {step} of {total}")
+    done = f'<i style="width: {100 * step / total:.0f}%"></i>'
+    return f'<div class="bar">{done}</div>' + note(f"Step {step} of {total}")
 
 
 def settings_list(settings: Mapping[str, Any]) -> str:
