@@ -1,4 +1,4 @@
-.PHONY: lint type test slow bench
+.PHONY: lint type test slow bench docs
 
 PYTHON ?= .venv/bin/python
 
@@ -17,3 +17,6 @@ slow:
 
 bench:
 	$(PYTHON) -m benchmarks.denoiser
+
+docs:
+	$(PYTHON) -m mkdocs build --strict

@@ -12,6 +12,12 @@ TRAIN = [
     if not line.startswith("#")
 ]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
+DOCS = [  # the site, and the notebooks as tests run them
+    "ipykernel>=6.20",
+    "mkdocs-material>=9.5",
+    "mkdocstrings[python]>=0.26",
+    "nbclient>=0.8",
+]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
 
 setup(
@@ -40,8 +46,10 @@ setup(
         "train": TRAIN,
         "quantization": ["bitsandbytes>=0.43"],
         "triton": TRITON,
+        "docs": DOCS,
         "dev": [
             *TRAIN,
+            *DOCS,
             *TRITON,  # tests interpret its kernels
             "hypothesis>=6.100",
             "mypy>=1.10",

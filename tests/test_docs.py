@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
 TESTED = re.compile(r"<!-- tested -->\n```bash\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
 
@@ -18,19 +19,18 @@ def test_the_table_of_options_is_that_of_the_command_lines():
     spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs/make_options.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    written = (ROOT / "docs/TRAINING_OPTIONS.md").read_text(encoding="utf-8")
+    written = (ROOT / "docs/training-options.md").read_text(encoding="utf-8")
     assert written == module.page(), "write it anew: python docs/make_options.py"
 
 
-@pytest.mark.parametrize("name", ["TRAIN.md", "GUARANTEE.md", "TRAINING_OPTIONS.md", "SPEED.md"])
-def test_links_lead_to_files_that_are_there(name):
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for target, _ in LINK.findall(text):
-        assert (ROOT / "docs" / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_files_that_are_there(page):
+    for target, _ in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
 
 
 def test_tests_that_the_guarantee_names_are_there():
-    text = (ROOT / "docs/GUARANTEE.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/guarantee.md").read_text(encoding="utf-8")
     commands = re.findall(r"`pytest ([^`]+)`", text)
     assert commands
     for command in commands:
@@ -41,7 +41,7 @@ def test_tests_that_the_guarantee_names_are_there():
 
 
 def test_the_code_of_the_page_on_speed_runs_as_it_stands():
-    page = (ROOT / "docs/SPEED.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guides/speed.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 4
     names: dict = {}
@@ -58,7 +58,7 @@ def test_the_commands_of_the_training_page_run_as_they_stand(tmp_path):
     """In their order, on fewer pictures and for fewer steps."""
     for name in ("train.py", "infer_t2i.py", "config.py", "localdit", "recipes"):
         (tmp_path / name).symlink_to(ROOT / name)
-    page = (ROOT / "docs/TRAIN.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guides/train.md").read_text(encoding="utf-8")
     script = "set -euo pipefail\n" + "\n".join(TESTED.findall(page))
     script = re.sub(r"--count \d+", "--count 24", script)
     script = re.sub(r"--max-train-steps \d+", "--max-train-steps 4", script)
