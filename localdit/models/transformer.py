@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -21,6 +21,7 @@ from .backends import checked_backend
 from .bands import in_bands
 from .caching import register_for_caching
 from .embedding import PatchEmbedding
+from .linear import FeedForward
 from .windows import WindowGrid, shift_sizes
 
 
@@ -42,7 +43,7 @@ class LocalDiTBlock(nn.Module):
         self.attn1 = attn1
         self.attn2 = attn2
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
-        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
+        self.ff = FeedForward(dim, dropout, activation_fn)
 
     def forward(
         self,
