@@ -24,12 +24,12 @@ FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
 EXTRAS = "pip install -r requirements-train.txt"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The options as a flat namespace; ends the program with a message if one can't be right.
 
     `stages` is made a list of `Stage`, a single one where no file of stages was named.
     """
-    parser = make_parser()
+    parser = make_parser(prog)
     args = parser.parse_args(argv)
     if args.num_workers is None:
         args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
@@ -41,9 +41,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The parser of all options, in groups."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=DESCRIPTION, formatter_class=HelpFormatter
+    )
     defaults = Config()
     data = parser.add_argument_group("data")
     add_data_options(data, defaults)
