@@ -123,3 +123,16 @@ def test_code_runs_as_it_stands(page, tmp_path, environment):
 @pytest.mark.parametrize("page", [page for page in CODE_PAGES if has_slow(page)], ids=names)
 def test_slow_code_runs_as_it_stands(page, tmp_path, environment):
     run_blocks(page, runnable(page), tmp_path, environment)
+
+
+def test_messages_that_the_docs_explain_are_those_of_the_code():
+    code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("localdit/**/*.py"))
+    code = re.sub(r'"\s*\n\s*(?:\+ )?f?"', "", code)  # strings that go on in the next line
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        for part in message.replace("of 16 pixels", "of").split("..."):
+            part = part.strip(" .;")
+            known = part in code or message == "No module named 'config'"
+            assert known, f"no error says {part!r}"
