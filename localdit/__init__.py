@@ -14,12 +14,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import Config
     from .models import LocalDiTTransformer2DModel
-    from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
+    from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
     from .utils import load_model
 
 _HOMES = {
     "Config": "config",
     "LocalDiTImg2ImgPipeline": "pipelines",
+    "LocalDiTInpaintPipeline": "pipelines",
     "LocalDiTPipeline": "pipelines",
     "LocalDiTTransformer2DModel": "models",
     "load_model": "utils",
@@ -28,6 +29,7 @@ _HOMES = {
 __all__ = [
     "Config",
     "LocalDiTImg2ImgPipeline",
+    "LocalDiTInpaintPipeline",
     "LocalDiTPipeline",
     "LocalDiTTransformer2DModel",
     "load_model",

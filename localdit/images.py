@@ -81,7 +81,7 @@ def load_mask(source: str | Path | Image.Image, size: tuple[int, int] | None = N
             f"{name} has {mask.width} x {mask.height} pixels; expected the picture's "
             f"{size[0]} x {size[1]}"
         )
-    if mask.getextrema()[1] < WHITE:
+    if not any(mask.histogram()[WHITE:]):
         raise ValueError(f"nothing in {name} is white; expected white where to repaint")
     return mask
 
@@ -263,7 +263,7 @@ def _is_transparent(image: Image.Image) -> bool:
     """Whether anything shines through; the image has been read before."""
     if not _may_be_transparent(image):
         return False
-    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return any(image.convert("RGBA").getchannel("A").histogram()[:255])
 
 
 def _too_large(name: object, size: tuple[int, int] | None = None) -> str:

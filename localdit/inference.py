@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .images import fit_image, load_image, load_mask
 from .pipelines.prompts import check_prompts
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
 
     Source = str | Path | Image.Image
-    Pipeline = LocalDiTPipeline | LocalDiTImg2ImgPipeline | LocalDiTInpaintPipeline
+    Pipeline: TypeAlias = LocalDiTPipeline | LocalDiTImg2ImgPipeline | LocalDiTInpaintPipeline
 
 
 def inference(

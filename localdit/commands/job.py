@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from .options import OF_CONFIG
+from .options import BOX_NAME, OF_CONFIG, named_model
 from .parsing import UsageError
 from .presets import PHOTOGRAPHS, SCENES, Preset
 from .saving import Output, plan_output
-
-BOX_NAME = "box"
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _plan(
         from ..utils import contradictions
 
         settings = replace(settings, **contradictions(settings, checkpoint))
-    if args.ckpt_path is None and preset is SCENES:
+    if args.ckpt_path is None and settings.ckpt_path != (config or Config()).ckpt_path:
         _say_that_the_box_is_used()
     return Job(
         config=settings,
@@ -127,13 +125,6 @@ def _plan(
         padding_mask_crop=getattr(args, "padding_mask_crop", None),
         keeps_proportions=config is None and image is not None,
     )
-
-
-def named_model(name: str) -> str | Path:
-    """The path that `--model` means: 'box' is the model in the box, unless there is such a file."""
-    from ..utils import model_in_the_box
-
-    return model_in_the_box() if name == BOX_NAME and not Path(name).exists() else name
 
 
 def _configure(config: Config, args: argparse.Namespace) -> tuple[Config, Preset]:

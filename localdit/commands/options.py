@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .. import __version__
 
+BOX_NAME = "box"
+
 # Options that set a field of the Config; errors speak of the option.
 OF_CONFIG = {
     "ckpt_path": "--model",
@@ -126,3 +128,10 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--debug", action="store_true", help="show where an error came from")
     add("--version", action="version", version=f"LocalDiT {__version__}", help="the version")
+
+
+def named_model(name: str) -> str | Path:
+    """The path that `--model` means: 'box' is the model in the box, unless there is such a file."""
+    from ..utils import model_in_the_box
+
+    return model_in_the_box() if name == BOX_NAME and not Path(name).exists() else name

@@ -16,7 +16,13 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line that says what to do."""
+    """A parser whose errors are one line that says what to do.
+
+    Attributes:
+        hint: what else to say of an unknown option.
+    """
+
+    hint = ""
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
@@ -36,8 +42,8 @@ class Parser(argparse.ArgumentParser):
             return f"unexpected argument {word!r}: put quotes around text with spaces"
         option = word.split("=")[0]
         close = difflib.get_close_matches(option, self._option_string_actions, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"unknown option {option}{hint}"
+        meant = f"; did you mean {close[0]}?" if close else ""
+        return f"unknown option {option}{meant}{self.hint}"
 
 
 def run(

@@ -1,4 +1,4 @@
-"""The pipelines: from a prompt, or a prompt and an image, to a picture.
+"""The pipelines: from a prompt, with an image or an image and a mask, to a picture.
 
 The names below are imported when they are first used, so that the prompt helpers stay cheap.
 """
@@ -11,14 +11,16 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .image_to_image import LocalDiTImg2ImgPipeline
+    from .inpainting import LocalDiTInpaintPipeline
     from .text_to_image import LocalDiTPipeline
 
 _HOMES = {
     "LocalDiTImg2ImgPipeline": "image_to_image",
+    "LocalDiTInpaintPipeline": "inpainting",
     "LocalDiTPipeline": "text_to_image",
 }
 
-__all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTPipeline"]
+__all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTInpaintPipeline", "LocalDiTPipeline"]
 
 __getattr__ = lazy_names(__name__, _HOMES)
 

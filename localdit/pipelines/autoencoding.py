@@ -25,21 +25,32 @@ class AutoencodingMixin:
     image_processor: VaeImageProcessor
     maybe_free_model_hooks: Callable[[], None]
 
-    def decode(self, latents: torch.Tensor, request: Request) -> ImagePipelineOutput | tuple[Any]:
-        """Decode latents `(B, C, H, W)` into the pictures asked for; free offloaded models."""
-        images: Any = latents
-        if request.output_type != "latent":
-            with self.vae_for(request) as vae:
-                latents = latents.to(vae.dtype) / vae.config.scaling_factor
-                latents = latents + (vae.config.shift_factor or 0)
-                decoded = self._in_parts(
-                    lambda part: vae.decode(part, return_dict=False)[0],
-                    latents,
-                    request,
-                    vae.tile_latent_min_size,
-                    CROP,
-                )
-            images = self.image_processor.postprocess(decoded, output_type=request.output_type)
+    def decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        """Decode latents `(B, C, h, w)` into pictures `(B, 3, 8 h, 8 w)` in [0, 1].
+
+        Where latents are asked for, they are returned as they are.
+        """
+        if request.output_type == "latent":
+            return latents
+        with self.vae_for(request) as vae:
+            latents = latents.to(vae.dtype) / vae.config.scaling_factor
+            latents = latents + (vae.config.shift_factor or 0)
+            decoded = self._in_parts(
+                lambda part: vae.decode(part, return_dict=False)[0],
+                latents,
+                request,
+                vae.tile_latent_min_size,
+                CROP,
+            )
+        return self.image_processor.postprocess(decoded, output_type="pt")
+
+    def output(self, pictures: torch.Tensor, request: Request) -> ImagePipelineOutput | tuple[Any]:
+        """Return what `decode` gave in the form asked for; free offloaded models."""
+        images: Any = pictures
+        if request.output_type in ("np", "pil"):
+            images = self.image_processor.pt_to_numpy(pictures)
+        if request.output_type == "pil":
+            images = self.image_processor.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if request.return_dict else (images,)
 

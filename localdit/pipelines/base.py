@@ -5,6 +5,7 @@ prepare the latents, denoise, decode. The stages are here; the pipelines say onl
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -175,6 +176,7 @@ class LocalDiTBasePipeline(
         timesteps: torch.Tensor,
         text: TextEmbeddings,
         request: Request,
+        after_step: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Step the latents through the timesteps.
 
@@ -183,6 +185,8 @@ class LocalDiTBasePipeline(
             timesteps: the timesteps to take, a tail of the scheduler's.
             text: B rows each; the negative ones may be None without guidance.
             request: for guidance, eta, generators and callback.
+            after_step: given the latents that a step made and its index, returns those to go on
+                with; the callback comes after it.
 
         Returns:
             The denoised latents, `(B, C, H, W)`.
@@ -210,6 +214,8 @@ class LocalDiTBasePipeline(
                 tensors["latents"] = self.scheduler.step(
                     prediction, timestep, tensors["latents"], **step_options, return_dict=False
                 )[0]
+                if after_step is not None:
+                    tensors["latents"] = after_step(tensors["latents"], index)
                 if callback is not None:
                     shown = {name: tensors[name] for name in callback_inputs}
                     tensors |= callback(self, index, timestep, shown) or {}

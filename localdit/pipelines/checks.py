@@ -16,10 +16,11 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
-def check_positive_integer(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is an integer of at least 1."""
-    if not _is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Raise `ValueError` unless `value` is an integer of at least `low`."""
+    if not _is_integer(value) or value < low:
+        expected = "a positive integer" if low == 1 else f"an integer of at least {low}"
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:

@@ -1,5 +1,6 @@
-"""Images as the pipelines take them in: files' pictures, arrays, tensors, or latents."""
+"""Images and masks as the pipelines take them in: files' pictures, arrays, tensors, or latents."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..images import load_image
+
+# From this value of a mask on, a pixel is repainted. Values between 0 and 1 say how much of the new
+# picture is laid over the old one.
+REPAINTED = 0.5
 
 
 def read_images(image: Any, latent_channels: int) -> torch.Tensor:
@@ -23,58 +28,133 @@ def read_images(image: Any, latent_channels: int) -> torch.Tensor:
         TypeError: it is nothing of the kind.
         ValueError: there are none, their sizes differ, or values are out of range or not finite.
     """
-    images = image if isinstance(image, list) else [image]
+    images = _read_all("image", image, load_image, [3], [3, latent_channels])
+    if images.shape[1] == 3:
+        _check_range("image", images)
+    return images
+
+
+def read_masks(mask_image: Any) -> torch.Tensor:
+    """Return masks as one float32 tensor `(N, 1, H, W)` in [0, 1], 1 = to be repainted.
+
+    Args:
+        mask_image: one of these or a list of them: a PIL image of any mode, what is transparent
+            counting as black; an array `(H, W)`, `(H, W, 1 or 3)` or `(N, H, W, 1 or 3)`, or a
+            tensor `(H, W)`, `(1 or 3, H, W)` or `(N, 1 or 3, H, W)`, of floats in [0, 1], of uint8
+            or of bool.
+
+    Raises:
+        TypeError: it is nothing of the kind.
+        ValueError: there are none, their sizes differ, values are out of range or not finite, or
+            one has nothing to repaint.
+    """
+    masks = _read_all("mask_image", mask_image, _over_black, [1, 3], [1, 3])
+    _check_range("mask_image", masks)
+    masks = masks.mean(dim=1, keepdim=True)
+    if (masks.amax(dim=(1, 2, 3)) < REPAINTED).any():
+        raise ValueError(
+            f"mask_image has no value of {REPAINTED} or more, so that nothing would be repainted: "
+            "make it white where the picture is to change."
+        )
+    return masks
+
+
+def scale_images(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Scale pictures `(N, 3, H, W)` in [0, 1] to `height` x `width`, not keeping proportions."""
+    return _scale(images, height, width, "bicubic")
+
+
+def scale_masks(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Scale masks `(N, 1, H, W)` likewise, so that what is black stays it: bicubic would ripple."""
+    return _scale(masks, height, width, "bilinear")
+
+
+def _scale(images: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
+    if images.shape[-2:] == (height, width):
+        return images
+    scaled = F.interpolate(images, (height, width), mode=mode, antialias=True)
+    return scaled.clamp(0, 1)
+
+
+def _read_all(
+    name: str,
+    given: Any,
+    to_rgb: Callable[[Image.Image], Image.Image],
+    array_channels: list[int],
+    tensor_channels: list[int],
+) -> torch.Tensor:
+    """Return one input or a list of them as `(N, C, H, W)`.
+
+    Args:
+        name: what error messages call them.
+        given: PIL images, arrays, tensors.
+        to_rgb: from any PIL image to one of mode RGB.
+        array_channels: numbers of channels that an array may have.
+        tensor_channels: likewise.
+    """
+    images = given if isinstance(given, list) else [given]
     if not images:
-        raise ValueError("image is an empty list: give at least one image.")
-    tensors = [_read(one, latent_channels) for one in images]
+        raise ValueError(f"{name} is an empty list: give at least one image.")
+    tensors = []
+    for image in images:
+        if isinstance(image, Image.Image):
+            tensors.append(_from_array(name, np.array(to_rgb(image)), [3]))
+        elif isinstance(image, np.ndarray):
+            tensors.append(_from_array(name, image, array_channels))
+        elif isinstance(image, torch.Tensor):
+            tensors.append(_from_tensor(name, image, tensor_channels))
+        else:
+            raise TypeError(
+                f"{name} must be a PIL image, a NumPy array, a tensor, or a list of them, got "
+                f"{type(image).__name__}."
+            )
     sizes = sorted({(t.shape[3], t.shape[2], t.shape[1]) for t in tensors})
     if len(sizes) > 1:
         raise ValueError(
-            "The images differ in (width, height, channels): "
+            f"Those given as {name} differ in (width, height, channels): "
             f"{', '.join(map(str, sizes))}. Scale them to one size."
         )
     return torch.cat(tensors)
 
 
-def scale_images(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Scale pictures `(N, 3, H, W)` in [0, 1] to `height` x `width`, not keeping proportions."""
-    if images.shape[-2:] == (height, width):
-        return images
-    scaled = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
-    return scaled.clamp(0, 1)
-
-
-def _read(image: Any, latent_channels: int) -> torch.Tensor:
-    """Return one input as `(N, C, H, W)`."""
-    channels: tuple[int, ...] = (3,)
-    if isinstance(image, Image.Image):
-        image = np.array(load_image(image))
-    if isinstance(image, np.ndarray):
-        if image.ndim not in (3, 4):
-            raise ValueError(
-                f"An image array must have shape (H, W, 3) or (N, H, W, 3), got {image.shape}."
-            )
-        tensor = torch.from_numpy(np.moveaxis(image, -1, -3))
-    elif isinstance(image, torch.Tensor):
-        tensor = image
-        channels = (3, latent_channels)
-    else:
-        raise TypeError(
-            "image must be a PIL image, a NumPy array, a tensor, or a list of them, got "
-            f"{type(image).__name__}."
+def _from_array(name: str, array: np.ndarray, channels: list[int]) -> torch.Tensor:
+    if array.ndim == 2 and 1 in channels:
+        array = array[..., None]
+    if array.ndim not in (3, 4) or array.shape[-1] not in channels or 0 in array.shape:
+        wanted = " or ".join(map(str, channels))
+        raise ValueError(
+            f"An array given as {name} must have {wanted} channels, as (H, W, C) or (N, H, W, C); "
+            f"got the shape {array.shape}."
         )
+    return _from_tensor(name, torch.from_numpy(np.moveaxis(array, -1, -3)), channels)
+
+
+def _from_tensor(name: str, tensor: torch.Tensor, channels: list[int]) -> torch.Tensor:
+    if tensor.ndim == 2 and 1 in channels:
+        tensor = tensor[None]
     tensor = tensor[None] if tensor.ndim == 3 else tensor
     if tensor.ndim != 4 or tensor.shape[1] not in channels or 0 in tensor.shape:
         raise ValueError(
-            f"An image must have {' or '.join(map(str, channels))} channels, as (C, H, W) or "
+            f"{name} must have {' or '.join(map(str, channels))} channels, as (C, H, W) or "
             f"(N, C, H, W); got the shape {tuple(tensor.shape)}."
         )
     tensor = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
     if not torch.isfinite(tensor).all():
-        raise ValueError("image contains NaN or infinite values.")
-    if tensor.shape[1] == 3 and (tensor.min() < 0 or tensor.max() > 1):
-        raise ValueError(
-            "The values of an image must lie in [0, 1], or be uint8; these lie in "
-            f"[{tensor.min():g}, {tensor.max():g}]."
-        )
+        raise ValueError(f"{name} contains NaN or infinite values.")
     return tensor
+
+
+def _check_range(name: str, images: torch.Tensor) -> None:
+    if images.min() < 0 or images.max() > 1:
+        raise ValueError(
+            f"The values of {name} must lie in [0, 1], or be uint8; these lie in "
+            f"[{images.min():g}, {images.max():g}]."
+        )
+
+
+def _over_black(mask: Image.Image) -> Image.Image:
+    """A mask of any mode as RGB; what is transparent is black, and so is kept."""
+    if "transparency" not in mask.info and not mask.mode.upper().endswith("A"):
+        return load_image(mask)
+    black = Image.new("RGBA", mask.size, "black")
+    return Image.alpha_composite(black, mask.convert("RGBA")).convert("RGB")

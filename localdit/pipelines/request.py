@@ -1,7 +1,7 @@
 """The arguments that all LocalDiT pipelines share, checked as a whole before any work."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,18 @@ class Request:
     callback_on_step_end_tensor_inputs: Sequence[str]
     max_sequence_length: int
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], height: int, width: int) -> "Request":
+        """The request of a pipeline's call.
+
+        Args:
+            arguments: the call's, by name; others than those of a request are left out.
+            height, width: pixels of the pictures, where the call may have left them open.
+        """
+        named = {f.name: arguments[f.name] for f in fields(cls) if f.name in arguments}
+        text = TextEmbeddings(*(arguments[name] for name in TextEmbeddings._fields))
+        return cls(**{**named, "text": text, "height": height, "width": width})
+
     @property
     def num_prompts(self) -> int:
         """Number of prompts, B."""
@@ -75,9 +87,9 @@ class Request:
         """
         checks.check_size("height", self.height, multiple)
         checks.check_size("width", self.width, multiple)
-        checks.check_positive_integer("num_inference_steps", self.num_inference_steps)
-        checks.check_positive_integer("num_images_per_prompt", self.num_images_per_prompt)
-        checks.check_positive_integer("max_sequence_length", self.max_sequence_length)
+        checks.check_integer("num_inference_steps", self.num_inference_steps, 1)
+        checks.check_integer("num_images_per_prompt", self.num_images_per_prompt, 1)
+        checks.check_integer("max_sequence_length", self.max_sequence_length, 1)
         checks.check_number("guidance_scale", self.guidance_scale)
         checks.check_interval("guidance_interval", self.guidance_interval)
         checks.check_one_of("output_type", [self.output_type], OUTPUT_TYPES)

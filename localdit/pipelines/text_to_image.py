@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .base import LocalDiTBasePipeline
-from .request import Generators, Request, StepCallback, TextEmbeddings
+from .request import Generators, Request, StepCallback
 
 
 class LocalDiTPipeline(LocalDiTBasePipeline):
@@ -76,34 +76,14 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             TypeError: an argument is of a wrong type.
         """
         default_size = self.transformer.config.sample_size * self.vae_scale_factor
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
+        request = Request.of(
+            locals(),
             height=default_size if height is None else height,
             width=default_size if width is None else width,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            text=TextEmbeddings(
-                prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-            ),
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
         )
         self.check_inputs(request)
         schedule = self.set_timesteps(request)
         text = self.encode_request(request)
         start = self.prepare_noise(request) * self.scheduler.init_noise_sigma
-        return self.decode(self.denoise(start, schedule, text, request), request)
+        latents = self.denoise(start, schedule, text, request)
+        return self.output(self.decode(latents, request), request)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from localdit.training.options import parse_args
+from localdit.training.options import make_parser, parse_args
 from localdit.training.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         argv: the options, by default those of the process.
         prog: what messages about them call the program, by default the script's name.
     """
-    args = parse_args(argv, prog)
+    args = parse_args(argv, make_parser(prog))
     stop = StopRequest()
     stop.listen()
 

@@ -196,7 +196,7 @@ def test_the_command_tells_mistakes_in_one_line(checkpoint, tmp_path, capsys):
     ):
         assert main([str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
+        assert error.startswith("localdit convert: error: ") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from localdit.pipelines import LocalDiTImg2ImgPipeline
+from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline
 from tests.tiny import tiny_pipeline
 
 
@@ -14,6 +14,13 @@ def pipe():
 @pytest.fixture(scope="session")
 def img2img(pipe):
     pipeline = LocalDiTImg2ImgPipeline(**pipe.components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def inpaint(pipe):
+    pipeline = LocalDiTInpaintPipeline(**pipe.components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -30,13 +30,19 @@ def test_a_size_is_an_integer(value):
 
 def test_numpy_integers_are_integers():
     checks.check_size("width", np.int64(64), 16)
-    checks.check_positive_integer("n", np.int32(1))
+    checks.check_integer("n", np.int32(1), 1)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None])
 def test_positive_integers(value):
     with pytest.raises(ValueError, match="n must be a positive integer"):
-        checks.check_positive_integer("n", value)
+        checks.check_integer("n", value, 1)
+
+
+def test_integers_from_a_bound_on():
+    checks.check_integer("n", 0, 0)
+    with pytest.raises(ValueError, match="n must be an integer of at least 0, got -1"):
+        checks.check_integer("n", -1, 0)
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf"), "0.5", None])

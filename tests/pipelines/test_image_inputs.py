@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from localdit.pipelines.image_inputs import read_images, scale_images
+from localdit.pipelines.image_inputs import read_images, read_masks, scale_images
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(ARRAY)
@@ -43,7 +43,7 @@ def test_latents_pass_whatever_their_range():
         (None, TypeError, "got NoneType"),
         ("picture.png", TypeError, "got str"),
         ([PICTURE, 3], TypeError, "got int"),
-        (np.zeros((12, 20)), ValueError, r"\(H, W, 3\)"),
+        (np.zeros((12, 20)), ValueError, r"must have 3 channels, as \(H, W, C\)"),
         (np.zeros((12, 20, 4)), ValueError, "must have 3 channels"),
         (torch.zeros(2, 12, 20), ValueError, "must have 3 or 4 channels"),
         (torch.zeros(12, 20), ValueError, "must have 3 or 4 channels"),
@@ -57,6 +57,61 @@ def test_latents_pass_whatever_their_range():
 def test_what_is_no_image_is_refused(image, error, message):
     with pytest.raises(error, match=message):
         read_images(image, 4)
+
+
+MASK = ARRAY[..., 0] > 127
+GREY = np.where(MASK, np.uint8(255), np.uint8(0))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Image.fromarray(GREY),
+        Image.fromarray(GREY).convert("1"),
+        Image.fromarray(GREY).convert("P"),
+        Image.fromarray(GREY).convert("RGB"),
+        Image.merge("LA", [Image.new("L", (20, 12), 255), Image.fromarray(GREY)]),
+        MASK,
+        GREY,
+        MASK.astype(np.float64),
+        GREY[..., None],
+        np.stack([GREY] * 3, axis=-1)[None],
+        torch.from_numpy(MASK),
+        torch.from_numpy(GREY)[None],
+        torch.from_numpy(MASK)[None, None].float(),
+        torch.from_numpy(GREY).expand(1, 3, 12, 20),
+    ],
+    ids=lambda mask: f"{type(mask).__name__} {getattr(mask, 'mode', getattr(mask, 'shape', None))}",
+)
+def test_every_kind_of_mask_reads_the_same(mask):
+    read = read_masks(mask)
+    assert read.dtype == torch.float32
+    assert torch.equal(read, torch.from_numpy(MASK)[None, None].float())
+    assert torch.equal(read_masks([mask, mask]), torch.cat([read, read]))
+
+
+def test_masks_may_be_soft():
+    assert torch.equal(read_masks(np.full((12, 20), 0.75)), torch.full((1, 1, 12, 20), 0.75))
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (None, TypeError, "mask_image must be a PIL image, .* got NoneType"),
+        ([], ValueError, "mask_image is an empty list"),
+        (np.zeros((12, 20, 4)), ValueError, "mask_image must have 1 or 3 channels"),
+        (torch.zeros(2, 12, 20), ValueError, "mask_image must have 1 or 3 channels"),
+        (np.full((12, 20), 255.0), ValueError, r"values of mask_image must lie in \[0, 1\]"),
+        (np.full((12, 20), np.nan), ValueError, "mask_image contains NaN"),
+        (np.zeros((12, 20)), ValueError, "no value of 0.5 or more"),
+        ([MASK, np.zeros((12, 20))], ValueError, "no value of 0.5 or more"),
+        (Image.new("RGBA", (20, 12), (255, 255, 255, 0)), ValueError, "no value of 0.5 or more"),
+        ([MASK, MASK[:6]], ValueError, "given as mask_image differ"),
+    ],
+)
+def test_what_is_no_mask_is_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        read_masks(mask)
 
 
 def test_scaling_stays_in_range_and_keeps_what_fits():

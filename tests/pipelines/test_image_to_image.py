@@ -1,5 +1,3 @@
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -57,16 +55,6 @@ def test_the_autoencoders_shift_is_taken_off(img2img, image, seeded):
     torch.testing.assert_close(shifted, encoded(img2img, image, seeded()) - 0.5 * 0.13025)
 
 
-@pytest.mark.parametrize("steps", [1, 7, 20])
-@pytest.mark.parametrize("strength", [0.1, 0.29, 0.5, 0.8, 1.0])
-def test_the_last_steps_are_taken(img2img, steps, strength):
-    img2img.scheduler.set_timesteps(steps)
-    kept = img2img.get_timesteps(strength)
-    assert len(kept) == int(steps * strength)
-    assert torch.equal(kept, img2img.scheduler.timesteps[steps - len(kept) :])
-    assert img2img.scheduler.begin_index == steps - len(kept)
-
-
 def test_the_more_strength_the_more_change(img2img, image, seeded):
     start = encoded(img2img, image, seeded())
     distances = [
@@ -86,12 +74,6 @@ def test_at_strength_0_the_encoded_image_comes_back(img2img, image, calls, seede
     with torch.no_grad():
         decoded = img2img.vae.decode(latents / 0.13025).sample
     torch.testing.assert_close(picture, (decoded / 2 + 0.5).clamp(0, 1))
-
-
-def test_a_strength_of_less_than_a_step_is_warned_about(img2img, image, caplog):
-    with caplog.at_level(logging.WARNING):
-        change(img2img, image, strength=0.1)
-    assert "Strength 0.1 of 5 steps is less than one step" in caplog.text
 
 
 @pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan"), None, "0.5"])
