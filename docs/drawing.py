@@ -1,4 +1,4 @@
-"""A small SVG canvas for the drawings of the docs: a card that is readable on light and dark pages."""
+"""A small SVG canvas for the drawings of the docs: a card, for light and for dark pages."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def windows() -> Drawing:
 
 def shifts() -> Drawing:
     """Four layers, each with its shift, and how far a token has heard after each."""
-    drawing = Drawing(760, 262, "The windows move from layer to layer, and what a token knows grows")
+    drawing = Drawing(760, 262, "Windows move from layer to layer: what a token knows spreads")
     side, size, marked = 16, 10.5, 16 * 8 + 8
     heard = torch.eye(side**2, dtype=torch.bool)[marked]
     for layer, shift in enumerate(shift_sizes(4, 4, "cyclic")):
@@ -106,7 +106,7 @@ def shifts() -> Drawing:
 
 def cyclic_shift() -> Drawing:
     """The roll that turns moved windows into whole ones, and the mask that goes with it."""
-    drawing = Drawing(760, 314, "The map is rolled, cut into windows, and a mask keeps strangers apart")
+    drawing = Drawing(760, 314, "The map is rolled and cut; a mask keeps strangers apart")
     side, size, top = 8, 25, 62
     grid = WindowGrid(side, side, 4, 2, 2)
     group = regions(grid)
@@ -145,7 +145,7 @@ def cyclic_shift() -> Drawing:
 
 def rope() -> Drawing:
     """Hands that turn with the column and the row."""
-    drawing = Drawing(760, 310, "Queries and keys turn with the column and with the row of their token")
+    drawing = Drawing(760, 310, "Queries and keys turn with their column and row")
     columns, rows, size = 7, 4, 60
     for row in range(rows):
         for column in range(columns):
@@ -217,7 +217,7 @@ def global_context() -> Drawing:
     drawing.text(466, 222, "of the same window", "soft", 12)
     drawing.arrow([(666, 124), (666, 196)])
     step(drawing, 590, 201, 152, "mean of both", "this and plain attention")
-    words = "Each window asks with features of the whole map; half of the answer is plain attention's."
+    words = "Windows ask with features of the whole map; half of the answer is plain attention."
     drawing.text(380, 302, words, "soft", 13)
     return drawing
 

@@ -12,8 +12,8 @@ from localdit.training.encode import options as encode_options
 PAGE = Path(__file__).with_name("training-options.md")
 INTRODUCTION = """# Options of training
 
-Written by `python docs/make_options.py` from the command lines themselves; [Training](guides/train.md)
-shows the options at work. An empty default is explained beside it.
+Written by `python docs/make_options.py` from the command lines themselves;
+[Train](guides/train.md) shows the options at work. An empty default is explained beside it.
 """
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/images/circle.png and strengths.png with the model in the box: `python docs/make_pictures.py`."""
+"""Draws circle.png and strengths.png with the model in the box: `python docs/make_pictures.py`."""
 
 from __future__ import annotations
 

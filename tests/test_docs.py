@@ -20,6 +20,7 @@ LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
 SMALL = {
     "python": {r"\bConfig\(\)": "Config(ckpt_path='localdit/box', height=128, width=128)"},
     "bash": {
+        r"source .venv/bin/activate": "true",
         r"--count \d+": "--count 24",
         r"--max-train-steps \d+": "--max-train-steps 4",
         r"(max-train-steps\": )\d+": r"\g<1>2",
@@ -136,3 +137,18 @@ def test_messages_that_the_docs_explain_are_those_of_the_code():
             part = part.strip(" .;")
             known = part in code or message == "No module named 'config'"
             assert known, f"no error says {part!r}"
+
+
+def test_the_file_tree_of_the_readme_names_what_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## The files\n\n```text\n")[1].split("```")[0]
+    folders: list[str] = []
+    for line in tree.splitlines():
+        indent = (len(line) - len(line.lstrip())) // 2
+        if indent > 5:
+            continue  # a comment that has a line of its own
+        names = re.match(r"\s*((?:[\w./]+, )*[\w./]+)", line)[1].split(", ")
+        folders = folders[:indent]
+        for name in names:
+            assert (ROOT / "/".join(folders) / name).exists(), f"{line.strip()}: no {name}"
+        folders.append(names[0].rstrip("/"))

@@ -1,7 +1,7 @@
 """A `python` whose imports are done: commands that a test runs by the dozen start at once.
 
-A server imports PyTorch, Diffusers and LocalDiT once. `python` and `localdit` in a folder of their own
-ask it for a fork of itself, which takes over arguments, folder, environment, streams and exit
+A server imports PyTorch, Diffusers and LocalDiT once. `python` and `localdit` in a folder of their
+own ask it for a fork of itself, which takes over arguments, folder, environment, streams and exit
 status. What it can't do (`python -m pip`, ...) goes to the real interpreter.
 """
 

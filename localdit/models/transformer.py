@@ -313,7 +313,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
 
         Raises:
             ValueError: if the latents do not divide into patches, or a condition is missing or
-            unknown.
+                unknown.
         """
         patch = self.config.patch_size
         batch_size, _, *size = hidden_states.shape
