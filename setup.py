@@ -31,6 +31,7 @@ setup(
     # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
     packages=find_packages(include=["localdit", "localdit.*"]),
     package_data={"localdit": ["py.typed", "box/**/*"]},
+    entry_points={"console_scripts": ["localdit=localdit.commands:main"]},
     install_requires=[
         "torch>=2.6",  # before, `weights_only=True` could be bypassed
         "diffusers>=0.36",

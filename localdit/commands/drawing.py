@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,12 +41,17 @@ def draw(
 
 def load(job: Job) -> LocalDiTPipeline:
     """The pipeline of a job; bars are shown on terminals only."""
+    from ..progress import hidden, hide_loading_bars
     from ..utils import load_model
 
-    if not sys.stderr.isatty():
-        _hide_loading_bars()
+    hide_loading_bars()
     pipe = load_model(job.config, job.device, job.dtype)
-    pipe.set_progress_bar_config(disable=None)  # None: shown on terminals only
+    pipe.set_progress_bar_config(disable=hidden())
+    for number, path in enumerate(job.loras):
+        pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
+    if job.loras:
+        names = [f"lora_{number}" for number in range(len(job.loras))]
+        pipe.set_adapters(names, list(job.loras.values()))
     return pipe
 
 
@@ -131,14 +135,6 @@ def _padding(job: Job) -> int | None:
     return None if (height, width) == (job.config.height, job.config.width) else max(width, height)
 
 
-def _hide_loading_bars() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
 def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
     """What made a picture, for the picture to carry."""
     config = job.config
@@ -154,6 +150,8 @@ def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "localdit": __version__,
     }
+    if job.loras:
+        settings["loras"] = job.loras
     if job.image is not None:
         settings |= {"image": str(job.image), "strength": config.denoising_strength}
     if job.mask is not None:

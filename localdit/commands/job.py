@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ class Job:
         preset: what suits the model.
         prompts: one for each picture.
         output: where pictures go.
+        loras: LoRAs and their weights.
         size: height and width, where the command gives them.
         image: a picture to start from.
         mask: which parts of it to repaint.
@@ -41,6 +43,7 @@ class Job:
     grid: bool
     device: str | None
     dtype: str | None
+    loras: dict[str, float]
     size: tuple[int | None, int | None]
     image: Path | None = None
     mask: Path | None = None
@@ -119,6 +122,7 @@ def _plan(
         grid=args.grid,
         device=args.device,
         dtype=args.dtype,
+        loras=_loras(args),
         size=(args.height, args.width),
         image=image,
         mask=mask,
@@ -168,6 +172,24 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     if not prompts:
         raise ValueError(f"{name} is empty; expected one prompt a line")
     return prompts
+
+
+def _loras(args: argparse.Namespace) -> dict[str, float]:
+    """The LoRAs that are asked for, with their weights."""
+    if not args.lora and not args.lora_scale:
+        return {}
+    scales = args.lora_scale or [1.0] * len(args.lora)
+    if len(scales) != len(args.lora):
+        raise ValueError(
+            f"--lora-scale is given {len(scales)} times for {len(args.lora)} LoRAs; expected one "
+            "each, or none"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('--lora needs peft: pip install "localdit[lora]"')
+    for name in args.lora:
+        if not Path(name).exists() and name.count("/") != 1:
+            raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
+    return dict(zip(args.lora, scales, strict=True))
 
 
 def _check_pictures(image: Path | None, mask: Path | None) -> None:
