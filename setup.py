@@ -27,6 +27,8 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The LocalDiT authors",
+    keywords="diffusion transformer text-to-image diffusers window-attention",
     python_requires=">=3.10",
     # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
     packages=find_packages(include=["localdit", "localdit.*"]),
@@ -52,16 +54,26 @@ setup(
             *TRAIN,
             *DOCS,
             *TRITON,  # tests interpret its kernels
+            "build>=1.0",
             "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8.0",
             "ruff>=0.6",
+            "setuptools>=68",
+            "twine>=5.0",
             "webdataset>=0.2",  # reads what encoding ahead writes, in a test
         ],
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Multimedia :: Graphics",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

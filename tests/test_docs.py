@@ -34,7 +34,12 @@ def names(page: Path) -> str:
 
 
 def runnable(page: Path) -> list[Block]:
-    blocks = find_blocks(page.read_text(encoding="utf-8"))
+    """What of a page is run: its blocks, and calls within lines, on small pictures."""
+    text = page.read_text(encoding="utf-8")
+    blocks = find_blocks(text)
+    calls = re.findall(r"`(pipe\(prompt, .*?)\)`", text)
+    inline = "\n".join(f"{call}, height=32, width=32)" for call in calls)
+    blocks += [Block("python", inline, text.count("\n"))] if calls else []
     return [block for block in blocks if block.language in RUN and not block.not_run]
 
 
@@ -80,6 +85,8 @@ def test_every_block_of_code_is_one_that_is_run_or_says_why_not(page):
         assert block.language in RUN | READ, f"{page}:{block.line}: language {block.language!r}"
         assert not (block.not_run and block.language not in RUN), f"{page}:{block.line}"
         check_syntax(block)
+    installs = r"\b(pip install|quickstart\.sh|git clone|wget|curl)\b"
+    assert not any(re.search(installs, block.code) for block in runnable(page)), "not in a test"
 
 
 @pytest.fixture(scope="module")
