@@ -1,5 +1,6 @@
 """What the documentation says can be done, and does not go stale."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -22,6 +23,7 @@ SMALL = {
     "bash": {
         r"source .venv/bin/activate": "true",
         r"--count \d+": "--count 24",
+        r"(score --count) \d+": r"\1 4",
         r"--max-train-steps \d+": "--max-train-steps 4",
         r"(max-train-steps\": )\d+": r"\g<1>2",
         r"--validation-samples \d+": "--validation-samples 2",
@@ -48,11 +50,8 @@ def has_slow(page: Path) -> bool:
 
 
 def test_the_table_of_options_is_that_of_the_command_lines():
-    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs/make_options.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     written = (ROOT / "docs/training-options.md").read_text(encoding="utf-8")
-    assert written == module.page(), "write it anew: python docs/make_options.py"
+    assert written == load_script("make_options").page(), "write it anew: docs/make_options.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
@@ -159,3 +158,68 @@ def test_the_file_tree_of_the_readme_names_what_is_there():
         for name in names:
             assert (ROOT / "/".join(folders) / name).exists(), f"{line.strip()}: no {name}"
         folders.append(names[0].rstrip("/"))
+
+
+# What scripts made
+
+
+def load_script(name):
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_drawings_are_those_of_the_script():
+    drawings = load_script("make_drawings").DRAWINGS
+    assert {path.stem for path in ROOT.glob("docs/images/*.svg")} == set(drawings)
+    for name, draw in drawings.items():
+        kept = (ROOT / f"docs/images/{name}.svg").read_text(encoding="utf-8")
+        assert kept == draw().svg(), "draw them anew: python docs/make_drawings.py"
+
+
+def test_what_is_drawn_of_windows_is_so():
+    """By hand: token 0 of a 4 x 4 map of shifted windows of 2 is alone; in the middle are four."""
+    from localdit.models.windows import WindowGrid
+
+    script = load_script("make_drawings")
+    assert script.regions(WindowGrid(4, 4, 2, 1, 1)) == [
+        *(0, 1, 1, 2),
+        *(3, 4, 4, 5),
+        *(3, 4, 4, 5),
+        *(6, 7, 7, 8),
+    ]
+
+
+# The reference
+
+
+PUBLIC = {
+    line.split("`")[1]: re.findall(r"`(\w+)`", line.split("|")[2])
+    for line in (ROOT / "docs/reference/index.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith(("| `localdit", "| [`localdit"))
+}
+
+
+def test_the_table_of_public_names_has_each_module_that_names_some():
+    modules = {"localdit"}
+    for path in ROOT.glob("localdit/**/*.py"):
+        if re.search(r"^__all__ =", path.read_text(encoding="utf-8"), re.MULTILINE):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            modules.add(".".join(part for part in parts if part != "__init__"))
+    commands = {name for name in modules if name.startswith("localdit.commands")}
+    assert set(PUBLIC) == modules - commands  # of these the command lines are public
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_each_public_name_is_documented_and_in_the_reference(module):
+    names = importlib.import_module(module).__all__
+    assert sorted(PUBLIC[module]) == sorted(names)
+    pages = "".join(path.read_text("utf-8") for path in ROOT.glob("docs/reference/*.md"))
+    documented = {line.rsplit(".", 1)[1] for line in re.findall(r"^::: (.+)$", pages, re.MULTILINE)}
+    for name in names:
+        public = getattr(importlib.import_module(module), name)
+        assert name in documented, f"{module}.{name} is not in docs/reference"
+        if callable(public):
+            assert public.__doc__ and len(public.__doc__) > 20, f"{module}.{name}"
