@@ -340,7 +340,7 @@ class LocalDiTTransformer2DModel(
 
         Raises:
             ValueError: if the latents do not divide into patches, or a condition is missing or
-            unknown.
+                unknown.
         """
         patch = self.config.patch_size
         batch_size, _, *size = hidden_states.shape
