@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection
@@ -22,6 +23,7 @@ from .bands import in_bands
 from .caching import register_for_caching
 from .embedding import PatchEmbedding
 from .linear import FeedForward
+from .lora import scales_adapters
 from .windows import WindowGrid, shift_sizes
 
 
@@ -98,7 +100,9 @@ class LocalDiTBlock(nn.Module):
         return any(getattr(registry, "hooks", None) for registry in registries)
 
 
-class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigMixin):
+class LocalDiTTransformer2DModel(
+    ModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin
+):
     """A diffusion transformer whose self-attention looks only at small shifted windows.
 
     Called as diffusers' `PixArtTransformer2DModel` is. The size of the picture is read off the
@@ -282,6 +286,12 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
             }
         super().set_attn_processor(processors)
 
+    def set_default_attn_processor(self) -> None:
+        """Compute attention as the model was made to, each layer in its own way."""
+        for module in self.modules():
+            if isinstance(module, LocalDiTAttention | CrossAttention):
+                module.set_processor(module._default_processor_cls())
+
     def set_window_attention_backend(self, backend: str) -> None:
         """Choose what computes attention within windows, in every layer that has windows.
 
@@ -298,6 +308,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
             if hasattr(processor, "backend"):
                 processor.backend = backend
 
+    @scales_adapters
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -316,8 +327,10 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
             encoder_hidden_states: `(B, L, caption_channels)` states of the text encoder.
             timestep: `(B,)`, or a single one for the whole batch.
             added_cond_kwargs: where the model uses additional conditions: "resolution" `(B, 2)`,
-                height and width in pixels, and "aspect_ratio" `(B, 1)`, width / height.
-            cross_attention_kwargs: taken for the signature's sake; has to be empty.
+                height and width in pixels, and "aspect_ratio" `(B, 1)`, width / height; or one row
+                of each for the whole batch.
+            cross_attention_kwargs: may hold "scale", by which the active LoRA adapters are
+                multiplied in this call; nothing else.
             attention_mask: taken for the signature's sake; has to be None.
             encoder_attention_mask: `(B, L)`, 1 = keep, 0 = discard; or a bias `(B, 1, L)`.
             return_dict: return an output object rather than a tuple.
@@ -327,7 +340,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
 
         Raises:
             ValueError: if the latents do not divide into patches, or a condition is missing or
-            unknown.
+                unknown.
         """
         patch = self.config.patch_size
         batch_size, _, *size = hidden_states.shape
@@ -342,13 +355,20 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
                 "'resolution' (B, 2) and 'aspect_ratio' (B, 1)."
             )
         if attention_mask is not None or cross_attention_kwargs:
-            raise ValueError("`attention_mask` and `cross_attention_kwargs` are not supported.")
+            raise ValueError(
+                "`attention_mask` is not supported, nor anything in `cross_attention_kwargs` but "
+                "'scale'."
+            )
 
         height, width = size[0] // patch, size[1] // patch
         hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
+        conditions = {
+            name: value if value is None else value.view(len(value), -1).expand(batch_size, -1)
+            for name, value in (added_cond_kwargs or {}).items()
+        }
         modulation, embedded_timestep = self.adaln_single(
-            timestep, added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
+            timestep, conditions, batch_size=batch_size, hidden_dtype=hidden_states.dtype
         )
         if self.caption_projection is not None:
             encoder_hidden_states = self.caption_projection(encoder_hidden_states)
@@ -361,7 +381,9 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
             else:
                 hidden_states = block(*args)
 
-        shift, scale = (self.scale_shift_table + embedded_timestep[:, None]).chunk(2, dim=1)
+        # The parameter may be on another device than the last block, if the model is spread.
+        table = self.scale_shift_table.to(hidden_states.device)
+        shift, scale = (table + embedded_timestep[:, None].to(table.device)).chunk(2, dim=1)
 
         def projected(tokens: slice, _: WindowGrid) -> torch.Tensor:
             normed = self.norm_out(hidden_states[:, tokens])

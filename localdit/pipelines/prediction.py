@@ -10,6 +10,7 @@ import torch
 
 from ..models.transformer import LocalDiTTransformer2DModel
 from .guidance import DenoiserText
+from .schedules import scale_input
 
 
 class PredictionMixin:
@@ -20,6 +21,7 @@ class PredictionMixin:
     vae_scale_factor: int
     _denoiser_text: DenoiserText
     _guidance_scale = 1.0
+    _cross_attention_kwargs: dict[str, Any] | None = None
     _within_interval = True
     _latest_context: str | None = None
     _current_timestep: torch.Tensor | None = None
@@ -28,6 +30,11 @@ class PredictionMixin:
     def guidance_scale(self) -> float:
         """Weight g of `uncond + g * (text - uncond)`; a callback may set `_guidance_scale`."""
         return self._guidance_scale
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        """What the transformer is told beside its inputs: the scale of LoRA adapters."""
+        return self._cross_attention_kwargs
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -86,11 +93,12 @@ class PredictionMixin:
         embeds, mask = self._denoiser_text(*pairs)
         with self._cache_context("cond_uncond" if guided else "cond"):
             prediction = self.transformer(
-                self.scheduler.scale_model_input(latents, timestep),
+                scale_input(self.scheduler, latents, timestep),
                 encoder_hidden_states=embeds,
                 encoder_attention_mask=mask,
                 timestep=timestep.to(latents.device).expand(len(latents)),
                 added_cond_kwargs=self._micro_conditions(latents),
+                cross_attention_kwargs=self.cross_attention_kwargs,
                 return_dict=False,
             )[0]
         if guided:
@@ -111,12 +119,9 @@ class PredictionMixin:
     def _micro_conditions(self, latents: torch.Tensor) -> dict[str, torch.Tensor | None]:
         if not self.transformer.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
-        batch, _, *size = latents.shape
-        height, width = (self.vae_scale_factor * length for length in size)
-        # float32 whatever the latents are: the embedding computes in it, and bfloat16 would round.
+        height, width = (self.vae_scale_factor * length for length in latents.shape[2:])
+        # One row for the whole batch, since FasterCache leaves half of it out at times. float32
+        # whatever the latents are: the embedding computes in it, and bfloat16 would round.
         resolution = torch.tensor([[height, width]], dtype=torch.float32, device=latents.device)
         aspect_ratio = torch.tensor([[width / height]], dtype=torch.float32, device=latents.device)
-        return {
-            "resolution": resolution.expand(batch, 2),
-            "aspect_ratio": aspect_ratio.expand(batch, 1),
-        }
+        return {"resolution": resolution, "aspect_ratio": aspect_ratio}

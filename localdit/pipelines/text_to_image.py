@@ -8,6 +8,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .base import LocalDiTBasePipeline
 from .request import Generators, Request, StepCallback
+from .schedules import initial_scale
 
 
 class LocalDiTPipeline(LocalDiTBasePipeline):
@@ -38,6 +39,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 120,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Make pictures from prompts.
 
@@ -67,6 +69,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             guidance_interval: fractions (start, stop) of the steps between which the guidance scale
                 holds; the others are computed without the negative prompt, in half the time
                 (Kynkaanniemi et al., 2024).
+            cross_attention_kwargs: `{"scale": factor}` multiplies the active LoRA adapters.
 
         Returns:
             The B * n pictures, those of the first prompt first, as `output.images` or `(images,)`.
@@ -84,6 +87,6 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         self.check_inputs(request)
         schedule = self.set_timesteps(request)
         text = self.encode_request(request)
-        start = self.prepare_noise(request) * self.scheduler.init_noise_sigma
+        start = self.prepare_noise(request) * initial_scale(self.scheduler)
         latents = self.denoise(start, schedule, text, request)
         return self.output(self.decode(latents, request), request)
