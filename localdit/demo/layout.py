@@ -103,7 +103,7 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
             elem_id="image",
         )
         # Gradio would try all of Pillow's readers, and what fails in there can't be told well.
-        image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+        image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign,assignment,return-value]
         editor = gr.ImageEditor(
             offer.picture,
             label="Paint over what is to change",
