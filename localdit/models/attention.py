@@ -43,6 +43,8 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         dropout: probability of dropping an output channel in training.
     """
 
+    _default_processor_cls: type[_Processor]
+
     def __init__(
         self,
         num_heads: int,
@@ -278,6 +280,8 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
     """Attention of image tokens to text tokens, with RMSNorm on queries and keys of each head."""
 
     use_bias = True  # what `fuse_projections`, by Diffusers, has to know of `to_k` and `to_v`
+    to_kv: nn.Linear  # made by it
+    _default_processor_cls: type[_Processor]
 
     def __init__(
         self,
