@@ -290,9 +290,10 @@ class LocalDiTTransformer2DModel(
 
     def set_default_attn_processor(self) -> None:
         """Compute attention as the model was made to, each layer in its own way."""
-        for module in self.modules():
-            if isinstance(module, LocalDiTAttention | CrossAttention):
-                module.set_processor(module._default_processor_cls())
+        blocks: Any = self.transformer_blocks
+        for block in blocks:
+            for attention in (block.attn1, block.attn2):
+                attention.set_processor(attention._default_processor_cls())
 
     def set_window_attention_backend(self, backend: str) -> None:
         """Choose what computes attention within windows, in every layer that has windows.
@@ -319,8 +320,9 @@ class LocalDiTTransformer2DModel(
         if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
             return super().compile_repeated_blocks(*args, **kwargs)
         compile_call: Any = torch.compile
+        blocks: Any = self.transformer_blocks
         compiled: dict[Any, Any] = {}
-        for block in self.transformer_blocks:
+        for block in blocks:
             kind = block.attn1.shift_size, block.attn1._default_processor_cls
             if kind not in compiled:
                 compiled[kind] = compile_call(
