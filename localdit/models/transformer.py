@@ -22,7 +22,7 @@ from torch import nn
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .bands import in_bands
-from .caching import register_for_caching
+from .caching import completed, register_for_caching
 from .embedding import PatchEmbedding
 from .linear import FeedForward
 from .lora import scales_adapters
@@ -310,6 +310,10 @@ class LocalDiTTransformer2DModel(
         for processor in self.attn_processors.values():
             if hasattr(processor, "backend"):
                 processor.backend = backend
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuse results of earlier steps: see `diffusers.CacheMixin.enable_cache`."""
+        super().enable_cache(completed(config))
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks, one graph for all that are of one kind and shift alike.

@@ -37,6 +37,12 @@ CACHES = {
     "magnitude": lambda pipe: config(
         "MagCacheConfig", mag_ratios=torch.ones(8), num_inference_steps=8
     ),
+    "taylor": lambda pipe: config(
+        "TaylorSeerCacheConfig",
+        cache_interval=3,
+        disable_cache_before_step=2,
+        taylor_factors_dtype=torch.float32,
+    ),
     "taylor, lite": lambda pipe: config(
         "TaylorSeerCacheConfig",
         cache_interval=3,
