@@ -3,7 +3,7 @@
 import sys
 
 from config import Config
-from localdit.cli import main
+from localdit.commands.scripts import main
 
 if __name__ == "__main__":
     sys.exit(main("t2i", Config()))

@@ -67,8 +67,9 @@ def memory(
     """See `memory.measure_memory`; "error" where there is not enough."""
     import torch
 
+    from localdit.measuring import OUT_OF_MEMORY
+
     from .memory import measure_memory
-    from .timing import OUT_OF_MEMORY
 
     try:
         return dict(measure_memory(decode(case), DENOISERS[denoiser], layers, attention))

@@ -16,10 +16,13 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+__all__ = ["fit_image", "image_grid", "load_image", "load_mask", "read_metadata", "save_image"]
+
 MAX_PIXELS = 64_000_000
 # Pillow's other readers stay out: one of them starts a PostScript interpreter.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 METADATA_KEY = "localdit"
+WHITE = 128  # in masks, from here on
 
 
 class NotAnImage(ValueError):
@@ -55,6 +58,34 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         opened = open_image(source, source)
     with opened:
         return to_rgb(opened, source)
+
+
+def load_mask(source: str | Path | Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
+    """Read a mask as 8-bit greyscale: white is to be repainted, black is kept.
+
+    Args:
+        source: as for `load_image`.
+        size: (width, height) of the picture that it belongs to.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if it is no image, has transparency, is of another size than the picture, or
+            nothing in it is white.
+    """
+    name = "the mask" if isinstance(source, Image.Image) else source
+    rgb = load_image(source)
+    opened = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+    if _is_transparent(opened):
+        raise ValueError(f"{name} has transparency; expected white to repaint, black to keep")
+    mask = rgb.convert("L")
+    if size is not None and mask.size != size:
+        raise ValueError(
+            f"{name} has {mask.width} x {mask.height} pixels; expected the picture's "
+            f"{size[0]} x {size[1]}"
+        )
+    if not any(mask.histogram()[WHITE:]):
+        raise ValueError(f"nothing in {name} is white; expected white where to repaint")
+    return mask
 
 
 def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
@@ -103,7 +134,7 @@ def to_rgb(image: Image.Image, name: object) -> Image.Image:
         raise ValueError(f"{name} is damaged or cut off and can't be decoded: {error}") from error
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_grey_to_rgb(image, name)
-    if "transparency" in image.info or image.mode.upper().endswith("A"):
+    if _may_be_transparent(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -139,7 +170,11 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Ima
 
 
 def save_image(
-    image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None
+    image: Image.Image,
+    path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = True,
 ) -> Path:
     """Write a PNG, whole or not at all, with the settings that made it.
 
@@ -148,6 +183,7 @@ def save_image(
 
     Raises:
         ValueError: if `path` doesn't end in `.png`.
+        FileExistsError: without `overwrite`, if there is such a file.
         OSError: if it can't be written; nothing is left behind.
     """
     path = Path(path)
@@ -164,10 +200,24 @@ def save_image(
             image.save(file, format="PNG", pnginfo=info)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        _move(unfinished, path, overwrite)
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+def _move(source: Path, target: Path, overwrite: bool) -> None:
+    """Give a file its name; without `overwrite` no other process's file is replaced either."""
+    if not overwrite:
+        try:
+            os.link(source, target)
+            return
+        except FileExistsError:
+            raise FileExistsError(f"{target} is there already") from None
+        except OSError:  # a file system without links
+            if target.exists():
+                raise FileExistsError(f"{target} is there already") from None
+    os.replace(source, target)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -205,6 +255,17 @@ def prepare_output_folder(folder: str | Path) -> Path:
         reason = error.strerror or error
         raise OSError(f"can't write to the output folder {folder}: {reason}") from error
     return folder
+
+
+def _may_be_transparent(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode.upper().endswith("A")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether anything shines through; the image has been read before."""
+    if not _may_be_transparent(image):
+        return False
+    return any(image.convert("RGBA").getchannel("A").histogram()[:255])
 
 
 def _too_large(name: object, size: tuple[int, int] | None = None) -> str:

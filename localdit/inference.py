@@ -1,31 +1,37 @@
-"""`inference`: pictures from prompts, and from a picture and prompts, as a `Config` says."""
+"""`inference`: pictures from prompts, from pictures, and with masks, as a `Config` says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .images import fit_image, load_image
+from .images import fit_image, load_image, load_mask
 from .pipelines.prompts import check_prompts
+
+__all__ = ["inference", "inference_batches"]
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
     from .config import Config
-    from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
+    from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
+    from .pipelines.request import StepCallback
 
     Source = str | Path | Image.Image
+    Pipeline: TypeAlias = LocalDiTPipeline | LocalDiTImg2ImgPipeline | LocalDiTInpaintPipeline
 
 
 def inference(
-    pipe: LocalDiTPipeline | LocalDiTImg2ImgPipeline,
+    pipe: Pipeline,
     prompts: str | Sequence[str],
     neg_prompts: str | Sequence[str] | None,
     config: Config,
     image: Source | Sequence[Source] | None = None,
     *,
+    mask: Source | Sequence[Source] | None = None,
+    padding_mask_crop: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
@@ -44,6 +50,10 @@ def inference(
         image: turns text to image into image to image: one image (PIL, or a path) for all prompts,
             or a list with one for each. It is read as `localdit.images.load_image` does, then
             scaled to height x width, keeping its proportions and cutting what stands over.
+        mask: turns image to image into inpainting: one mask for all prompts, or a list with one
+            for each, of the image's size; white is repainted, black kept.
+        padding_mask_crop: with a mask, work on its surroundings alone, so many pixels wide: they
+            are scaled to height x width, and the picture keeps its size.
         seed: picture i is drawn from seed + i, whatever the batch size; None draws new ones.
         generator: instead of a seed, one for all pictures or a list with one for each.
         latents: `(N, C, height / 8, width / 8)` standard normal noise to start from (with an
@@ -55,7 +65,8 @@ def inference(
         The pictures, in the order of the prompts.
 
     Raises:
-        ValueError: for no prompts, numbers that don't match, or arguments that exclude each other.
+        ValueError: for no prompts, numbers that don't match, arguments that exclude each other, or
+            a mask that does not fit its image.
     """
     batches = inference_batches(
         pipe,
@@ -63,6 +74,8 @@ def inference(
         neg_prompts,
         config,
         image,
+        mask=mask,
+        padding_mask_crop=padding_mask_crop,
         seed=seed,
         generator=generator,
         latents=latents,
@@ -72,20 +85,24 @@ def inference(
 
 
 def inference_batches(
-    pipe: LocalDiTPipeline | LocalDiTImg2ImgPipeline,
+    pipe: Pipeline,
     prompts: str | Sequence[str],
     neg_prompts: str | Sequence[str] | None,
     config: Config,
     image: Source | Sequence[Source] | None = None,
     *,
+    mask: Source | Sequence[Source] | None = None,
+    padding_mask_crop: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
+    callback_on_step_end: StepCallback | None = None,
 ) -> Iterator[list[Image.Image]]:
     """As `inference`, but hand out each batch of pictures as soon as it is done.
 
     Everything is checked in this call, before the first picture is asked for.
+    `callback_on_step_end` is that of the pipelines.
     """
     prompts = check_prompts(prompts if isinstance(prompts, str) else list(prompts), "prompts")
     count = len(prompts)
@@ -101,10 +118,20 @@ def inference_batches(
         negatives = _one_each("neg_prompts", neg_prompts, count)
         each["negative_prompt"] = check_prompts(negatives, "neg_prompts")
     if image is not None:
-        pipe = _image_to_image(pipe)
+        pipe = _sibling(pipe, "Img2Img" if mask is None else "Inpaint")
         settings["strength"] = config.denoising_strength
-        images = _one_each("image", image, count)
-        each["image"] = [fit_image(load_image(i), config.height, config.width) for i in images]
+        each["image"] = [load_image(one) for one in _one_each("image", image, count)]
+    if mask is not None:
+        if image is None:
+            raise ValueError("mask is given without an image; expected the image to repaint")
+        pairs = zip(_one_each("mask", mask, count), each["image"], strict=True)
+        each["mask_image"] = [load_mask(one, picture.size) for one, picture in pairs]
+        settings["padding_mask_crop"] = padding_mask_crop
+    elif padding_mask_crop is not None:
+        raise ValueError("padding_mask_crop is given without a mask; expected the mask, too")
+    if padding_mask_crop is None:  # else the pipeline scales what surrounds the mask
+        for name in each.keys() & {"image", "mask_image"}:
+            each[name] = [fit_image(one, config.height, config.width) for one in each[name]]
     if latents is not None:
         each["latents"] = _one_each("latents", list(latents), count)
     if seed is not None:
@@ -115,6 +142,8 @@ def inference_batches(
         each["generator"] = _one_each("generator", generator, count)
     else:
         settings["generator"] = generator
+    if callback_on_step_end is not None:
+        settings["callback_on_step_end"] = callback_on_step_end
     return _run(pipe, each, settings, config.batch_size, progress)
 
 
@@ -133,18 +162,21 @@ def _run(
         if "latents" in part:
             part["latents"] = torch.stack(part["latents"])
         if progress:
-            part["callback_on_step_end"] = _step_callback(progress, batch, len(starts))
-        yield pipe(**part, **settings).images
+            then = settings.get("callback_on_step_end")
+            part["callback_on_step_end"] = _step_callback(progress, batch, len(starts), then)
+        yield pipe(**(settings | part)).images
 
 
 def _step_callback(
-    progress: Callable[[int, int], None], batch: int, batches: int
-) -> Callable[..., dict[str, Any]]:
-    """The pipeline's kind of callback, counting the steps of all batches."""
+    progress: Callable[[int, int], None], batch: int, batches: int, then: StepCallback | None
+) -> StepCallback:
+    """The pipeline's kind of callback, counting the steps of all batches; `then` comes next."""
 
-    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(
+        pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any] | None:
         progress(batch * pipe.num_timesteps + step + 1, batches * pipe.num_timesteps)
-        return {}
+        return then(pipe, step, timestep, tensors) if then else None
 
     return on_step_end
 
@@ -165,15 +197,14 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def _image_to_image(
-    pipe: LocalDiTPipeline | LocalDiTImg2ImgPipeline,
-) -> LocalDiTImg2ImgPipeline:
-    """The image-to-image pipeline of the same loaded components, offloaded likewise."""
-    from .pipelines import LocalDiTImg2ImgPipeline
+def _sibling(pipe: Any, task: str) -> Any:
+    """The pipeline of another task with the same loaded components, offloaded likewise."""
+    from . import pipelines
 
-    if isinstance(pipe, LocalDiTImg2ImgPipeline):
+    kind = getattr(pipelines, f"LocalDiT{task}Pipeline")
+    if isinstance(pipe, kind):
         return pipe
-    sibling = LocalDiTImg2ImgPipeline.from_pipe(pipe)
+    sibling = kind.from_pipe(pipe)
     sibling.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     if getattr(pipe, "_all_hooks", None):
         sibling.enable_model_cpu_offload(device=pipe._offload_device)

@@ -94,7 +94,7 @@ def locate(
                 return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
         layouts = "; or ".join(_wanted(part, folder) for folder in part.folders)
         raise FileNotFoundError(f"{option}: {local} lacks files; expected {layouts}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source)[0] in ".~":
+    if not is_hub_name(source):
         raise FileNotFoundError(f"{option}: there is no folder {source}")
     folder = part.folders[0]
     with fetching(part, source, option):
@@ -111,6 +111,13 @@ def locate(
         "subfolder": folder,
         "local_files_only": local_files_only,
     }
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether a source is a repository of the hub: named like one, and no folder here."""
+    name = str(source)
+    there = Path(source).expanduser().exists()
+    return not there and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and name[0] not in ".~"
 
 
 @contextmanager

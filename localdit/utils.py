@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, fetching, locate
 
+__all__ = ["load_model", "model_in_the_box"]
+
 if TYPE_CHECKING:
     import torch
 
@@ -59,9 +61,9 @@ def load_model(
         ImportError: for quantization without bitsandbytes.
         ValueError: if a checkpoint's tensors contradict `config`, or options contradict each other.
     """
-    device = _resolve_device(device)
-    dtype = _resolve_dtype(dtype, device)
-    _check_options(config, device)
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    check_options(config, device)
     checkpoint = find_checkpoint(config.ckpt_path)
     load = _load_pipeline_folder if (checkpoint / "model_index.json").is_file() else _assemble
     with warnings.catch_warnings():
@@ -91,7 +93,12 @@ def model_in_the_box() -> Path:
 # Options
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device that is meant, by default the first there is of CUDA, MPS and the CPU.
+
+    Raises:
+        ValueError: if it is none, or PyTorch does not find it here.
+    """
     import torch
 
     if device is None:
@@ -113,7 +120,12 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype that is meant, by default as `load_model` says.
+
+    Raises:
+        ValueError: if weights are not kept in it.
+    """
     import torch
 
     if dtype is None:
@@ -126,7 +138,13 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
     return resolved
 
 
-def _check_options(config: Config, device: torch.device) -> None:
+def check_options(config: Config, device: torch.device) -> None:
+    """Refuse what contradicts itself or the device.
+
+    Raises:
+        ImportError: for quantization without bitsandbytes.
+        ValueError: for offloading without a GPU, or one that quantization rules out.
+    """
     if config.offload and device.type == "cpu":
         raise ValueError(
             f"Config.offload is {config.offload!r}, which moves parts to a GPU and back, but the "
@@ -186,6 +204,22 @@ def _load_transformer(
 
 def _check_agreement(config: Config, checkpoint: Path) -> None:
     """Compare the architecture in `config` with what a flat checkpoint tells of its own."""
+    expected = contradictions(config, checkpoint)
+    if expected:
+        given = ", ".join(f"{name}={getattr(config, name)!r}" for name in expected)
+        wanted = ", ".join(f"{name}={value!r}" for name, value in expected.items())
+        raise ValueError(
+            f"{checkpoint} is of another model than the Config with {given}; "
+            f"for this file it has to be Config({wanted})"
+        )
+
+
+def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """The fields of `config` that a flat checkpoint contradicts, with its own values.
+
+    Raises:
+        ValueError: if it is damaged, or not of a LocalDiT.
+    """
     from .checkpoint.layout import read_layout
     from .checkpoint.reading import CheckpointFile
 
@@ -194,18 +228,11 @@ def _check_agreement(config: Config, checkpoint: Path) -> None:
     facts = file.config | {name: told.value for name, told in layout.told.items()}
     facts["use_global"] = "local_global" in layout.layer_types
     # in a file's own configuration None means that a value follows from the others
-    expected = {
+    return {
         "eps" if name == "qk_norm_eps" else name: facts[name]
         for name, value in config.transformer_kwargs().items()
         if name != "dropout" and facts.get(name) not in (None, value)
     }
-    if expected:
-        given = ", ".join(f"{name}={getattr(config, name)!r}" for name in expected)
-        wanted = ", ".join(f"{name}={value!r}" for name, value in expected.items())
-        raise ValueError(
-            f"{checkpoint} is of another model than the Config with {given}; "
-            f"for this file it has to be Config({wanted})"
-        )
 
 
 # Whole pipelines

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from localdit import cli, utils
-from localdit.cli import build_parser, main
+import localdit
+from localdit import utils
+from localdit.commands.presets import SCENES
+from localdit.commands.scripts import build_parser, main
 from localdit.config import Config
 from localdit.images import load_image, read_metadata, save_image
 from tests.tiny import tiny_pipeline
@@ -47,21 +49,21 @@ def test_bare_text_to_image_uses_the_model_in_the_box(boxed, capsys):
     notice = said.err.splitlines()[0]
     assert utils.DOWNLOAD_COMMAND in notice
     assert "output/LocalDiT-1024.pt" in notice
-    count = len(cli.SCENES.t2i)
+    count = len(SCENES.t2i)
     assert names("output") == [f"t2i_{i:03d}.png" for i in range(count)]
-    assert said.out.splitlines()[0] == f"output/t2i_000.png: {cli.SCENES.t2i[0]}"
+    assert said.out.splitlines()[0] == f"output/t2i_000.png: {SCENES.t2i[0]}"
     assert load_image("output/t2i_000.png").size == (64, 64)
     assert read_metadata("output/t2i_001.png") == {
-        "prompt": cli.SCENES.t2i[1],
+        "prompt": SCENES.t2i[1],
         "negative_prompt": "",
         "seed": 1,
         "steps": 2,
-        "guidance_scale": cli.SCENES.config["guidance_scale"],
+        "guidance_scale": SCENES.config["guidance_scale"],
         "height": 64,
         "width": 64,
         "model": "the model in the box",
         "dtype": "float32",
-        "localdit": cli.__version__,
+        "localdit": localdit.__version__,
     }
 
 
@@ -72,7 +74,7 @@ def test_bare_image_to_image_makes_its_first_picture_and_uses_it_again(boxed, ca
     made = read_metadata("output/i2i_000.png")
     assert made["image"] == "output/t2i_000.png"
     assert made["strength"] == 0.8
-    assert read_metadata("output/t2i_000.png")["prompt"] == cli.SCENES.t2i[0]
+    assert read_metadata("output/t2i_000.png")["prompt"] == SCENES.t2i[0]
     assert "making one" in capsys.readouterr().out
     assert main("i2i", config, []) == 0
     assert names("output") == ["i2i_000.png", "i2i_001.png", "t2i_000.png"]
@@ -126,10 +128,10 @@ def test_pictures_are_saved_as_they_are_made(here, model, monkeypatch):
     """A failure in the third picture leaves the first two on disk."""
     from localdit import images
 
-    def fails_later(picture, path, settings):
+    def fails_later(picture, path, settings, **more):
         if settings["prompt"] == "c":
             raise OSError("No space left on device")
-        return save_image(picture, path, settings)
+        return save_image(picture, path, settings, **more)
 
     monkeypatch.setattr(images, "save_image", fails_later)
     prompts = [word for letter in "abc" for word in ("--prompt", letter)]

@@ -228,10 +228,10 @@ def test_default_device_and_dtype(monkeypatch, device, bf16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    resolved = utils._resolve_device(None)
+    resolved = utils.resolve_device(None)
     assert resolved.type == device
     expected = torch.bfloat16 if bf16 else torch.float16
-    assert utils._resolve_dtype(None, resolved) == expected
+    assert utils.resolve_dtype(None, resolved) == expected
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_default_device_and_dtype(monkeypatch, device, bf16):
 )
 def test_offload_is_asked_of_the_pipeline(hub, monkeypatch, offload, expected):
     calls = []
-    monkeypatch.setattr(utils, "_resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(utils, "resolve_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     for kind in ("model", "sequential"):
         monkeypatch.setattr(

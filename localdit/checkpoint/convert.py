@@ -59,7 +59,7 @@ def convert_to_diffusers(
         OSError: if the folder cannot be written.
     """
     folder = Path(folder).absolute()
-    _refuse_taken_folder(folder, overwrite)
+    refuse_taken_folder(folder, overwrite)
     report = inspect_checkpoint(checkpoint, global_context=global_context, seed=seed, **overrides)
     with _beside(folder) as scratch:
         model = load_transformer(
@@ -108,10 +108,7 @@ def convert_to_single_file(
     """
     require_float(torch_dtype)
     path = Path(path).absolute()
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise FileExistsError(f"{path} is there already. Choose another name, or overwrite it.")
+    refuse_taken_file(path, overwrite)
     if isinstance(source, LocalDiTTransformer2DModel):
         config, state = dict(source.config), source.state_dict()
     else:
@@ -129,7 +126,24 @@ def convert_to_single_file(
     return inspect_checkpoint(path)
 
 
-def _refuse_taken_folder(folder: Path, overwrite: bool) -> None:
+def refuse_taken_file(path: Path, overwrite: bool) -> None:
+    """Refuse a file of another kind than is written here, or that is not to be replaced.
+
+    Raises:
+        FileExistsError, ValueError: as `convert_to_single_file` says.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise FileExistsError(f"{path} is there already. Choose another name, or overwrite it.")
+
+
+def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that is not to be replaced.
+
+    Raises:
+        FileExistsError: as `convert_to_diffusers` says.
+    """
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; expected the name of a folder to make.")
     if not folder.exists() or not any(folder.iterdir()):
@@ -144,8 +158,12 @@ def _refuse_taken_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and tensors of a Diffusers folder, mapped into memory as they are stored."""
+def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a transformer, or of the one in a pipeline's folder; and its configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is none.
+    """
     if (folder / "model_index.json").exists():
         folder = folder / "transformer"
     if not (folder / "config.json").exists():
@@ -154,7 +172,12 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     name = LocalDiTTransformer2DModel.__name__
     if config.get("_class_name") != name:
         raise ValueError(f"{folder} holds a {config.get('_class_name')!r}; expected {name!r}.")
+    return folder, config
 
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and tensors of a Diffusers folder, mapped into memory as they are stored."""
+    folder, config = transformer_folder(folder)
     state: dict[str, torch.Tensor] = {}
     for shard in _shards(folder):
         try:

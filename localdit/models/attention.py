@@ -43,7 +43,7 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         dropout: probability of dropping an output channel in training.
     """
 
-    _default_processor_cls: type[_Processor]
+    _default_processor_cls: type[Any]
 
     def __init__(
         self,
@@ -279,9 +279,9 @@ PROCESSORS: dict[str, type[_Processor]] = {
 class CrossAttention(nn.Module, AttentionModuleMixin):
     """Attention of image tokens to text tokens, with RMSNorm on queries and keys of each head."""
 
+    _default_processor_cls: type[Any]
+    to_kv: nn.Linear  # once they are fused
     use_bias = True  # what `fuse_projections`, by Diffusers, has to know of `to_k` and `to_v`
-    to_kv: nn.Linear  # made by it
-    _default_processor_cls: type[_Processor]
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from localdit.commands.parsing import Parser
 from localdit.config import PIXEL_MULTIPLE, Config
 from localdit.training.stages import STAGE_OPTIONS, make_stages, read_stages
 
@@ -24,12 +25,18 @@ FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
 EXTRAS = "pip install -r requirements-train.txt"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
     """The options as a flat namespace; ends the program with a message if one can't be right.
 
     `stages` is made a list of `Stage`, a single one where no file of stages was named.
+
+    Args:
+        argv: the options, by default those of the process.
+        parser: what `make_parser` returned.
     """
-    parser = make_parser()
+    parser = parser or make_parser()
     args = parser.parse_args(argv)
     if args.num_workers is None:
         args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
@@ -41,9 +48,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str | None = None) -> Parser:
     """The parser of all options, in groups."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter)
+    parser = Parser(prog=prog, description=DESCRIPTION, formatter_class=HelpFormatter)
     defaults = Config()
     data = parser.add_argument_group("data")
     add_data_options(data, defaults)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from localdit.commands.parsing import Parser
 from localdit.config import Config
 from localdit.training.options import (
     HelpFormatter,
@@ -44,11 +45,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of all options, in groups."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=DESCRIPTION, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog=PROGRAM, description=DESCRIPTION, formatter_class=HelpFormatter)
     defaults = Config()
     add_data_options(parser.add_argument_group("data"), defaults)
     add_encoder_options(parser.add_argument_group("encoders"), defaults)
