@@ -11,6 +11,7 @@ TRAIN = [
     for line in (ROOT / "requirements-train.txt").read_text().splitlines()
     if not line.startswith("#")
 ]
+LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
 DEMO = ["gradio>=6.0"]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
@@ -26,6 +27,7 @@ setup(
     # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
     packages=find_packages(include=["localdit", "localdit.*"]),
     package_data={"localdit": ["py.typed", "box/**/*", "demo/*.css"]},
+    entry_points={"console_scripts": ["localdit=localdit.commands:main"]},
     install_requires=[
         "torch>=2.6",  # before, `weights_only=True` could be bypassed
         "diffusers>=0.36",
@@ -40,9 +42,11 @@ setup(
     extras_require={
         "train": TRAIN,
         "demo": DEMO,
+        "lora": LORA,
         "quantization": ["bitsandbytes>=0.43"],
         "triton": TRITON,
         "dev": [
+            *LORA,
             *TRAIN,
             *DEMO,
             *TRITON,  # tests interpret its kernels

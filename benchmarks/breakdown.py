@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = options.Parser(
         prog="benchmarks.breakdown", description="Where the time of a LocalDiT block goes."
     )
-    options.add_shared(parser, pixels=[1024], repeats=5)
+    options.add_shared(parser, sides=[1024], repeats=5)
     return parser
 
 

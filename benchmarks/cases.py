@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from localdit.measuring import with_random_weights
+
 Task = Literal["inference", "training"]
 Mode = Literal["eager", "compiled"]
 Depth = Literal["equal", "own"]
 
 HEADS, HEAD_DIM, TEXT_CHANNELS = 16, 72, 4096
 PIXELS_PER_TOKEN = 16  # along a side
-SMALL = 0.02  # bound of the random weights
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,12 @@ class Case:
 
 
 def make_model(denoiser: Denoiser, layers: int, case: Case) -> Any:
-    """A model of small random weights, without size conditions.
-
-    Made without the initialisation of its class, which takes long and twice the memory.
-    """
+    """A model of small random weights, without size conditions."""
     import torch
 
-    with torch.device("meta"):
-        model = _model_class(denoiser)(
+    training = case.task == "training"
+    model = with_random_weights(
+        lambda: _model_class(denoiser)(
             num_attention_heads=HEADS,
             attention_head_dim=HEAD_DIM,
             cross_attention_dim=HEADS * HEAD_DIM,
@@ -118,14 +117,10 @@ def make_model(denoiser: Denoiser, layers: int, case: Case) -> Any:
             sample_size=case.pixels // 8,
             use_additional_conditions=False,
             **({} if denoiser.use_global is None else {"use_global": denoiser.use_global}),
-        )
-    training = case.task == "training"
-    model = model.to(torch.float32 if training else getattr(torch, case.dtype))
-    model = model.to_empty(device=case.device)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            assert tensor.is_floating_point(), "only weights and positions can be made up"
-            tensor.uniform_(-SMALL, SMALL)
+        ),
+        torch.float32 if training else getattr(torch, case.dtype),
+        case.device,
+    )
     return model.train(training)
 
 

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time and memory of LocalDiT beside diffusers' PixArtTransformer2DModel, of "
         "the same width and with random weights.",
     )
-    options.add_shared(parser, pixels=[512, 1024], repeats=5)
+    options.add_shared(parser, sides=[512, 1024], repeats=5)
     add = parser.add_argument
     add("--task", nargs="+", choices=["inference", "training"], default=["inference"],
         help="a forward pass; forward, backward and AdamW (default: inference)")  # fmt: skip
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(str(error))
     try:
-        about = in_own_process("machine", device=args.device)
+        about = in_own_process("machine:describe", device=args.device)
         if "error" in about:
             parser.error(about["error"])
         about |= circumstances("benchmarks.denoiser", argv, ROOT)
@@ -122,12 +122,12 @@ def measure(case: Case) -> dict[str, Any]:
     """Times and memory of one case, each in processes of their own; "error" if one fails."""
     record: dict[str, Any] = {"case": encode(case), "tokens": case.tokens}
     try:
-        results = in_own_process("times", case=encode(case))
+        results = in_own_process("worker:times", case=encode(case))
         for denoiser in case.denoisers:
             result = results[denoiser.name]
             for run in result["runs"]:
                 run["memory"] = in_own_process(
-                    "memory",
+                    "worker:memory",
                     case=encode(case),
                     denoiser=denoiser.name,
                     layers=run["layers"],

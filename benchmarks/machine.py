@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import importlib.metadata
-import platform
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "diffusers", "triton")
+from localdit.machine import device_name, versions
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -23,36 +20,15 @@ def describe(device: str) -> dict[str, Any]:
     """
     import torch
 
-    from localdit import __version__
-
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
         return {"error": "--device is cuda, but PyTorch finds none here; use --device cpu"}
     device = device if device != "auto" else "cuda" if there else "cpu"
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{torch.get_num_threads()} threads of {processor()}"
-    versions = {"python": platform.python_version(), **package_versions()}
-    return {"device": device, "machine": machine, "versions": versions | {"localdit": __version__}}
-
-
-def package_versions() -> dict[str, str]:
-    """The versions of the packages that matter, where they are installed."""
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
-
-
-def processor() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "machine": device_name(torch.device(device)),
+        "versions": versions(),
+    }
 
 
 def commit(root: Path) -> str | None:

@@ -21,11 +21,11 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_shared(parser: argparse.ArgumentParser, pixels: list[int], repeats: int) -> None:
+def add_shared(parser: argparse.ArgumentParser, sides: list[int], repeats: int) -> None:
     """Add the options that every command has."""
     add = parser.add_argument
-    add("--pixels", metavar="N", type=_pixels, nargs="+", default=pixels,
-        help=f"sides of the square pictures (default: {_listed(pixels)})")  # fmt: skip
+    add("--pixels", metavar="N", type=pixels, nargs="+", default=sides,
+        help=f"sides of the square pictures (default: {_listed(sides)})")  # fmt: skip
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"],
         help="in inference of all; in training bfloat16 is mixed (default: float32)")  # fmt: skip
     add("--context", nargs="+", choices=[*LOCALDIT], default=["local"],
@@ -56,7 +56,8 @@ def _not_negative(text: str) -> int:
     return number
 
 
-def _pixels(text: str) -> int:
+def pixels(text: str) -> int:
+    """The side of a picture that is made of whole tokens."""
     number = _whole(text)
     if number < PIXELS_PER_TOKEN or number % PIXELS_PER_TOKEN:
         raise argparse.ArgumentTypeError(f"{text} given; expected a multiple of {PIXELS_PER_TOKEN}")

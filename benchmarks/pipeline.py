@@ -6,57 +6,86 @@
     python -m benchmarks.pipeline seams      # decoding in tiles beside decoding at once
     python -m benchmarks.pipeline large      # 4096 x 4096 pixels from the model in the box
 
-Writes `pipeline_NAME.json` and `pipeline_NAME.md` into the output folder. Full-size models have
-random weights: their time and memory are those of trained ones, their pictures are not.
+Full-size models have random weights: their time and memory are those of trained ones, their
+pictures are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-from pathlib import Path
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import options, report
+from .machine import circumstances, describe, sentence
+from .worker import ROOT
 
 NAMES = ("parts", "quality", "compile", "seams", "large")
 
 
-def main() -> None:
-    """Measure what is asked for, and write and print a table of it."""
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is asked for, print a table of it and save it.
+
+    Returns:
+        The exit status: 0; 2 for a mistake in the command; 130 when interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        stem = options.prepare_output(args.output, f"pipeline_{args.name}")
+    except OSError as error:
+        parser.error(str(error))
+    about = describe("cpu") | circumstances("benchmarks.pipeline", argv, ROOT)
     measurement = importlib.import_module(f"benchmarks.pipeline_{args.name}")
-    from benchmarks.pipeline_report import write_report
+    try:
+        measured = measurement.measure(args)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    page = table(measured) + f"\n{sentence(about)}\n"
+    report.save_as(stem, {"about": about, **measured}, page)
+    print(f"{page}\nsaved as {stem}.json and .md")
+    return 0
 
-    print(write_report(args.name, measurement.measure(args), args))
 
-
-def parse_args() -> argparse.Namespace:
-    """The options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = options.Parser(
+        prog="benchmarks.pipeline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add, positive = parser.add_argument, options.positive
     add("name", choices=NAMES, help="what to measure")
-    add("--output", type=Path, default=Path("output/benchmarks"), help="folder to write")
-    add("--threads", type=int, help="of PyTorch; by default as many as it chooses")
+    add("--output", metavar="FOLDER", type=options.Path, default=options.OUTPUT,
+        help=f"default: {options.OUTPUT}")  # fmt: skip
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="parts: of all models")
-    add("--pixels", type=int, help="side of the picture: parts 1024, seams 1536, large 4096")
-    add(
-        "--steps",
-        type=int,
-        help="denoising steps: large 4; parts measures 1, and takes it 20 times",
-    )
-    add("--tile", type=int, default=64, help="parts: side of a tile, in latents")
-    add("--captions", type=int, default=100, help="quality: held-out captions to draw")
-    add("--batch-size", type=int, default=10, help="quality, compile: captions per call")
-    add("--repeats", type=int, default=3, help="compile: rounds of calls in turn")
-    args = parser.parse_args()
-    for name in ("threads", "pixels", "steps", "tile", "captions", "batch_size", "repeats"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; expected at least 1")
-    if args.pixels and args.pixels % 16:
-        parser.error(f"--pixels is {args.pixels}; expected a multiple of 16")
-    return args
+    add("--pixels", metavar="N", type=options.pixels,
+        help="side of the picture: parts 1024, seams 1536, large 4096")  # fmt: skip
+    add("--steps", metavar="N", type=positive,
+        help="denoising steps: large 4; parts measures 1, and takes it 20 times")  # fmt: skip
+    add("--tile", metavar="N", type=positive, default=64, help="parts: side of a tile, in latents")
+    add("--captions", metavar="N", type=positive, default=100,
+        help="quality: held-out captions to draw")  # fmt: skip
+    add("--batch-size", metavar="N", type=positive, default=10,
+        help="quality, compile: captions per call")  # fmt: skip
+    add("--repeats", metavar="N", type=positive, default=3,
+        help="compile: rounds of calls in turn")  # fmt: skip
+    return parser
+
+
+def table(measured: dict[str, Any]) -> str:
+    """What a measurement found, as Markdown.
+
+    Args:
+        measured: "columns", "rows" of cells, "notes", and whatever else is worth keeping.
+    """
+    rows = [report.line(map(str, cells)) for cells in measured["rows"]]
+    return "\n".join([report.head(measured["columns"]), *rows, "", *measured["notes"], ""])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,16 +6,13 @@ import statistics
 from argparse import Namespace
 from typing import Any
 
-from benchmarks.pipeline_box import draw, held_out, load_box
+from .pipeline_box import draw, held_out, load_box
 
 
 def measure(args: Namespace) -> dict[str, Any]:
     """A pipeline as it is and one with compiled blocks, in turn."""
     import numpy as np
-    import torch
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     _, captions = held_out(args.batch_size)
     plain, compiled = load_box(), load_box()
     expected, first_plain = draw(plain, captions, output_type="np")

@@ -7,7 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pipeline_report import gib, in_own_process
+from .report import gibibytes
+from .worker import in_own_process
 
 CAPTION = "a large red circle at the top left on a blue background"
 
@@ -17,15 +18,13 @@ def measure(args: Namespace) -> dict[str, Any]:
     pixels, steps = args.pixels or 4096, args.steps or 4
     args.output.mkdir(parents=True, exist_ok=True)
     path = (args.output / f"large_{pixels}.png").resolve()
-    result = in_own_process(
-        "pipeline_large:draw_large", args.threads, pixels=pixels, steps=steps, path=str(path)
-    )
+    result = in_own_process("pipeline_large:draw_large", pixels=pixels, steps=steps, path=str(path))
     return {
         "columns": ["pixels", "steps", "denoising, s", "decoding, s", "imports and weights, GiB",
                     "peak, GiB"],
         "rows": [[
             f"{pixels} x {pixels}", steps, f"{result['denoising']:.0f}",
-            f"{result['decoding']:.0f}", gib(result["before"]), gib(result["peak_bytes"]),
+            f"{result['decoding']:.0f}", gibibytes(result["before"]), gibibytes(result["peak"]),
         ]],
         "notes": [f"The model in the box in float32, guidance scale 2. The picture: {path.name}."],
     }  # fmt: skip
@@ -35,8 +34,8 @@ def draw_large(pixels: int, steps: int, path: str) -> dict[str, Any]:
     """Draw one large picture, write it and a small copy of it, and say how long it took."""
     import torch
 
-    from benchmarks.pipeline_box import GUIDANCE, load_box
-    from benchmarks.pipeline_report import peak_bytes
+    from .memory import peak_bytes
+    from .pipeline_box import GUIDANCE, load_box
 
     pipe = load_box()
     before, start = peak_bytes(), time.perf_counter()
@@ -53,4 +52,5 @@ def draw_large(pixels: int, steps: int, path: str) -> dict[str, Any]:
     end = time.perf_counter()
     picture.save(path)
     picture.resize((512, 512)).save(Path(path).with_suffix(".small.png"))
-    return {"denoising": ends[-1] - start, "decoding": end - ends[-1], "before": before}
+    return {"denoising": ends[-1] - start, "decoding": end - ends[-1], "before": before,
+            "peak": peak_bytes()}  # fmt: skip

@@ -7,7 +7,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.pipeline_report import gib, in_own_process, resident_bytes
+from .memory import peak_bytes, resident_bytes
+from .report import gibibytes
+from .worker import in_own_process
 
 T5_LAYERS, STEPS, TOKENS = 24, 20, 120
 T5_XXL = {
@@ -28,11 +30,11 @@ SDXL_VAE = {
 def measure(args: Namespace) -> dict[str, Any]:
     """A row for each part, and what dropping the text encoder gives back."""
     pixels, steps = args.pixels or 1024, args.steps or 1
-    shared = {"threads": args.threads, "dtype": args.dtype}
-    text = in_own_process("pipeline_parts:encode_text", **shared)
-    denoiser = in_own_process("pipeline_parts:denoise", pixels=pixels, steps=steps, **shared)
+    dtype = args.dtype
+    text = in_own_process("pipeline_parts:encode_text", dtype=dtype)
+    denoiser = in_own_process("pipeline_parts:denoise", dtype=dtype, pixels=pixels, steps=steps)
     decoder = {
-        tile: in_own_process("pipeline_parts:decode", pixels=pixels, tile=tile, **shared)
+        tile: in_own_process("pipeline_parts:decode", dtype=dtype, pixels=pixels, tile=tile)
         for tile in (None, args.tile)
     }
     tile = 8 * args.tile
@@ -43,10 +45,10 @@ def measure(args: Namespace) -> dict[str, Any]:
         (f"autoencoder, {tile}-pixel tiles", "measured whole", decoder[args.tile]),
     ]
     rows = [
-        [name, how, f"{part['seconds']:.1f}", gib(part["weights"]), gib(part["peak_bytes"])]
+        [name, how, f"{part['seconds']:.1f}", gibibytes(part["weights"]), gibibytes(part["peak"])]
         for name, how, part in cells
     ]
-    share = 100 * text["given_back"] / text["dropped"]
+    given_back, dropped = text["given_back"], text["dropped"]
     return {
         "columns": ["part", "how", "seconds", "weights, GiB", "peak of the process, GiB"],
         "rows": rows,
@@ -54,8 +56,8 @@ def measure(args: Namespace) -> dict[str, Any]:
             f"A picture of {pixels} x {pixels} pixels in {args.dtype}, {TOKENS} text tokens, "
             "models of random weights. The text encoder's weights are those of all layers, its "
             "peak that of a process with one. `release_text_encoder()` gave "
-            f"{gib(text['given_back'])} GiB of that one's {gib(text['dropped'])} GiB back to the "
-            f"system ({share:.0f} %)."
+            f"{gibibytes(given_back)} GiB of that one's {gibibytes(dropped)} GiB back to the "
+            f"system ({given_back / dropped:.0%})."
         ],
         "measured": {name: part for name, _, part in cells},
     }
@@ -95,6 +97,7 @@ def encode_text(dtype: str) -> dict[str, Any]:
         "weights": weights,
         "dropped": size,
         "given_back": before - resident_bytes(),
+        "peak": peak_bytes(),
     }
 
 
@@ -120,7 +123,12 @@ def denoise(dtype: str, pixels: int, steps: int) -> dict[str, Any]:
         model(latents[..., :32, :32], **arguments)  # not counted: the first call prepares
         taken = [seconds(lambda: model(latents, **arguments)) for _ in range(steps)]
     weights = sum(p.nbytes for p in model.parameters())
-    return {"seconds": STEPS * sum(taken) / steps, "taken": taken, "weights": weights}
+    return {
+        "seconds": STEPS * sum(taken) / steps,
+        "taken": taken,
+        "weights": weights,
+        "peak": peak_bytes(),
+    }
 
 
 def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKL
 
-    from localdit.pipelines.tiling import CROP, in_tiles
+    from localdit.pipelines.tiling import in_tiles
 
     vae = random_weights(lambda: AutoencoderKL(**SDXL_VAE), dtype)
     vae.encoder = None
@@ -144,8 +152,9 @@ def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
         else:
             vae.enable_tiling()
             vae.tile_latent_min_size, vae.tile_sample_min_size = tile, 8 * tile
-            taken = seconds(lambda: in_tiles(vae, run, latents, CROP))
-    return {"seconds": taken, "weights": sum(p.nbytes for p in vae.parameters())}
+            taken = seconds(lambda: in_tiles(vae, run, latents))
+    weights = sum(p.nbytes for p in vae.parameters())
+    return {"seconds": taken, "weights": weights, "peak": peak_bytes()}
 
 
 def random_weights(build: Callable[[], Any], dtype: str) -> Any:

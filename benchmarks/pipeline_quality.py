@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.pipeline_box import draw, held_out, load_box
+from .pipeline_box import draw, held_out, load_box
 
 
 @dataclass
@@ -32,10 +32,7 @@ class Drawn:
 
 def measure(args: Namespace) -> dict[str, Any]:
     """Draw every caption in every way, batch by batch and in turn, and compare."""
-    import torch
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     pipes = {dtype: load_box(dtype) for dtype in ("float32", "bfloat16")}
     options = list_options()
     scenes, captions = held_out(args.captions)

@@ -15,11 +15,10 @@ def measure(args: Namespace) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKL
 
-    from benchmarks.pipeline_parts import SDXL_VAE, random_weights
     from localdit.utils import model_in_the_box
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    from .pipeline_parts import SDXL_VAE, random_weights
+
     pixels = args.pixels or 1536
     box = AutoencoderKL.from_pretrained(model_in_the_box() / "vae").eval()
     sdxl = random_weights(lambda: AutoencoderKL(**SDXL_VAE), "float32")
@@ -52,7 +51,7 @@ def measure(args: Namespace) -> dict[str, Any]:
 
 def compare(label: str, vae: Any, picture: Any) -> list[list[str]]:
     """Three lines of the table: at once, Diffusers' tiles, tiles with shared statistics."""
-    from localdit.pipelines.tiling import CROP, in_tiles
+    from localdit.pipelines.tiling import in_tiles
 
     latents = vae.encode(picture).latent_dist.mode()
 
@@ -63,7 +62,7 @@ def compare(label: str, vae: Any, picture: Any) -> list[list[str]]:
     rows = [[label, "at once", f"{taken:.1f}", *["-"] * 5]]
     ways = {
         "Diffusers' tiles": lambda: run(latents),
-        "ours: shared statistics": lambda: in_tiles(vae, run, latents, CROP),
+        "ours: shared statistics": lambda: in_tiles(vae, run, latents),
     }
     vae.enable_tiling()
     for way, decode in ways.items():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from .cases import Case, Denoiser, make_model, make_run
+from localdit.measuring import OUT_OF_MEMORY, take_turns
 
-OUT_OF_MEMORY = "out of memory"
+from .cases import Case, Denoiser, make_model, make_run
 
 
 def measure_times(case: Case) -> dict[str, Any]:
@@ -53,53 +51,6 @@ def _made(
         return None
 
 
-def take_turns(
-    runs: Sequence[tuple[Callable[[], None], dict[str, Any]]], warm_up: int, repeats: int
-) -> None:
-    """Run each in turn, again and again, and note the seconds of each in its record.
-
-    The first call is noted apart, and calls before `warm_up` is over do not count. What runs out
-    of the device's memory says so in its record and is left out from then on.
-    """
-    import torch
-
-    for turn in range(warm_up + repeats):
-        for run, record in runs:
-            if "error" in record:
-                continue
-            start = time.perf_counter()
-            try:
-                run()
-            except torch.OutOfMemoryError:
-                record["error"] = OUT_OF_MEMORY
-                record["seconds"] = []
-                torch.cuda.empty_cache()
-                continue
-            seconds = time.perf_counter() - start
-            if turn == 0:
-                record["first_call"] = seconds
-            if turn >= warm_up:
-                record["seconds"].append(seconds)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A median with the lowest and the highest."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """That of some values."""
-        return cls(statistics.median(values), min(values), max(values))
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
-
-
 def at_depth(costs: Mapping[int, float], layers: int) -> float:
     """The cost of a model of `layers` blocks, from those of models of other depths.
 
@@ -118,11 +69,6 @@ def times_at_depth(runs: Sequence[Mapping[str, Any]], layers: int) -> list[float
     depths = [run["layers"] for run in runs]
     turns = zip(*(run["seconds"] for run in runs), strict=True)
     return [at_depth(dict(zip(depths, seconds, strict=True)), layers) for seconds in turns]
-
-
-def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """How many times one is the other, turn by turn."""
-    return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:

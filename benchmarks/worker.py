@@ -1,12 +1,13 @@
 """Measuring in a process of its own, which starts with nothing loaded and may be killed.
 
-    python -m benchmarks.worker NAME JSON
+    python -m benchmarks.worker MODULE:FUNCTION JSON
 
-is what `in_own_process` starts: it prints what `NAME` returns as its last line of JSON.
+is what `in_own_process` starts: it prints what the function returns as its last line of JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -25,7 +26,11 @@ class WorkerError(Exception):
 
 
 def in_own_process(name: str, **arguments: Any) -> Any:
-    """What a function of `FUNCTIONS` returns, called in a process of its own.
+    """What a function of this package returns, called in a process of its own.
+
+    Args:
+        name: "module:function".
+        **arguments: of the function, such as JSON can hold.
 
     Raises:
         WorkerError: if the process fails; what it printed is on stderr.
@@ -49,13 +54,6 @@ def decode(values: Mapping[str, Any]) -> Case:
     return Case(**{**values, "contexts": tuple(values["contexts"])})
 
 
-def machine(device: str) -> dict[str, Any]:
-    """See `machine.describe`."""
-    from .machine import describe
-
-    return describe(device)
-
-
 def times(case: dict[str, Any]) -> dict[str, Any]:
     """See `timing.measure_times`."""
     from .timing import measure_times
@@ -69,8 +67,9 @@ def memory(
     """See `memory.measure_memory`; "error" where there is not enough."""
     import torch
 
+    from localdit.measuring import OUT_OF_MEMORY
+
     from .memory import measure_memory
-    from .timing import OUT_OF_MEMORY
 
     try:
         return dict(measure_memory(decode(case), DENOISERS[denoiser], layers, attention))
@@ -78,16 +77,14 @@ def memory(
         return {"error": OUT_OF_MEMORY}
 
 
-FUNCTIONS = {function.__name__: function for function in (machine, times, memory)}
-
-
 def main() -> None:
     """Call what the command line names and print what it returns."""
-    function, arguments = FUNCTIONS[sys.argv[1]], json.loads(sys.argv[2])
+    module, _, name = sys.argv[1].partition(":")
+    function = getattr(importlib.import_module(f"benchmarks.{module}"), name)
     from diffusers.utils import logging
 
     logging.set_verbosity_error()  # it advises about loading weights, and there are none
-    print(json.dumps(function(**arguments)))
+    print(json.dumps(function(**json.loads(sys.argv[2]))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """LocalDiT: pictures from text with a diffusion transformer whose attention looks at small windows.
 
 The names below are imported when they are first used, so that `import localdit` costs nothing.
+Diffusers' own classes, such as `DiffusionPipeline` and `AutoPipelineForInpainting`, know them too.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .lazy import lazy_names
+from .registration import register
 
 __version__ = "0.1.0"
 
@@ -40,3 +42,6 @@ __getattr__ = lazy_names(__name__, _HOMES)
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register()

@@ -125,6 +125,8 @@ def inference_batches(
         pairs = zip(_one_each("mask", mask, count), each["image"], strict=True)
         each["mask_image"] = [load_mask(one, picture.size) for one, picture in pairs]
         settings["padding_mask_crop"] = padding_mask_crop
+    elif padding_mask_crop is not None:
+        raise ValueError("padding_mask_crop is given without a mask; expected the mask, too")
     if padding_mask_crop is None:  # else the pipeline scales what surrounds the mask
         for name in each.keys() & {"image", "mask_image"}:
             each[name] = [fit_image(one, config.height, config.width) for one in each[name]]

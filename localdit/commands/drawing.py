@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,12 +41,17 @@ def draw(
 
 def load(job: Job) -> LocalDiTPipeline:
     """The pipeline of a job; bars are shown on terminals only."""
+    from ..progress import hidden, hide_loading_bars
     from ..utils import load_model
 
-    if not sys.stderr.isatty():
-        _hide_loading_bars()
+    hide_loading_bars()
     pipe = load_model(job.config, job.device, job.dtype)
-    pipe.set_progress_bar_config(disable=None)  # None: shown on terminals only
+    pipe.set_progress_bar_config(disable=hidden())
+    for number, path in enumerate(job.loras):
+        pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
+    if job.loras:
+        names = [f"lora_{number}" for number in range(len(job.loras))]
+        pipe.set_adapters(names, list(job.loras.values()))
     return pipe
 
 
@@ -118,9 +122,10 @@ def proportional_size(
 
 
 def _padding(job: Job) -> int | None:
-    """Repainted pictures keep their size: of others than the drawn size the surroundings of the
+    """How much around the mask is worked on; None if the picture is of the size that is drawn.
 
-    mask are drawn and put back, with all of the picture around it unless told otherwise.
+    Others are scaled and put back, so that they keep their size: with all that is around the mask,
+    unless told otherwise.
     """
     from ..images import load_image
 
@@ -129,14 +134,6 @@ def _padding(job: Job) -> int | None:
     assert job.image is not None
     width, height = load_image(job.image).size
     return None if (height, width) == (job.config.height, job.config.width) else max(width, height)
-
-
-def _hide_loading_bars() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def picture_settings(
@@ -161,6 +158,8 @@ def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
     settings = picture_settings(
         job.config, job.preset, pipe, job.prompts[index], job.negative_prompt, job.seed + index
     )
+    if job.loras:
+        settings["loras"] = job.loras
     if job.image is not None:
         settings |= {"image": str(job.image), "strength": job.config.denoising_strength}
     if job.mask is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from .parsing import UsageError
 from .presets import PHOTOGRAPHS, SCENES, Preset
 from .saving import Output, plan_output
 
+PIXELS_PER_LATENT = 8  # along a side
+
 
 @dataclass(frozen=True)
 class Job:
@@ -25,6 +28,7 @@ class Job:
         preset: what suits the model.
         prompts: one for each picture.
         output: where pictures go.
+        loras: LoRAs and their weights.
         size: height and width, where the command gives them.
         image: a picture to start from.
         mask: which parts of it to repaint.
@@ -41,6 +45,7 @@ class Job:
     grid: bool
     device: str | None
     dtype: str | None
+    loras: dict[str, float]
     size: tuple[int | None, int | None]
     image: Path | None = None
     mask: Path | None = None
@@ -84,6 +89,8 @@ def _plan(
 
     settings, preset = _configure(config or Config(), args)
     checkpoint = find_checkpoint(settings.ckpt_path)
+    if not (checkpoint / "model_index.json").is_file():
+        _check_parts(settings)
     prompts = _read_prompts(args)
     if not prompts:
         if own_prompts is None:
@@ -104,9 +111,7 @@ def _plan(
     resolve_dtype(args.dtype, device)
     check_options(settings, device)
     if config is None and checkpoint.is_file():
-        from ..utils import contradictions
-
-        settings = replace(settings, **contradictions(settings, checkpoint))
+        settings = _as_the_file_tells(settings, checkpoint, args)
     if args.ckpt_path is None and settings.ckpt_path != (config or Config()).ckpt_path:
         _say_that_the_box_is_used()
     return Job(
@@ -119,6 +124,7 @@ def _plan(
         grid=args.grid,
         device=args.device,
         dtype=args.dtype,
+        loras=_loras(args),
         size=(args.height, args.width),
         image=image,
         mask=mask,
@@ -141,6 +147,17 @@ def _configure(config: Config, args: argparse.Namespace) -> tuple[Config, Preset
     checkpoint = Path(changes.get("ckpt_path", config.ckpt_path))
     preset = SCENES if checkpoint.resolve() == BOX else PHOTOGRAPHS
     return replace(config, **(preset.config | changes)), preset
+
+
+def _as_the_file_tells(config: Config, checkpoint: Path, args: argparse.Namespace) -> Config:
+    """The settings with the architecture of a checkpoint file, and its model's own size."""
+    from ..utils import contradictions
+
+    changes = contradictions(config, checkpoint)
+    if "sample_size" in changes:
+        side = changes["sample_size"] * PIXELS_PER_LATENT
+        changes |= {"height": args.height or side, "width": args.width or side}
+    return replace(config, **changes)
 
 
 def _say_that_the_box_is_used() -> None:
@@ -168,6 +185,35 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     if not prompts:
         raise ValueError(f"{name} is empty; expected one prompt a line")
     return prompts
+
+
+def _loras(args: argparse.Namespace) -> dict[str, float]:
+    """The LoRAs that are asked for, with their weights."""
+    if not args.lora and not args.lora_scale:
+        return {}
+    scales = args.lora_scale or [1.0] * len(args.lora)
+    if len(scales) != len(args.lora):
+        raise ValueError(
+            f"--lora-scale is given {len(scales)} times for {len(args.lora)} LoRAs; expected one "
+            "each, or none"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('--lora needs peft: pip install "localdit[lora]"')
+    for name in args.lora:
+        if not Path(name).exists() and name.count("/") != 1:
+            raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
+    return dict(zip(args.lora, scales, strict=True))
+
+
+def _check_parts(config: Config) -> None:
+    """Look for the parts that the model comes without, where they are to be on this machine."""
+    from ..sources import is_hub_name, locate
+    from ..utils import PARTS
+
+    for part in PARTS.values():
+        source = getattr(config, part.field)
+        if not is_hub_name(source):
+            locate(part, source)
 
 
 def _check_pictures(image: Path | None, mask: Path | None) -> None:

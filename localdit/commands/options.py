@@ -107,6 +107,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--model", dest="ckpt_path", metavar="PATH",
         help="a checkpoint file, a Diffusers folder, or 'box', the small model that comes with "
         "LocalDiT (default: output/LocalDiT-1024.pt if it is there, else box)")  # fmt: skip
+    add("--lora", metavar="PATH", action="append", default=[],
+        help="a LoRA for the model: a file, a folder or a hub name; may be repeated")  # fmt: skip
+    add("--lora-scale", metavar="W", type=float, action="append", default=[],
+        help="its weight, one for each LoRA (default: 1)")  # fmt: skip
     add("--text-encoder", metavar="FOLDER", help="for a model without one: folder or hub name")
     add("--vae", metavar="FOLDER", help="likewise")
     add("--scheduler", metavar="FOLDER", help="likewise")

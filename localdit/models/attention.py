@@ -19,6 +19,7 @@ from torch import nn
 from .backends import attend_within_windows, checked_backend
 from .bands import in_bands
 from .global_context import GlobalContext
+from .linear import Linear
 from .norms import RMSNorm, compute_dtype
 from .recomputing import recomputed
 from .rope import apply_rope, rope_angles
@@ -68,10 +69,10 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.window_size, self.shift_size = window_size, shift_size
         self.do_rope = do_rope
 
-        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_qkv = Linear(dim, 3 * dim)
         self.norm_q = RMSNorm(head_dim, qk_norm_eps)
         self.norm_k = RMSNorm(head_dim, qk_norm_eps)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
+        self.to_out = nn.ModuleList([Linear(dim, dim), nn.Dropout(dropout)])
 
         self.local_rel_pos_bias: nn.Parameter | None = None
         if layer_type != "full":
@@ -279,12 +280,12 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         super().__init__()
         dim = num_heads * head_dim
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(text_dim, dim)
-        self.to_v = nn.Linear(text_dim, dim)
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(text_dim, dim)
+        self.to_v = Linear(text_dim, dim)
         self.norm_q = RMSNorm(head_dim, qk_norm_eps)
         self.norm_k = RMSNorm(head_dim, qk_norm_eps)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
+        self.to_out = nn.ModuleList([Linear(dim, dim), nn.Dropout(dropout)])
         self.processor: Any = CrossAttnProcessor()
 
     def keys_and_values(

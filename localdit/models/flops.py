@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.models.attention import FeedForward
 from torch import nn
 
 from .attention import (
@@ -16,6 +15,7 @@ from .attention import (
     LocalGlobalAttnProcessor,
 )
 from .global_context import GlobalContext, SqueezeExcitation
+from .linear import FeedForward
 from .transformer import LocalDiTTransformer2DModel
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .linear import Linear
+
 
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate read off all their means (Hu et al., 2018, section 3)."""
@@ -45,5 +47,5 @@ class GlobalContext(nn.Module):
         super().__init__()
         dim = num_heads * head_dim
         self.query_feat_extract = nn.Sequential(QueryFeatures(dim), QueryFeatures(dim))
-        self.to_global_kv = nn.Linear(dim, 2 * dim)
+        self.to_global_kv = Linear(dim, 2 * dim)
         self.global_rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))

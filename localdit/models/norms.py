@@ -25,5 +25,6 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(compute_dtype(hidden_states))
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-        x = x * torch.rsqrt(mean_square + self.eps) * self.weight.to(x.dtype)
-        return x.to(hidden_states.dtype)
+        scaled, weight = x * torch.rsqrt(mean_square + self.eps), self.weight.to(x.dtype)
+        scaled = scaled * weight if torch.is_grad_enabled() else scaled.mul_(weight)
+        return scaled.to(hidden_states.dtype)

@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .request import Request
-from .tiling import CROP, in_tiles, tile_settings
+from .tiling import in_tiles, tile_settings
 
 # The most pixels that pass through the autoencoder at once: batches of more do so one picture after
 # the other, pictures of more in tiles.
@@ -46,8 +46,6 @@ class AutoencodingMixin:
                 lambda part: vae.decode(part, return_dict=False)[0],
                 latents,
                 request,
-                vae.tile_latent_min_size,
-                CROP,
             )
         return self.image_processor.postprocess(decoded, output_type="pt")
 
@@ -69,8 +67,7 @@ class AutoencodingMixin:
                 lambda part: vae.encode(part).latent_dist.parameters,
                 images.to(vae.dtype),
                 request,
-                vae.tile_sample_min_size,
-                CROP * self.vae_scale_factor,
+                scale=self.vae_scale_factor,
             )
         return parameters.float()
 
@@ -99,13 +96,16 @@ class AutoencodingMixin:
         run: Callable[[torch.Tensor], torch.Tensor],
         batch: torch.Tensor,
         request: Request,
-        tile: int,
-        crop: int,
+        scale: int = 1,
     ) -> torch.Tensor:
-        """`run` a batch at once, picture by picture or in tiles, as its size needs it."""
-        tiled = self.vae.use_tiling and max(batch.shape[2:]) > tile
-        if tiled:
-            return torch.cat([in_tiles(self.vae, run, one, crop) for one in batch.split(1)])
+        """`run` a batch at once, picture by picture or in tiles, as its size needs it.
+
+        Args:
+            scale: how many of its pixels or latents, along a side, make a latent.
+        """
+        tile = scale * self.vae.tile_latent_min_size
+        if self.vae.use_tiling and max(batch.shape[2:]) > tile:
+            return torch.cat([in_tiles(self.vae, run, one, scale) for one in batch.split(1)])
         if len(batch) * request.height * request.width > TILING_THRESHOLD:
             return torch.cat([run(one) for one in batch.split(1)])
         return run(batch)

@@ -23,20 +23,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         argv: the options, by default those of the process.
         prog: what messages about them call the program, by default the script's name.
     """
-    args = parse_args(argv, make_parser(prog))
+    parser = make_parser(prog)
+    args = parse_args(argv, parser)
     stop = StopRequest()
     stop.listen()
 
+    from localdit.progress import hide_loading_bars
     from localdit.training.agreement import TrainingStopped
     from localdit.training.session import set_up
 
+    hide_loading_bars()
     try:
         session = set_up(args, stop)
         if session is not None:
             train(session)
     except TrainingStopped as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
 

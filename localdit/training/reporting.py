@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from localdit.progress import hidden
 from localdit.training.data.faults import Fault
 from localdit.training.data.stage_data import StageData
 from localdit.training.run import RunFolder
@@ -26,8 +27,9 @@ class Reporter:
         self.main = accelerator.is_main_process
         self.lines = 0
         self.can_draw = importlib.util.find_spec("matplotlib") is not None
+        self.step = 0
         self.bar: tqdm = tqdm(
-            total=args.stages[-1].end, desc="Training", unit="step", disable=not self.main
+            total=args.stages[-1].end, desc="Training", unit="step", disable=hidden(not self.main)
         )
 
     def begin(self, data: Sequence[StageData], step: int) -> None:
@@ -48,6 +50,7 @@ class Reporter:
             self.run.forget_after(step)
         if not self.can_draw:
             self.say("There will be no curves.png without matplotlib: pip install matplotlib")
+        self.step = step
         self.bar.update(step)
         settings = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
@@ -71,12 +74,16 @@ class Reporter:
             return
         self._write(lambda: self.run.log(line))
         if "loss" in line:
-            self.bar.set_postfix(
-                loss=f"{line['loss']:.4f}",
-                images_per_s=f"{line['images_per_second']:.1f}",
-                lr=f"{line['learning_rate']:.2g}",
-                grad_norm=f"{line['grad_norm']:.3g}",
-            )
+            shown = {
+                "loss": f"{line['loss']:.4f}",
+                "images_per_s": f"{line['images_per_second']:.1f}",
+                "lr": f"{line['learning_rate']:.2g}",
+                "grad_norm": f"{line['grad_norm']:.3g}",
+            }
+            self.bar.set_postfix(shown)
+            if self.bar.disable:  # there is no terminal, but perhaps a log
+                told = ", ".join(f"{name} {value}" for name, value in shown.items())
+                self.say(f"step {step} of {self.args.stages[-1].end}: {told}")
         if self.lines % CURVES_EVERY == 0:
             self._draw_curves()
         self.lines += 1
@@ -101,7 +108,7 @@ class Reporter:
     def broken(self, fault: Fault) -> None:
         """Log a sample that turned out to be broken when it was read."""
         if self.main:
-            line = {"step": int(self.bar.n) + 1, **fault._asdict()}
+            line = {"step": self.step + 1, **fault._asdict()}
             self._write(lambda: self.run.log(line, "broken.jsonl"))
 
     def pictures(self, images: Sequence[Image.Image], step: int) -> None:
@@ -121,6 +128,7 @@ class Reporter:
 
     def advance(self) -> None:
         """Move the progress bar on by a step."""
+        self.step += 1
         self.bar.update()
 
     def close(self) -> None:

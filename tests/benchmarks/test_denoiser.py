@@ -19,9 +19,9 @@ def workers(monkeypatch):
 
     def start(name, **arguments):
         started.append(name)
-        if name == "machine":
+        if name == "machine:describe":
             return dict(MACHINE)
-        if name == "times":
+        if name == "worker:times":
             return made_up.times(decode(arguments["case"]))
         return made_up.memory(arguments["layers"])
 
@@ -43,8 +43,10 @@ def test_every_combination_is_measured(workers, tmp_path, capsys):
         for case in (record["case"] for record in content["cases"])
     }
     assert len(cases) == 16 == len(content["cases"])
-    assert workers.count("times") == 16
-    assert workers.count("memory") == 8 * 4 + 8 * 2  # own depths are derived from two models each
+    assert workers.count("worker:times") == 16
+    assert (
+        workers.count("worker:memory") == 8 * 4 + 8 * 2
+    )  # own depths are derived from two models each
     assert content["about"]["command"].endswith(f"--output {tmp_path}")
     assert (tmp_path / "denoiser_000.png").exists()
     page = (tmp_path / "denoiser_000.md").read_text(encoding="utf-8")

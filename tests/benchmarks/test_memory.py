@@ -30,7 +30,7 @@ def test_a_peak_is_what_was_held_since_it_was_reset():
 def test_a_child_does_not_count_the_memory_of_its_parent():
     held = torch.ones(2**28)  # 1 GiB, which a child would begin with in `ru_maxrss`
     found = in_own_process(
-        "memory", case=encode(CASE), denoiser=PIXART.name, layers=1, attention=[]
+        "worker:memory", case=encode(CASE), denoiser=PIXART.name, layers=1, attention=[]
     )
     del held
     assert found["weights"] == weight_bytes(make_model(PIXART, 1, CASE))

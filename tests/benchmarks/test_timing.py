@@ -1,19 +1,9 @@
 import statistics
 
 import pytest
-import torch
 
 from benchmarks.cases import Case
-from benchmarks.timing import (
-    OUT_OF_MEMORY,
-    Spread,
-    at_depth,
-    exponent,
-    measure_times,
-    paired_ratios,
-    take_turns,
-    times_at_depth,
-)
+from benchmarks.timing import at_depth, exponent, measure_times, times_at_depth
 
 
 def test_the_exponent_is_the_slope_of_a_power_law():
@@ -42,37 +32,6 @@ def test_a_single_depth_says_nothing_of_another():
 def test_times_are_derived_turn_by_turn():
     runs = [{"layers": 0, "seconds": [1.0, 2.0]}, {"layers": 2, "seconds": [3.0, 8.0]}]
     assert times_at_depth(runs, 10) == pytest.approx([1 + 10 * 1, 2 + 10 * 3])
-
-
-def test_ratios_are_those_of_pairs():
-    ratios = paired_ratios([4.0, 9.0, 30.0], [2.0, 3.0, 6.0])
-    assert ratios == Spread(median=3.0, lowest=2.0, highest=5.0)
-
-
-def test_runs_take_turns_and_warm_up_does_not_count():
-    calls: list[str] = []
-    records = {name: {"seconds": []} for name in "AB"}
-    runs = [(lambda name=name: calls.append(name), records[name]) for name in "AB"]
-    take_turns(runs, warm_up=1, repeats=3)
-    assert "".join(calls) == "ABABABAB"
-    assert all(
-        len(record["seconds"]) == 3 and "first_call" in record for record in records.values()
-    )
-
-
-def test_what_runs_out_of_memory_leaves_the_others_their_turns():
-    calls: list[str] = []
-
-    def too_large() -> None:
-        calls.append("A")
-        raise torch.OutOfMemoryError
-
-    records = {name: {"seconds": []} for name in "AB"}
-    runs = [(too_large, records["A"]), (lambda: calls.append("B"), records["B"])]
-    take_turns(runs, warm_up=1, repeats=2)
-    assert "".join(calls) == "ABBB"
-    assert records["A"]["error"] == OUT_OF_MEMORY
-    assert len(records["B"]["seconds"]) == 2
 
 
 @pytest.mark.parametrize("task", ["inference", pytest.param("training", marks=pytest.mark.slow)])

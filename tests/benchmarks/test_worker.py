@@ -11,5 +11,5 @@ def test_a_case_comes_through_as_it_was():
 
 def test_a_process_that_fails_says_so(capfd):
     with pytest.raises(WorkerError, match="failed with status 1"):
-        in_own_process("nothing")
-    assert "KeyError" in capfd.readouterr().err
+        in_own_process("worker:nothing")
+    assert "AttributeError" in capfd.readouterr().err

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from localdit.progress import hidden
 from localdit.training.data.captions import read_captions
 from localdit.training.data.faults import BrokenSample, Fault, Faults
 from localdit.training.data.parallel import map_reads
@@ -43,7 +44,7 @@ def examine(
         total=len(listing),
         desc="Looking at the data",
         unit=" samples",
-        disable=not progress or len(listing) < MANY,
+        disable=hidden(not progress or len(listing) < MANY),
     )
     # Pillow warns of much that is odd but harmless, and of bombs, which are refused anyway.
     with warnings.catch_warnings(), bar:

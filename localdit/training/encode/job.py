@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from localdit.progress import hidden
 from localdit.training.components import Encoders, encoder_sources, load_encoders
 from localdit.training.data.encoded import open_encoded, tar_path, unwritten_shards
 from localdit.training.data.faults import Faults, require_few
@@ -171,7 +172,7 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
     pictures = read_pictures(plan, shards, batch_size, args.num_workers)
     total, broken = sum(len(plan.shard(shard)) for shard in shards), 0
     faults = deepcopy(job.faults)
-    with tqdm(total=total, desc="Encoding", unit=" samples", disable=quiet) as progress:
+    with tqdm(total=total, desc="Encoding", unit=" samples", disable=hidden(quiet)) as progress:
         encoder = ShardEncoder(
             args.output,
             plan,
