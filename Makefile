@@ -1,4 +1,4 @@
-.PHONY: lint type test slow bench
+.PHONY: lint type test slow bench docs release-check
 
 PYTHON ?= .venv/bin/python
 
@@ -17,3 +17,10 @@ slow:
 
 bench:
 	$(PYTHON) -m benchmarks.denoiser
+
+docs:
+	$(PYTHON) -m mkdocs build --strict
+
+# Wheel and sdist: contents, and an installation with libraries of its own (gigabytes).
+release-check:
+	RELEASE_CHECK=1 $(PYTHON) -m pytest -m "slow or not slow" tests/test_release.py

@@ -14,6 +14,12 @@ TRAIN = [
 LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
 DEMO = ["gradio>=6.0"]
+DOCS = [  # the site, and the notebooks as tests run them
+    "ipykernel>=6.20",
+    "mkdocs-material>=9.5",
+    "mkdocstrings[python]>=0.26",
+    "nbclient>=0.8",
+]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
 
 setup(
@@ -23,6 +29,8 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The LocalDiT authors",
+    keywords="diffusion transformer text-to-image diffusers window-attention",
     python_requires=">=3.10",
     # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
     packages=find_packages(include=["localdit", "localdit.*"]),
@@ -45,22 +53,34 @@ setup(
         "lora": LORA,
         "quantization": ["bitsandbytes>=0.43"],
         "triton": TRITON,
+        "docs": DOCS,
         "dev": [
             *LORA,
             *TRAIN,
             *DEMO,
+            *DOCS,
             *TRITON,  # tests interpret its kernels
+            "build>=1.0",
             "hypothesis>=6.100",
             "mypy>=1.10",
             "playwright>=1.40",  # drives Chromium in the tests of the page
             "pytest>=8.0",
             "ruff>=0.6",
+            "setuptools>=68",
+            "twine>=5.0",
             "webdataset>=0.2",  # reads what encoding ahead writes, in a test
         ],
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Multimedia :: Graphics",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -1,4 +1,4 @@
-"""Writes TRAINING_OPTIONS.md from the command lines: `python docs/make_options.py`."""
+"""Writes training-options.md from the command lines: `python docs/make_options.py`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from localdit.training import options
 from localdit.training.encode import options as encode_options
 
-PAGE = Path(__file__).with_name("TRAINING_OPTIONS.md")
+PAGE = Path(__file__).with_name("training-options.md")
 INTRODUCTION = """# Options of training
 
-Written by `python docs/make_options.py` from the command lines themselves; [TRAIN.md](TRAIN.md)
-shows the options at work. An empty default is explained beside it.
+Written by `python docs/make_options.py` from the command lines themselves;
+[Train](guides/train.md) shows the options at work. An empty default is explained beside it.
 """
 
 

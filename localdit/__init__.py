@@ -1,5 +1,9 @@
 """LocalDiT: pictures from text with a diffusion transformer whose attention looks at small windows.
 
+Public are the names in `__all__` here and in `checkpoint`, `config`, `images`, `inference`,
+`models`, `pipelines`, `scenes` and `utils`, and the command line; docs/reference has them all.
+Everything else may change without notice.
+
 The names below are imported when they are first used, so that `import localdit` costs nothing.
 Diffusers' own classes, such as `DiffusionPipeline` and `AutoPipelineForInpainting`, know them too.
 """
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .models import LocalDiTTransformer2DModel
     from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
-    from .utils import load_model
+    from .utils import load_model, model_in_the_box
 
 _HOMES = {
     "Config": "config",
@@ -26,6 +30,7 @@ _HOMES = {
     "LocalDiTPipeline": "pipelines",
     "LocalDiTTransformer2DModel": "models",
     "load_model": "utils",
+    "model_in_the_box": "utils",
 }
 
 __all__ = [
@@ -35,6 +40,7 @@ __all__ = [
     "LocalDiTPipeline",
     "LocalDiTTransformer2DModel",
     "load_model",
+    "model_in_the_box",
 ]
 
 __getattr__ = lazy_names(__name__, _HOMES)

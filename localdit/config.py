@@ -12,6 +12,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+__all__ = ["Config"]
+
 PIXEL_MULTIPLE = 16  # 8 pixels to a latent, 2 latents to a token
 
 

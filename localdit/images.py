@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+__all__ = ["fit_image", "image_grid", "load_image", "load_mask", "read_metadata", "save_image"]
+
 MAX_PIXELS = 64_000_000
 # Pillow's other readers stay out: one of them starts a PostScript interpreter.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from .images import fit_image, load_image, load_mask
 from .pipelines.prompts import check_prompts
 
+__all__ = ["inference", "inference_batches"]
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, fetching, locate
 
+__all__ = ["load_model", "model_in_the_box"]
+
 if TYPE_CHECKING:
     import torch
 

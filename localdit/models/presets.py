@@ -16,3 +16,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "caption_channels": 128,
     },
 }
+"""Shapes by name, as keyword arguments: `LocalDiTTransformer2DModel(**PRESETS["tiny"])`."""
