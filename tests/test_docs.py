@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import re
 import subprocess
+import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,3 +225,34 @@ def test_each_public_name_is_documented_and_in_the_reference(module):
         assert name in documented, f"{module}.{name} is not in docs/reference"
         if callable(public):
             assert public.__doc__ and len(public.__doc__) > 20, f"{module}.{name}"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_has_every_public_name_and_every_page(site):
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1])
+    places = {line.split()[0] for line in inventory.decode().splitlines()}
+    for module, names in PUBLIC.items():
+        assert module == "localdit" or places >= {f"{module}.{name}" for name in names}, module
+    for page in [*ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/notebooks/*.ipynb")]:
+        name = page.relative_to(ROOT / "docs").with_suffix("")
+        folder = name.parent if name.name in ("index", "README") else name
+        assert (site / folder / "index.html").is_file() or name.name == "TRAIN", page
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_elsewhere(site):
+    for path in site.glob("**/*.html"):
+        page = path.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe|source)[^>]+src=\"?(https?:[^\" >]+)", page)
+        loaded += re.findall(r"<link[^>]+href=\"?(https?:[^\" >]+)", page)
+        assert not loaded, path
