@@ -11,6 +11,7 @@ TRAIN = [
     for line in (ROOT / "requirements-train.txt").read_text().splitlines()
     if not line.startswith("#")
 ]
+LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
 DOCS = [  # the site, and the notebooks as tests run them
     "ipykernel>=6.20",
@@ -18,6 +19,7 @@ DOCS = [  # the site, and the notebooks as tests run them
     "mkdocstrings[python]>=0.26",
     "nbclient>=0.8",
 ]
+DEMO = ["gradio>=6.0"]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
 
 setup(
@@ -32,7 +34,7 @@ setup(
     python_requires=">=3.10",
     # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
     packages=find_packages(include=["localdit", "localdit.*"]),
-    package_data={"localdit": ["py.typed", "box/**/*"]},
+    package_data={"localdit": ["py.typed", "box/**/*", "demo/*.css"]},
     entry_points={"console_scripts": ["localdit=localdit.commands:main"]},
     install_requires=[
         "torch>=2.6",  # before, `weights_only=True` could be bypassed
@@ -47,16 +49,21 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "demo": DEMO,
+        "lora": LORA,
         "quantization": ["bitsandbytes>=0.43"],
         "triton": TRITON,
         "docs": DOCS,
         "dev": [
+            *LORA,
             *TRAIN,
             *DOCS,
+            *DEMO,
             *TRITON,  # tests interpret its kernels
             "build>=1.0",
             "hypothesis>=6.100",
             "mypy>=1.10",
+            "playwright>=1.40",  # drives Chromium in the tests of the page
             "pytest>=8.0",
             "ruff>=0.6",
             "setuptools>=68",

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from localdit.measuring import Spread, paired_ratios
+from localdit.measuring import Spread
 
 from .cases import PIXART, Case, Denoiser
-from .timing import at_depth, exponent, times_at_depth
+from .timing import at_depth, exponent, paired_ratios, times_at_depth
 
 # What tells one curve over sizes from another.
 GROUP = ("dtype", "task", "mode", "depth")

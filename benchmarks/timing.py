@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from localdit.measuring import OUT_OF_MEMORY, take_turns
+from localdit.measuring import OUT_OF_MEMORY, Spread, take_turns
 
 from .cases import Case, Denoiser, make_model, make_run
 
@@ -69,6 +69,11 @@ def times_at_depth(runs: Sequence[Mapping[str, Any]], layers: int) -> list[float
     depths = [run["layers"] for run in runs]
     turns = zip(*(run["seconds"] for run in runs), strict=True)
     return [at_depth(dict(zip(depths, seconds, strict=True)), layers) for seconds in turns]
+
+
+def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """How many times one is the other, turn by turn."""
+    return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:

@@ -5,6 +5,7 @@ Public are the names in `__all__` here and in `checkpoint`, `config`, `images`, 
 Everything else may change without notice.
 
 The names below are imported when they are first used, so that `import localdit` costs nothing.
+Diffusers' own classes, such as `DiffusionPipeline` and `AutoPipelineForInpainting`, know them too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .lazy import lazy_names
+from .registration import register
 
 __version__ = "0.1.0"
 
@@ -46,3 +48,6 @@ __getattr__ = lazy_names(__name__, _HOMES)
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register()

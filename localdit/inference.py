@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .config import Config
     from .pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
+    from .pipelines.request import StepCallback
 
     Source = str | Path | Image.Image
     Pipeline: TypeAlias = LocalDiTPipeline | LocalDiTImg2ImgPipeline | LocalDiTInpaintPipeline
@@ -96,10 +97,12 @@ def inference_batches(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
+    callback_on_step_end: StepCallback | None = None,
 ) -> Iterator[list[Image.Image]]:
     """As `inference`, but hand out each batch of pictures as soon as it is done.
 
     Everything is checked in this call, before the first picture is asked for.
+    `callback_on_step_end` is that of the pipelines.
     """
     prompts = check_prompts(prompts if isinstance(prompts, str) else list(prompts), "prompts")
     count = len(prompts)
@@ -124,6 +127,8 @@ def inference_batches(
         pairs = zip(_one_each("mask", mask, count), each["image"], strict=True)
         each["mask_image"] = [load_mask(one, picture.size) for one, picture in pairs]
         settings["padding_mask_crop"] = padding_mask_crop
+    elif padding_mask_crop is not None:
+        raise ValueError("padding_mask_crop is given without a mask; expected the mask, too")
     if padding_mask_crop is None:  # else the pipeline scales what surrounds the mask
         for name in each.keys() & {"image", "mask_image"}:
             each[name] = [fit_image(one, config.height, config.width) for one in each[name]]
@@ -137,6 +142,8 @@ def inference_batches(
         each["generator"] = _one_each("generator", generator, count)
     else:
         settings["generator"] = generator
+    if callback_on_step_end is not None:
+        settings["callback_on_step_end"] = callback_on_step_end
     return _run(pipe, each, settings, config.batch_size, progress)
 
 
@@ -155,18 +162,21 @@ def _run(
         if "latents" in part:
             part["latents"] = torch.stack(part["latents"])
         if progress:
-            part["callback_on_step_end"] = _step_callback(progress, batch, len(starts))
-        yield pipe(**part, **settings).images
+            then = settings.get("callback_on_step_end")
+            part["callback_on_step_end"] = _step_callback(progress, batch, len(starts), then)
+        yield pipe(**(settings | part)).images
 
 
 def _step_callback(
-    progress: Callable[[int, int], None], batch: int, batches: int
-) -> Callable[..., dict[str, Any]]:
-    """The pipeline's kind of callback, counting the steps of all batches."""
+    progress: Callable[[int, int], None], batch: int, batches: int, then: StepCallback | None
+) -> StepCallback:
+    """The pipeline's kind of callback, counting the steps of all batches; `then` comes next."""
 
-    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(
+        pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any] | None:
         progress(batch * pipe.num_timesteps + step + 1, batches * pipe.num_timesteps)
-        return {}
+        return then(pipe, step, timestep, tensors) if then else None
 
     return on_step_end
 

@@ -77,8 +77,3 @@ class Spread:
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
         return asdict(self)
-
-
-def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """How many times one is the other, turn by turn."""
-    return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])

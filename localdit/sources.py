@@ -1,4 +1,4 @@
-"""Where the parts of a pipeline come from that no checkpoint holds: a folder here, or the hub."""
+"""Where a pipeline's parts come from, and a checkpoint: files here, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,39 @@ def _wanted(part: Part, folder: str) -> str:
     return " and ".join([f"{folder}/{part.config}".lstrip("/"), *filter(None, weights)])
 
 
-def locate(part: Part, source: str | Path, option: str | None = None) -> dict[str, str]:
+def local_file(path: str | Path, local_files_only: bool = False) -> Path:
+    """The file at `path`; one of the hub, given by its address, is fetched if need be.
+
+    Args:
+        path: a file, or an address like `https://huggingface.co/NAME/REPOSITORY/blob/main/FILE`.
+        local_files_only: take it from the hub's cache, and fetch nothing.
+
+    Raises:
+        ValueError: it is another address.
+        OSError: it cannot be fetched, or is not in the cache.
+    """
+    if not re.match("https?://", str(path)):
+        return Path(path).expanduser()
+    address = re.fullmatch(
+        r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(?:\?.*)?",
+        str(path),
+    )
+    if address is None:
+        raise ValueError(
+            f"{path} is no file of the Hugging Face hub, as in "
+            "https://huggingface.co/NAME/REPOSITORY/blob/main/FILE. Fetch it, and give the file."
+        )
+    from huggingface_hub import hf_hub_download
+
+    repository, revision, name = address.groups()
+    return Path(
+        hf_hub_download(repository, name, revision=revision, local_files_only=local_files_only)
+    )
+
+
+def locate(
+    part: Part, source: str | Path, option: str | None = None, local_files_only: bool = False
+) -> dict[str, Any]:
     """Where a part is, as arguments of `from_pretrained`, having made sure that it is there.
 
     Of a repository on the hub its configuration is fetched for that, a few hundred bytes.
@@ -49,6 +82,7 @@ def locate(part: Part, source: str | Path, option: str | None = None) -> dict[st
         part: what is looked for.
         source: a folder here, or a repository of the hub.
         option: what the user calls the source, for messages; by default the field of `Config`.
+        local_files_only: take files of the hub from the cache, and fetch nothing.
     """
     option = option or f"Config.{part.field}"
     local = Path(source).expanduser()
@@ -60,14 +94,30 @@ def locate(part: Part, source: str | Path, option: str | None = None) -> dict[st
                 return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
         layouts = "; or ".join(_wanted(part, folder) for folder in part.folders)
         raise FileNotFoundError(f"{option}: {local} lacks files; expected {layouts}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source)[0] in ".~":
+    if not is_hub_name(source):
         raise FileNotFoundError(f"{option}: there is no folder {source}")
     folder = part.folders[0]
     with fetching(part, source, option):
         from huggingface_hub import hf_hub_download
 
-        hf_hub_download(str(source), part.config, subfolder=folder or None)
-    return {"pretrained_model_name_or_path": str(source), "subfolder": folder}
+        hf_hub_download(
+            str(source),
+            part.config,
+            subfolder=folder or None,
+            local_files_only=local_files_only,
+        )
+    return {
+        "pretrained_model_name_or_path": str(source),
+        "subfolder": folder,
+        "local_files_only": local_files_only,
+    }
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether a source is a repository of the hub: named like one, and no folder here."""
+    name = str(source)
+    there = Path(source).expanduser().exists()
+    return not there and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and name[0] not in ".~"
 
 
 @contextmanager

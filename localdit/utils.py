@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,14 @@ RELEASED_WEIGHTS = (
 )
 DOWNLOAD_COMMAND = f"wget {RELEASED_WEIGHTS} -P output/"
 BOX = Path(__file__).resolve().parent / "box"
+
+# What a pipeline has beside the transformer.
+PARTS = {
+    "scheduler": SCHEDULER,
+    "vae": VAE,
+    "tokenizer": TOKENIZER,
+    "text_encoder": TEXT_ENCODER,
+}
 
 
 def load_model(
@@ -230,7 +239,7 @@ def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
 
 
 def _load_text_encoder(
-    config: Config, where: dict[str, str], device: torch.device, dtype: torch.dtype
+    config: Config, where: dict[str, Any], device: torch.device, dtype: torch.dtype | None
 ) -> Any:
     from transformers import BitsAndBytesConfig, T5EncoderModel
 
@@ -263,32 +272,53 @@ def _load_pipeline_folder(
 def _assemble(
     config: Config, checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> LocalDiTPipeline:
-    """Join a transformer with the parts that `config` names; the largest comes last."""
-    sources = {
-        SCHEDULER: config.scheduler,
-        VAE: config.vae,
-        TOKENIZER: config.text_encoder,
-        TEXT_ENCODER: config.text_encoder,
-    }
-    where = {part: locate(part, source) for part, source in sources.items()}
-
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-    from transformers import AutoTokenizer
-
+    """Join a transformer with the parts that `config` names."""
+    where = locate_parts(config)
     from .pipelines import LocalDiTPipeline
 
     transformer = _load_transformer(config, checkpoint, dtype)
-    scheduler = DPMSolverMultistepScheduler.from_pretrained(**where[SCHEDULER])
-    with fetching(VAE, config.vae):
-        vae = AutoencoderKL.from_pretrained(**where[VAE], torch_dtype=dtype)
-    with fetching(TOKENIZER, config.text_encoder):
-        tokenizer = AutoTokenizer.from_pretrained(**where[TOKENIZER])
-    with fetching(TEXT_ENCODER, config.text_encoder):
-        text_encoder = _load_text_encoder(config, where[TEXT_ENCODER], device, dtype)
-    return LocalDiTPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=vae,
-        transformer=transformer,
-        scheduler=scheduler,
-    )
+    return LocalDiTPipeline(transformer=transformer, **load_parts(config, where, device, dtype))
+
+
+def locate_parts(
+    config: Config, absent: Collection[str] = PARTS, local_files_only: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Make sure that the parts that `config` names are there, and say where.
+
+    Args:
+        config: names them.
+        absent: those that are needed, of `PARTS`.
+        local_files_only: take files of the hub from the cache, and fetch nothing.
+
+    Returns:
+        Arguments of `from_pretrained` for each.
+    """
+    return {
+        name: locate(part, getattr(config, part.field), local_files_only=local_files_only)
+        for name, part in PARTS.items()
+        if name in absent
+    }
+
+
+def load_parts(
+    config: Config,
+    where: Mapping[str, dict[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Load the parts that `locate_parts` found; the largest comes last."""
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+    from transformers import AutoTokenizer
+
+    loaders: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "scheduler": lambda at: DPMSolverMultistepScheduler.from_pretrained(**at),
+        "vae": lambda at: AutoencoderKL.from_pretrained(**at, torch_dtype=dtype),
+        "tokenizer": lambda at: AutoTokenizer.from_pretrained(**at),
+        "text_encoder": lambda at: _load_text_encoder(config, at, device, dtype),
+    }
+    parts = {}
+    for name, load in loaders.items():
+        if name in where:
+            with fetching(PARTS[name], getattr(config, PARTS[name].field)):
+                parts[name] = load(where[name])
+    return parts

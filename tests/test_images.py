@@ -212,6 +212,46 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["a.png"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_there_is_kept_where_told(tmp_path, monkeypatch, links):
+    if not links:  # as on some file systems
+
+        def refuse(*args):
+            raise OSError("Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a.png"
+    images.save_image(Image.new("RGB", (4, 4), "red"), path, overwrite=False)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"a\.png is there already"):
+        images.save_image(Image.new("RGB", (4, 4), "blue"), path, overwrite=False)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_masks_of_all_kinds(tmp_path):
+    half = Image.new("L", (4, 2))
+    half.paste(255, (0, 0, 2, 2))
+    opaque = Image.merge("RGBA", [half] * 3 + [Image.new("L", (4, 2), 255)])
+    for mask in (half, half.convert("1"), half.convert("RGB"), half.convert("P"), opaque):
+        read = images.load_mask(mask, (4, 2))
+        assert read.mode == "L" and read.tobytes() == half.tobytes()
+    half.save(tmp_path / "mask.png")
+    assert images.load_mask(tmp_path / "mask.png").tobytes() == half.tobytes()
+
+
+def test_masks_that_can_not_be_meant(tmp_path):
+    clear = Image.new("LA", (4, 2), (255, 0))
+    clear.save(tmp_path / "clear.png")
+    for mask in (clear, tmp_path / "clear.png"):
+        with pytest.raises(ValueError, match="transparency; expected white to repaint"):
+            images.load_mask(mask)
+    with pytest.raises(ValueError, match="the mask has 4 x 2 pixels; expected the picture's 2 x 4"):
+        images.load_mask(Image.new("L", (4, 2), 255), (2, 4))
+    with pytest.raises(ValueError, match="nothing in the mask is white"):
+        images.load_mask(Image.new("L", (4, 2), 127))
+
+
 def test_only_png_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.png"):
         save_image(Image.new("RGB", (1, 1)), tmp_path / "a.jpg")

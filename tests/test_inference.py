@@ -8,7 +8,7 @@ from PIL import Image
 from localdit.config import Config
 from localdit.images import save_image
 from localdit.inference import inference, inference_batches
-from localdit.pipelines import LocalDiTImg2ImgPipeline
+from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline
 from tests.tiny import tiny_pipeline
 
 PROMPTS = ["a red circle", "a blue square above a star", "a cat"]
@@ -121,6 +121,44 @@ def test_image_to_image(pipe, config, spy, tmp_path):
     assert same(images[:1], inference(other, PROMPTS[0], "bad", config, image, seed=0))
 
 
+def masked(size, box):
+    """A mask that is white within a box."""
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+def test_inpainting(pipe, config, tmp_path):
+    image = Image.effect_noise((48, 64), 90).convert("RGB")
+    mask = masked(image.size, (8, 8, 32, 40))
+    mask.save(tmp_path / "mask.png")
+    images = inference(pipe, PROMPTS[:2], "bad", config, image, mask=tmp_path / "mask.png", seed=0)
+    assert len(images) == 2 and not same(images[:1], images[1:])
+    kept = np.asarray(mask) == 0
+    for picture in images:
+        assert (np.asarray(picture)[kept] == np.asarray(image)[kept]).all()
+        assert (np.asarray(picture)[~kept] != np.asarray(image)[~kept]).any()
+    expected = LocalDiTInpaintPipeline(**pipe.components)
+    expected.set_progress_bar_config(disable=True)
+    assert same(images, inference(expected, PROMPTS[:2], "bad", config, image, mask=mask, seed=0))
+
+
+def test_inpainting_scales_image_and_mask_alike(pipe, config):
+    """Both are cut to the size that is drawn; around the mask, the picture keeps its own."""
+    image = Image.effect_noise((96, 64), 90).convert("RGB")
+    mask = masked(image.size, (40, 16, 56, 48))  # in the middle, which is not cut off
+    (cut,) = inference(pipe, PROMPTS[:1], None, config, image, mask=mask, seed=0)
+    assert cut.size == (48, 64)
+    middle = np.asarray(image)[:, 24:72]
+    changed = (np.asarray(cut) != middle).any(-1)
+    assert changed[16:48, 16:32].any()
+    assert not changed[:, :16].any() and not changed[:, 32:].any()
+    whole = inference(
+        pipe, PROMPTS[:1], None, config, image, mask=mask, padding_mask_crop=8, seed=0
+    )
+    assert whole[0].size == image.size
+
+
 def test_one_image_for_each_prompt(pipe, config, spy):
     images = [Image.new("RGB", (48, 64), colour) for colour in ("red", "lime")]
     inference(pipe, PROMPTS[:2], None, config, images)
@@ -155,6 +193,11 @@ def test_bad_input_is_found_before_sampling(pipe, config, spy, tmp_path):
     refuses("image has 2 entries for 3 prompts", image=[image, image])
     refuses("generator has 1 entries", generator=[torch.Generator()])
     refuses("latents has 1 entries", latents=torch.zeros(1, 4, 8, 6))
+    refuses("mask is given without an image", mask=image)
+    refuses("padding_mask_crop is given without a mask", image=image, padding_mask_crop=8)
+    small = Image.new("L", (8, 8), "white")
+    refuses("the mask has 8 x 8 pixels; expected the picture's 48 x 64", image=image, mask=small)
+    refuses("nothing in the mask is white", image=image, mask=image)
     refuses("seed and generator", seed=1, generator=torch.Generator())
     refuses(r"gone\.png", image=tmp_path / "gone.png", error=FileNotFoundError)
     (tmp_path / "text.png").write_text("text")

@@ -7,15 +7,9 @@ from localdit.measuring import (
     OUT_OF_MEMORY,
     SMALL,
     Spread,
-    paired_ratios,
     take_turns,
     with_random_weights,
 )
-
-
-def test_ratios_are_those_of_pairs():
-    ratios = paired_ratios([4.0, 9.0, 30.0], [2.0, 3.0, 6.0])
-    assert ratios == Spread(median=3.0, lowest=2.0, highest=5.0)
 
 
 def test_runs_take_turns_and_warm_up_does_not_count():
@@ -42,6 +36,10 @@ def test_what_runs_out_of_memory_leaves_the_others_their_turns():
     assert "".join(calls) == "ABBB"
     assert records["A"]["error"] == OUT_OF_MEMORY
     assert len(records["B"]["seconds"]) == 2
+
+
+def test_a_spread_is_a_median_within_its_ends():
+    assert Spread.of([4.0, 1.0, 2.0]) == Spread(median=2.0, lowest=1.0, highest=4.0)
 
 
 def test_random_weights_are_small_and_as_asked_for():

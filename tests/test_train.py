@@ -232,7 +232,10 @@ def test_broken_pictures_are_passed_over_and_listed(train, workplace, tmp_path):
 def test_resuming_another_run_is_refused(train, capsys):
     run = train("run", "--max-train-steps", "2")
     train("run", "--resume", "auto", "--seed", "9", expect=1)
-    assert "is of a run with --seed 0, not 9" in capsys.readouterr().err
+    assert (
+        "is of a run with --seed 0, not with --seed 9. Resume it with --seed 0"
+        in capsys.readouterr().err
+    )
     train("run", "--resume", "auto", "--learning-rate", "2e-3")
     assert "Changed since: learning_rate: 0.001 -> 0.002" in capsys.readouterr().out
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]

@@ -33,7 +33,8 @@ def contents_of(path: Path) -> Sections:
         return {str(path): _of_file(path)}
     if (path / "model_index.json").is_file():
         return _of_pipeline(path)
-    return {str(path): {"kind": "transformer", **_of_transformer(path), "elsewhere": _elsewhere()}}
+    facts = {"kind": "transformer", **_of_transformer(path)}
+    return {str(path): facts | {"elsewhere": _elsewhere(transformer_folder(path)[1])}}
 
 
 def attention_shape(path: Path | None) -> dict[str, int]:
@@ -49,8 +50,10 @@ def attention_shape(path: Path | None) -> dict[str, int]:
 
 
 def _of_file(path: Path) -> dict[str, Any]:
-    report = inspect_checkpoint(path)
     file = CheckpointFile(path)
+    if any(".lora_A." in name for name in file.infos):
+        return _of_lora(file)
+    report = inspect_checkpoint(path)
     dead = read_layout(file.infos, str(path)).dead
     facts: dict[str, Any] = {
         "kind": f"checkpoint file ({'.pt' if report.kind == 'torch' else '.safetensors'})",
@@ -71,7 +74,19 @@ def _of_file(path: Path) -> dict[str, Any]:
         )
     if report.zeroed_layers:
         missing.append(f"relative position bias, in {len(report.zeroed_layers)} layers: zero")
-    return facts | {"missing": missing or "nothing", "elsewhere": _elsewhere()}
+    return facts | {"missing": missing or "nothing", "elsewhere": _elsewhere(report.config)}
+
+
+def _of_lora(file: CheckpointFile) -> dict[str, Any]:
+    down = {name: info.shape[0] for name, info in file.infos.items() if ".lora_A." in name}
+    return {
+        "kind": "LoRA",
+        "bytes": file.path.stat().st_size,
+        "rank": ", ".join(map(str, sorted(set(down.values())))),
+        "parameters": sum(info.values for info in file.infos.values()),
+        "changes": _by_kind(name.split(".lora_A.")[0] for name in down),
+        "missing": "the model that it is of: give that as --model, and this as --lora",
+    }
 
 
 def _of_pipeline(folder: Path) -> Sections:
@@ -151,10 +166,12 @@ def _shape(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _elsewhere() -> list[str]:
+def _elsewhere(config: dict[str, Any]) -> list[str]:
     """What no transformer brings along, and where it comes from."""
+    channels = config["caption_channels"]
+    released = f"{Config.text_encoder}, or " if channels == Config.caption_channels else ""
     return [
-        f"text encoder and tokenizer: {Config.text_encoder}, or --text-encoder",
+        f"text encoder of {channels} channels and its tokenizer: {released}--text-encoder",
         f"VAE: {Config.vae}, or --vae",
         f"scheduler: {Config.scheduler}, or --scheduler",
     ]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..measuring import OUT_OF_MEMORY
 from . import options
 from .parsing import Parser, UsageError, run
 
@@ -23,9 +24,10 @@ SHAPE: dict[str, Any] = {  # of the released model and of PixArt-XL-2
     "use_additional_conditions": False,
 }
 TEXT_TOKENS = 120
+BUSY = 1.5  # slowest over fastest, from where on ratios say little
 CAVEAT = """
-Each on PyTorch's own choice of attention kernel. A short measurement on a machine that may be busy
-shows the order of things. Figures to quote come from `python -m benchmarks.denoiser` in the
+Each on PyTorch's own choice of attention kernel. A short measurement shows the order of things.
+Figures to quote come from `python -m benchmarks.denoiser` in the
 repository, which also measures memory, training and whole models."""
 
 
@@ -82,14 +84,14 @@ def bench(args: argparse.Namespace) -> None:
         told = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         print(f"{about['machine']}; {about['dtype']}; {told}", flush=True)
         print(f"One forward pass, {args.layers} blocks, random weights:\n", flush=True)
-        print(_row("pixels", "attention", "seconds (lowest to highest)", "times windows"))
+        print(_row("pixels", "attention", "fastest (slowest), seconds", ": windows"))
     results = []
     for pixels in args.pixels:
         result = measure(pixels, args.layers, args.repeats, device, dtype)
         results.append({"pixels": pixels, "seconds": result})
         if not args.json:
             print("\n".join(_rows(pixels, result)), flush=True)
-    print(json.dumps(about | {"results": results}, indent=1) if args.json else CAVEAT)
+    print(json.dumps(about | {"results": results}, indent=1) if args.json else _notes(results))
 
 
 def measure(
@@ -164,25 +166,31 @@ def _forward(model: Any, inputs: dict[str, Any], device: torch.device) -> Callab
 
 
 def _rows(pixels: int, result: dict[str, list[float]]) -> list[str]:
-    from ..measuring import Spread, paired_ratios
-
+    """The table's rows; of a machine that others use as well, the fastest run tells most."""
     rows = []
     for name, seconds in result.items():
-        if not seconds:
-            rows.append(_row(str(pixels), name, "out of memory", ""))
-            continue
-        spread = Spread.of(seconds)
-        ratio = paired_ratios(seconds, result[WINDOWS]).median if result[WINDOWS] else None
-        rows.append(
-            _row(
-                str(pixels),
-                name,
-                f"{spread.median:.3g} ({spread.lowest:.3g} to {spread.highest:.3g})",
-                f"{ratio:.2f}" if ratio else "",
-            )
-        )
+        told, ratio = OUT_OF_MEMORY, ""
+        if seconds:
+            told = f"{min(seconds):.3g} ({max(seconds):.3g})"
+            ratio = f"{min(seconds) / min(result[WINDOWS]):.2f}" if result[WINDOWS] else ""
+        rows.append(_row(str(pixels), name, told, ratio))
     return rows
 
 
 def _row(pixels: str, name: str, seconds: str, ratio: str) -> str:
-    return f"{pixels:>6}  {name:<14}  {seconds:<27}  {ratio:>13}".rstrip()
+    return f"{pixels:>6}  {name:<14}  {seconds:<26}  {ratio:>8}".rstrip()
+
+
+def _notes(results: list[dict[str, Any]]) -> str:
+    """What the figures are worth."""
+    spread = max(
+        (max(seconds) / min(seconds) for one in results for seconds in one["seconds"].values()
+         if seconds),
+        default=1.0,
+    )  # fmt: skip
+    if spread < BUSY:
+        return CAVEAT
+    return (
+        f"\nThe same took up to {spread:.1f} times as long in another turn: the machine is busy, "
+        f"and the ratios\nsay little. Measure again when it is not.{CAVEAT}"
+    )

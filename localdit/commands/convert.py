@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CALLED = {
     "`torch_dtype`": "--dtype",
+    "`global_context='draw'`": "--global-context draw",
     "`global_context`": "--global-context",
     "`seed`": "--seed",
     "Choose another name, or overwrite it.": "Choose another name, or give --overwrite.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..config import PIXEL_MULTIPLE, Config
 from .job import Job
-from .presets import SCENES
+from .presets import SCENES, Preset
 
 if TYPE_CHECKING:
     from ..pipelines import LocalDiTPipeline
@@ -122,9 +122,10 @@ def proportional_size(
 
 
 def _padding(job: Job) -> int | None:
-    """Repainted pictures keep their size: of others than the drawn size the surroundings of the
+    """How much around the mask is worked on; None if the picture is of the size that is drawn.
 
-    mask are drawn and put back, with all of the picture around it unless told otherwise.
+    Others are scaled and put back, so that they keep their size: with all that is around the mask,
+    unless told otherwise.
     """
     from ..images import load_image
 
@@ -135,25 +136,32 @@ def _padding(job: Job) -> int | None:
     return None if (height, width) == (job.config.height, job.config.width) else max(width, height)
 
 
-def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
-    """What made a picture, for the picture to carry."""
-    config = job.config
-    settings: dict[str, Any] = {
-        "prompt": job.prompts[index],
-        "negative_prompt": job.negative_prompt,
-        "seed": job.seed + index,
+def picture_settings(
+    config: Config, preset: Preset, pipe: LocalDiTPipeline, prompt: str, negative: str, seed: int
+) -> dict[str, Any]:
+    """What made a picture from text, for the picture to carry."""
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "seed": seed,
         "steps": config.denoising_steps,
         "guidance_scale": config.guidance_scale,
         "height": config.height,
         "width": config.width,
-        "model": "the model in the box" if job.preset is SCENES else str(config.ckpt_path),
+        "model": "the model in the box" if preset is SCENES else str(config.ckpt_path),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "localdit": __version__,
     }
+
+
+def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
+    settings = picture_settings(
+        job.config, job.preset, pipe, job.prompts[index], job.negative_prompt, job.seed + index
+    )
     if job.loras:
         settings["loras"] = job.loras
     if job.image is not None:
-        settings |= {"image": str(job.image), "strength": config.denoising_strength}
+        settings |= {"image": str(job.image), "strength": job.config.denoising_strength}
     if job.mask is not None:
         settings |= {"mask": str(job.mask), "padding_mask_crop": job.padding_mask_crop}
     return settings

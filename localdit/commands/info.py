@@ -57,6 +57,8 @@ def info(args: argparse.Namespace) -> None:
             from ..checkpoint.contents import contents_of
 
             sections |= contents_of(path)
+            if sections[str(path)]["kind"] == "LoRA":  # of a model that it does not tell
+                path = None
         sections["machine"] = machine(args, path)
     print(json.dumps(sections, indent=1) if args.json else text(sections))
 

@@ -16,6 +16,8 @@ from .parsing import UsageError
 from .presets import PHOTOGRAPHS, SCENES, Preset
 from .saving import Output, plan_output
 
+PIXELS_PER_LATENT = 8  # along a side
+
 
 @dataclass(frozen=True)
 class Job:
@@ -87,6 +89,8 @@ def _plan(
 
     settings, preset = _configure(config or Config(), args)
     checkpoint = find_checkpoint(settings.ckpt_path)
+    if not (checkpoint / "model_index.json").is_file():
+        _check_parts(settings)
     prompts = _read_prompts(args)
     if not prompts:
         if own_prompts is None:
@@ -107,9 +111,7 @@ def _plan(
     resolve_dtype(args.dtype, device)
     check_options(settings, device)
     if config is None and checkpoint.is_file():
-        from ..utils import contradictions
-
-        settings = replace(settings, **contradictions(settings, checkpoint))
+        settings = _as_the_file_tells(settings, checkpoint, args)
     if args.ckpt_path is None and settings.ckpt_path != (config or Config()).ckpt_path:
         _say_that_the_box_is_used()
     return Job(
@@ -145,6 +147,17 @@ def _configure(config: Config, args: argparse.Namespace) -> tuple[Config, Preset
     checkpoint = Path(changes.get("ckpt_path", config.ckpt_path))
     preset = SCENES if checkpoint.resolve() == BOX else PHOTOGRAPHS
     return replace(config, **(preset.config | changes)), preset
+
+
+def _as_the_file_tells(config: Config, checkpoint: Path, args: argparse.Namespace) -> Config:
+    """The settings with the architecture of a checkpoint file, and its model's own size."""
+    from ..utils import contradictions
+
+    changes = contradictions(config, checkpoint)
+    if "sample_size" in changes:
+        side = changes["sample_size"] * PIXELS_PER_LATENT
+        changes |= {"height": args.height or side, "width": args.width or side}
+    return replace(config, **changes)
 
 
 def _say_that_the_box_is_used() -> None:
@@ -190,6 +203,17 @@ def _loras(args: argparse.Namespace) -> dict[str, float]:
         if not Path(name).exists() and name.count("/") != 1:
             raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
     return dict(zip(args.lora, scales, strict=True))
+
+
+def _check_parts(config: Config) -> None:
+    """Look for the parts that the model comes without, where they are to be on this machine."""
+    from ..sources import is_hub_name, locate
+    from ..utils import PARTS
+
+    for part in PARTS.values():
+        source = getattr(config, part.field)
+        if not is_hub_name(source):
+            locate(part, source)
 
 
 def _check_pictures(image: Path | None, mask: Path | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection
@@ -22,6 +23,7 @@ from .bands import in_bands
 from .caching import register_for_caching
 from .embedding import PatchEmbedding
 from .linear import FeedForward
+from .lora import scales_adapters
 from .windows import WindowGrid, shift_sizes
 
 
@@ -98,7 +100,9 @@ class LocalDiTBlock(nn.Module):
         return any(getattr(registry, "hooks", None) for registry in registries)
 
 
-class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigMixin):
+class LocalDiTTransformer2DModel(
+    ModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin
+):
     """A diffusion transformer whose self-attention looks only at small shifted windows.
 
     Called as diffusers' `PixArtTransformer2DModel` is. The size of the picture is read off the
@@ -229,12 +233,26 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, *, torch_dtype: torch.dtype | None = None, **overrides: Any
+        cls,
+        path: str | Path,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
     ) -> LocalDiTTransformer2DModel:
-        """Load a flat checkpoint file: see `localdit.checkpoint.load_transformer`."""
-        from ..checkpoint import load_transformer
+        """Load a flat checkpoint: see `localdit.checkpoint.load_transformer`.
 
-        return load_transformer(path, torch_dtype=torch_dtype, **overrides)
+        Args:
+            path: the file, or its address on the Hugging Face hub.
+            torch_dtype: dtype of the model; None keeps the file's.
+            local_files_only: take a file of the hub from the cache, and fetch nothing.
+            **overrides: further arguments of `load_transformer`.
+        """
+        from ..checkpoint import load_transformer
+        from ..sources import local_file
+
+        file = local_file(path, local_files_only)
+        return load_transformer(file, torch_dtype=torch_dtype, **overrides)
 
     def set_sample_size(self, sample_size: int) -> None:
         """Make the model one for pictures of another size: positions are scaled to it.
@@ -284,6 +302,7 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
             if hasattr(processor, "backend"):
                 processor.backend = backend
 
+    @scales_adapters
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -303,7 +322,8 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
             timestep: `(B,)`, or a single one for the whole batch.
             added_cond_kwargs: where the model uses additional conditions: "resolution" `(B, 2)`,
                 height and width in pixels, and "aspect_ratio" `(B, 1)`, width / height.
-            cross_attention_kwargs: taken for the signature's sake; has to be empty.
+            cross_attention_kwargs: may hold "scale", by which the active LoRA adapters are
+                multiplied in this call; nothing else.
             attention_mask: taken for the signature's sake; has to be None.
             encoder_attention_mask: `(B, L)`, 1 = keep, 0 = discard; or a bias `(B, 1, L)`.
             return_dict: return an output object rather than a tuple.
@@ -328,7 +348,10 @@ class LocalDiTTransformer2DModel(ModelMixin, AttentionMixin, CacheMixin, ConfigM
                 "'resolution' (B, 2) and 'aspect_ratio' (B, 1)."
             )
         if attention_mask is not None or cross_attention_kwargs:
-            raise ValueError("`attention_mask` and `cross_attention_kwargs` are not supported.")
+            raise ValueError(
+                "`attention_mask` is not supported, nor anything in `cross_attention_kwargs` but "
+                "'scale'."
+            )
 
         height, width = size[0] // patch, size[1] // patch
         hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,6 +15,13 @@ from .tiling import in_tiles, tile_settings
 # The most pixels that pass through the autoencoder at once: batches of more do so one picture after
 # the other, pictures of more in tiles.
 TILING_THRESHOLD = 2048 * 2048
+
+
+class Sized(Protocol):
+    """What has a size in pixels, such as a request."""
+
+    height: int
+    width: int
 
 
 class AutoencodingMixin:
@@ -65,15 +72,15 @@ class AutoencodingMixin:
         return parameters.float()
 
     @contextmanager
-    def vae_for(self, request: Request) -> Iterator[AutoencoderKL]:
-        """Lend the autoencoder as the request's size needs it, and restore it afterwards.
+    def vae_for(self, size: Sized) -> Iterator[AutoencoderKL]:
+        """Lend the autoencoder as a picture's size needs it, and restore it afterwards.
 
         It works in tiles above `TILING_THRESHOLD` pixels, and where its user has switched tiling
         on, then with its own sizes of tiles. A float16 one whose configuration has `force_upcast`
         works in float32, because it would overflow.
         """
         vae = self.vae
-        large = request.height * request.width > TILING_THRESHOLD
+        large = size.height * size.width > TILING_THRESHOLD
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast
         if upcast:
             vae.float()

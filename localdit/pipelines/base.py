@@ -19,14 +19,22 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from ..models.transformer import LocalDiTTransformer2DModel
 from .autoencoding import AutoencodingMixin
 from .guidance import DenoiserText, guided_steps
+from .lora import LocalDiTLoraLoaderMixin
 from .prediction import PredictionMixin
 from .prompt_cache import PromptCache
 from .prompts import PromptEncodingMixin
 from .request import Request, TextEmbeddings
+from .saving import SavingMixin
+from .single_file import SingleFileMixin
 
 
 class LocalDiTBasePipeline(
-    DiffusionPipeline, PromptEncodingMixin, PredictionMixin, AutoencodingMixin
+    SavingMixin,
+    SingleFileMixin,
+    LocalDiTLoraLoaderMixin,
+    PromptEncodingMixin,
+    PredictionMixin,
+    AutoencodingMixin,
 ):
     """The components of a LocalDiT pipeline and the stages of sampling.
 
@@ -73,12 +81,14 @@ class LocalDiTBasePipeline(
 
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
         unless a `dtype` or `torch_dtype` is given. Prompts that were encoded by a LocalDiT pipeline
-        are known to both.
+        are known to both, and where its models are offloaded as a whole, they are from both.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
         made = cls(**{**pipeline.components, **kwargs})
-        made.prompt_cache = getattr(pipeline, "prompt_cache", made.prompt_cache)
+        for name in ("prompt_cache", "_all_hooks", "_offload_device", "_offload_gpu_id"):
+            if hasattr(pipeline, name):
+                setattr(made, name, getattr(pipeline, name))
         return made
 
     @property
@@ -202,6 +212,7 @@ class LocalDiTBasePipeline(
 
         guided = guided_steps(request.guidance_interval, len(timesteps))
         self._guidance_scale = request.guidance_scale
+        self._cross_attention_kwargs = request.cross_attention_kwargs
         self._num_timesteps = len(timesteps)
         self._interrupt = False
         with self.denoising(), self.progress_bar(total=len(timesteps)) as progress_bar:

@@ -60,6 +60,7 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 120,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Repaint parts of pictures to follow prompts.
 

@@ -20,6 +20,7 @@ class PredictionMixin:
     vae_scale_factor: int
     _denoiser_text: DenoiserText
     _guidance_scale = 1.0
+    _cross_attention_kwargs: dict[str, Any] | None = None
     _within_interval = True
     _latest_context: str | None = None
     _current_timestep: torch.Tensor | None = None
@@ -28,6 +29,11 @@ class PredictionMixin:
     def guidance_scale(self) -> float:
         """Weight g of `uncond + g * (text - uncond)`; a callback may set `_guidance_scale`."""
         return self._guidance_scale
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        """What the transformer is told beside its inputs: the scale of LoRA adapters."""
+        return self._cross_attention_kwargs
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -91,6 +97,7 @@ class PredictionMixin:
                 encoder_attention_mask=mask,
                 timestep=timestep.to(latents.device).expand(len(latents)),
                 added_cond_kwargs=self._micro_conditions(latents),
+                cross_attention_kwargs=self.cross_attention_kwargs,
                 return_dict=False,
             )[0]
         if guided:

@@ -47,6 +47,7 @@ class Request:
     callback_on_step_end: StepCallback | None
     callback_on_step_end_tensor_inputs: Sequence[str]
     max_sequence_length: int
+    cross_attention_kwargs: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], height: int, width: int) -> "Request":
@@ -93,6 +94,9 @@ class Request:
         checks.check_number("guidance_scale", self.guidance_scale)
         checks.check_interval("guidance_interval", self.guidance_interval)
         checks.check_one_of("output_type", [self.output_type], OUTPUT_TYPES)
+        for name, value in (self.cross_attention_kwargs or {}).items():
+            checks.check_one_of("cross_attention_kwargs", [name], ["scale"])
+            checks.check_number("the scale in cross_attention_kwargs", value)
         checks.check_one_of(
             "callback_on_step_end_tensor_inputs",
             self.callback_on_step_end_tensor_inputs,

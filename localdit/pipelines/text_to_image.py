@@ -38,6 +38,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 120,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Make pictures from prompts.
 
@@ -67,6 +68,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             guidance_interval: fractions (start, stop) of the steps between which the guidance scale
                 holds; the others are computed without the negative prompt, in half the time
                 (Kynkaanniemi et al., 2024).
+            cross_attention_kwargs: `{"scale": factor}` multiplies the active LoRA adapters.
 
         Returns:
             The B * n pictures, those of the first prompt first, as `output.images` or `(images,)`.

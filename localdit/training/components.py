@@ -126,6 +126,11 @@ def load_transformer(args: argparse.Namespace) -> LocalDiTTransformer2DModel:
     from localdit.models import LocalDiTTransformer2DModel
 
     source = args.transformer
+    if args.lora_rank is not None and is_pixart(source):
+        raise ValueError(
+            f"--transformer {source} is a PixArt, which has to be trained as a whole to become a "
+            "LocalDiT: leave out --lora-rank, or name a LocalDiT."
+        )
     if source is None or is_pixart(source):
         transformer = LocalDiTTransformer2DModel(**_shape(args.transformer_config))
         initialize_weights(transformer)

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         argv: the options, by default those of the process.
         prog: what messages about them call the program, by default the script's name.
     """
-    args = parse_args(argv, make_parser(prog))
+    parser = make_parser(prog)
+    args = parse_args(argv, parser)
     stop = StopRequest()
     stop.listen()
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             train(session)
     except TrainingStopped as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -57,6 +57,7 @@ def make_parser(prog: str | None = None) -> Parser:
     _add_visit_options(data, defaults)
     models = parser.add_argument_group("models")
     _add_transformer_options(models)
+    _add_lora_options(models)
     add_encoder_options(models, defaults)
     _add_objective_options(parser.add_argument_group("objective"))
     _add_optimisation_options(parser.add_argument_group("optimisation"), defaults)
@@ -121,6 +122,20 @@ def _add_transformer_options(group: argparse._ArgumentGroup) -> None:
     add("--transformer-config", default="released",
         help="shape of a new transformer, or of one that starts from a PixArt: released, tiny, or "
         "a JSON file")  # fmt: skip
+
+
+def _add_lora_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--lora-rank", type=int,
+        help="train low-rank adapters of this rank, and leave the weights of --transformer as "
+        "they are; without it, all weights are trained")  # fmt: skip
+    add("--lora-alpha", type=float,
+        help="adapters are multiplied by alpha / rank; without it, alpha is the rank")  # fmt: skip
+    add("--lora-target-modules", nargs="+", metavar="NAME",
+        help="ends of the names of the linear layers that get adapters; without it, those of "
+        "attention and of the feed-forward")  # fmt: skip
+    add("--lora-dropout", type=float, default=0.0,
+        help="probability of dropping a channel before an adapter")  # fmt: skip
 
 
 def add_encoder_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
@@ -242,11 +257,28 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--flow-shift is for --prediction-type flow")
     if args.transformer and not args.transformer.exists():
         raise ValueError(f"--transformer {args.transformer} does not exist")
+    _check_lora(args)
     for flag, package in (("use_wandb", "wandb"), ("use_tensorboard", "tensorboard")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
             raise ValueError(f"{_flag(flag)} needs {package}: {EXTRAS}")
     if args.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
+
+
+def _check_lora(args: argparse.Namespace) -> None:
+    """Raise ValueError where the options about adapters can't be right."""
+    if args.lora_rank is None:
+        for name in ("lora_alpha", "lora_target_modules", "lora_dropout"):
+            if getattr(args, name):
+                raise ValueError(f"{_flag(name)} is for adapters: give --lora-rank as well")
+        return
+    require_positive(vars(args), ("lora_rank",) if args.lora_alpha is None else
+                     ("lora_rank", "lora_alpha"))  # fmt: skip
+    require_shares(vars(args), ("lora_dropout",))
+    if args.transformer is None:
+        raise ValueError("--lora-rank adapts weights that are there: name them by --transformer")
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f"--lora-rank needs peft: {EXTRAS}")
 
 
 def check_data_options(options: Mapping[str, Any]) -> None:

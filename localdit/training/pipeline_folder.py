@@ -1,23 +1,36 @@
-"""A pipeline's folder around the transformer in training, its frozen parts linked, not copied."""
+"""What a run leaves: a pipeline's folder with averaged weights, its frozen parts linked."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
 
+from localdit.pipelines.saving import TRANSFORMER
 from localdit.training.run import link_or_copy
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from localdit.models import LocalDiTTransformer2DModel
+
+
+class ResultFolder(Protocol):
+    """Writes averaged weights into a folder that inference reads, and reads them again."""
+
+    def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
+        """Write the averages of the trained parameters, under their names."""
+
+    def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The averages that `write` wrote."""
 
 
 @dataclass
@@ -52,23 +65,32 @@ class PipelineFolder:
             "scheduler": ["diffusers", type(self.scheduler).__name__],
             "text_encoder": ["transformers", "T5EncoderModel"],
             "tokenizer": ["transformers", self.tokenizer_class],
-            "transformer": ["localdit.models.transformer", "LocalDiTTransformer2DModel"],
+            "transformer": TRANSFORMER,
             "vae": ["diffusers", "AutoencoderKL"],
         }
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model_index.json").write_text(text, encoding="utf-8")
 
+    def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The averages that `write` wrote: the transformer's weights, sharded or not."""
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted((folder / "transformer").glob("*.safetensors")):
+            weights |= load_file(file)
+        return weights
+
 
 def with_weights(
     transformer: LocalDiTTransformer2DModel, weights: Mapping[str, torch.Tensor]
 ) -> LocalDiTTransformer2DModel:
-    """A second transformer of the same shape around other weights, in evaluation mode.
+    """A second transformer of the same shape and adapters around other weights, in evaluation mode.
 
     The weights are shared, not copied; they bring their device.
     """
     # Weights are drawn on the way, and thrown away: not from the numbers that training will draw.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        copy = type(transformer).from_config(transformer.config)
-    copy.load_state_dict(weights, assign=True)
-    copy.requires_grad_(False)
-    return copy.to(next(iter(weights.values())).device).eval()
+        second = type(transformer).from_config(transformer.config)
+        for name, settings in getattr(transformer, "peft_config", {}).items():
+            second.add_adapter(copy.deepcopy(settings), name)
+    second.load_state_dict(weights, assign=True)
+    second.requires_grad_(False)
+    return second.to(next(iter(weights.values())).device).eval()

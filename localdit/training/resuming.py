@@ -8,16 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-
 from localdit.training.data.order import Position
 from localdit.training.stages import Stage, stage_of_step
+from localdit.training.state import saved_options
 
 if TYPE_CHECKING:
     from localdit.training.session import Session
 
-FIXED = ("prediction_type", "seed")  # another one would be another run
+# Another one would be another run.
+FIXED = ("prediction_type", "seed", "lora_rank", "lora_alpha", "lora_target_modules")
 OF_NO_MATTER = ("resume", "output")
 
 
@@ -32,25 +31,38 @@ def resume(session: Session, checkpoint: Path) -> None:
     """Take over the state of a checkpoint, and say what differs from the run it is of.
 
     Raises:
-        ValueError: if it is of another model or optimizer.
+        ValueError: if it is of another run, model or optimizer.
     """
     state, stages = session.state, session.args.stages
-    averages = load_transformer_weights(checkpoint / "transformer")
-    options = state.restore(checkpoint / "training", averages, session.accelerator.process_index)
+    before, now = saved_options(checkpoint / "training"), options_of(session.args)
+    changes = list(changed_options(before, now))
+    for name, old, new in changes:
+        if name in FIXED:
+            raise ValueError(_another_run(checkpoint, name, old, new, before))
+    averages = session.models.result.averages_in(checkpoint)
+    state.restore(checkpoint / "training", averages, session.accelerator.process_index)
     session.saved = state.progress.step
     say = session.reporter.say
     say(f"Going on from {checkpoint}, after step {state.progress.step:,}.")
-    for name, old, new in changed_options(options, options_of(session.args)):
-        if name in FIXED:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{checkpoint} is of a run with {flag} {old}, not {new}. Resume it with {old}, or "
-                f"begin a new run from its weights with --transformer {checkpoint}/transformer."
-            )
+    for name, old, new in changes:
         say(f"Changed since: {name}: {old} -> {new}")
     stage = stage_of_step(stages, state.progress.step)
     if state.progress.step > stage.first_step:
         _resume_data(session, stage)
+
+
+def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mapping[str, Any]) -> str:
+    """What to say of an option that makes a run another one."""
+    flag = f"--{name.replace('_', '-')}"
+    was, given = (
+        f"without {flag}" if value is None else f"with {flag} {value}" for value in (old, new)
+    )
+    anew = f" from its weights with --transformer {checkpoint}/transformer"
+    if before.get("lora_rank") is not None:
+        anew = " in another --output"
+    return (
+        f"{checkpoint} is of a run {was}, not {given}. Resume it {was}, or begin a new run{anew}."
+    )
 
 
 def _resume_data(session: Session, stage: Stage) -> None:
@@ -68,14 +80,6 @@ def _resume_data(session: Session, stage: Stage) -> None:
             f"An optimizer step has {batch} samples now, it had {taken[-1][0]}. The rest of the "
             "epoch is cut anew: each of its samples still comes exactly once."
         )
-
-
-def load_transformer_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a model folder, sharded or not."""
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights
 
 
 def changed_options(

@@ -28,7 +28,7 @@ from localdit.training.checkpointing import (
 from localdit.training.curves import draw_curves
 
 if TYPE_CHECKING:
-    from localdit.training.pipeline_folder import PipelineFolder
+    from localdit.training.pipeline_folder import ResultFolder
     from localdit.training.state import Snapshot
 
 RESUME_HINT = "go on with it by --resume auto, choose another, or remove it"
@@ -40,7 +40,8 @@ class RunFolder:
     `config.json` holds the options, `metrics.jsonl` a line for each log interval, `curves.png`
     their picture, `checkpoint-N` the state at step N, `validation/N.png` pictures, and `final` the
     pipeline. Each checkpoint is the folder of a pipeline as well, with the averaged weights; what
-    else training needs to go on is in its folder `training`.
+    else training needs to go on is in its folder `training`. Of a run that trains adapters, both
+    hold the adapters instead.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +118,7 @@ class RunFolder:
         if metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
             draw_curves(metrics, self.path / "curves.png")
 
-    def save_checkpoint(self, pipeline: PipelineFolder, snapshot: Snapshot, keep: int) -> None:
+    def save_checkpoint(self, result: ResultFolder, snapshot: Snapshot, keep: int) -> None:
         """Write a checkpoint, prove it, and only then delete the oldest ones.
 
         Raises:
@@ -126,7 +127,7 @@ class RunFolder:
         step = snapshot.values["progress"]["step"]
         try:
             with new_checkpoint(self.path, step) as folder:
-                pipeline.write(folder, snapshot.averages)
+                result.write(folder, snapshot.averages)
                 snapshot.write(folder / "training")
         except Exception as error:  # safetensors, for one, has an error of its own for a full disk
             raise OSError(
@@ -140,10 +141,10 @@ class RunFolder:
         (self.path / "validation").mkdir(exist_ok=True)
         save_image(image_grid(images), self.path / "validation" / f"{step:08d}.png")
 
-    def save_final(self, pipeline: PipelineFolder, averages: Mapping[str, Any]) -> None:
-        """Write `final`, the folder of the pipeline."""
+    def save_final(self, result: ResultFolder, averages: Mapping[str, Any]) -> None:
+        """Write `final`, the folder of the pipeline or of the adapters."""
         with whole_folder(self.path / "final") as folder:
-            pipeline.write(folder, averages)
+            result.write(folder, averages)
 
 
 def _step_of(line: str) -> float:

@@ -65,7 +65,7 @@ class Session:
         stage = stage_of_step(stages, progress.step)
         if progress.step == stage.first_step:
             progress.begin(self.data[stage.index].digest)
-        self.models.transformer.set_sample_size(stage.image_size // self.models.vae_scale)
+        self.models.set_image_size(stage.image_size)
         if len(stages) > 1:
             self.reporter.say(str(stage))
         return stage
@@ -128,7 +128,7 @@ class Session:
             self.reporter.line(line)
         if self.models.pictures is not None:
             drawn = self.models.pictures.draw(
-                averaged, self.models.pipeline.scheduler, stage.image_size
+                averaged, self.models.objective.sampling_scheduler(), stage.image_size
             )
             by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
             self.reporter.pictures([image for _, image in by_prompt], self.state.progress.step)
@@ -171,16 +171,16 @@ class Session:
         snapshot = self.state.snapshot(self.agreement, options_of(self.args))
         self.agreement.on_main(
             lambda: self.run.save_checkpoint(
-                self.models.pipeline, snapshot, self.args.keep_checkpoints
+                self.models.result, snapshot, self.args.keep_checkpoints
             )
         )
         self.saved = self.state.progress.step
 
     def finish(self) -> None:
-        """Save the end of the run, and its pipeline."""
+        """Save the end of the run, and its pipeline or adapters."""
         self.save()
         averages = self.state.averaged_weights()
-        self.agreement.on_main(lambda: self.run.save_final(self.models.pipeline, averages))
+        self.agreement.on_main(lambda: self.run.save_final(self.models.result, averages))
         self.reporter.close()
 
     def say_stopped(self, signal: str) -> None:
@@ -235,4 +235,6 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         agreement.on_all(partial(resume, session, checkpoint))
     agreement.on_main(lambda: run.save_options(options_of(args)))
     session.reporter.begin(data, state.progress.step)
+    if models.frozen:
+        session.reporter.say(str(models.result))
     return session

@@ -11,20 +11,20 @@ import torch
 from accelerate.utils import ProjectConfiguration
 
 from localdit.models.flops import forward_flops
-from localdit.training import components, distributed, sharding
+from localdit.training import components, distributed, lora, sharding
 from localdit.training.agreement import TrainingStopped
 from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.ema import ExponentialMovingAverage
-from localdit.training.encode.fingerprints import encoder_fingerprints
+from localdit.training.encode.fingerprints import encoder_fingerprints, weights_fingerprint
 from localdit.training.encoding import vae_scale
 from localdit.training.inputs import InputMaker, Inputs
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.objective import Objective
 from localdit.training.optimizer import make_optimizer
-from localdit.training.pipeline_folder import PipelineFolder
+from localdit.training.pipeline_folder import PipelineFolder, ResultFolder
 from localdit.training.sampling import PromptPictures
 from localdit.training.stages import Stage
 from localdit.training.state import Progress, TrainingState
@@ -91,7 +91,7 @@ class Models:
         objective: what it is trained for.
         make_inputs: encodes batches.
         latent_channels, vae_scale: of the VAE; the scale is pixels to a latent.
-        pipeline: writes pipeline folders.
+        result: writes what a run leaves: the folder of a pipeline, or of adapters.
         pictures: draws the validation prompts, if there are any.
     """
 
@@ -100,13 +100,30 @@ class Models:
     make_inputs: InputMaker
     latent_channels: int
     vae_scale: int
-    pipeline: PipelineFolder
+    result: ResultFolder
     pictures: PromptPictures | None
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the transformer's own weights are left alone, and adapters are trained."""
+        return isinstance(self.result, lora.AdapterFolder)
+
+    def set_image_size(self, pixels: int) -> None:
+        """Make the transformer one for pictures of another size, unless it is to stay as it is.
+
+        Adapters will be used with the frozen one, which places pictures of any size as it does.
+        """
+        if not self.frozen:
+            self.transformer.set_sample_size(pixels // self.vae_scale)
+
     def step_flops(self, inputs: Inputs) -> int:
-        """Operations of the model for a batch, forward and backward."""
+        """Operations of the model for a batch, forward and backward.
+
+        Frozen weights have no gradient, which spares a third; adapters hardly count.
+        """
         rows, _, height, width = inputs.latents.shape
-        return 3 * rows * _forward_flops(self.transformer, height, width, inputs.text.shape[1])
+        passes = 2 if self.frozen else 3
+        return passes * rows * _forward_flops(self.transformer, height, width, inputs.text.shape[1])
 
     def dataset(
         self, data: StageData, stage: Stage, args: argparse.Namespace, draws: Draws | None = None
@@ -162,7 +179,8 @@ def load_models(
 
     transformer = components.load_transformer(args)
     components.check_fit(transformer, text_width, channels)
-    transformer.set_sample_size(args.stages[0].image_size // scale)
+    objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
+    result = _result_folder(args, transformer, objective, sources)
     transformer.to(device)
     if args.compile:
         transformer.compile_repeated_blocks()
@@ -179,8 +197,7 @@ def load_models(
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-    objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
-    return Models(
+    models = Models(
         transformer,
         objective,
         InputMaker(
@@ -192,14 +209,34 @@ def load_models(
         ),
         channels,
         scale,
-        PipelineFolder(
+        result,
+        pictures,
+    )
+    models.set_image_size(args.stages[0].image_size)
+    return models
+
+
+def _result_folder(
+    args: argparse.Namespace,
+    transformer: LocalDiTTransformer2DModel,
+    objective: Objective,
+    sources: dict[str, str],
+) -> ResultFolder:
+    """What the run leaves; where that is adapters, they are put into the transformer.
+
+    Raises:
+        ValueError, OSError: if encoders are missing, or the transformer can't have the adapters.
+    """
+    if args.lora_rank is None:
+        return PipelineFolder(
             transformer,
             objective.sampling_scheduler(),
             components.encoder_folders(sources),
             components.tokenizer_class(sources),
-        ),
-        pictures,
-    )
+        )
+    fingerprint = weights_fingerprint(transformer, torch.float32)
+    lora.add_adapters(transformer, args)
+    return lora.AdapterFolder(transformer, args.transformer, fingerprint)
 
 
 def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | None:
@@ -242,12 +279,15 @@ def make_state(
     """Prepare the transformer and its optimizer for the processes, and begin to average.
 
     Raises:
-        ValueError: if the optimizer can't be split over processes that split the model.
+        ValueError: if the optimizer can't be split over processes that split the model, or
+            adapters are to be trained by DeepSpeed.
     """
+    if args.lora_rank is not None and accelerator.distributed_type == "DEEPSPEED":
+        raise ValueError("--lora-rank has not been tried with DeepSpeed: use DDP or FSDP2.")
     if args.optimizer == "adamw8bit" and accelerator.distributed_type == "FSDP":
         raise ValueError("--optimizer adamw8bit can't be split over processes: use DDP, or adamw.")
     optimizer = make_optimizer(
-        transformer.parameters(),
+        [parameter for _, parameter in sharding.trained_parameters(transformer)],
         args.optimizer,
         args.learning_rate,
         args.weight_decay,
@@ -255,7 +295,7 @@ def make_state(
     )
     model, optimizer = distributed.prepare(accelerator, transformer, optimizer)
     ema = ExponentialMovingAverage(
-        sharding.named_parameters(model), args.ema_decay, "cpu" if args.ema_on_cpu else None
+        sharding.trained_parameters(model), args.ema_decay, "cpu" if args.ema_on_cpu else None
     )
     dtype = distributed.DTYPES.get(accelerator.mixed_precision)
     metrics = Metrics(

@@ -130,6 +130,11 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield plain_name(name), parameter
 
 
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of the parameters that are not frozen."""
+    return ((name, p) for name, p in named_parameters(model) if p.requires_grad)
+
+
 def gather_shards(shards: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Full tensors on the CPU of shards that are split as the model's parameters are. Collective.
 
@@ -162,8 +167,9 @@ def collect(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tens
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The full weights and persistent buffers on the CPU, under plain names. Collective.
 
-    They are copies: training may go on while they are written. Under DeepSpeed they are the
-    float32 weights that the optimizer works on, not their rounded ones.
+    Frozen weights are left out: they are where they came from. The others are copies: training may
+    go on while they are written. Under DeepSpeed they are the float32 weights that the optimizer
+    works on, not their rounded ones.
 
     Returns:
         The state on the main process, nothing on the others.
@@ -180,9 +186,15 @@ def _whole_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         from localdit.training import zero
 
         masters = zero.masters(model)
-    for name, tensor in unwrap(model).state_dict().items():
-        name = plain_name(name)
+    for name, tensor in _trained_state(model).items():
         yield name, masters[name]() if name in masters else whole(tensor)
+
+
+def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers as they are placed, but for frozen ones."""
+    frozen = {name for name, p in named_parameters(model) if not p.requires_grad}
+    state = {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if name not in frozen}
 
 
 @torch.no_grad()
@@ -197,7 +209,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
     Raises:
         ValueError: if names or shapes differ; nothing is changed then where names differ.
     """
-    targets = {plain_name(name): t for name, t in unwrap(model).state_dict().items()}
+    targets = _trained_state(model)
     require_same_names("the model", set(targets), set(state))
     for name, target in targets.items():
         try:

@@ -90,7 +90,7 @@ class TrainingState:
     Attributes:
         model: the transformer as Accelerate prepared it.
         optimizer: as Accelerate prepared it.
-        ema: averages of the transformer's weights.
+        ema: averages of the transformer's weights, as far as they are trained.
         scaler: of gradients in float16, if there is one.
         metrics: what was measured since the last line was logged.
         progress: how far the run has come.
@@ -106,12 +106,14 @@ class TrainingState:
     def averaged_weights(self) -> Tensors:
         """The averaged weights in full, in every process; a call for all of them.
 
-        Nothing is copied where nothing is sharded.
+        Frozen ones are what they were. Nothing is copied where nothing is sharded.
         """
-        parameters = dict(sharding.named_parameters(self.model))
+        averages = self.ema.averages
         return {
-            name: sharding.whole_of(shard, parameters[name])
-            for name, shard in self.ema.averages.items()
+            name: sharding.whole_of(averages[name], parameter)
+            if name in averages
+            else sharding.whole(parameter.detach())
+            for name, parameter in sharding.named_parameters(self.model)
         }
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -148,16 +150,13 @@ class TrainingState:
         averages = sharding.gather_shards(self.ema.averages, self.model)
         return Snapshot(tensors, averages, values)
 
-    def restore(self, folder: Path, averages: Tensors, rank: int) -> dict[str, Any]:
+    def restore(self, folder: Path, averages: Tensors, rank: int) -> None:
         """Take over the state of a checkpoint; a call for all processes.
-
-        Returns:
-            The options of the run that it was saved in.
 
         Raises:
             ValueError: if it is the state of another model or optimizer.
         """
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        values = _values(folder)
         files = {name: load_file(folder / f"{name}.safetensors") for name in FILES}
         sharding.load_model_state(self.model, files["model"])
         load_optimizer_state(self.model, self.optimizer, files["optimizer"], values["optimizer"])
@@ -176,7 +175,15 @@ class TrainingState:
                 if name.startswith(f"rank{rank}.")
             }
         )
-        return values["options"]
+
+
+def saved_options(folder: Path) -> dict[str, Any]:
+    """The options of the run that a state was saved in."""
+    return _values(folder)["options"]
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def random_state() -> Tensors:

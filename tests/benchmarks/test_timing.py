@@ -3,7 +3,8 @@ import statistics
 import pytest
 
 from benchmarks.cases import Case
-from benchmarks.timing import at_depth, exponent, measure_times, times_at_depth
+from benchmarks.timing import at_depth, exponent, measure_times, paired_ratios, times_at_depth
+from localdit.measuring import Spread
 
 
 def test_the_exponent_is_the_slope_of_a_power_law():
@@ -27,6 +28,11 @@ def test_costs_at_a_depth_follow_the_line_through_two_depths():
 def test_a_single_depth_says_nothing_of_another():
     with pytest.raises(AssertionError):
         at_depth({2: 7.0}, 28)
+
+
+def test_ratios_are_those_of_pairs():
+    ratios = paired_ratios([4.0, 9.0, 30.0], [2.0, 3.0, 6.0])
+    assert ratios == Spread(median=3.0, lowest=2.0, highest=5.0)
 
 
 def test_times_are_derived_turn_by_turn():

@@ -200,6 +200,27 @@ def test_the_command_tells_mistakes_in_one_line(checkpoint, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_tells_failures_on_the_way_apart(tmp_path, capsys):
+    state = flat_state(tiny_model())
+    state["proj_out.bias"][0] = float("inf")
+    save_file(state, tmp_path / "w.safetensors")
+    argv = [str(tmp_path / "w.safetensors"), str(tmp_path / "new")]
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "not finite" in said
+    assert main([*argv, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_the_command_speaks_of_its_options(checkpoint, tmp_path, capsys):
+    assert main([str(checkpoint), str(tmp_path / "a"), "--global-context", "draw"]) == 2
+    assert "--global-context" in capsys.readouterr().err
+    assert main([str(checkpoint), str(tmp_path / "a")]) == 0
+    assert main([str(checkpoint), str(tmp_path / "a")]) == 2
+    assert "or give --overwrite" in capsys.readouterr().err
+
+
 def test_help_imports_nothing_heavy():
     start = time.monotonic()
     result = subprocess.run(

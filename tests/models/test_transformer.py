@@ -178,7 +178,7 @@ def test_contradictions_are_refused(changes, message):
         ({"hidden_states": torch.zeros(2, 4, 15, 16)}, "15 x 16 .*multiple of 2"),
         ({"hidden_states": torch.zeros(2, 4, 0, 16)}, "0 x 16"),
         ({"attention_mask": torch.ones(2, 64)}, "not supported"),
-        ({"cross_attention_kwargs": {"scale": 1.0}}, "not supported"),
+        ({"cross_attention_kwargs": {"gligen": 1.0}}, "not supported"),
     ],
 )
 def test_bad_inputs_are_refused(changes, message):

@@ -14,7 +14,13 @@ from diffusers import (
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 
-from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline, autoencoding, tiling
+from localdit.pipelines import (
+    LocalDiTImg2ImgPipeline,
+    LocalDiTInpaintPipeline,
+    LocalDiTPipeline,
+    autoencoding,
+    tiling,
+)
 from tests.tiny import tiny_components, tiny_pipeline
 
 TEXT = [
@@ -64,15 +70,40 @@ def test_prompts_are_encoded_without_the_other_components(pipe):
     torch.testing.assert_close(given, latents_of(pipe, negative_prompt="bad"))
 
 
-def test_pipelines_share_components_as_they_are():
-    pipe = tiny_pipeline().to(torch.bfloat16)
-    other = LocalDiTImg2ImgPipeline.from_pipe(pipe)
-    assert type(other) is LocalDiTImg2ImgPipeline
+KINDS = [LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other_kind", KINDS)
+def test_pipelines_share_components_as_they_are(kind, other_kind):
+    pipe = kind(**tiny_components()).to(torch.bfloat16)
+    other = other_kind.from_pipe(pipe)
+    assert type(other) is other_kind
     for name, component in pipe.components.items():
         assert getattr(other, name) is component
+    assert other.prompt_cache is pipe.prompt_cache
     assert pipe.transformer.dtype == torch.bfloat16
-    LocalDiTPipeline.from_pipe(other, torch_dtype=torch.float32)
+    kind.from_pipe(other, torch_dtype=torch.float32)
     assert pipe.transformer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_of_offloaded_models_offloads_them_too(kind, monkeypatch):
+    pipe = tiny_pipeline()
+    pipe.enable_model_cpu_offload(device="cpu")
+    other = kind.from_pipe(pipe)
+    offloaded = []
+    enable = kind.enable_model_cpu_offload
+    monkeypatch.setattr(
+        kind,
+        "enable_model_cpu_offload",
+        lambda self, **options: (offloaded.append((self, options)), enable(self, **options))[1],
+    )
+    picture, mask = torch.rand(3, 64, 64), torch.ones(1, 64, 64)
+    given = {LocalDiTImg2ImgPipeline: (picture,), LocalDiTInpaintPipeline: (picture, mask)}
+    other("a cat", *given.get(kind, ()), num_inference_steps=2)
+    assert offloaded == [(other, {"device": torch.device("cpu:0")})]
+    assert pipe("a cat", num_inference_steps=2, output_type="pt").images.isfinite().all()
 
 
 # Guidance, conditions

@@ -51,6 +51,16 @@ def case(workplace, *names):
         "stages": ["--stages", workplace / "stages.json"],
         "validation": ["--validation-interval", "3", "--validation-samples", "2"],
         "half": ["--batch-size", "1"],
+        "lora": [
+            "--transformer",
+            workplace / "pipeline/transformer",
+            "--lora-rank",
+            "2",
+            "--lora-alpha",
+            "3",
+            "--lora-dropout",
+            "0.2",
+        ],
     }
     more = ["--max-train-steps", STEPS, "--save-interval", "2", "--lr-schedule", "cosine",
             "--warmup-steps", "3", "--log-interval", "3", "--horizontal-flip", "0.5"]  # fmt: skip
@@ -84,6 +94,7 @@ CASES = [
     ("tars", "workers"),
     ("folder", "accumulation", "validation"),
     ("tars", "stages"),
+    ("folder", "lora", "validation"),
 ]
 
 
@@ -146,6 +157,7 @@ def finish(workplace, run, *more, processes=1):
         ("tars", "workers"),
         ("tars", "accumulation", "workers"),
         ("folder", "stages", "workers"),
+        ("folder", "lora", "workers"),
     ],
     ids="-".join,
 )

@@ -71,3 +71,12 @@ def test_without_matplotlib_there_is_no_curve_and_a_word_about_it(run, monkeypat
     folder = run()
     assert "no curves.png without matplotlib: pip install matplotlib" in capsys.readouterr().out
     assert (folder / "final").is_dir() and not (folder / "curves.png").exists()
+
+
+def test_off_terminals_steps_are_told_in_lines(run, capsys):
+    run()
+    told = capsys.readouterr()
+    steps = [line for line in told.out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in steps] == [f"step {n} of 4" for n in (1, 2, 3, 4)]
+    assert "loss " in steps[0] and "grad_norm " in steps[0]
+    assert "step/s" not in told.err

@@ -22,12 +22,12 @@ def encoder_fingerprints(encoders: Encoders) -> dict[str, str]:
     """
     return {
         "tokenizer": _tokenizer_fingerprint(encoders.tokenizer),
-        "text_encoder": _weights_fingerprint(encoders.text_encoder, torch.bfloat16),
-        "vae": _weights_fingerprint(encoders.vae, torch.float32),
+        "text_encoder": weights_fingerprint(encoders.text_encoder, torch.bfloat16),
+        "vae": weights_fingerprint(encoders.vae, torch.float32),
     }
 
 
-def _weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
+def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
     """Of the names, types, shapes and bytes of all tensors; those with fractions in `dtype`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,5 +1,6 @@
 """From listings to samples, in order, whatever is broken on the way."""
 
+import sys
 import warnings
 
 import pytest
@@ -57,5 +58,7 @@ def test_no_warnings_of_large_pictures(tmp_path):
 )
 def test_a_progress_bar_where_there_are_many(number, progress, shown, capsys, monkeypatch):
     monkeypatch.setattr(candidates, "_examine", lambda candidate: Fault("empty", candidate.id))
-    examine([Candidate("a", Blob("a"), "a")] * number, progress)
-    assert ("Looking at the data" in capsys.readouterr().err) == shown
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
+        examine([Candidate("a", Blob("a"), "a")] * number, progress)
+        assert ("Looking at the data" in capsys.readouterr().err) == (shown and terminal)

@@ -1,0 +1,216 @@
+"""What stands where in the page; what happens when it is used is in `page.py`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from .settings import MAX_SEED, Offer
+from .words import note
+
+MODES = [("Generate", "generate"), ("Edit", "edit"), ("Inpaint", "inpaint")]
+BRUSH = "#ff2d95"  # seen on most pictures
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a picture is asked for with."""
+
+    mode: gr.Radio
+    source: gr.Column  # shown with a picture to start from
+    image: gr.Image
+    editor: gr.ImageEditor
+    strength: gr.Slider
+    prompt: gr.Textbox
+    draw: gr.Button
+    stop: gr.Button
+    negative_prompt: gr.Textbox
+    width: gr.Slider
+    height: gr.Slider
+    steps: gr.Slider
+    guidance_scale: gr.Slider
+    seed: gr.Number
+    random_seed: gr.Checkbox
+
+    @property
+    def settings(self) -> list[Any]:
+        """What a drawing depends on, in the order of the arguments of `page.Desk.draw`."""
+        return [
+            self.mode, self.prompt, self.image, self.editor, self.strength, self.negative_prompt,
+            self.width, self.height, self.steps, self.guidance_scale, self.seed, self.random_seed,
+        ]  # fmt: skip
+
+    @property
+    def of_a_mode(self) -> list[Any]:
+        """What a change of the mode concerns."""
+        return [
+            self.mode, self.source, self.image, self.editor, self.strength, self.height, self.width
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was drawn."""
+
+    picture: gr.Image
+    status: gr.HTML
+    edit: gr.Button
+    inpaint: gr.Button
+    reuse: gr.Button
+    gallery: gr.Gallery
+    shown: gr.State  # path of the picture that is shown, None before the first
+    history: gr.State  # paths of the session's pictures, the newest first
+
+    @property
+    def actions(self) -> list[gr.Button]:
+        """What can be done with the picture that is shown."""
+        return [self.edit, self.inpaint, self.reuse]
+
+    @property
+    def of_a_picture(self) -> list[Any]:
+        """What changes when another picture is shown."""
+        return [self.picture, self.status, self.shown, *self.actions]
+
+
+def lay_out(offer: Offer) -> tuple[Controls, Results]:
+    """The page's three parts; `style.css` puts the second beside the others where there is room."""
+    with gr.Row(elem_id="desk"):
+        with gr.Column(elem_id="ask"):
+            asked = _lay_out_request(offer)
+        with gr.Column(elem_id="result"):
+            results = _lay_out_results()
+        with gr.Column(elem_id="more"):
+            _lay_out_examples(offer, asked["prompt"])
+            settings = _lay_out_settings(offer)
+    return Controls(**asked, **settings), results
+
+
+def _lay_out_request(offer: Offer) -> dict[str, Any]:
+    """What to draw, and from what."""
+    mode = gr.Radio(MODES, value="generate", show_label=False, container=False, elem_id="mode")
+    with gr.Column(visible=False, elem_id="source") as source:
+        image = gr.Image(
+            offer.picture,
+            label="Picture to start from",
+            sources=["upload", "clipboard"],
+            type="filepath",
+            format="png",
+            height=280,
+            buttons=[],
+            elem_id="image",
+        )
+        # Gradio would try all of Pillow's readers, and what fails in there can't be told well.
+        image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+        editor = gr.ImageEditor(
+            offer.picture,
+            label="Paint over what is to change",
+            sources=["upload", "clipboard"],
+            type="pil",
+            transforms=(),
+            brush=gr.Brush(colors=[(BRUSH, 0.7)], default_color=(BRUSH, 0.7), color_mode="fixed"),
+            layers=False,
+            format="png",
+            height=420,
+            visible=False,
+            buttons=[],
+            elem_id="editor",
+        )
+        strength = gr.Slider(
+            0, 1, offer.strength["edit"], step=0.05, label="Strength",
+            info="0 keeps what is there, 1 starts afresh", elem_id="strength",
+        )  # fmt: skip
+    prompt = gr.Textbox(
+        offer.prompts[0],
+        label="Prompt",
+        placeholder="What the picture is to show",
+        lines=2,
+        max_lines=6,
+        elem_id="prompt",
+    )
+    with gr.Row(elem_id="buttons"):
+        draw = gr.Button("Draw", variant="primary", elem_id="draw")
+        stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
+    return {
+        "mode": mode, "source": source, "image": image, "editor": editor, "strength": strength,
+        "prompt": prompt, "draw": draw, "stop": stop,
+    }  # fmt: skip
+
+
+def _lay_out_examples(offer: Offer, prompt: gr.Textbox) -> None:
+    """Prompts that a press puts into the page."""
+    with gr.Column(elem_id="try"):
+        gr.HTML(note("To try:"))
+        for text in offer.prompts:
+            button = gr.Button(text, size="sm")
+            button.click(None, None, prompt, js=f"() => {json.dumps(text)}")
+
+
+def _lay_out_settings(offer: Offer) -> dict[str, Any]:
+    """What seldom changes."""
+    with gr.Accordion("Settings", elem_id="settings"):
+        negative_prompt = gr.Textbox(
+            offer.negative_prompt,
+            label="Negative prompt",
+            placeholder="What to steer away from",
+            max_lines=4,
+        )
+        with gr.Row():
+            width = _side("Width", offer.config.width, offer)
+            height = _side("Height", offer.config.height, offer)
+        with gr.Row():
+            steps = gr.Slider(
+                1, 100, offer.config.denoising_steps, step=1, precision=0, label="Steps"
+            )
+            guidance_scale = gr.Slider(
+                1, 15, offer.config.guidance_scale, step=0.5, label="Guidance"
+            )
+        with gr.Row(equal_height=True):
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+            random_seed = gr.Checkbox(True, label="New for each picture")
+    return {
+        "negative_prompt": negative_prompt, "width": width, "height": height, "steps": steps,
+        "guidance_scale": guidance_scale, "seed": seed, "random_seed": random_seed,
+    }  # fmt: skip
+
+
+def _lay_out_results() -> Results:
+    """What was drawn, and what can be done with it."""
+    picture = gr.Image(
+        label="Picture",
+        show_label=False,
+        interactive=False,
+        type="filepath",
+        format="png",
+        height="min(60vh, 520px)",
+        buttons=["download", "fullscreen"],
+        elem_id="picture",
+    )
+    status = gr.HTML(note("Say what the picture is to show, and press Draw."), elem_id="status")
+    with gr.Row(elem_id="actions"):
+        edit = gr.Button("Edit this", size="sm", interactive=False)
+        inpaint = gr.Button("Inpaint this", size="sm", interactive=False)
+        reuse = gr.Button("Use its settings", size="sm", interactive=False)
+    gallery = gr.Gallery(
+        label="Drawn so far",
+        show_label=False,
+        columns=6,
+        fit_columns=False,
+        height="auto",
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        visible=False,
+        elem_id="gallery",
+    )
+    return Results(
+        picture, status, edit, inpaint, reuse, gallery, shown=gr.State(None), history=gr.State([])
+    )
+
+
+def _side(label: str, value: int, offer: Offer) -> gr.Slider:
+    shortest, longest, step = offer.sides
+    return gr.Slider(shortest, longest, value, step=step, precision=0, label=label)

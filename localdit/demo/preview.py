@@ -1,0 +1,81 @@
+"""Unfinished pictures: what the denoiser expects the picture to become, decoded small."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ..pipelines.base import LocalDiTBasePipeline
+
+MAX_LATENTS = 32  # along the longer side: previews of at most 256 pixels
+
+
+@dataclass
+class _Size:
+    height: int  # pixels
+    width: int
+
+
+class Previews:
+    """Makes previews of one drawing, as many as a share of its time allows.
+
+    A preview is made when the drawing has gone on for at least `work_per_preview` times as long as
+    the latest one took, so that slow autoencoders give fewer of them, not slower drawings.
+    """
+
+    def __init__(self, work_per_preview: float = 2.0) -> None:
+        self._work_per_preview = work_per_preview
+        self._next = 0.0  # on the clock of `time.monotonic`
+
+    def of(self, pipe: LocalDiTBasePipeline, latents: torch.Tensor) -> Image.Image | None:
+        """A preview of the first picture of a batch, or None where it isn't time for one.
+
+        Args:
+            pipe: as its step callback gets it.
+            latents: the latents after the step, `(B, C, H, W)`.
+        """
+        start = time.monotonic()
+        if start < self._next or _is_offloaded(pipe):
+            return None
+        picture = decode_small(pipe, expected_latents(pipe.scheduler, latents)[:1])
+        end = time.monotonic()
+        self._next = end + self._work_per_preview * (end - start)
+        return picture
+
+
+def expected_latents(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents without noise that the latest step aimed at, `(B, C, H, W)`.
+
+    DPM-Solver++ and UniPC keep these estimates for their next step. With other schedulers, the
+    latents themselves, noise and all.
+    """
+    config = scheduler.config
+    solves_for_them = "++" in config.get("algorithm_type", "") or config.get("predict_x0", False)
+    kept = getattr(scheduler, "model_outputs", None)
+    return kept[-1] if solves_for_them and kept and kept[-1] is not None else latents
+
+
+def decode_small(pipe: LocalDiTBasePipeline, latents: torch.Tensor) -> Image.Image:
+    """Decode latents `(1, C, H, W)`, averaged down to at most `MAX_LATENTS` along a side."""
+    import torch
+    import torch.nn.functional as F
+
+    vae = pipe.vae
+    height, width = latents.shape[2:]
+    scale = min(1.0, MAX_LATENTS / max(height, width))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    with torch.no_grad(), pipe.vae_for(_Size(*(pipe.vae_scale_factor * side for side in size))):
+        small = F.adaptive_avg_pool2d(latents.float(), size).to(vae.dtype)
+        small = small / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        decoded = vae.decode(small, return_dict=False)[0]
+    return pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+
+
+def _is_offloaded(pipe: LocalDiTBasePipeline) -> bool:
+    """Whether decoding between two steps would move models between CPU and GPU."""
+    return hasattr(pipe.vae, "_hf_hook")

@@ -1,0 +1,118 @@
+"""Draws the same captions without and with a LoRA of frames, and counts what is right.
+
+    python recipes/lora/compare.py --lora runs/frames/final --output output/frames-compared
+
+The captions have one object and are of combinations that the model in the box was never trained
+on. Writes `sheet.png`, the first pictures with the LoRA at weights 0, 0.5 and 1 below one another,
+and prints in how many there is a frame of the object's colour, and in how many all else is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from localdit import LocalDiTPipeline
+    from localdit.scenes import Scene
+
+SIDE, EDGE, SHOWN = 128, 8, 8
+WEIGHTS = (0.0, 0.5, 1.0)
+SEEDS = 20_000_003  # apart from what training draws
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lora", type=Path, required=True, help="folder of the LoRA")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--count", type=int, default=100, help="number of captions")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="weight of the caption")
+    return parser.parse_args()
+
+
+def captions(count: int) -> tuple[list[Scene], list[str]]:
+    """Scenes of one object that are held out of training, and full captions of them."""
+    import numpy as np
+
+    from localdit.scenes import describe, sample_scenes
+
+    scenes = [s for s in sample_scenes(10 * count, SEEDS, held_out=True) if len(s.objects) == 1]
+    rng = np.random.default_rng(SEEDS)
+    return scenes[:count], [describe(scene, rng).text for scene in scenes[:count]]
+
+
+def draw(pipe: LocalDiTPipeline, texts: list[str], guidance_scale: float) -> list[Image.Image]:
+    """A picture of each caption; the i-th from noise of seed i."""
+    import torch
+
+    pictures: list[Image.Image] = []
+    for start in range(0, len(texts), 10):
+        batch = texts[start : start + 10]
+        generator = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
+        pictures += pipe(batch, guidance_scale=guidance_scale, generator=generator).images
+    return pictures
+
+
+def is_framed(pixels: np.ndarray, colour: str) -> bool:
+    """Whether nine in ten pixels of the border are nearest to a colour."""
+    import numpy as np
+
+    from localdit.scenes.scene import COLOURS, PALETTE
+
+    border = np.ones((SIDE, SIDE), dtype=bool)
+    border[EDGE:-EDGE, EDGE:-EDGE] = False
+    distances = np.stack([((pixels[border] - PALETTE[c]) ** 2).sum(-1) for c in COLOURS])
+    return bool((distances.argmin(0) == COLOURS.index(colour)).mean() >= 0.9)
+
+
+def is_right_within(pixels: np.ndarray, scene: Scene) -> bool:
+    """Whether all is as in the scene, with the border painted over in the background's colour."""
+    import numpy as np
+
+    from localdit.scenes.scene import PALETTE
+    from localdit.scenes.score import score_picture
+
+    inner = slice(EDGE, -EDGE)
+    painted = np.empty_like(pixels)
+    painted[:] = PALETTE[scene.background]
+    painted[inner, inner] = pixels[inner, inner]
+    return score_picture(painted.astype(np.uint8), scene)["all"] == 1.0
+
+
+def main() -> None:
+    args = parse_args()
+    import numpy as np
+    from PIL import Image
+
+    from localdit import LocalDiTPipeline
+    from localdit.utils import model_in_the_box
+
+    scenes, texts = captions(args.count)
+    pipe = LocalDiTPipeline.from_pretrained(model_in_the_box())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(args.lora, adapter_name="frames")
+    rows = []
+    for weight in WEIGHTS:
+        pipe.set_adapters("frames", weight)
+        drawn = [np.asarray(p).astype(int) for p in draw(pipe, texts, args.guidance_scale)]
+        rows.append(np.concatenate(drawn[:SHOWN], axis=1))
+        framed = sum(
+            is_framed(pixels, scene.objects[0].colour)
+            for pixels, scene in zip(drawn, scenes, strict=True)
+        )
+        right = sum(map(is_right_within, drawn, scenes))
+        print(f"weight {weight:g}: framed {framed}, else right {right}, of {args.count}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    sheet = np.concatenate(rows).astype(np.uint8)
+    Image.fromarray(sheet).save(args.output / "sheet.png")
+    print("\n".join(texts[:SHOWN]))
+
+
+if __name__ == "__main__":
+    main()

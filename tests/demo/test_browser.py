@@ -1,0 +1,211 @@
+"""The page as people use it: in a browser, with the model in the box."""
+
+import io
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio")
+sync_api = pytest.importorskip("playwright.sync_api")
+
+from localdit.demo import build_parser, opening  # noqa: E402
+from localdit.demo.serving import launch  # noqa: E402
+from localdit.images import read_metadata  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser"])), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+
+RED, BLUE, YELLOW = (215, 35, 40), (40, 80, 220), (250, 225, 50)
+YELLOW_CIRCLE = "a large yellow circle at the top left on a blue background"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Where the page is served as the command serves it."""
+    folder = tmp_path_factory.mktemp("pictures")
+    job = opening.planned(build_parser().parse_args(["--model", "box"]), folder)
+    page = opening.open_page(opening.load(job), job)
+    yield launch(page, "127.0.0.1", None)
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page, opened; errors in it fail the test, and so do requests to elsewhere."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    opened = context.new_page()
+    errors, elsewhere = [], []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("request", lambda request: elsewhere.append(request.url))
+    opened.goto(address)
+    opened.wait_for_selector("#draw")
+    yield opened
+    context.close()
+    assert not errors
+    assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def seed(page, value):
+    page.get_by_label("New for each picture").uncheck()
+    page.get_by_label("Seed", exact=True).fill(str(value))
+
+
+def draw(page):
+    """Press Draw, wait for the picture, and return it as the browser got it."""
+    page.locator("#draw").click()
+    page.wait_for_selector("#status .note")
+    page.wait_for_selector("#status ul.settings", timeout=60_000)
+    return shown(page)
+
+
+def shown(page):
+    source = page.locator("#picture img").get_attribute("src")
+    return Image.open(io.BytesIO(page.request.get(source).body()))
+
+
+def near(colour, wanted):
+    return np.abs(np.asarray(colour, float) - wanted).max() < 40
+
+
+def test_a_prompt_becomes_its_picture(page):
+    page.locator("#prompt textarea").fill("a large red circle in the centre on a blue background")
+    seed(page, 0)
+    picture = draw(page)
+    assert picture.size == (128, 128)
+    assert near(picture.getpixel((64, 64)), RED)
+    pixels = np.asarray(picture)
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert near(np.median(edge, axis=0), BLUE)
+    assert "seed 0" in page.locator("#status").inner_text()
+    assert page.locator("#gallery img").count() == 1
+
+
+@pytest.mark.slow
+def test_the_picture_that_is_downloaded_carries_its_settings(page):
+    seed(page, 7)
+    draw(page)
+    with page.expect_download() as download:
+        page.locator("#picture").get_by_label("Download").click()
+    carried = read_metadata(download.value.path())
+    assert carried["seed"] == 7
+    assert carried["prompt"] == page.locator("#prompt textarea").input_value()
+
+
+@pytest.mark.slow
+def test_a_picture_is_edited(page):
+    page.get_by_label("Edit", exact=True).check()
+    page.locator("#image img").wait_for()
+    page.locator("#prompt textarea").fill(YELLOW_CIRCLE)
+    seed(page, 0)
+    picture = draw(page)
+    assert near(picture.getpixel((32, 32)), YELLOW)
+    assert near(picture.getpixel((100, 100)), BLUE)
+
+
+@pytest.mark.slow
+def test_what_is_painted_over_is_repainted_and_the_rest_is_kept(page):
+    page.get_by_label("Inpaint", exact=True).check()
+    paint(page, left=0.1, top=0.1, right=0.4, bottom=0.4)
+    page.locator("#prompt textarea").fill(YELLOW_CIRCLE)
+    seed(page, 0)
+    picture = draw(page)
+    before, after = np.asarray(opening.scene()), np.asarray(picture)
+    assert near(after[32, 32], YELLOW)
+    assert np.array_equal(before[80:], after[80:])
+    assert np.array_equal(before[:, 80:], after[:, 80:])
+
+
+def paint(page, left, top, right, bottom):
+    """Paint over a part of the picture in the editor; places are fractions of its sides."""
+    canvas = page.locator("#editor canvas").first
+    canvas.wait_for()
+    page.wait_for_timeout(500)  # the picture is laid onto the canvas
+    x, y, side = picture_on(canvas)
+    for row in np.linspace(top, bottom, 5):
+        page.mouse.move(x + left * side, y + row * side)
+        page.mouse.down()
+        page.mouse.move(x + right * side, y + row * side, steps=8)
+        page.mouse.up()
+    page.wait_for_timeout(500)  # the strokes are handed in
+
+
+def picture_on(canvas):
+    """Where the square picture begins on the page, and its side, seen from its pixels."""
+    box = canvas.bounding_box()
+    pixels = np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB"), float)
+    blue = np.abs(pixels - BLUE).max(-1) < 25
+    columns, rows = np.flatnonzero(blue.any(0)), np.flatnonzero(blue.any(1))
+    return box["x"] + columns[0], box["y"] + rows[0], columns[-1] - columns[0]
+
+
+@pytest.mark.slow
+def test_stop_ends_the_drawing_and_the_session_goes_on(page):
+    page.get_by_label("number input for Steps").fill("100")
+    page.locator("#draw").click()
+    page.wait_for_selector("#status .bar")
+    page.locator("#stop").click()
+    page.get_by_text("Stopped.").wait_for()
+    deadline = time.monotonic() + 10
+    while any(thread.name == "localdit-drawing" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(20)
+    assert page.locator("#gallery img").count() == 0
+    assert page.locator("#stop").is_hidden()
+    page.get_by_label("number input for Steps").fill("4")
+    assert draw(page).size == (128, 128)
+
+
+@pytest.mark.slow
+def test_leaving_the_page_ends_its_drawing(page):
+    page.get_by_label("number input for Steps").fill("100")
+    page.locator("#draw").click()
+    page.wait_for_selector("#status .bar")
+    page.goto("about:blank")
+    deadline = time.monotonic() + 30
+    while any(thread.name == "localdit-drawing" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(20)
+    page.go_back()
+
+
+@pytest.mark.slow
+def test_mistakes_are_told_in_the_page_and_the_next_picture_is_drawn(page):
+    page.locator("#prompt textarea").fill("")
+    page.locator("#draw").click()
+    page.get_by_text("The prompt is empty: say what the picture is to show.").wait_for()
+    page.locator("#prompt textarea").fill("a small green cross on white")
+    assert draw(page).size == (128, 128)
+
+
+@pytest.mark.slow
+def test_the_gallery_shows_earlier_pictures_with_their_settings_to_use_again(page):
+    seed(page, 1)
+    first = draw(page)
+    page.locator("#prompt textarea").fill("a small green cross on a white background")
+    seed(page, 2)
+    page.locator("#draw").click()
+    page.get_by_text("seed 2").wait_for()
+    page.locator("#gallery button.thumbnail-item").nth(1).click()
+    page.get_by_text("seed 1").wait_for()
+    assert np.array_equal(shown(page), first)
+    page.get_by_role("button", name="Use its settings").click()
+    page.wait_for_timeout(500)
+    assert page.get_by_label("Seed", exact=True).input_value() == "1"
+    assert "red circle" in page.locator("#prompt textarea").input_value()
+    page.get_by_role("button", name="Edit this").click()
+    page.locator("#image img").wait_for()
+    assert page.get_by_label("Edit", exact=True).is_checked()

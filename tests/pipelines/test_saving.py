@@ -1,0 +1,254 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import EntryNotFoundError
+
+from localdit.config import Config
+from localdit.pipelines import (
+    LocalDiTImg2ImgPipeline,
+    LocalDiTInpaintPipeline,
+    LocalDiTPipeline,
+    saving,
+)
+from localdit.utils import load_model
+from tests.tiny import tiny_components, tiny_pipeline
+
+KINDS = [LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "remote code"])
+def remote_code(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(remote_code, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_pipeline().save_pretrained(folder, remote_code=remote_code)
+    return folder
+
+
+def weights(pipe):
+    models = (pipe.transformer, pipe.vae, pipe.text_encoder)
+    return torch.cat([p.detach().flatten().float() for m in models for p in m.parameters()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pipeline_loads_the_folder_of_every_other(folder, kind):
+    assert type(loaded := kind.from_pretrained(folder)) is kind
+    assert torch.equal(weights(loaded), weights(tiny_pipeline()))
+
+
+def test_load_model_loads_it(folder):
+    loaded = load_model(Config(ckpt_path=folder), device="cpu")
+    assert torch.equal(weights(loaded), weights(tiny_pipeline()))
+
+
+def test_saving_again_gives_the_same_folder(folder, remote_code, tmp_path):
+    again = tmp_path / "again"
+    LocalDiTPipeline.from_pretrained(folder).save_pretrained(again, remote_code=remote_code)
+    files = [{file.relative_to(top) for file in top.rglob("*")} for top in (folder, again)]
+    assert files[0] == files[1]
+    before, after = (json.loads((top / "model_index.json").read_text()) for top in (folder, again))
+    assert after.pop("_name_or_path", None) in (None, str(folder))
+    assert before == after
+
+
+def test_diffusers_loads_it(folder, remote_code, monkeypatch, tmp_path):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    trust = {"trust_remote_code": True} if remote_code else {}
+    loaded = diffusers.DiffusionPipeline.from_pretrained(folder, **trust)
+    assert type(loaded) is LocalDiTPipeline
+    assert torch.equal(weights(loaded), weights(tiny_pipeline()))
+
+
+def test_remote_code_is_not_run_unless_it_is_trusted(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path, remote_code=True)
+    (tmp_path / "pipeline_localdit.py").write_text("raise SystemExit('run')")
+    LocalDiTPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_folder_can_lose_its_code(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, remote_code=True)
+    assert (tmp_path / "pipeline_localdit.py").exists()
+    pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "pipeline_localdit.py").exists()
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is LocalDiTPipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [LocalDiTPipeline, LocalDiTInpaintPipeline])
+def test_a_process_that_never_imported_localdit_loads_it_with_trust(kind, tmp_path):
+    kind(**tiny_components()).save_pretrained(tmp_path / "saved", remote_code=True)
+    code = (
+        "import sys, diffusers; assert 'localdit' not in sys.modules;"
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path / 'saved')!r},"
+        " trust_remote_code=True);"
+        "print(type(pipe).__name__, sum(p.double().sum().item() for p in pipe.vae.parameters()),"
+        " type(pipe.transformer).__module__)"
+    )
+    root = Path(saving.__file__).parents[2]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(root)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    name, total, module = run.stdout.split()
+    expected = sum(p.double().sum().item() for p in tiny_components()["vae"].parameters())
+    assert (name, module) == (kind.__name__, "localdit.models.transformer")
+    assert float(total) == pytest.approx(expected)
+
+
+# Variants, shards, dtypes, components
+
+
+def test_variants_are_saved_beside_one_another(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    tiny_pipeline(seed=1).to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    names = {file.name for file in tmp_path.glob("*/*.safetensors")}
+    assert names == {
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+    }
+    # Without a dtype, Transformers would take that of the text encoder's latest configuration.
+    plain = LocalDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    half = LocalDiTPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert torch.equal(weights(plain), weights(tiny_pipeline()))
+    assert torch.equal(weights(half), weights(tiny_pipeline(seed=1).to(torch.float16)))
+    assert half.transformer.dtype == half.vae.dtype == half.text_encoder.dtype == torch.float16
+
+
+def test_weights_are_split_into_shards_and_joined_again(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = list((tmp_path / "transformer").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert torch.equal(weights(LocalDiTPipeline.from_pretrained(tmp_path)), weights(pipe))
+    loaded = load_model(Config(ckpt_path=tmp_path), device="cpu")
+    assert torch.equal(weights(loaded), weights(pipe))
+
+
+@pytest.mark.parametrize("kind", [LocalDiTPipeline, diffusers.DiffusionPipeline])
+def test_each_component_may_have_its_dtype(tmp_path, kind):
+    tiny_pipeline().save_pretrained(tmp_path)
+    dtypes = {"transformer": torch.bfloat16, "vae": torch.float16, "default": torch.float32}
+    pipe = kind.from_pretrained(tmp_path, torch_dtype=dtypes)
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float16
+    assert pipe.text_encoder.dtype == torch.float32
+    assert pipe("a cat", num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_components_can_be_given_or_left_out(tmp_path, recwarn):
+    tiny_pipeline().save_pretrained(tmp_path)
+    given = tiny_components(seed=1)["transformer"]
+    pipe = LocalDiTPipeline.from_pretrained(
+        tmp_path, transformer=given, text_encoder=None, tokenizer=None
+    )
+    assert pipe.transformer is given
+    assert pipe.text_encoder is None
+    pipe.save_pretrained(tmp_path / "small")
+    assert not (tmp_path / "small" / "text_encoder").exists()
+    small = LocalDiTInpaintPipeline.from_pretrained(tmp_path / "small")
+    assert small.tokenizer is None
+
+
+# The hub, without a network
+
+
+class Hub:
+    """What would be done on the hub, recorded; `card` is what the repository has already."""
+
+    def __init__(self, monkeypatch, card=None):
+        self.made, self.uploaded, self.card = [], [], card
+        monkeypatch.setattr(saving, "create_repo", self.create_repo)
+        monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", self.upload_folder)
+        monkeypatch.setattr(ModelCard, "load", self.load_card)
+
+    def create_repo(self, repo_id, **options):
+        self.made.append((repo_id, options))
+        return type("RepoUrl", (), {"repo_id": f"someone/{repo_id.split('/')[-1]}"})
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        files = {
+            str(file.relative_to(folder_path)): file.read_bytes()
+            for file in Path(folder_path).rglob("*")
+            if file.is_file()
+        }
+        self.uploaded.append((repo_id, files, options))
+
+    def load_card(self, repo_id, token=None):
+        if self.card is None:
+            raise EntryNotFoundError("there is no README.md")
+        return ModelCard(self.card)
+
+
+def test_a_pipeline_is_pushed_with_its_card(monkeypatch):
+    hub = Hub(monkeypatch)
+    tiny_pipeline().push_to_hub("boats", private=True, token="t", variant="fp16", remote_code=True)
+    assert hub.made == [("boats", {"exist_ok": True, "private": True, "token": "t"})]
+    [(repo_id, files, options)] = hub.uploaded
+    assert repo_id == "someone/boats"
+    assert options["commit_message"] == "Upload LocalDiTPipeline"
+    assert options["token"] == "t"
+    assert "transformer/diffusion_pytorch_model.fp16.safetensors" in files
+    assert json.loads(files["model_index.json"])["_class_name"] == [
+        "pipeline_localdit",
+        "LocalDiTPipeline",
+    ]
+    assert b"import" in files["pipeline_localdit.py"]
+    assert b'from_pretrained("boats", trust_remote_code=True)' in files["README.md"]
+
+
+def test_saving_can_push_as_well(monkeypatch, tmp_path):
+    hub = Hub(monkeypatch)
+    tiny_pipeline().save_pretrained(tmp_path / "boats", push_to_hub=True, create_pr=True)
+    [(repo_id, files, options)] = hub.uploaded
+    assert repo_id == "someone/boats"
+    assert options["create_pr"] is True
+    assert files["README.md"] == (tmp_path / "boats" / "README.md").read_bytes()
+    assert json.loads(files["model_index.json"])["transformer"][0] == "diffusers"
+
+
+def test_a_card_that_is_there_is_kept(monkeypatch, tmp_path):
+    mine = "---\nlicense: mit\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(mine)
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == mine
+
+    theirs = "---\nlicense: cc0-1.0\n---\n# Theirs\n"
+    hub = Hub(monkeypatch, card=theirs)
+    pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id="boats")
+    assert hub.uploaded[-1][1]["README.md"].decode() == mine
+    pipe.push_to_hub("boats")
+    card = ModelCard(hub.uploaded[-1][1]["README.md"].decode())
+    assert card.text.strip() == "# Theirs"
+    assert card.data.license == "cc0-1.0"
+    assert card.data.library_name == "diffusers"
+
+
+# What is refused to code of the hub is not asked of folders that only name our classes.
+
+
+def test_the_hub_may_serve_our_folders_without_code(folder, remote_code):
+    from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
+
+    index = json.loads((folder / "model_index.json").read_text())
+    files = [str(file.relative_to(folder)) for file in folder.rglob("*")]
+    custom, folders = _get_custom_components_and_folders("someone/boats", index, files)
+    assert not custom
+    assert {"transformer", "vae", "text_encoder"} <= set(folders)
