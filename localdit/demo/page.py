@@ -17,7 +17,7 @@ from ..images import load_image, read_metadata
 from .drawing import Artist, Step
 from .layout import Controls, Results, lay_out
 from .settings import Offer, Settings
-from .words import header, note, progress, settings_list
+from .words import header, note, problem, progress, settings_list
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,7 +90,7 @@ class Desk:
             api_name="draw",
         )
         drawing.success(self.end, None, buttons[:2], **at_once)
-        drawing.failure(self.fail, None, buttons, **at_once)
+        drawing.failure(self.end, None, buttons[:2], **at_once)
         controls.stop.click(self.stop, None, buttons, cancels=[drawing], **at_once)
         results.gallery.select(self.select, results.history, results.of_a_picture, **at_once)
         controls.mode.input(self.switch, controls.mode, controls.of_a_mode, **at_once)
@@ -144,13 +144,17 @@ class Desk:
             width=width,
             strength=strength,
         )
-        with _told():
-            yield {self.results.status: note("Starting …")}
-            for event in self.artist.draw(settings, *_pictures(mode, image, painted)):
-                if isinstance(event, Step):
-                    yield self._while_drawing(event)
-                else:
-                    yield self._drawn(self.save(event, settings), settings, history)
+        yield {self.results.status: note("Starting …")}
+        try:
+            with _told():
+                for event in self.artist.draw(settings, *_pictures(mode, image, painted)):
+                    if isinstance(event, Step):
+                        yield self._while_drawing(event)
+                    else:
+                        yield self._drawn(self.save(event, settings), settings, history)
+        except gr.Error as error:
+            yield {self.results.status: problem(html.unescape(error.message))}
+            raise
 
     def end(self) -> Updates:
         """Nothing is being drawn any more."""
@@ -158,10 +162,6 @@ class Desk:
             self.controls.draw: gr.update(interactive=True),
             self.controls.stop: gr.update(visible=False),
         }
-
-    def fail(self) -> Updates:
-        """Drawing failed, and the page was told why."""
-        return self.end() | {self.results.status: note("Nothing was drawn.")}
 
     def stop(self) -> Updates:
         """The drawing was stopped; Gradio closes the iterator of `draw` meanwhile."""
@@ -198,11 +198,13 @@ class Desk:
 
     def edit_this(self, path: str) -> Updates:
         """Start from the picture that is shown."""
-        return self.switch("edit") | {self.controls.image: path} | self.fit_to(path)
+        put_in = {self.controls.image: gr.update(value=path, visible=True)}
+        return self.switch("edit") | put_in | self.fit_to(path)
 
     def inpaint_this(self, path: str) -> Updates:
         """Paint in the picture that is shown."""
-        return self.switch("inpaint") | {self.controls.editor: path} | self.fit_to(path)
+        put_in = {self.controls.editor: gr.update(value=path, visible=True)}
+        return self.switch("inpaint") | put_in | self.fit_to(path)
 
     def reuse(self, path: str) -> Updates:
         """Set the controls as they were for the picture that is shown."""

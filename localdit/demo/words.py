@@ -18,6 +18,11 @@ def note(text: str) -> str:
     return f'<p class="note" role="status">{escape(text)}</p>'
 
 
+def problem(text: str) -> str:
+    """Why nothing was drawn."""
+    return f'<p class="problem" role="alert">{escape(text)}</p>'
+
+
 def progress(step: int, total: int) -> str:
     """How far a drawing is."""
     done = f'<i style="width: {100 * step / total:.0f}%"></i>'

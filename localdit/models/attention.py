@@ -43,8 +43,6 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         dropout: probability of dropping an output channel in training.
     """
 
-    _supports_qkv_fusion = False  # always fused
-
     def __init__(
         self,
         num_heads: int,
@@ -82,7 +80,8 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.global_context: GlobalContext | None = None
         if layer_type == "local_global":
             self.global_context = GlobalContext(num_heads, head_dim, window_size)
-        self.processor: Any = PROCESSORS[layer_type]()
+        self._default_processor_cls = PROCESSORS[layer_type]
+        self.processor: Any = self._default_processor_cls()
 
     def set_processor(self, processor: Any) -> None:
         """Compute with another processor from now on; the weights stay.
@@ -96,6 +95,14 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
                 "`use_global=True` (or `layer_types`) to use `LocalGlobalAttnProcessor`."
             )
         super().set_processor(processor)
+
+    def fuse_projections(self) -> None:
+        """Queries, keys and values are one projection in any case: this takes note, no more."""
+        self.fused_projections = True
+
+    def unfuse_projections(self) -> None:
+        """Undo the note; the projection stays one."""
+        self.fused_projections = False
 
     def grid(self, height: int, width: int) -> WindowGrid:
         """The windows of a map of `height x width` tokens."""
@@ -204,7 +211,7 @@ class LocalGlobalAttnProcessor(_WindowProcessor):
         def turned_queries(tokens: slice, _: WindowGrid) -> torch.Tensor:
             return attn.norm_and_turn(queries[:, tokens], attn.norm_q, grid, tokens).flatten(2)
 
-        features = self._features(context, in_bands(turned_queries, grid, qkv), grid)
+        features, bias = self._look(context, in_bands(turned_queries, grid, qkv), grid)
 
         def attended(tokens: slice, band: WindowGrid) -> torch.Tensor:
             key = attn.norm_and_turn(keys[:, tokens], attn.norm_k, grid, tokens).flatten(2)
@@ -216,7 +223,7 @@ class LocalGlobalAttnProcessor(_WindowProcessor):
                 attn.num_heads,
                 None,
                 False,
-                context.global_rel_pos_bias,
+                bias,
             )
             local = attend_within_windows(
                 self.backend,
@@ -232,15 +239,18 @@ class LocalGlobalAttnProcessor(_WindowProcessor):
         return in_bands(attended, grid, qkv)
 
     @staticmethod
-    def _features(context: GlobalContext, query: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
-        """Features of the padded and rolled map of queries, `(B, N, C)` in the map's own order."""
+    def _look(
+        context: GlobalContext, query: torch.Tensor, grid: WindowGrid
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of the padded and rolled map of queries, `(B, N, C)` in the map's own order, and
+        the bias to compare them with."""
         height, width, w, *shifts = grid
         image = rearrange(query, "b (y x) c -> b y x c", y=height)
         image = F.pad(image, (0, 0, 0, grid.columns * w - width, 0, grid.rows * w - height))
         image = image.roll([-shift for shift in shifts], dims=(1, 2))
-        features = context.query_feat_extract(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        features = features.roll(shifts, dims=(1, 2))[:, :height, :width]
-        return features.flatten(1, 2)
+        features, bias = context(image.permute(0, 3, 1, 2))
+        features = features.permute(0, 2, 3, 1).roll(shifts, dims=(1, 2))[:, :height, :width]
+        return features.flatten(1, 2), bias
 
 
 class FullAttnProcessor(_Processor):
@@ -267,7 +277,7 @@ PROCESSORS: dict[str, type[_Processor]] = {
 class CrossAttention(nn.Module, AttentionModuleMixin):
     """Attention of image tokens to text tokens, with RMSNorm on queries and keys of each head."""
 
-    _supports_qkv_fusion = False
+    use_bias = True  # what `fuse_projections`, by Diffusers, has to know of `to_k` and `to_v`
 
     def __init__(
         self,
@@ -286,6 +296,7 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = RMSNorm(head_dim, qk_norm_eps)
         self.norm_k = RMSNorm(head_dim, qk_norm_eps)
         self.to_out = nn.ModuleList([Linear(dim, dim), nn.Dropout(dropout)])
+        self._default_processor_cls = CrossAttnProcessor
         self.processor: Any = CrossAttnProcessor()
 
     def keys_and_values(
@@ -296,11 +307,12 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         Args:
             encoder_hidden_states: `(B, L, text_dim)`.
         """
-        key, value = (
-            layer(encoder_hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-            for layer in (self.to_k, self.to_v)
-        )
-        return self.norm_k(key), value
+        if self.fused_projections:
+            key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        else:
+            key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        heads = (self.num_heads, self.head_dim)
+        return self.norm_k(key.unflatten(-1, heads)), value.unflatten(-1, heads)
 
     def forward(
         self,

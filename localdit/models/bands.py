@@ -12,7 +12,7 @@ from .windows import WindowGrid
 # Tokens, of all maps of a batch together, that a band has in inference: enough for matrix products
 # at full speed, and few enough for what lies between them to stay small and, on a CPU, in its
 # caches.
-TOKENS_ON_CPU = 1024
+TOKENS_ON_CPU = 512
 TOKENS_ON_GPU = 32768
 
 

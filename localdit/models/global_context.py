@@ -49,3 +49,11 @@ class GlobalContext(nn.Module):
         self.query_feat_extract = nn.Sequential(QueryFeatures(dim), QueryFeatures(dim))
         self.to_global_kv = Linear(dim, 2 * dim)
         self.global_rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+
+    def forward(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of a map of queries `(B, C, H, W)`, and the relative position bias.
+
+        The bias is a copy: offloading brings a module's weights for its `forward` alone, and takes
+        them away afterwards.
+        """
+        return self.query_feat_extract(queries), self.global_rel_pos_bias.clone()

@@ -286,6 +286,12 @@ class LocalDiTTransformer2DModel(
             }
         super().set_attn_processor(processors)
 
+    def set_default_attn_processor(self) -> None:
+        """Compute attention as the model was made to, each layer in its own way."""
+        for module in self.modules():
+            if isinstance(module, LocalDiTAttention | CrossAttention):
+                module.set_processor(module._default_processor_cls())
+
     def set_window_attention_backend(self, backend: str) -> None:
         """Choose what computes attention within windows, in every layer that has windows.
 
@@ -321,7 +327,8 @@ class LocalDiTTransformer2DModel(
             encoder_hidden_states: `(B, L, caption_channels)` states of the text encoder.
             timestep: `(B,)`, or a single one for the whole batch.
             added_cond_kwargs: where the model uses additional conditions: "resolution" `(B, 2)`,
-                height and width in pixels, and "aspect_ratio" `(B, 1)`, width / height.
+                height and width in pixels, and "aspect_ratio" `(B, 1)`, width / height; or one row
+                of each for the whole batch.
             cross_attention_kwargs: may hold "scale", by which the active LoRA adapters are
                 multiplied in this call; nothing else.
             attention_mask: taken for the signature's sake; has to be None.
@@ -356,8 +363,12 @@ class LocalDiTTransformer2DModel(
         height, width = size[0] // patch, size[1] // patch
         hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
+        conditions = {
+            name: value if value is None else value.view(len(value), -1).expand(batch_size, -1)
+            for name, value in (added_cond_kwargs or {}).items()
+        }
         modulation, embedded_timestep = self.adaln_single(
-            timestep, added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
+            timestep, conditions, batch_size=batch_size, hidden_dtype=hidden_states.dtype
         )
         if self.caption_projection is not None:
             encoder_hidden_states = self.caption_projection(encoder_hidden_states)
@@ -370,7 +381,9 @@ class LocalDiTTransformer2DModel(
             else:
                 hidden_states = block(*args)
 
-        shift, scale = (self.scale_shift_table + embedded_timestep[:, None]).chunk(2, dim=1)
+        # The parameter may be on another device than the last block, if the model is spread.
+        table = self.scale_shift_table.to(hidden_states.device)
+        shift, scale = (table + embedded_timestep[:, None].to(table.device)).chunk(2, dim=1)
 
         def projected(tokens: slice, _: WindowGrid) -> torch.Tensor:
             normed = self.norm_out(hidden_states[:, tokens])

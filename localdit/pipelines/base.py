@@ -25,6 +25,7 @@ from .prompt_cache import PromptCache
 from .prompts import PromptEncodingMixin
 from .request import Request, TextEmbeddings
 from .saving import SavingMixin
+from .schedules import check_schedule
 from .single_file import SingleFileMixin
 
 
@@ -121,8 +122,7 @@ class LocalDiTBasePipeline(
 
         Raises:
             ValueError: timesteps and sigmas were both given, or the scheduler takes no such thing,
-                or its timesteps do not descend, because there are more of them than it can tell
-                apart (the step between two equal ones is undefined).
+                or its timesteps do not descend, or there are more of them than it can tell apart.
         """
         custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
         schedule: dict[str, Any] = {k: v for k, v in custom.items() if v is not None}
@@ -137,15 +137,8 @@ class LocalDiTBasePipeline(
                 )
         schedule = schedule or {"num_inference_steps": request.num_inference_steps}
         self.scheduler.set_timesteps(device=self._execution_device, **schedule)
-        taken = self.scheduler.timesteps
-        # Schedulers of second order name most timesteps twice.
-        descends = (taken.diff() < 0) if self.scheduler.order == 1 else (taken.diff() <= 0)
-        if len(taken) == 0 or not descends.all() or taken[-1] < 0:
-            raise ValueError(
-                f"The {len(taken)} timesteps must each be lower than the one before, and at least "
-                "0: take fewer steps, or correct the timesteps or sigmas given."
-            )
-        return taken
+        check_schedule(self.scheduler)
+        return self.scheduler.timesteps
 
     def encode_request(self, request: Request) -> TextEmbeddings:
         """Encode the request's prompts; see `encode_prompt`."""

@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from .base import LocalDiTBasePipeline
 from .image_inputs import scale_images
 from .request import Request
+from .schedules import add_noise
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         images = images.to(self._execution_device)
         if self.are_latents(images):
             return images.repeat_interleave(repeats, dim=0)
-        images = 2 * scale_images(images, request.height, request.width) - 1
+        images = scale_images(images, request.height, request.width)
+        if self.image_processor.config.do_normalize:
+            images = self.image_processor.normalize(images)
         parameters = self.posterior_parameters(images, request).repeat_interleave(repeats, dim=0)
         latents = DiagonalGaussianDistribution(parameters).sample(request.generator)
         return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
@@ -87,4 +90,4 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         """
         if len(timesteps) == 0:
             return latents
-        return self.scheduler.add_noise(latents, noise, timesteps[:1].repeat(len(latents)))
+        return add_noise(self.scheduler, latents, noise, timesteps[:1])

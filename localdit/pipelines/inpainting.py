@@ -12,6 +12,7 @@ from .checks import check_integer, check_number
 from .from_images import FromImagesPipeline
 from .image_inputs import read_images, read_masks
 from .request import Generators, Request, StepCallback
+from .schedules import initial_scale
 
 
 class LocalDiTInpaintPipeline(FromImagesPipeline):
@@ -118,7 +119,7 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         repaint = latents_to_repaint(masks, self.vae_scale_factor, len(encoded)).to(encoded.device)
         start = self.add_noise(encoded, noise, schedule)
         if strength == 1:
-            start = torch.where(repaint, noise * self.scheduler.init_noise_sigma, start)
+            start = torch.where(repaint, noise * initial_scale(self.scheduler), start)
         keep = self.keeping(encoded, noise, repaint, schedule)
         painted = self.denoise(start, schedule, text, request, after_step=keep)
         pictures = self.decode(painted, request)

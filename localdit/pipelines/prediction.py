@@ -10,6 +10,7 @@ import torch
 
 from ..models.transformer import LocalDiTTransformer2DModel
 from .guidance import DenoiserText
+from .schedules import scale_input
 
 
 class PredictionMixin:
@@ -92,7 +93,7 @@ class PredictionMixin:
         embeds, mask = self._denoiser_text(*pairs)
         with self._cache_context("cond_uncond" if guided else "cond"):
             prediction = self.transformer(
-                self.scheduler.scale_model_input(latents, timestep),
+                scale_input(self.scheduler, latents, timestep),
                 encoder_hidden_states=embeds,
                 encoder_attention_mask=mask,
                 timestep=timestep.to(latents.device).expand(len(latents)),
@@ -118,12 +119,9 @@ class PredictionMixin:
     def _micro_conditions(self, latents: torch.Tensor) -> dict[str, torch.Tensor | None]:
         if not self.transformer.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
-        batch, _, *size = latents.shape
-        height, width = (self.vae_scale_factor * length for length in size)
-        # float32 whatever the latents are: the embedding computes in it, and bfloat16 would round.
+        height, width = (self.vae_scale_factor * length for length in latents.shape[2:])
+        # One row for the whole batch, since FasterCache leaves half of it out at times. float32
+        # whatever the latents are: the embedding computes in it, and bfloat16 would round.
         resolution = torch.tensor([[height, width]], dtype=torch.float32, device=latents.device)
         aspect_ratio = torch.tensor([[width / height]], dtype=torch.float32, device=latents.device)
-        return {
-            "resolution": resolution.expand(batch, 2),
-            "aspect_ratio": aspect_ratio.expand(batch, 1),
-        }
+        return {"resolution": resolution, "aspect_ratio": aspect_ratio}

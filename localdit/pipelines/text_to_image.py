@@ -8,6 +8,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .base import LocalDiTBasePipeline
 from .request import Generators, Request, StepCallback
+from .schedules import initial_scale
 
 
 class LocalDiTPipeline(LocalDiTBasePipeline):
@@ -86,6 +87,6 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         self.check_inputs(request)
         schedule = self.set_timesteps(request)
         text = self.encode_request(request)
-        start = self.prepare_noise(request) * self.scheduler.init_noise_sigma
+        start = self.prepare_noise(request) * initial_scale(self.scheduler)
         latents = self.denoise(start, schedule, text, request)
         return self.output(self.decode(latents, request), request)

@@ -186,7 +186,9 @@ def test_leaving_the_page_ends_its_drawing(page):
 def test_mistakes_are_told_in_the_page_and_the_next_picture_is_drawn(page):
     page.locator("#prompt textarea").fill("")
     page.locator("#draw").click()
-    page.get_by_text("The prompt is empty: say what the picture is to show.").wait_for()
+    page.locator("#status .problem").wait_for()
+    told = "The prompt is empty: say what the picture is to show."
+    assert page.locator("#status").inner_text().strip() == told
     page.locator("#prompt textarea").fill("a small green cross on white")
     assert draw(page).size == (128, 128)
 

@@ -143,11 +143,11 @@ def test_the_picture_follows_prompt_negative_prompt_and_guidance(pipe):
         assert (latents_of(pipe, **change) - reference).abs().max() > 1e-3
 
 
-def test_size_and_aspect_ratio_reach_every_row(pipe, calls):
+def test_size_and_aspect_ratio_serve_every_row(pipe, calls):
     latents_of(pipe, ["a cat", "a dog"], height=48, width=96)
     conditions = calls[0]["added_cond_kwargs"]
-    assert torch.equal(conditions["resolution"], torch.tensor([[48.0, 96.0]] * 4))
-    assert torch.equal(conditions["aspect_ratio"], torch.tensor([[2.0]] * 4))
+    assert torch.equal(conditions["resolution"], torch.tensor([[48.0, 96.0]]))
+    assert torch.equal(conditions["aspect_ratio"], torch.tensor([[2.0]]))
     assert calls[0]["hidden_states"].shape == (4, 4, 6, 12)
 
 
