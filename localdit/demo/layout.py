@@ -102,8 +102,7 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
             buttons=[],
             elem_id="image",
         )
-        # Gradio would try all of Pillow's readers, and what fails in there can't be told well.
-        image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+        image.preprocess = _path_of  # type: ignore[method-assign]
         editor = gr.ImageEditor(
             offer.picture,
             label="Paint over what is to change",
@@ -137,6 +136,14 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
         "mode": mode, "source": source, "image": image, "editor": editor, "strength": strength,
         "prompt": prompt, "draw": draw, "stop": stop,
     }  # fmt: skip
+
+
+def _path_of(upload: Any) -> Any:
+    """An uploaded file for `load_image` to read.
+
+    Gradio itself would try all of Pillow's readers, and say little where they fail.
+    """
+    return upload and upload.path
 
 
 def _lay_out_examples(offer: Offer, prompt: gr.Textbox) -> None:

@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,14 +95,10 @@ def saving(
     """
 
     def save(picture: Image.Image, settings: Settings) -> Path:
-        carried = picture_settings(
-            settings.configure(config),
-            job.preset,
-            pipe,
-            settings.prompt,
-            settings.negative_prompt,
-            settings.seed,
+        asked = replace(
+            job, config=settings.configure(config), negative_prompt=settings.negative_prompt
         )
+        carried = picture_settings(asked, pipe, settings.prompt, settings.seed)
         carried["mode"] = settings.mode
         if settings.mode != "generate":
             carried["strength"] = settings.strength
