@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,12 +48,18 @@ def load(job: Job) -> LocalDiTPipeline:
     hide_loading_bars()
     pipe = load_model(job.config, job.device, job.dtype)
     pipe.set_progress_bar_config(disable=hidden())
-    for number, path in enumerate(job.loras):
-        pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
-    if job.loras:
-        names = [f"lora_{number}" for number in range(len(job.loras))]
-        pipe.set_adapters(names, list(job.loras.values()))
+    _load_loras(job, pipe)
     return pipe
+
+
+def _load_loras(job: Job, pipe: LocalDiTPipeline) -> None:
+    names = [f"lora_{number}" for number in range(len(job.loras))]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+        for path, name in zip(job.loras, names, strict=True):
+            pipe.load_lora_weights(path, adapter_name=name)
+    if names:
+        pipe.set_adapters(names, list(job.loras.values()))
 
 
 def make(job: Job, pipe: LocalDiTPipeline) -> list[Path]:
