@@ -13,13 +13,13 @@ TRAIN = [
 ]
 LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
+DEMO = ["gradio>=6.0"]
 DOCS = [  # the site, and the notebooks as tests run them
     "ipykernel>=6.20",
     "mkdocs-material>=9.5",
     "mkdocstrings[python]>=0.26",
     "nbclient>=0.8",
 ]
-DEMO = ["gradio>=6.0"]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
 
 setup(
@@ -57,8 +57,8 @@ setup(
         "dev": [
             *LORA,
             *TRAIN,
-            *DOCS,
             *DEMO,
+            *DOCS,
             *TRITON,  # tests interpret its kernels
             "build>=1.0",
             "hypothesis>=6.100",

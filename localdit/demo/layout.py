@@ -102,7 +102,7 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
             buttons=[],
             elem_id="image",
         )
-        image.preprocess = _path_of  # type: ignore[method-assign]
+        vars(image)["preprocess"] = _path_of
         editor = gr.ImageEditor(
             offer.picture,
             label="Paint over what is to change",
@@ -149,7 +149,7 @@ def _path_of(upload: Any) -> Any:
 def _lay_out_examples(offer: Offer, prompt: gr.Textbox) -> None:
     """Prompts that a press puts into the page."""
     with gr.Column(elem_id="try"):
-        gr.HTML(note("To try:"))
+        gr.HTML(note("Prompts to try"))
         for text in offer.prompts:
             button = gr.Button(text, size="sm")
             button.click(None, None, prompt, js=f"() => {json.dumps(text)}")
