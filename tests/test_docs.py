@@ -22,10 +22,14 @@ LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
 
 # What makes a block small: the box for the released model, few pictures, few steps.
 SMALL = {
-    "python": {r"\bConfig\(\)": "Config(ckpt_path='localdit/box', height=128, width=128)"},
+    "python": {
+        r"\bConfig\(\)": "Config(ckpt_path='localdit/box', height=128, width=128)",
+        r"checkpoint-100\b": "checkpoint-2",
+    },
     "bash": {
         r"source .venv/bin/activate": "true",
         r"--count \d+": "--count 24",
+        r"--save-interval \d+": "--save-interval 2",
         r"(score --count) \d+": r"\1 4",
         r"--max-train-steps \d+": "--max-train-steps 4",
         r"(max-train-steps\": )\d+": r"\g<1>2",
