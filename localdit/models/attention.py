@@ -43,6 +43,8 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         dropout: probability of dropping an output channel in training.
     """
 
+    _default_processor_cls: type[Any]
+
     def __init__(
         self,
         num_heads: int,
@@ -277,6 +279,8 @@ PROCESSORS: dict[str, type[_Processor]] = {
 class CrossAttention(nn.Module, AttentionModuleMixin):
     """Attention of image tokens to text tokens, with RMSNorm on queries and keys of each head."""
 
+    _default_processor_cls: type[Any]
+    to_kv: nn.Linear  # once they are fused
     use_bias = True  # what `fuse_projections`, by Diffusers, has to know of `to_k` and `to_v`
 
     def __init__(

@@ -28,7 +28,10 @@ def keep_freed_memory() -> None:
 
 
 def in_bands(
-    function: Callable[[slice, WindowGrid], torch.Tensor], grid: WindowGrid, like: torch.Tensor
+    function: Callable[[slice, WindowGrid], torch.Tensor],
+    grid: WindowGrid,
+    like: torch.Tensor,
+    same_shape: bool = False,
 ) -> torch.Tensor:
     """Compute what has no part in any token outside of a window, in inference band by band.
 
@@ -37,6 +40,9 @@ def in_bands(
             as a map of its own; see `WindowGrid.bands`.
         grid: the map and its windows.
         like: `(B, N, ...)`, has the batch size and device.
+        same_shape: whether the result is like it in all. Room for it is then made before anything
+            is computed, and taken where the map before the last one was: smaller things would
+            settle there.
 
     Returns:
         `(B, N, channels)`.
@@ -47,12 +53,14 @@ def in_bands(
     if on_cpu:
         keep_freed_memory()
     at_once = TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU
-    first, *others = grid.bands(at_once // like.shape[0])
-    part = function(*first)
-    if not others:
-        return part
-    out = part.new_empty(like.shape[0], grid.height * grid.width, part.shape[2])
-    out[:, first[0]] = part
-    for tokens, band in others:
-        out[:, tokens] = function(tokens, band)
+    bands = grid.bands(at_once // like.shape[0])
+    if len(bands) == 1:
+        return function(*bands[0])
+    out = torch.empty_like(like) if same_shape else None
+    for tokens, band in bands:
+        part = function(tokens, band)
+        if out is None:
+            out = part.new_empty(*like.shape[:2], part.shape[2])
+        out[:, tokens] = part
+    assert out is not None
     return out

@@ -86,10 +86,14 @@ class LocalDiTBlock(nn.Module):
                 lambda tokens, band: read_and_think(see_each_other(hidden_states[:, tokens], band)),
                 grid,
                 hidden_states,
+                same_shape=True,
             )
         hidden_states = see_each_other(hidden_states, grid)
         return in_bands(
-            lambda tokens, _: read_and_think(hidden_states[:, tokens]), grid, hidden_states
+            lambda tokens, _: read_and_think(hidden_states[:, tokens]),
+            grid,
+            hidden_states,
+            same_shape=True,
         )
 
     def _is_hooked(self) -> bool:
@@ -288,9 +292,10 @@ class LocalDiTTransformer2DModel(
 
     def set_default_attn_processor(self) -> None:
         """Compute attention as the model was made to, each layer in its own way."""
-        for module in self.modules():
-            if isinstance(module, LocalDiTAttention | CrossAttention):
-                module.set_processor(module._default_processor_cls())
+        kinds = (LocalDiTAttention, CrossAttention)
+        attentions: list[Any] = [module for module in self.modules() if isinstance(module, kinds)]
+        for attention in attentions:
+            attention.set_processor(attention._default_processor_cls())
 
     def set_window_attention_backend(self, backend: str) -> None:
         """Choose what computes attention within windows, in every layer that has windows.
