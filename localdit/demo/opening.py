@@ -43,6 +43,7 @@ def serve(args: argparse.Namespace) -> None:
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
     with tempfile.TemporaryDirectory(prefix="localdit-") as name:
+        os.environ["GRADIO_TEMP_DIR"] = f"{name}/gradio"  # what is put in goes with the rest
         job = planned(args, Path(name))
         try:
             port = free_port(args.host, args.port)
