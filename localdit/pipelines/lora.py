@@ -103,7 +103,7 @@ class LocalDiTLoraLoaderMixin(SanaLoraLoaderMixin):
         Raises:
             ValueError: if it does not.
         """
-        _require_fit(state_dict, transformer)
+        _require_fit(state_dict, _bare(transformer))
         super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
 
     @classmethod
@@ -134,7 +134,7 @@ class LocalDiTLoraLoaderMixin(SanaLoraLoaderMixin):
         Raises:
             ValueError: if there is no such adapter, or `save_directory` is a file.
         """
-        layers, metadata = transformer_lora_layers, transformer_lora_adapter_metadata
+        layers, metadata = _bare(transformer_lora_layers), transformer_lora_adapter_metadata
         if isinstance(layers, LocalDiTTransformer2DModel):
             layers, metadata = adapter_of(layers, adapter_name)
         if Path(save_directory).is_file():
@@ -172,6 +172,11 @@ def adapter_of(
 
     tensors = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
     return tensors, transformer.peft_config[adapter_name].to_dict()
+
+
+def _bare(model: Any) -> Any:
+    """The model inside one that `torch.compile` made; anything else as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -217,6 +217,23 @@ def test_adapters_of_different_rank_swap_where_that_was_prepared(pipe, files):
     close(draw(pipe), draw(wider))
 
 
+@pytest.mark.slow
+def test_a_compiled_transformer_is_not_compiled_anew_for_other_adapters(pipe, files, tmp_path):
+    wider = tiny_pipeline()
+    add(wider, seed=3, r=5)
+    wider.save_lora_weights(tmp_path, wider.transformer)
+    pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(files / "first", adapter_name="style")
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    first = draw(pipe)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pipe.load_lora_weights(tmp_path, adapter_name="style", hotswap=True)
+        close(draw(pipe), draw(wider))
+    assert (draw(pipe) - first).abs().max() > 1e-2
+    pipe.save_lora_weights(tmp_path / "again", pipe.transformer)
+    assert all("lora" in name for name in load_file(tmp_path / "again" / NAME))
+
+
 def test_loading_leaves_an_offloaded_pipeline_offloaded(pipe, files):
     bare = draw(pipe)
     pipe.transformer.enable_group_offload(
