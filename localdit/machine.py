@@ -42,7 +42,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"GPU of {processor()}"
-    return f"{torch.get_num_threads()} threads of {processor()}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of {processor()}"
 
 
 def window_attention_path(

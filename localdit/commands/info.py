@@ -76,18 +76,20 @@ def machine(args: argparse.Namespace, path: Path | None) -> dict[str, Any]:
         raise UsageError(str(error)) from error
     backend, why = window_attention_path(device, dtype, **attention_shape(path))
     return {
-        "device": f"{device}, {device_name(device)}",
-        "why": "as asked for" if args.device else _why(device.type),
+        "device": str(device),
+        "name": device_name(device),
+        "chosen": "as asked for" if args.device else _why(device.type),
         "dtype": str(dtype).removeprefix("torch."),
-        "window attention": f"{backend}: {why}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "window attention": backend,
+        "because": why,
+        "versions": versions(),
     }
 
 
 def _why(device: str) -> str:
     return {
-        "cuda": "the first of CUDA, MPS and CPU that is there",
-        "mps": "PyTorch finds no CUDA GPU, but Apple's",
+        "cuda": "PyTorch finds a CUDA GPU",
+        "mps": "PyTorch finds Apple's GPU, and none of CUDA",
         "cpu": "PyTorch finds no GPU, neither CUDA nor MPS",
     }[device]
 
@@ -101,6 +103,13 @@ def text(sections: dict[str, dict[str, Any]]) -> str:
         for name, value in section.items():
             values = value if isinstance(value, list) else [value]
             for number, one in enumerate(values):
-                shown = f"{one:,}" if isinstance(one, int) and name not in PLAIN else str(one)
-                lines.append(f"  {name if number == 0 else '':{width}}  {shown}")
+                lines.append(
+                    f"  {name if number == 0 else '':{width}}  {_shown(name, one)}".rstrip()
+                )
     return "\n".join(lines[1:])
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {one}" for key, one in value.items())
+    return f"{value:,}" if isinstance(value, int) and name not in PLAIN else str(value)

@@ -84,34 +84,25 @@ def _plan(
     config: Config | None,
     own_prompts: Callable[[Preset], Sequence[str]] | None,
 ) -> Job:
-    from ..pipelines.prompts import check_prompts
-    from ..utils import check_options, find_checkpoint, resolve_device, resolve_dtype
-
     settings, preset = _configure(config or Config(), args)
-    checkpoint = find_checkpoint(settings.ckpt_path)
-    if not (checkpoint / "model_index.json").is_file():
-        _check_parts(settings)
-    prompts = _read_prompts(args)
-    if not prompts:
-        if own_prompts is None:
-            raise ValueError('there is no prompt; give one in quotes, as "a red circle"')
-        prompts = list(own_prompts(preset))
-    check_prompts(prompts)
+    checkpoint = _check_model(settings)
+    prompts = _prompts(args, list(own_prompts(preset)) if own_prompts else [])
     negative = preset.negative_prompt if args.negative_prompt is None else args.negative_prompt
-    check_prompts(negative, "--negative-prompt")
-    if args.num_images < 1:
-        raise ValueError(f"--num-images is {args.num_images}; expected at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**63")
+    _check_numbers(args)
     image, mask = getattr(args, "image", None), getattr(args, "mask", None)
     _check_pictures(image, mask)
-    count = len(prompts) * args.num_images
-    output = plan_output(args.output, stem, count, grid=args.grid, overwrite=args.overwrite)
-    device = resolve_device(args.device)
-    resolve_dtype(args.dtype, device)
-    check_options(settings, device)
+    loras = _loras(args)
+    output = plan_output(
+        args.output,
+        stem,
+        len(prompts) * args.num_images,
+        grid=args.grid,
+        overwrite=args.overwrite,
+    )
+    _check_machine(settings, args)
     if config is None and checkpoint.is_file():
         settings = _as_the_file_tells(settings, checkpoint, args)
+    output.prepare()
     if args.ckpt_path is None and settings.ckpt_path != (config or Config()).ckpt_path:
         _say_that_the_box_is_used()
     return Job(
@@ -124,7 +115,7 @@ def _plan(
         grid=args.grid,
         device=args.device,
         dtype=args.dtype,
-        loras=_loras(args),
+        loras=loras,
         size=(args.height, args.width),
         image=image,
         mask=mask,
@@ -170,21 +161,59 @@ def _say_that_the_box_is_used() -> None:
     )
 
 
-def _read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the command line or the file, none if neither is given."""
-    if args.prompt_file is None:
-        return args.prompt or []
-    if args.prompt:
+def _check_model(config: Config) -> Path:
+    """Look for the model, and for the parts that it comes without if they are to be here."""
+    from ..sources import is_hub_name, locate
+    from ..utils import PARTS, find_checkpoint
+
+    checkpoint = find_checkpoint(config.ckpt_path)
+    if not (checkpoint / "model_index.json").is_file():
+        for part in PARTS.values():
+            source = getattr(config, part.field)
+            if not is_hub_name(source):
+                locate(part, source)
+    return checkpoint
+
+
+def _prompts(args: argparse.Namespace, otherwise: list[str]) -> list[str]:
+    """The prompts of the command line or the file, or those that are drawn otherwise."""
+    from ..pipelines.prompts import check_prompts
+
+    check_prompts(args.negative_prompt or "", "--negative-prompt")
+    if args.prompt and args.prompt_file:
         raise ValueError("prompts and --prompt-file are both given; expected one of them")
-    name = str(args.prompt_file)
+    given = _read_prompts(args.prompt_file) if args.prompt_file else args.prompt
+    if not given and not otherwise:
+        raise ValueError('there is no prompt; give one in quotes, as "a red circle"')
+    return check_prompts(given or otherwise)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file, or of standard input, that are not empty."""
     try:
-        text = sys.stdin.read() if name == "-" else args.prompt_file.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no UTF-8 text; expected one prompt a line") from error
+        raise ValueError(f"{path} is no UTF-8 text; expected one prompt a line") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"{name} is empty; expected one prompt a line")
+        raise ValueError(f"{path} is empty; expected one prompt a line")
     return prompts
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.num_images < 1:
+        raise ValueError(f"--num-images is {args.num_images}; expected at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**63")
+
+
+def _check_machine(config: Config, args: argparse.Namespace) -> None:
+    """Refuse a device that is not there, and what it can't do; the first check to take seconds."""
+    from ..utils import check_options, resolve_device, resolve_dtype
+
+    device = resolve_device(args.device)
+    resolve_dtype(args.dtype, device)
+    check_options(config, device)
 
 
 def _loras(args: argparse.Namespace) -> dict[str, float]:
@@ -203,17 +232,6 @@ def _loras(args: argparse.Namespace) -> dict[str, float]:
         if not Path(name).exists() and name.count("/") != 1:
             raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
     return dict(zip(args.lora, scales, strict=True))
-
-
-def _check_parts(config: Config) -> None:
-    """Look for the parts that the model comes without, where they are to be on this machine."""
-    from ..sources import is_hub_name, locate
-    from ..utils import PARTS
-
-    for part in PARTS.values():
-        source = getattr(config, part.field)
-        if not is_hub_name(source):
-            locate(part, source)
 
 
 def _check_pictures(image: Path | None, mask: Path | None) -> None:

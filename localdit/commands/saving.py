@@ -30,6 +30,16 @@ class Output:
     names: tuple[str, ...] | None = None
     overwrite: bool = False
 
+    def prepare(self) -> None:
+        """Make the folder if need be, and make sure that it can be written to.
+
+        Raises:
+            OSError: if it can't.
+        """
+        from ..images import prepare_output_folder
+
+        prepare_output_folder(self.folder)
+
     def save(self, picture: Image.Image, index: int, settings: Mapping[str, Any]) -> Path:
         """Save a picture, the `index`-th of the command."""
         if self.names is None:
@@ -64,7 +74,7 @@ class Output:
 def plan_output(
     given: Path, stem: str, count: int, *, grid: bool = False, overwrite: bool = False
 ) -> Output:
-    """Settle where pictures go, and make sure that they can be written there.
+    """Settle where pictures go; nothing is made yet.
 
     Args:
         given: a file named `*.png`, or a folder.
@@ -76,17 +86,14 @@ def plan_output(
     Raises:
         ValueError: if it is named as a picture of another kind.
         FileExistsError: if a picture of that name is there.
-        OSError: if the folder can't be written to.
     """
-    from ..images import prepare_output_folder
-
     suffix = given.suffix.lower()
     if given.is_dir() or suffix != ".png":
         if suffix in OTHER_PICTURES and not given.is_dir():
             raise ValueError(
                 f"--output is {given}; pictures are saved as PNG: {given.with_suffix('.png')}"
             )
-        return Output(prepare_output_folder(given), stem)
+        return Output(given, stem)
     names = [f"{given.stem}_{i:03d}.png" for i in range(count)] if count > 1 else [given.name]
     folder = given.parent
     for name in [*names, *([f"{given.stem}_grid.png"] if grid else [])]:
@@ -94,4 +101,4 @@ def plan_output(
             raise FileExistsError(
                 f"{folder / name} is there already; choose another name, or give --overwrite"
             )
-    return Output(prepare_output_folder(folder), given.stem, tuple(names), overwrite)
+    return Output(folder, given.stem, tuple(names), overwrite)

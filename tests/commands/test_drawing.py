@@ -201,7 +201,7 @@ def test_mistakes_take_one_line_and_status_2_before_loading(
     said = capsys.readouterr()
     assert said.err.startswith(f"localdit {command}: error: ") and said.err.count("\n") == 1
     assert message in said.err
-    assert [name for name in names(pictures) if name != "output"] == before
+    assert names(pictures) == before
 
 
 def test_failures_later_take_one_line_and_status_1(here, model, capsys):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from localdit.commands import main
 from localdit.images import save_image
-from localdit.machine import window_attention_path
+from localdit.machine import processor, window_attention_path
 from tests.checkpoint.flat import flat_state, released_state, tiny_model
 
 
@@ -102,10 +102,11 @@ def test_a_picture_tells_its_settings(here, told):
 def test_the_machine(told, capsys):
     ((title, facts),) = told("--dtype", "bfloat16").items()
     assert title == "machine"
-    assert facts["device"].startswith("cpu, ")
+    assert (facts["device"], facts["chosen"]) == ("cpu", "as asked for")
+    assert facts["name"].endswith(processor())
     assert facts["dtype"] == "bfloat16"
-    assert facts["window attention"].startswith("torch: ")
-    assert f"torch {torch.__version__.split('+')[0]}" in facts["versions"]
+    assert facts["window attention"] == "torch" and "not on cpu" in facts["because"]
+    assert facts["versions"]["torch"] == torch.__version__
 
 
 def test_for_people(here, capsys):

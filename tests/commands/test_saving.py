@@ -15,6 +15,7 @@ PICTURE = Image.new("RGB", (4, 4), "red")
 
 
 def save(output, count=1):
+    output.prepare()
     return [str(output.save(PICTURE, index, {"index": index})) for index in range(count)]
 
 
@@ -91,4 +92,4 @@ def test_a_place_that_can_not_be_written_to_is_found_at_once(here):
     Path("file").write_text("")
     for place in ("file/a.png", "file/folder"):
         with pytest.raises(OSError, match="can't write to the output folder file"):
-            plan_output(Path(place), "edit", 1)
+            plan_output(Path(place), "edit", 1).prepare()
