@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from localdit import LocalDiTInpaintPipeline, LocalDiTPipeline
+from localdit import LocalDiTInpaintPipeline, LocalDiTPipeline, model_in_the_box
 from localdit.images import image_grid
-from localdit.utils import model_in_the_box
 
 CIRCLE = "a large red circle on the left on a white background"
 BOTH = "a large red circle to the left of a small green triangle on a white background"

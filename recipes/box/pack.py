@@ -54,6 +54,7 @@ def main() -> None:
     new = args.output.with_name(args.output.name + ".new")
     pipe.save_pretrained(new)
 
+    (new / "README.md").unlink()  # it would name the folder, and the box is loaded by its function
     for config in new.glob("*/config.json"):
         edit_json(config, _name_or_path=None)
     # Transformers loads in the dtype that stands here, Diffusers in float32.
