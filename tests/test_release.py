@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
 import zipfile
 from pathlib import Path
@@ -158,12 +159,13 @@ def test_the_types_of_the_wheel_are_those_of_a_program(installed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("RELEASE_CHECK"), reason="gigabytes: make release-check")
 def test_into_a_fresh_environment_with_its_own_libraries(wheel, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv/bin/python"
-    run(python, "-m", "pip", "install", "--quiet", TORCH)
-    run(python, "-m", "pip", "install", "--quiet", wheel)
-    run(python, "-m", "pip", "check")
-    run(python, "-c", DRAWS, cwd=tmp_path)
-    picture = tmp_path / "picture.png"
-    run(tmp_path / "venv/bin/localdit", "generate", "a red circle", "-o", picture, cwd=tmp_path)
-    assert picture.is_file()
+    with tempfile.TemporaryDirectory() as folder:  # pytest would keep the gigabytes
+        venv.create(folder, with_pip=True)
+        python = Path(folder) / "bin/python"
+        run(python, "-m", "pip", "install", "--quiet", TORCH)
+        run(python, "-m", "pip", "install", "--quiet", wheel)
+        run(python, "-m", "pip", "check")
+        run(python, "-c", DRAWS, cwd=tmp_path)
+        command = [Path(folder) / "bin/localdit", "generate", "a red circle", "-o", "picture.png"]
+        run(*command, cwd=tmp_path)
+    assert (tmp_path / "picture.png").is_file()
