@@ -21,8 +21,6 @@ CODE = "pipeline_localdit"
 CODE_TEXT = '''"""For `trust_remote_code=True`: these pipelines need localdit to be installed."""
 
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
-
-__all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTInpaintPipeline", "LocalDiTPipeline"]
 '''
 
 # The library that a folder names for the transformer. `localdit.registration` adds it there. Under
