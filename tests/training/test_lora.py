@@ -86,7 +86,7 @@ def test_a_run_leaves_adapters_that_draw_what_validation_drew(train, workplace):
 def test_checkpoints_hold_adapters_and_nothing_of_the_base(train, workplace, capsys):
     run = train("run", "--save-interval", "2")
     assert (
-        "Adapters of rank 2 on 16 layers: 3,264 parameters are trained" in capsys.readouterr().out
+        "Adapters of rank 2 on 16 layers: 2,304 parameters are trained" in capsys.readouterr().out
     )
     names = sorted(str(file.relative_to(run)) for file in run.rglob("*") if file.is_file())
     kept = [name for name in names if name.startswith("checkpoint-4/")]
