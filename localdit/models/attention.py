@@ -311,7 +311,8 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         Args:
             encoder_hidden_states: `(B, L, text_dim)`.
         """
-        if self.fused_projections:
+        adapted = any(hasattr(layer, "base_layer") for layer in (self.to_k, self.to_v))
+        if self.fused_projections and not adapted:  # their fusion knows nothing of adapters
             key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
         else:
             key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
