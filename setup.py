@@ -13,7 +13,7 @@ TRAIN = [
 ]
 LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
-DEMO = ["gradio>=6.0"]
+DEMO = ["gradio>=6.20"]
 DOCS = [  # the site, and the notebooks as tests run them
     "ipykernel>=6.20",
     "mkdocs-material>=9.5",

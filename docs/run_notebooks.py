@@ -22,10 +22,17 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.execution_count = None
             cell.outputs = [kept for kept in cell.outputs if kept.get("name") != "stderr"]
             for output in cell.outputs:
-                output.pop("execution_count", None)
-                if output.output_type == "execute_result":
-                    output.execution_count = None
+                _simplify(output)
     return notebook
+
+
+def _simplify(output: nbformat.NotebookNode) -> None:
+    if output.output_type == "stream":
+        output.text = output.text.replace("\r\n", "\n")
+    if output.output_type == "execute_result":
+        output.execution_count = None
+    if "image/png" in output.get("data", {}):
+        output.data.pop("image/jpeg", None)  # the same picture
 
 
 def main() -> None:

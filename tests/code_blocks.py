@@ -71,5 +71,6 @@ def save(blocks: list[Block], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = ""  # the folder that the page is run in, as `python` has it
     stored = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     run_page([Block(**fields) for fields in stored], sys.argv[2])

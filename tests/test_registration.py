@@ -81,6 +81,15 @@ def test_diffusers_has_our_names_and_no_others():
     assert diffusers.PixArtAlphaPipeline.__name__ == "PixArtAlphaPipeline"
 
 
+@pytest.fixture
+def automatic():
+    """Skip where Diffusers' automatic pipelines need a newer Transformers than is installed."""
+    try:
+        from diffusers import AutoPipelineForText2Image  # noqa: F401
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[-1])
+
+
 # Each order of imports needs a process of its own.
 CHEAP = (
     "import sys, localdit; assert not {'torch', 'diffusers', 'localdit.pipelines'} & {*sys.modules}"
@@ -104,7 +113,7 @@ print(*(type(one).__name__ for one in made))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
-def test_diffusers_classes_load_our_folders_in_each_order_of_imports(order):
+def test_diffusers_classes_load_our_folders_in_each_order_of_imports(order, automatic):
     code = f"{ORDERS[order]}\nimport diffusers\n{LOADING}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -114,7 +123,7 @@ def test_diffusers_classes_load_our_folders_in_each_order_of_imports(order):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_automatic_pipelines_make_ours_from_a_pipeline(task):
+def test_automatic_pipelines_make_ours_from_a_pipeline(task, automatic):
     from tests.tiny import tiny_pipeline
 
     pipe = tiny_pipeline()

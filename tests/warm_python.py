@@ -58,11 +58,10 @@ def _server(folder: Path) -> Iterator[dict[str, str]]:
         [sys.executable, __file__, str(address)],
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         text=True,
     )
     try:
-        assert server.stdout and server.stdout.readline() == "ready\n"
+        assert server.stdout and server.stdout.readline() == "ready\n", "see its errors"
         yield environment
     finally:
         server.kill()
@@ -145,4 +144,5 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str]) -> None
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # among the tests are folders named as libraries
     serve(sys.argv[1])

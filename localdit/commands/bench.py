@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,12 @@ SHAPE: dict[str, Any] = {  # of the released model and of PixArt-XL-2
     "use_additional_conditions": False,
 }
 TEXT_TOKENS = 120
-BUSY = 1.5  # slowest over fastest, from where on ratios say little
+UNSTEADY = 1.5  # slowest over fastest, from where on ratios say little
+BUSY = 0.5  # processes of others to a core, likewise
 CAVEAT = """
-Each on PyTorch's own choice of attention kernel. A short measurement shows the order of things.
-Figures to quote come from `python -m benchmarks.denoiser` in the
-repository, which also measures memory, training and whole models."""
+Each on PyTorch's own choice of attention kernel. A short measurement shows the order of things;
+figures to quote come from `python -m benchmarks.denoiser` in the repository, which also measures
+memory, training and whole models."""
 
 
 def build_parser() -> Parser:
@@ -85,13 +87,17 @@ def bench(args: argparse.Namespace) -> None:
         print(f"{about['machine']}; {about['dtype']}; {told}", flush=True)
         print(f"One forward pass, {args.layers} blocks, random weights:\n", flush=True)
         print(_row("pixels", "attention", "fastest (slowest), seconds", ": windows"))
-    results = []
+    load, results = _load(), []
     for pixels in args.pixels:
         result = measure(pixels, args.layers, args.repeats, device, dtype)
         results.append({"pixels": pixels, "seconds": result})
         if not args.json:
             print("\n".join(_rows(pixels, result)), flush=True)
-    print(json.dumps(about | {"results": results}, indent=1) if args.json else _notes(results))
+    print(
+        json.dumps(about | {"load": load, "results": results}, indent=1)
+        if args.json
+        else _notes(results, load)
+    )
 
 
 def measure(
@@ -181,16 +187,27 @@ def _row(pixels: str, name: str, seconds: str, ratio: str) -> str:
     return f"{pixels:>6}  {name:<14}  {seconds:<26}  {ratio:>8}".rstrip()
 
 
-def _notes(results: list[dict[str, Any]]) -> str:
-    """What the figures are worth."""
-    spread = max(
-        (max(seconds) / min(seconds) for one in results for seconds in one["seconds"].values()
-         if seconds),
-        default=1.0,
-    )  # fmt: skip
-    if spread < BUSY:
+def _notes(results: list[dict[str, Any]], load: float) -> str:
+    """What the figures are worth.
+
+    Args:
+        results: as `--json` prints them.
+        load: processes that ran, for each core, before the first turn.
+    """
+    turns = [seconds for one in results for seconds in one["seconds"].values() if seconds]
+    spread = max((max(seconds) / min(seconds) for seconds in turns), default=1.0)
+    if spread < UNSTEADY and load < BUSY:
         return CAVEAT
     return (
-        f"\nThe same took up to {spread:.1f} times as long in another turn: the machine is busy, "
-        f"and the ratios\nsay little. Measure again when it is not.{CAVEAT}"
+        f"\nThe machine was busy: {load:.1f} processes to a core before, and the same took up to "
+        f"{spread:.1f} times as\nlong in another turn. The ratios say little; measure again when "
+        f"it rests.\n{CAVEAT}"
     )
+
+
+def _load() -> float:
+    """Processes that ran in the last minute, for each core; 0 where the system does not tell."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return 0.0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..config import PIXEL_MULTIPLE, Config
 from .job import Job
-from .presets import SCENES, Preset
+from .presets import SCENES
 
 if TYPE_CHECKING:
     from ..pipelines import LocalDiTPipeline
@@ -143,30 +143,26 @@ def _padding(job: Job) -> int | None:
     return None if (height, width) == (job.config.height, job.config.width) else max(width, height)
 
 
-def picture_settings(
-    config: Config, preset: Preset, pipe: LocalDiTPipeline, prompt: str, negative: str, seed: int
-) -> dict[str, Any]:
-    """What made a picture from text, for the picture to carry."""
-    return {
+def picture_settings(job: Job, pipe: LocalDiTPipeline, prompt: str, seed: int) -> dict[str, Any]:
+    """What made a picture of a job from text, for the picture to carry."""
+    config = job.config
+    settings: dict[str, Any] = {
         "prompt": prompt,
-        "negative_prompt": negative,
+        "negative_prompt": job.negative_prompt,
         "seed": seed,
         "steps": config.denoising_steps,
         "guidance_scale": config.guidance_scale,
         "height": config.height,
         "width": config.width,
-        "model": "the model in the box" if preset is SCENES else str(config.ckpt_path),
+        "model": "the model in the box" if job.preset is SCENES else str(config.ckpt_path),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "localdit": __version__,
     }
+    return settings | ({"loras": job.loras} if job.loras else {})
 
 
 def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
-    settings = picture_settings(
-        job.config, job.preset, pipe, job.prompts[index], job.negative_prompt, job.seed + index
-    )
-    if job.loras:
-        settings["loras"] = job.loras
+    settings = picture_settings(job, pipe, job.prompts[index], job.seed + index)
     if job.image is not None:
         settings |= {"image": str(job.image), "strength": job.config.denoising_strength}
     if job.mask is not None:

@@ -10,8 +10,6 @@ from pathlib import Path
 from ..commands import options
 from ..commands.parsing import Parser, UsageError, run
 
-__all__ = ["build_parser", "main"]
-
 INSTALL = 'pip install "localdit[demo]"'
 
 

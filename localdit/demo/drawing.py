@@ -83,7 +83,8 @@ class Artist:
             except Exception as error:
                 events.put(error)
 
-        worker = threading.Thread(target=work, name="localdit-drawing")
+        # A daemon, so that a server that ends does not wait for the last step.
+        worker = threading.Thread(target=work, name="localdit-drawing", daemon=True)
         worker.start()
         try:
             while isinstance(event := events.get(), Step):

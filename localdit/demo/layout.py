@@ -102,8 +102,7 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
             buttons=[],
             elem_id="image",
         )
-        # Gradio would try all of Pillow's readers, and what fails in there can't be told well.
-        image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign,assignment,return-value]
+        vars(image)["preprocess"] = _path_of
         editor = gr.ImageEditor(
             offer.picture,
             label="Paint over what is to change",
@@ -139,10 +138,18 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _path_of(upload: Any) -> Any:
+    """An uploaded file for `load_image` to read.
+
+    Gradio itself would try all of Pillow's readers, and say little where they fail.
+    """
+    return upload and upload.path
+
+
 def _lay_out_examples(offer: Offer, prompt: gr.Textbox) -> None:
     """Prompts that a press puts into the page."""
     with gr.Column(elem_id="try"):
-        gr.HTML(note("To try:"))
+        gr.HTML(note("Prompts to try"))
         for text in offer.prompts:
             button = gr.Button(text, size="sm")
             button.click(None, None, prompt, js=f"() => {json.dumps(text)}")

@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def serve(args: argparse.Namespace) -> None:
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
     with tempfile.TemporaryDirectory(prefix="localdit-") as name:
+        os.environ["GRADIO_TEMP_DIR"] = f"{name}/gradio"  # what is put in goes with the rest
         job = planned(args, Path(name))
         try:
             port = free_port(args.host, args.port)
@@ -94,14 +96,10 @@ def saving(
     """
 
     def save(picture: Image.Image, settings: Settings) -> Path:
-        carried = picture_settings(
-            settings.configure(config),
-            job.preset,
-            pipe,
-            settings.prompt,
-            settings.negative_prompt,
-            settings.seed,
+        asked = replace(
+            job, config=settings.configure(config), negative_prompt=settings.negative_prompt
         )
+        carried = picture_settings(asked, pipe, settings.prompt, settings.seed)
         carried["mode"] = settings.mode
         if settings.mode != "generate":
             carried["strength"] = settings.strength

@@ -46,7 +46,12 @@ def build_page(
         about: what the model is called, where it computes, and the like.
         save: writes a picture to a PNG that carries its settings, and says where it is.
     """
-    page = gr.Blocks(title="LocalDiT", analytics_enabled=False, delete_cache=(3600, 24 * 3600))
+    page = gr.Blocks(
+        title="LocalDiT",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(3600, 24 * 3600),  # looked at every hour, kept for a day
+    )
     with page:
         gr.HTML(header(about))
         controls, results = lay_out(offer)

@@ -86,7 +86,8 @@ def wait_for_the_end() -> None:
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    ended.wait()
+    while not ended.wait(timeout=1):  # without a timeout, Windows would not see Ctrl+C
+        pass
 
 
 class SelfContained:

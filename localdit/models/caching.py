@@ -6,6 +6,7 @@ registries are private to Diffusers: where a version has none, the model works w
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -37,6 +38,18 @@ def register_for_caching(block: type[nn.Module]) -> None:
         helpers.AttentionProcessorRegistry.register(
             processor, helpers.AttentionProcessorMetadata(skip_processor_output_fn=_unattended)
         )
+
+
+def completed(config: Any) -> Any:
+    """A cache's configuration; TaylorSeer's with this model's attention, unless it names modules.
+
+    The names that it looks for by default end in `attn`, and so none here would be found.
+    """
+    if type(config).__name__ != "TaylorSeerCacheConfig" or config.use_lite_mode:
+        return config
+    if config.cache_identifiers or config.skip_predict_identifiers:
+        return config
+    return dataclasses.replace(config, cache_identifiers=[r"transformer_blocks\.\d+\.attn\d"])
 
 
 def _unattended(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:

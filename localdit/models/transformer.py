@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import nn
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .bands import in_bands
-from .caching import register_for_caching
+from .caching import completed, register_for_caching
 from .embedding import PatchEmbedding
 from .linear import FeedForward
 from .lora import scales_adapters
@@ -312,6 +314,29 @@ class LocalDiTTransformer2DModel(
         for processor in self.attn_processors.values():
             if hasattr(processor, "backend"):
                 processor.backend = backend
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuse results of earlier steps: see `diffusers.CacheMixin.enable_cache`."""
+        super().enable_cache(completed(config))
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks, one graph for all that are of one kind and shift alike.
+
+        Takes what `torch.compile` takes. From PyTorch 2.13 on its limit of graphs for a function
+        holds for each kind by itself: blocks are one function, and would reach it together.
+        """
+        if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+            return super().compile_repeated_blocks(*args, **kwargs)
+        compile_call: Any = torch.compile
+        blocks: Any = self.transformer_blocks
+        compiled: dict[Any, Any] = {}
+        for block in blocks:
+            kind = block.attn1.shift_size, block.attn1._default_processor_cls
+            if kind not in compiled:
+                compiled[kind] = compile_call(
+                    nn.Module._call_impl, *args, isolate_recompiles=True, **kwargs
+                )
+            block._compiled_call_impl = functools.partial(compiled[kind], block)
 
     @scales_adapters
     def forward(

@@ -127,8 +127,8 @@ class LocalDiTLoraLoaderMixin(SanaLoraLoaderMixin):
                 alpha and targets. Or tensors by name, as Diffusers' training scripts pass them:
                 then `transformer_lora_adapter_metadata` has to say those; without it, alpha is
                 taken to be the rank when the file is loaded.
-            is_main_process, weight_name, save_function, safe_serialization,
-            transformer_lora_adapter_metadata: as in Diffusers.
+            is_main_process, weight_name, save_function: as in Diffusers.
+            safe_serialization, transformer_lora_adapter_metadata: likewise.
             adapter_name: which of the transformer's adapters; not needed where there is one.
 
         Raises:

@@ -100,9 +100,11 @@ class SavingMixin(DiffusionPipeline):
             self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    def _dict_from_json_file(
+        cls, json_file: str | os.PathLike[str], **kwargs: Any
+    ) -> dict[str, Any]:
         """Read an index. Whoever loads with our class needs no code from the folder."""
-        config = super()._dict_from_json_file(json_file)
+        config = super()._dict_from_json_file(json_file, **kwargs)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
         return config

@@ -135,10 +135,10 @@ def paint(page, left, top, right, bottom):
     canvas.wait_for()
     page.wait_for_timeout(500)  # the picture is laid onto the canvas
     x, y, side = picture_on(canvas)
-    for row in np.linspace(top, bottom, 5):
+    for row in np.linspace(top, bottom, 3):
         page.mouse.move(x + left * side, y + row * side)
         page.mouse.down()
-        page.mouse.move(x + right * side, y + row * side, steps=8)
+        page.mouse.move(x + right * side, y + row * side, steps=4)
         page.mouse.up()
     page.wait_for_timeout(500)  # the strokes are handed in
 
@@ -186,9 +186,8 @@ def test_leaving_the_page_ends_its_drawing(page):
 def test_mistakes_are_told_in_the_page_and_the_next_picture_is_drawn(page):
     page.locator("#prompt textarea").fill("")
     page.locator("#draw").click()
-    page.locator("#status .problem").wait_for()
     told = "The prompt is empty: say what the picture is to show."
-    assert page.locator("#status").inner_text().strip() == told
+    sync_api.expect(page.locator("#status .problem")).to_have_text(told)
     page.locator("#prompt textarea").fill("a small green cross on white")
     assert draw(page).size == (128, 128)
 

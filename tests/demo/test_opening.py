@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def test_saved_pictures_carry_the_settings_of_the_command_line(artist, asked, tm
 @pytest.mark.slow
 def test_the_command_serves_the_page_until_it_is_interrupted():
     pytest.importorskip("gradio")
+    gradio_client = pytest.importorskip("gradio_client")
     process = subprocess.Popen(
         [sys.executable, "-m", "localdit", "demo", "--model", "box"],
         cwd=ROOT,
@@ -95,7 +97,11 @@ def test_the_command_serves_the_page_until_it_is_interrupted():
     with urllib.request.urlopen(address) as answer:
         assert "default-src 'self'" in answer.headers["content-security-policy"]
         assert b"LocalDiT" in answer.read()
-    process.send_signal(signal.SIGINT)
+    long = {"width": 256, "height": 256, "steps": 100}
+    drawing = gradio_client.Client(address, verbose=False).submit(**long, api_name="/draw")
+    while not drawing.outputs():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # in the middle of a drawing
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors

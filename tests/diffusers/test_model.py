@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
+from torch._dynamo.testing import CompileCounter
 
 from localdit.models import (
     FullAttnProcessor,
@@ -25,17 +26,16 @@ LAYERS = {
 
 
 def make(**options):
-    model = LocalDiTTransformer2DModel(
-        num_attention_heads=3,
-        attention_head_dim=8,
-        num_layers=3,
-        sample_size=8,
-        window_size=2,
-        caption_channels=16,
-        use_additional_conditions=True,
-        **options,
-    )
-    return scramble(model).eval()
+    settings = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 8,
+        "num_layers": 3,
+        "sample_size": 8,
+        "window_size": 2,
+        "caption_channels": 16,
+        "use_additional_conditions": True,
+    }
+    return scramble(LocalDiTTransformer2DModel(**settings | options)).eval()
 
 
 @pytest.fixture(params=LAYERS.values(), ids=LAYERS)
@@ -256,3 +256,28 @@ def test_backends_of_attention_are_chosen(model):
     torch.testing.assert_close(within, expected)
     with pytest.raises(ValueError, match="must be one of"):
         model.set_attention_backend("no such one")
+
+
+# Compiling, as far as a graph: what becomes of it is the compiler's business
+
+
+@pytest.fixture
+def graphs():
+    """Counts graphs; forgets those made before and after."""
+    torch._dynamo.reset()
+    yield CompileCounter()
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+    reason="PyTorch counts the graphs of all blocks together",
+)
+def test_blocks_that_shift_alike_share_a_graph(graphs):
+    model = make(num_layers=5)  # they shift by 0, 1, 0, 1, 0
+    expected = run(model)
+    model.compile_repeated_blocks(backend=graphs, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(2):
+            torch.testing.assert_close(run(model), expected)
+    assert graphs.frame_count == 2
