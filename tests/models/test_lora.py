@@ -117,6 +117,19 @@ def test_fusing_projections_leaves_adapters_alone():
     assert torch.equal(run(model, **inputs()), apart)
 
 
+def test_adapters_put_into_fused_projections_take_part_and_leave_them_fused():
+    model, bare = adapted(["to_k", "to_v"])
+    fused = copy.deepcopy(bare)
+    fused.fuse_qkv_projections()
+    without = run(fused, **inputs())
+    fused.add_adapter(model.peft_config["default"])
+    missing = fused.load_state_dict(model.state_dict(), strict=False).missing_keys
+    assert all("to_kv" in name for name in missing)
+    close(run(fused, **inputs()), run(model, **inputs()))
+    fused.unload_lora()
+    assert torch.equal(run(fused, **inputs()), without)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 2.0])
 def test_a_scale_holds_for_one_call(scale):
     model, bare = adapted(ATTENTION)
