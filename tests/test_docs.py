@@ -28,6 +28,7 @@ SMALL = {
     },
     "bash": {
         r"source .venv/bin/activate": "true",
+        r"localdit bench\b": "localdit bench --pixels 128 --layers 1",
         r"--count \d+": "--count 24",
         r"--save-interval \d+": "--save-interval 2",
         r"(score --count) \d+": r"\1 4",
