@@ -206,6 +206,4 @@ def _sibling(pipe: Any, task: str) -> Any:
         return pipe
     sibling = kind.from_pipe(pipe)
     sibling.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-    if getattr(pipe, "_all_hooks", None):
-        sibling.enable_model_cpu_offload(device=pipe._offload_device)
     return sibling

@@ -303,6 +303,12 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         self._default_processor_cls = CrossAttnProcessor
         self.processor: Any = CrossAttnProcessor()
 
+    def fuse_projections(self) -> None:
+        """Make keys and values one projection, unless adapters or quantized weights are in it."""
+        layers = self.to_k, self.to_v
+        if all(type(x) is Linear and type(x.weight) is nn.Parameter for x in layers):
+            super().fuse_projections()
+
     def keys_and_values(
         self, encoder_hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,11 +317,11 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         Args:
             encoder_hidden_states: `(B, L, text_dim)`.
         """
-        adapted = any(hasattr(layer, "base_layer") for layer in (self.to_k, self.to_v))
-        if self.fused_projections and not adapted:  # their fusion knows nothing of adapters
+        layers = self.to_k, self.to_v
+        if self.fused_projections and all(type(layer) is Linear for layer in layers):
             key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        else:
-            key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        else:  # as they come, or because adapters came after the projections were fused
+            key, value = (layer(encoder_hidden_states) for layer in layers)
         heads = (self.num_heads, self.head_dim)
         return self.norm_k(key.unflatten(-1, heads)), value.unflatten(-1, heads)
 

@@ -240,6 +240,16 @@ def test_projections_are_fused_and_taken_apart(model, tmp_path):
     assert distance(run(model), expected) > 1e-3
 
 
+def test_adapters_that_come_after_fusing_are_heard():
+    peft = pytest.importorskip("peft")
+    model = make()
+    model.fuse_qkv_projections()
+    expected = run(model)
+    config = peft.LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False)
+    model.add_adapter(config)
+    assert distance(run(model), expected) > 1e-3
+
+
 def test_backends_of_attention_are_chosen(model):
     expected = run(model)
     with attention_backend("_native_math"):
@@ -274,7 +284,7 @@ def graphs():
     reason="PyTorch counts the graphs of all blocks together",
 )
 def test_blocks_that_shift_alike_share_a_graph(graphs):
-    model = make(num_layers=5)  # they shift by 0, 1, 0, 1, 0
+    model = make()  # they shift by 0, 1, 0
     expected = run(model)
     model.compile_repeated_blocks(backend=graphs, fullgraph=True)
     with torch._dynamo.config.patch(recompile_limit=1):

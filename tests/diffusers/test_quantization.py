@@ -71,6 +71,13 @@ def test_gradients_pass_through_to_what_is_not_quantized(folder):
     assert all(table.grad.isfinite().all() and table.grad.any() for table in tables)
 
 
+def test_quantized_projections_are_not_fused(folder):
+    model = quantized(folder)
+    expected = run(model, BF16)
+    model.fuse_qkv_projections()
+    assert torch.equal(run(model, BF16), expected)
+
+
 @pytest.mark.parametrize("groups", ["leaf_level", "block_level"])
 def test_quantized_weights_are_offloaded_in_groups(folder, groups):
     model = quantized(folder)
