@@ -115,7 +115,7 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_bits(names, workplace, tmp_pa
 
         def interrupt(reporter, last=last):
             advance(reporter)
-            if reporter.bar.n == last:
+            if reporter.step == last:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from localdit.training.lora import add_adapters
 from localdit.training.options import parse_args
+from localdit.training.setup import make_state
 from tests.tiny import tiny_components
 from tests.training.test_processes import first_gradient
 from tests.training.test_sharding import FSDP2, needs_fsdp2
@@ -251,3 +253,10 @@ def test_two_processes_train_the_same_adapters(workplace, tmp_path, engine):
     one, other = (load_file(path / "final" / NAME) for path in (alone, two))
     assert one.keys() == other.keys()
     assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+
+
+def test_deepspeed_is_refused(workplace):
+    args = parse_args(["--data-root", "x", *lora(workplace)])
+    accelerator = SimpleNamespace(distributed_type="DEEPSPEED")
+    with pytest.raises(ValueError, match="--lora-rank has not been tried with DeepSpeed"):
+        make_state(args, tiny_components()["transformer"], accelerator)
