@@ -9,11 +9,11 @@ import torch
 
 from .windows import WindowGrid
 
-# Tokens, of all maps of a batch together, that a band has in inference: enough for matrix products
-# at full speed, and few enough for what lies between them to stay small and, on a CPU, in its
-# caches.
-TOKENS_ON_CPU = 512
-TOKENS_ON_GPU = 32768
+# Tokens, of all maps of a batch together, that a band has in inference, in float32: enough for
+# matrix products at full speed, and few enough for what lies between them to stay small and, on a
+# CPU, in its caches. In half precision a band has twice as many.
+TOKENS_ON_CPU = 256
+TOKENS_ON_GPU = 16384
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def in_bands(
     on_cpu = like.device.type == "cpu"
     if on_cpu:
         keep_freed_memory()
-    at_once = TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU
+    at_once = (TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU) * 4 // like.element_size()
     bands = grid.bands(at_once // like.shape[0])
     if len(bands) == 1:
         return function(*bands[0])
