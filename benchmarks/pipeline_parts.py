@@ -136,7 +136,7 @@ def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKL
 
-    from localdit.pipelines.tiling import in_tiles
+    from localdit.pipelines.tiling import CROP, in_tiles
 
     vae = random_weights(lambda: AutoencoderKL(**SDXL_VAE), dtype)
     vae.encoder = None
@@ -152,7 +152,7 @@ def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
         else:
             vae.enable_tiling()
             vae.tile_latent_min_size, vae.tile_sample_min_size = tile, 8 * tile
-            taken = seconds(lambda: in_tiles(vae, run, latents))
+            taken = seconds(lambda: in_tiles(vae, run, latents, CROP))
     weights = sum(p.nbytes for p in vae.parameters())
     return {"seconds": taken, "weights": weights, "peak": peak_bytes()}
 

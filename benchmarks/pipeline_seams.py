@@ -51,7 +51,7 @@ def measure(args: Namespace) -> dict[str, Any]:
 
 def compare(label: str, vae: Any, picture: Any) -> list[list[str]]:
     """Three lines of the table: at once, Diffusers' tiles, tiles with shared statistics."""
-    from localdit.pipelines.tiling import in_tiles
+    from localdit.pipelines.tiling import CROP, in_tiles
 
     latents = vae.encode(picture).latent_dist.mode()
 
@@ -62,7 +62,7 @@ def compare(label: str, vae: Any, picture: Any) -> list[list[str]]:
     rows = [[label, "at once", f"{taken:.1f}", *["-"] * 5]]
     ways = {
         "Diffusers' tiles": lambda: run(latents),
-        "ours: shared statistics": lambda: in_tiles(vae, run, latents),
+        "ours: shared statistics": lambda: in_tiles(vae, run, latents, CROP),
     }
     vae.enable_tiling()
     for way, decode in ways.items():

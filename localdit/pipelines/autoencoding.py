@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .request import Request
-from .tiling import in_tiles, tile_settings
+from .tiling import CROP, in_tiles, tile_settings
 
 # The most pixels that pass through the autoencoder at once: batches of more do so one picture after
 # the other, pictures of more in tiles.
@@ -105,7 +105,8 @@ class AutoencodingMixin:
         """
         tile = scale * self.vae.tile_latent_min_size
         if self.vae.use_tiling and max(batch.shape[2:]) > tile:
-            return torch.cat([in_tiles(self.vae, run, one, scale) for one in batch.split(1)])
+            crop = scale * CROP
+            return torch.cat([in_tiles(self.vae, run, one, crop) for one in batch.split(1)])
         if len(batch) * request.height * request.width > TILING_THRESHOLD:
             return torch.cat([run(one) for one in batch.split(1)])
         return run(batch)

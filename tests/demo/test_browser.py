@@ -91,7 +91,7 @@ def test_a_prompt_becomes_its_picture(page):
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
         assert near(np.median(edge, axis=0), BLUE)
     assert "seed 0" in page.locator("#status").inner_text()
-    assert page.locator("#gallery img").count() == 1
+    sync_api.expect(page.locator("#gallery img")).to_have_count(1)
 
 
 @pytest.mark.slow
