@@ -87,7 +87,7 @@ def ask(address: str, arguments: list[str]) -> None:
 
 def serve(address: str) -> None:
     """Fork once for each order, for ever."""
-    sys.path[0] = str(ROOT)  # not the tests' folder: `tests/diffusers` would stand for Diffusers
+    sys.path[0] = str(ROOT)  # not the tests' folder: `tests/as_diffusers` would stand for Diffusers
     for name in IMPORTS:
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)

@@ -16,7 +16,7 @@ from localdit.models import (
     LocalDiTTransformer2DModel,
     LocalGlobalAttnProcessor,
 )
-from tests.diffusers.cases import distance, scramble
+from tests.as_diffusers.cases import distance, scramble
 
 LAYERS = {
     "local": {},

@@ -8,7 +8,7 @@ from diffusers.utils import is_scipy_available, is_torchsde_available
 
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.schedules import check_schedule
-from tests.diffusers.cases import KINDS, distance, draw, make
+from tests.as_diffusers.cases import KINDS, distance, draw, make
 
 NEEDS = {
     "LMSDiscreteScheduler": is_scipy_available,

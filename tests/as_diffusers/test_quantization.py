@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from localdit.models import LocalDiTTransformer2DModel
-from tests.diffusers.cases import KINDS, distance, draw
-from tests.diffusers.cases import make as make_pipeline
-from tests.diffusers.test_model import LAYERS, inputs, make, run
+from tests.as_diffusers.cases import KINDS, distance, draw
+from tests.as_diffusers.cases import make as make_pipeline
+from tests.as_diffusers.test_model import LAYERS, inputs, make, run
 
 ao = pytest.importorskip("torchao.quantization")
 diffusers = pytest.importorskip("diffusers", minversion="0.36")

@@ -7,7 +7,7 @@ import diffusers.hooks as hooks
 import pytest
 import torch
 
-from tests.diffusers.cases import KINDS, distance, draw, make
+from tests.as_diffusers.cases import KINDS, distance, draw, make
 
 
 def config(name, **options):

@@ -11,9 +11,9 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 
 from localdit.models import LocalDiTTransformer2DModel
-from tests.diffusers.cases import KINDS, distance, draw
-from tests.diffusers.cases import make as make_pipeline
-from tests.diffusers.test_model import LAYERS, gradients, make, run
+from tests.as_diffusers.cases import KINDS, distance, draw
+from tests.as_diffusers.cases import make as make_pipeline
+from tests.as_diffusers.test_model import LAYERS, gradients, make, run
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from localdit.pipelines import LocalDiTPipeline
-from tests.diffusers.cases import (
+from tests.as_diffusers.cases import (
     BATCHED,
     KINDS,
     arguments,
