@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..config import PIXEL_MULTIPLE, Config
-from .job import Job
+from . import options
+from .job import Job, plan
+from .parsing import Parser, run
 from .presets import SCENES
 
 if TYPE_CHECKING:
     from ..pipelines import LocalDiTPipeline
+
+
+def run_drawing(parser: Parser, argv: Sequence[str] | None, command: str) -> int:
+    """Run a command that draws; returns the exit status.
+
+    Args:
+        parser: its arguments, those of `options.add_drawing` among them.
+        argv: the arguments, by default those of the process.
+        command: its name, which the pictures' files get.
+    """
+    return run(parser, argv, lambda args: draw(plan(args, command)), options.CALLED)
 
 
 def draw(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from . import options
-from .drawing import draw
-from .job import plan
-from .parsing import Parser, run
+from .drawing import run_drawing
+from .parsing import Parser
 
 
 def build_parser() -> Parser:
@@ -21,16 +19,9 @@ def build_parser() -> Parser:
     )
     options.add_prompts(parser)
     options.add_drawing(parser, size="the model's own size")
-    options.add_output(parser)
-    options.add_model(parser)
-    options.add_debug(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-
-    def work(args: argparse.Namespace) -> None:
-        draw(plan(args, "generate"))
-
-    return run(build_parser(), argv, work, options.CALLED)
+    return run_drawing(build_parser(), argv, "generate")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import options
-from .drawing import draw
-from .job import plan
-from .parsing import Parser, run
+from .drawing import run_drawing
+from .parsing import Parser
 
 
 def build_parser() -> Parser:
@@ -30,16 +28,9 @@ def build_parser() -> Parser:
         help="work on the mask's surroundings alone, so wide, in full detail (default: on the "
         "whole picture)")  # fmt: skip
     options.add_drawing(parser, size="the picture's proportions, as many pixels as the model's own")
-    options.add_output(parser)
-    options.add_model(parser)
-    options.add_debug(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-
-    def work(args: argparse.Namespace) -> None:
-        draw(plan(args, "inpaint"))
-
-    return run(build_parser(), argv, work, options.CALLED)
+    return run_drawing(build_parser(), argv, "inpaint")

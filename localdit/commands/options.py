@@ -72,7 +72,7 @@ def add_strength(parser: argparse.ArgumentParser, default: float | None = None) 
 
 
 def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
-    """How pictures are drawn.
+    """How pictures are drawn, where they go, and by which model.
 
     Args:
         size: the pictures' size where none is given, in words.
@@ -88,9 +88,12 @@ def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     add("--width", metavar="PIXELS", type=int, help="likewise")
     add("--num-images", metavar="N", type=int, default=1, help="of each prompt (default: 1)")
     add("--batch-size", metavar="N", type=int, help="made at once (default: 1)")
+    _add_output(parser)
+    add_model(parser)
+    add_debug(parser)
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser) -> None:
     """Where pictures go."""
     add = parser.add_argument_group("pictures").add_argument
     add("-o", "--output", metavar="PATH", type=Path, default=Path("output"),

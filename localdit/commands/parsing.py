@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 def run(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
-    work: Callable[[argparse.Namespace], None],
+    work: Callable[[argparse.Namespace], object],
     names: dict[str, str] | None = None,
 ) -> int:
     """Parse the arguments and do the work.

@@ -36,9 +36,6 @@ def build_parser(kind: Kind) -> Parser:
         )
         options.add_strength(parser)
     options.add_drawing(parser, size="the Config's, or the model's own")
-    options.add_output(parser)
-    options.add_model(parser)
-    options.add_debug(parser)
     return parser
 
 

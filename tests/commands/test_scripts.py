@@ -13,34 +13,18 @@ from localdit.commands.presets import SCENES
 from localdit.commands.scripts import build_parser, main
 from localdit.config import Config
 from localdit.images import load_image, read_metadata, save_image
-from tests.tiny import tiny_pipeline
 
-ROOT = Path(__file__).parents[1]
+from .conftest import names
+
+ROOT = Path(__file__).parents[2]
 QUICK = ["--steps", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A working folder without weights, in which the tiny model is the one in the box."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
 def boxed(here, monkeypatch, model):
+    """A working folder without weights, in which the tiny model is the one in the box."""
     monkeypatch.setattr(utils, "BOX", model)
     return here
-
-
-def names(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def test_bare_text_to_image_uses_the_model_in_the_box(boxed, capsys):
