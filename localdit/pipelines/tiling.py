@@ -8,6 +8,7 @@ taken once, from crops spread over the whole picture, and hold for all of its ti
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,7 +86,7 @@ def spread_crops(picture: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([picture[..., y : y + height, x : x + width] for y in tops for x in lefts])
 
 
-class _GroupNorms(TorchFunctionMode):
+class _GroupNorms(TorchFunctionMode, ABC):
     """Stands in for `F.group_norm` while it is active; modules and their hooks stay untouched."""
 
     def __torch_function__(
@@ -95,9 +96,9 @@ class _GroupNorms(TorchFunctionMode):
             return self.normalise(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
+    @abstractmethod
     def statistics_of(self, grouped: torch.Tensor) -> Statistics:
         """Mean and variance, each `(groups,)`, of `(N, groups, values)`."""
-        raise NotImplementedError
 
     def normalise(
         self,
