@@ -53,6 +53,10 @@ def runnable(page: Path) -> list[Block]:
     return [block for block in blocks if block.language in RUN and not block.not_run]
 
 
+def quick(page: Path) -> list[Block]:
+    return [block for block in runnable(page) if not block.slow]
+
+
 def has_slow(page: Path) -> bool:
     return any(block.slow for block in runnable(page))
 
@@ -125,13 +129,10 @@ def make_small(block):
     return code
 
 
-@pytest.mark.parametrize("page", CODE_PAGES, ids=names)
+@pytest.mark.parametrize("page", [page for page in CODE_PAGES if quick(page)], ids=names)
 def test_code_runs_as_it_stands(page, tmp_path, environment):
     """In the order of the page, on fewer pictures and for fewer steps."""
-    blocks = [block for block in runnable(page) if not block.slow]
-    if not blocks:
-        pytest.skip("nothing to run")
-    run_blocks(page, blocks, tmp_path, environment)
+    run_blocks(page, quick(page), tmp_path, environment)
 
 
 @pytest.mark.slow

@@ -102,14 +102,14 @@ def test_kinds_of_output_agree(kind, components):
     assert distance(np.asarray(draw(pipe, output_type="pil")[0]), (arrays * 255).round()[0]) <= 1
 
 
-def from_images(kind):
-    if kind is LocalDiTPipeline:
-        pytest.skip("takes no image")
-    return arguments(kind)["image"]
+from_images = pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS.values() if kind is not LocalDiTPipeline]
+)
 
 
+@from_images
 def test_kinds_of_image_agree(kind, components):
-    image, pipe = from_images(kind), make(kind, components)
+    image, pipe = arguments(kind)["image"], make(kind, components)
     expected = draw(pipe)
     array = VaeImageProcessor.pt_to_numpy(image)
     assert distance(draw(pipe, image=array), expected) < 1e-5
@@ -117,9 +117,10 @@ def test_kinds_of_image_agree(kind, components):
     assert distance(draw(pipe, image=pixels), expected) < 1e-2
 
 
+@from_images
 def test_latents_given_as_image_draw_what_their_image_draws(kind, components):
     """With an image processor that leaves values alone, so that the autoencoder can be asked."""
-    image, pipe = from_images(kind), make(kind, components)
+    image, pipe = arguments(kind)["image"], make(kind, components)
     pipe.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
