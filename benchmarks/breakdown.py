@@ -155,10 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        stem = options.prepare_output(args.output, "breakdown")
-    except OSError as error:
-        parser.error(str(error))
+    stem = options.prepare_output(parser, args.output, "breakdown")
     about = describe(args.device)
     if "error" in about:
         parser.error(about["error"])

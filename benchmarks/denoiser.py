@@ -63,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        stem = options.prepare_output(args.output, "denoiser")
-    except OSError as error:
-        parser.error(str(error))
+    stem = options.prepare_output(parser, args.output, "denoiser")
     try:
         about = in_own_process("machine:describe", device=args.device)
         if "error" in about:

@@ -75,15 +75,17 @@ def _listed(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-def prepare_output(folder: Path, stem: str) -> Path:
+def prepare_output(parser: argparse.ArgumentParser, folder: Path, stem: str) -> Path:
     """Create the folder, and name a file in it that is not there yet, without its suffix.
 
-    Raises:
-        OSError: if it can't be created or written to.
+    A folder that can't be created or written to is a mistake in the command.
     """
     from localdit.images import prepare_output_folder
 
-    folder = prepare_output_folder(folder)
+    try:
+        folder = prepare_output_folder(folder)
+    except OSError as error:
+        parser.error(str(error))
     number = 0
     while any(folder.glob(f"{stem}_{number:03}.*")):
         number += 1

@@ -34,10 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        stem = options.prepare_output(args.output, f"pipeline_{args.name}")
-    except OSError as error:
-        parser.error(str(error))
+    stem = options.prepare_output(parser, args.output, f"pipeline_{args.name}")
     about = describe("cpu") | circumstances("benchmarks.pipeline", argv, ROOT)
     measurement = importlib.import_module(f"benchmarks.pipeline_{args.name}")
     try:
