@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, fetching, locate
+from .parts import load_parts, load_text_encoder, locate_parts
+from .sources import TEXT_ENCODER, locate
 
 __all__ = ["load_model", "model_in_the_box"]
 
@@ -25,14 +25,6 @@ RELEASED_WEIGHTS = (
 )
 DOWNLOAD_COMMAND = f"wget {RELEASED_WEIGHTS} -P output/"
 BOX = Path(__file__).resolve().parent / "box"
-
-# What a pipeline has beside the transformer.
-PARTS = {
-    "scheduler": SCHEDULER,
-    "vae": VAE,
-    "tokenizer": TOKENIZER,
-    "text_encoder": TEXT_ENCODER,
-}
 
 
 def load_model(
@@ -238,23 +230,6 @@ def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
 # Whole pipelines
 
 
-def _load_text_encoder(
-    config: Config, where: dict[str, Any], device: torch.device, dtype: torch.dtype | None
-) -> Any:
-    from transformers import BitsAndBytesConfig, T5EncoderModel
-
-    options: dict[str, Any] = {}
-    if config.text_encoder_quantization == "8bit":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif config.text_encoder_quantization == "4bit":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    if options:
-        options["device_map"] = {"": device}
-    return T5EncoderModel.from_pretrained(**where, torch_dtype=dtype, **options)
-
-
 def _load_pipeline_folder(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> LocalDiTPipeline:
@@ -263,7 +238,7 @@ def _load_pipeline_folder(
     parts = {}
     if config.text_encoder_quantization:
         where = locate(TEXT_ENCODER, folder)
-        parts["text_encoder"] = _load_text_encoder(config, where, device, dtype)
+        parts["text_encoder"] = load_text_encoder(config, where, device, dtype)
     return LocalDiTPipeline.from_pretrained(
         folder, torch_dtype=dtype, use_safetensors=True, **parts
     )
@@ -278,47 +253,3 @@ def _assemble(
 
     transformer = _load_transformer(config, checkpoint, dtype)
     return LocalDiTPipeline(transformer=transformer, **load_parts(config, where, device, dtype))
-
-
-def locate_parts(
-    config: Config, absent: Collection[str] = PARTS, local_files_only: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Make sure that the parts that `config` names are there, and say where.
-
-    Args:
-        config: names them.
-        absent: those that are needed, of `PARTS`.
-        local_files_only: take files of the hub from the cache, and fetch nothing.
-
-    Returns:
-        Arguments of `from_pretrained` for each.
-    """
-    return {
-        name: locate(part, getattr(config, part.field), local_files_only=local_files_only)
-        for name, part in PARTS.items()
-        if name in absent
-    }
-
-
-def load_parts(
-    config: Config,
-    where: Mapping[str, dict[str, Any]],
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """Load the parts that `locate_parts` found; the largest comes last."""
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-    from transformers import AutoTokenizer
-
-    loaders: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "scheduler": lambda at: DPMSolverMultistepScheduler.from_pretrained(**at),
-        "vae": lambda at: AutoencoderKL.from_pretrained(**at, torch_dtype=dtype),
-        "tokenizer": lambda at: AutoTokenizer.from_pretrained(**at),
-        "text_encoder": lambda at: _load_text_encoder(config, at, device, dtype),
-    }
-    parts = {}
-    for name, load in loaders.items():
-        if name in where:
-            with fetching(PARTS[name], getattr(config, PARTS[name].field)):
-                parts[name] = load(where[name])
-    return parts

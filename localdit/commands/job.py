@@ -163,8 +163,9 @@ def _say_that_the_box_is_used() -> None:
 
 def _check_model(config: Config) -> Path:
     """Look for the model, and for the parts that it comes without if they are to be here."""
+    from ..parts import PARTS
     from ..sources import is_hub_name, locate
-    from ..utils import PARTS, find_checkpoint
+    from ..utils import find_checkpoint
 
     checkpoint = find_checkpoint(config.ckpt_path)
     if not (checkpoint / "model_index.json").is_file():

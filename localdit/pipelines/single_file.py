@@ -9,7 +9,7 @@ import torch
 
 from ..config import Config
 from ..models.transformer import LocalDiTTransformer2DModel
-from ..utils import PARTS, load_parts, locate_parts
+from ..parts import PARTS, load_parts, locate_parts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
