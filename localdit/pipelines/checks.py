@@ -95,3 +95,21 @@ def check_one_of(name: str, values: Sequence[Any], available: Sequence[str]) -> 
         raise ValueError(
             f"{name}: {', '.join(map(repr, unknown))} is none of {', '.join(available)}."
         )
+
+
+def check_one_each(what: str, count: int, prompts: int) -> None:
+    """Refuse another number of images, or the like, than one for all prompts or one for each.
+
+    Args:
+        what: what there are so many of, such as "image".
+        count: how many.
+        prompts: how many prompts.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if count not in (1, prompts):
+        raise ValueError(
+            f"There are {count} {what}s but {prompts} prompts: give one {what} for all, or one for "
+            "each prompt."
+        )

@@ -7,6 +7,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .base import LocalDiTBasePipeline
+from .checks import check_one_each
 from .image_inputs import scale_images
 from .request import Request
 from .schedules import add_noise
@@ -37,11 +38,7 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         Raises:
             ValueError: it is so; the message says what to do.
         """
-        if len(images) not in (1, request.num_prompts):
-            raise ValueError(
-                f"There are {len(images)} images but {request.num_prompts} prompts: give one image "
-                "for all, or one for each prompt."
-            )
+        check_one_each("image", len(images), request.num_prompts)
         size = (request.height // self.vae_scale_factor, request.width // self.vae_scale_factor)
         if self.are_latents(images) and images.shape[2:] != size:
             raise ValueError(

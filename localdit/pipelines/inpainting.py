@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .canvas import Canvas, latents_to_repaint
-from .checks import check_integer, check_number
+from .checks import check_integer, check_number, check_one_each
 from .from_images import FromImagesPipeline
 from .image_inputs import read_images, read_masks
 from .request import Generators, Request, StepCallback
@@ -167,11 +167,7 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         Raises:
             ValueError: it is so; the message says what to do.
         """
-        if len(masks) not in (1, request.num_prompts):
-            raise ValueError(
-                f"There are {len(masks)} masks but {request.num_prompts} prompts: give one mask "
-                "for all, or one for each prompt."
-            )
+        check_one_each("mask", len(masks), request.num_prompts)
         pixels = self.vae_scale_factor if self.are_latents(images) else 1
         height, width = (pixels * length for length in images.shape[2:])
         if masks.shape[2:] != (height, width):
