@@ -3,27 +3,19 @@
 What they save and what that costs is tested in `tests/pipelines/test_step_caches.py`.
 """
 
-import diffusers.hooks as hooks
 import pytest
 import torch
 
 from tests.as_diffusers.cases import KINDS, distance, draw, make
-
-
-def config(name, **options):
-    """A cache's configuration, where this version of Diffusers has it."""
-    if not hasattr(hooks, name):
-        pytest.skip(f"this version of Diffusers has no {name}")
-    return getattr(hooks, name)(**options)
-
+from tests.step_caches import cache_config
 
 CACHES = {
-    "broadcast": lambda pipe: config(
+    "broadcast": lambda pipe: cache_config(
         "PyramidAttentionBroadcastConfig",
         spatial_attention_block_skip_range=2,
         current_timestep_callback=lambda: pipe.current_timestep,
     ),
-    "faster": lambda pipe: config(
+    "faster": lambda pipe: cache_config(
         "FasterCacheConfig",
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 901),
@@ -33,17 +25,17 @@ CACHES = {
         tensor_format="BCHW",
         current_timestep_callback=lambda: pipe.current_timestep,
     ),
-    "first block": lambda pipe: config("FirstBlockCacheConfig", threshold=0.8),
-    "magnitude": lambda pipe: config(
+    "first block": lambda pipe: cache_config("FirstBlockCacheConfig", threshold=0.8),
+    "magnitude": lambda pipe: cache_config(
         "MagCacheConfig", mag_ratios=torch.ones(8), num_inference_steps=8
     ),
-    "taylor": lambda pipe: config(
+    "taylor": lambda pipe: cache_config(
         "TaylorSeerCacheConfig",
         cache_interval=3,
         disable_cache_before_step=2,
         taylor_factors_dtype=torch.float32,
     ),
-    "taylor, lite": lambda pipe: config(
+    "taylor, lite": lambda pipe: cache_config(
         "TaylorSeerCacheConfig",
         cache_interval=3,
         disable_cache_before_step=2,

@@ -7,34 +7,28 @@ import torch
 from localdit.models import LocalDiTTransformer2DModel, bands
 from localdit.pipelines import LocalDiTPipeline
 from localdit.utils import model_in_the_box
+from tests.step_caches import cache_config
 
 EVERY = "transformer_blocks\\.\\d+"
 
 
-def config(name, **options):
-    """A cache's configuration, where this version of Diffusers has it."""
-    if not hasattr(hooks, name):
-        pytest.skip(f"this version of Diffusers has no {name}")
-    return getattr(hooks, name)(**options)
-
-
 CACHES = {
-    "first block": lambda pipe: config("FirstBlockCacheConfig", threshold=0.3),
-    "magnitude": lambda pipe: config(
+    "first block": lambda pipe: cache_config("FirstBlockCacheConfig", threshold=0.3),
+    "magnitude": lambda pipe: cache_config(
         "MagCacheConfig", mag_ratios=[1.0] * 8, num_inference_steps=8, max_skip_steps=1
     ),
-    "taylor": lambda pipe: config(
+    "taylor": lambda pipe: cache_config(
         "TaylorSeerCacheConfig",
         cache_interval=2,
         disable_cache_before_step=3,
         cache_identifiers=[EVERY],
     ),
-    "attention": lambda pipe: config(
+    "attention": lambda pipe: cache_config(
         "PyramidAttentionBroadcastConfig",
         spatial_attention_block_skip_range=2,
         current_timestep_callback=lambda: pipe.current_timestep,
     ),
-    "text": lambda pipe: config(
+    "text": lambda pipe: cache_config(
         "PyramidAttentionBroadcastConfig",
         cross_attention_block_skip_range=3,
         current_timestep_callback=lambda: pipe.current_timestep,
@@ -123,7 +117,9 @@ def test_the_present_timestep_can_be_asked_for(box):
 
 def test_skipped_layers_pass_their_input_on(box):
     """Skip-layer guidance finds attention by its processors."""
-    options = config("LayerSkipConfig", indices=[0], fqn="transformer_blocks", skip_attention=True)
+    options = cache_config(
+        "LayerSkipConfig", indices=[0], fqn="transformer_blocks", skip_attention=True
+    )
     model = LocalDiTTransformer2DModel.from_pretrained(model_in_the_box() / "transformer")
     attention = model.transformer_blocks[0].attn1
     x = torch.randn(1, 16, model.inner_dim)
