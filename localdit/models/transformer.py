@@ -217,9 +217,7 @@ class LocalDiTTransformer2DModel(
 
     def set_default_attn_processor(self) -> None:
         """Compute attention as the model was made to, each layer in its own way."""
-        kinds = (LocalDiTAttention, CrossAttention)
-        attentions: list[Any] = [module for module in self.modules() if isinstance(module, kinds)]
-        for attention in attentions:
+        for attention in self._attentions():
             attention.set_processor(attention._default_processor_cls())
 
     def set_window_attention_backend(self, backend: str) -> None:
@@ -237,6 +235,18 @@ class LocalDiTTransformer2DModel(
         for processor in self.attn_processors.values():
             if hasattr(processor, "backend"):
                 processor.backend = backend
+
+    def unload_lora(self) -> None:
+        """Take all adapters out; what was fused of them stays, in fused projections as well."""
+        super().unload_lora()
+        for attention in self._attentions():
+            if attention.fused_projections:
+                attention.unfuse_projections()
+                attention.fuse_projections()
+
+    def _attentions(self) -> list[Any]:
+        kinds = (LocalDiTAttention, CrossAttention)
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def enable_cache(self, config: Any) -> None:
         """Reuse results of earlier steps: see `diffusers.CacheMixin.enable_cache`."""

@@ -130,6 +130,18 @@ def test_adapters_put_into_fused_projections_take_part_and_leave_them_fused():
     assert torch.equal(run(fused, **inputs()), without)
 
 
+def test_what_was_fused_stays_in_fused_projections_when_adapters_are_taken_out():
+    model, _ = adapted(["to_k", "to_v"])
+    fused = copy.deepcopy(model)
+    fused.unload_lora()
+    fused.fuse_qkv_projections()
+    fused.add_adapter(model.peft_config["default"])
+    fused.load_state_dict(model.state_dict(), strict=False)
+    fused.fuse_lora()
+    fused.unload_lora()
+    close(run(fused, **inputs()), run(model, **inputs()))
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 2.0])
 def test_a_scale_holds_for_one_call(scale):
     model, bare = adapted(ATTENTION)
