@@ -43,6 +43,8 @@ def workplace(tmp_path_factory):
 
 def case(workplace, *names):
     """Options by the names of what they try."""
+    if "lora" in names:
+        pytest.importorskip("peft")
     known = {
         "folder": ["--data-root", workplace / "pictures"],
         "tars": ["--data-root", workplace / "shard-{0..1}.tar"],
