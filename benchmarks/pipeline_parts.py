@@ -136,7 +136,7 @@ def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
     import torch
     from diffusers import AutoencoderKL
 
-    from localdit.pipelines.tiling import CROP, in_tiles
+    from localdit.core.tiling import CROP, in_tiles
 
     vae = random_weights(lambda: AutoencoderKL(**SDXL_VAE), dtype)
     vae.encoder = None

@@ -51,7 +51,7 @@ def measure(args: Namespace) -> dict[str, Any]:
 
 def compare(label: str, vae: Any, picture: Any) -> list[list[str]]:
     """Three lines of the table: at once, Diffusers' tiles, tiles with shared statistics."""
-    from localdit.pipelines.tiling import CROP, in_tiles
+    from localdit.core.tiling import CROP, in_tiles
 
     latents = vae.encode(picture).latent_dist.mode()
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .core.text import check_prompts
 from .images import fit_image, load_image, load_mask
-from .pipelines.prompts import check_prompts
 
 __all__ = ["inference", "inference_batches"]
 

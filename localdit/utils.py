@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parts import load_parts, load_text_encoder, locate_parts
+from .core.parts import load_parts, load_text_encoder, locate_parts
 from .sources import TEXT_ENCODER, locate
 
 __all__ = ["load_model", "model_in_the_box"]
@@ -238,7 +238,9 @@ def _load_pipeline_folder(
     parts = {}
     if config.text_encoder_quantization:
         where = locate(TEXT_ENCODER, folder)
-        parts["text_encoder"] = load_text_encoder(config, where, device, dtype)
+        parts["text_encoder"] = load_text_encoder(
+            where, dtype, config.text_encoder_quantization, device
+        )
     return LocalDiTPipeline.from_pretrained(
         folder, torch_dtype=dtype, use_safetensors=True, **parts
     )

@@ -112,7 +112,7 @@ def test_accumulation_makes_the_step_of_a_larger_batch(train):
 
 
 def test_encoded_data_trains_as_the_pictures_do(train, workplace, tmp_path, monkeypatch, capsys):
-    from localdit.training import components
+    from localdit.training import setup
     from localdit.training.encode.__main__ import main as encode
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -127,7 +127,7 @@ def test_encoded_data_trains_as_the_pictures_do(train, workplace, tmp_path, monk
         raise AssertionError("encoders are not needed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(components, "load_encoders", forbidden)
+        patch.setattr(setup, "load_encoders", forbidden)
         ahead = train("ahead", "--data-root", tmp_path / "encoded")
     for a, b in zip(lines(direct), lines(ahead), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)  # text in bfloat16

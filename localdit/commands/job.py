@@ -163,7 +163,7 @@ def _say_that_the_box_is_used() -> None:
 
 def _check_model(config: Config) -> Path:
     """Look for the model, and for the parts that it comes without if they are to be here."""
-    from ..parts import PARTS
+    from ..core.parts import PARTS
     from ..sources import is_hub_name, locate
     from ..utils import find_checkpoint
 
@@ -178,7 +178,7 @@ def _check_model(config: Config) -> Path:
 
 def _prompts(args: argparse.Namespace, otherwise: list[str]) -> list[str]:
     """The prompts of the command line or the file, or those that are drawn otherwise."""
-    from ..pipelines.prompts import check_prompts
+    from ..core.text import check_prompts
 
     check_prompts(args.negative_prompt or "", "--negative-prompt")
     if args.prompt and args.prompt_file:

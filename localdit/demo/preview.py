@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,14 +10,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..pipelines.base import LocalDiTBasePipeline
-
-MAX_LATENTS = 32  # along the longer side: previews of at most 256 pixels
-
-
-@dataclass
-class _Size:
-    height: int  # pixels
-    width: int
 
 
 class Previews:
@@ -61,18 +52,11 @@ def expected_latents(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def decode_small(pipe: LocalDiTBasePipeline, latents: torch.Tensor) -> Image.Image:
-    """Decode latents `(1, C, H, W)`, averaged down to at most `MAX_LATENTS` along a side."""
+    """Decode latents `(1, C, H, W)` into a small picture; see `LatentSpace.decode_preview`."""
     import torch
-    import torch.nn.functional as F
 
-    vae = pipe.vae
-    height, width = latents.shape[2:]
-    scale = min(1.0, MAX_LATENTS / max(height, width))
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    with torch.no_grad(), pipe.vae_for(_Size(*(pipe.vae_scale_factor * side for side in size))):
-        small = F.adaptive_avg_pool2d(latents.float(), size).to(vae.dtype)
-        small = small / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        decoded = vae.decode(small, return_dict=False)[0]
+    with torch.no_grad():
+        decoded = pipe.latent_space.decode_preview(latents)
     return pipe.image_processor.postprocess(decoded, output_type="pil")[0]
 
 

@@ -1,47 +1,43 @@
-"""What all LocalDiT pipelines share: the stages between a prompt and a picture.
+"""The stages between a prompt and a picture that all LocalDiT pipelines share.
 
 Each pipeline's `__call__` reads as the algorithm: check, choose timesteps, encode the prompt,
-prepare the latents, denoise, decode. The stages are here; the pipelines say only what differs.
+prepare the latents, denoise, decode. The stages are here, on top of the diffusion core
+(`localdit.core`); the pipelines add only what differs.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedTokenizerBase, T5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.conditions import size_conditions
+from ..core.diffusion import check_schedule, scale_input
+from ..core.latents import DEFAULT_PIXELS_PER_LATENT, LatentSpace
+from ..core.text import TextCache, TextSpace, check_prompts
 from ..models.transformer import LocalDiTTransformer2DModel
-from .autoencoding import AutoencodingMixin
 from .guidance import DenoiserText, guided_steps
-from .lora import LocalDiTLoraLoaderMixin
-from .prediction import PredictionMixin
-from .prompt_cache import PromptCache
-from .prompts import PromptEncodingMixin
+from .memory import give_memory_back
 from .request import Request, TextEmbeddings
-from .saving import SavingMixin
-from .schedules import check_schedule
-from .single_file import SingleFileMixin
+from .saving import SavedPipeline
 
 
-class LocalDiTBasePipeline(
-    SavingMixin,
-    SingleFileMixin,
-    LocalDiTLoraLoaderMixin,
-    PromptEncodingMixin,
-    PredictionMixin,
-    AutoencodingMixin,
-):
+class LocalDiTBasePipeline(SavedPipeline):
     """The components of a LocalDiT pipeline and the stages of sampling.
 
     Args:
-        tokenizer: T5 tokenizer. May be None where embeddings are passed instead of prompts.
-        text_encoder: T5 encoder; its last hidden state is the caption. May be None likewise.
+        tokenizer: tokenizer of the text encoder. May be None if embeddings are passed instead of
+            prompts.
+        text_encoder: a T5-type encoder, a CLIP text model, or a decoder such as Gemma; its last
+            hidden states are the caption. May be None if embeddings are passed.
         vae: autoencoder between pictures and latents.
         transformer: the denoiser.
         scheduler: any Diffusers scheduler; the released model samples with DPM-Solver++ 2M.
@@ -55,7 +51,7 @@ class LocalDiTBasePipeline(
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        text_encoder: T5EncoderModel,
+        text_encoder: PreTrainedModel,
         vae: AutoencoderKL,
         transformer: LocalDiTTransformer2DModel,
         scheduler: KarrasDiffusionSchedulers,
@@ -68,21 +64,24 @@ class LocalDiTBasePipeline(
             transformer=transformer,
             scheduler=scheduler,
         )
-        depth = len(vae.config.block_out_channels) if vae is not None else 4
-        self.vae_scale_factor = 2 ** (depth - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.prompt_cache = PromptCache()
+        self.prompt_cache = TextCache()
         self._denoiser_text = DenoiserText()
+        self._guidance_scale = 1.0
+        self._cross_attention_kwargs: dict[str, Any] | None = None
+        self._within_interval = True
+        self._latest_context: str | None = None
+        self._current_timestep: torch.Tensor | None = None
         self._num_timesteps = 0
         self._interrupt = False
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LocalDiTBasePipeline":
-        """Make this pipeline from another one's components.
+        """Make this pipeline from the components of another one.
 
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
-        unless a `dtype` or `torch_dtype` is given. Prompts that were encoded by a LocalDiT pipeline
-        are known to both, and where its models are offloaded as a whole, they are from both.
+        unless a `dtype` or `torch_dtype` is given. Both pipelines share the cache of encoded
+        prompts and, if whole models are offloaded, the offloading.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
@@ -91,6 +90,55 @@ class LocalDiTBasePipeline(
             if hasattr(pipeline, name):
                 setattr(made, name, getattr(pipeline, name))
         return made
+
+    # What the pipeline is made of
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The latent space of the present autoencoder."""
+        return LatentSpace(self.vae)
+
+    @property
+    def text_space(self) -> TextSpace:
+        """The text space of the present tokenizer and text encoder."""
+        return TextSpace(self.tokenizer, self.text_encoder, self.prompt_cache)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels along the side of one latent."""
+        if self.vae is None:
+            return DEFAULT_PIXELS_PER_LATENT
+        return self.latent_space.format.pixels_per_latent
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels along the side of one token; heights and widths are multiples of it."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    # The state of a call
+
+    @property
+    def guidance_scale(self) -> float:
+        """Weight g of `uncond + g * (text - uncond)`; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        """Further arguments of the transformer: the scale of LoRA adapters."""
+        return self._cross_attention_kwargs
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the negative prompt takes part in the present step.
+
+        It does if the guidance scale exceeds 1, within the guidance interval.
+        """
+        return self._guidance_scale > 1 and self._within_interval
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The timestep of the step that is being computed; None outside of a call."""
+        return self._current_timestep
 
     @property
     def num_timesteps(self) -> int:
@@ -102,6 +150,8 @@ class LocalDiTBasePipeline(
         """Set `_interrupt` to True in a callback to skip the remaining steps."""
         return self._interrupt
 
+    # Stages
+
     def check_inputs(self, request: Request) -> None:
         """Refuse what cannot work, before any work.
 
@@ -109,12 +159,9 @@ class LocalDiTBasePipeline(
             ValueError: an argument cannot work; the message says what to do.
             TypeError: an argument is of a wrong type.
         """
-        config = self.transformer.config
-        request.check_values(
-            self.vae_scale_factor * config.patch_size, self._callback_tensor_inputs
-        )
-        request.check_embeddings(config.caption_channels)
-        request.check_prompts(self._can_encode)
+        request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
+        request.check_embeddings(self.transformer.config.caption_channels)
+        request.check_prompts(self.text_space.can_encode)
         request.check_noise(self._latents_shape(request))
 
     def set_timesteps(self, request: Request) -> torch.Tensor:
@@ -153,8 +200,87 @@ class LocalDiTBasePipeline(
             )
         )
 
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = "",
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 120,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Encode prompts, or prepare given embeddings, one row per picture.
+
+        Prompts are encoded once: `prompt_cache` keeps their states for later calls.
+
+        Args:
+            prompt: B prompts; None with `prompt_embeds`.
+            do_classifier_free_guidance: whether negative embeddings are wanted.
+            negative_prompt: one for all prompts or one per prompt; None is the empty prompt.
+            num_images_per_prompt: rows per prompt, n.
+            device: where to put the results; by default where the pipeline computes.
+            prompt_embeds, negative_prompt_embeds: encoded before, `(B, L, C)`.
+            prompt_attention_mask, negative_prompt_attention_mask: their masks, `(B, L)`.
+            max_sequence_length: tokens L that a prompt is padded or cut to.
+
+        Returns:
+            Embeddings `(B * n, L, C)` in the transformer's dtype and masks `(B * n, L)` of the
+            prompts, then of the negative prompts (None and None without guidance).
+        """
+        device = device or self._execution_device
+        model = self.transformer if self.transformer is not None else self.text_encoder
+        if prompt_embeds is None or prompt_attention_mask is None:
+            prompt_embeds, prompt_attention_mask = self.text_space.encode(
+                check_prompts(prompt), max_sequence_length, device
+            )
+        rows, length, _ = prompt_embeds.shape
+        repeats = num_images_per_prompt
+        dtype = prompt_embeds.dtype if model is None else model.dtype
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(repeats, dim=0)
+        prompt_attention_mask = prompt_attention_mask.to(device).repeat_interleave(repeats, dim=0)
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds, negative_prompt_attention_mask = None, None
+        else:
+            if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
+                prompts = check_prompts(negative_prompt or "", "negative_prompt")
+                negative_prompt_embeds, negative_prompt_attention_mask = self.text_space.encode(
+                    prompts, length, device
+                )
+                if len(prompts) not in (1, rows):
+                    raise ValueError(f"{rows} prompts but {len(prompts)} negative prompts.")
+                repeats *= rows // len(prompts)
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
+            negative_prompt_attention_mask = negative_prompt_attention_mask.to(device)
+            negative_prompt_attention_mask = negative_prompt_attention_mask.repeat_interleave(
+                repeats, dim=0
+            )
+        # The one return statement, of names that are arguments of a call: Diffusers' tests read it.
+        return (
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
+
+    def release_text_encoder(self) -> None:
+        """Drop the text encoder and free its memory; prompts encoded before go on working.
+
+        They are in `prompt_cache`, so they do not outlast the process. Any other prompt raises
+        `ValueError` until `text_encoder` is set again. Memory is freed only if nothing else holds
+        the encoder: another pipeline of the same components, or a variable.
+        """
+        self.text_encoder = None
+        # Offloading holds each model in the hook of the next one; this sets the hooks up again.
+        self.maybe_free_model_hooks()
+        give_memory_back()
+
     def prepare_noise(self, request: Request) -> torch.Tensor:
-        """Return standard normal noise `(B, C, height / 8, width / 8)`: drawn, or as given.
+        """Return standard normal noise `(B, C, h, w)`, in latents: drawn, or as given.
 
         It is float32 in every case, so that a seed means the same picture in any dtype.
         """
@@ -188,8 +314,8 @@ class LocalDiTBasePipeline(
             timesteps: the timesteps to take, a tail of the scheduler's.
             text: B rows each; the negative ones may be None without guidance.
             request: for guidance, eta, generators and callback.
-            after_step: given the latents that a step made and its index, returns those to go on
-                with; the callback comes after it.
+            after_step: maps the latents after a step, and its index, to those to go on with; it
+                is called before the callback.
 
         Returns:
             The denoised latents, `(B, C, H, W)`.
@@ -202,13 +328,12 @@ class LocalDiTBasePipeline(
         accepted = inspect.signature(self.scheduler.step).parameters
         options = {"eta": request.eta, "generator": request.generator}
         step_options = {name: value for name, value in options.items() if name in accepted}
-
         guided = guided_steps(request.guidance_interval, len(timesteps))
         self._guidance_scale = request.guidance_scale
         self._cross_attention_kwargs = request.cross_attention_kwargs
         self._num_timesteps = len(timesteps)
         self._interrupt = False
-        with self.denoising(), self.progress_bar(total=len(timesteps)) as progress_bar:
+        with self._clean_state(), self.progress_bar(total=len(timesteps)) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
@@ -225,3 +350,93 @@ class LocalDiTBasePipeline(
                     tensors |= callback(self, index, timestep, shown) or {}
                 progress_bar.update()
         return tensors["latents"]
+
+    def predict(
+        self,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        prompt_attention_mask: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict what the scheduler steps with, guided if the guidance scale exceeds 1.
+
+        Classifier-free guidance (Ho and Salimans, 2022) as `uncond + g * (text - uncond)`, both
+        halves in one batch, the negative prompts first; within the guidance interval.
+        """
+        guided = self.do_classifier_free_guidance
+        pairs = [(prompt_embeds, prompt_attention_mask)]
+        if guided:
+            if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
+                raise ValueError(
+                    "The guidance scale was raised above 1 during sampling, but the negative "
+                    "prompt was not encoded: start with a guidance_scale above 1."
+                )
+            latents = torch.cat([latents, latents])
+            pairs.insert(0, (negative_prompt_embeds, negative_prompt_attention_mask))
+        embeds, mask = self._denoiser_text(*pairs)
+        height, width = (self.vae_scale_factor * length for length in latents.shape[2:])
+        with self._cache_context("cond_uncond" if guided else "cond"):
+            prediction = self.transformer(
+                scale_input(self.scheduler, latents, timestep),
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=mask,
+                timestep=timestep.to(latents.device).expand(len(latents)),
+                added_cond_kwargs=size_conditions(self.transformer, height, width, latents.device),
+                cross_attention_kwargs=self.cross_attention_kwargs,
+                return_dict=False,
+            )[0]
+        if guided:
+            uncond, text = prediction.chunk(2)
+            prediction = uncond + self.guidance_scale * (text - uncond)
+        if prediction.shape[1] == 2 * latents.shape[1]:  # the second half is a learned variance
+            prediction = prediction.chunk(2, dim=1)[0]
+        return prediction
+
+    @contextmanager
+    def _clean_state(self) -> Iterator[None]:
+        """Begin and end a run of steps without anything left over from another one."""
+        self._reset_between_runs()
+        try:
+            yield
+        finally:
+            self._reset_between_runs()
+            self._within_interval = True
+            self._current_timestep = None
+
+    def _reset_between_runs(self) -> None:
+        """Forget what is carried from step to step: joined text, and a step cache's states."""
+        self._denoiser_text.clear()
+        self._latest_context = None
+        self.transformer._reset_stateful_cache()
+
+    def _cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Name the kind of call for a step cache.
+
+        States that it kept of another kind have another batch size and are steps old: drop them.
+        """
+        if name != self._latest_context:
+            self.transformer._reset_stateful_cache()
+            self._latest_context = name
+        return self.transformer.cache_context(name)
+
+    def decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+        """Decode latents `(B, C, h, w)` into pictures `(B, 3, H, W)` in [0, 1].
+
+        If latents are asked for, they are returned as they are.
+        """
+        if request.output_type == "latent":
+            return latents
+        pictures = self.latent_space.decode(latents)
+        return self.image_processor.postprocess(pictures, output_type="pt")
+
+    def output(self, pictures: torch.Tensor, request: Request) -> ImagePipelineOutput | tuple[Any]:
+        """Return what `decode` gave in the form asked for; free offloaded models."""
+        images: Any = pictures
+        if request.output_type in ("np", "pil"):
+            images = self.image_processor.pt_to_numpy(pictures)
+        if request.output_type == "pil":
+            images = self.image_processor.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if request.return_dict else (images,)

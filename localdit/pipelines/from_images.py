@@ -4,13 +4,12 @@ import logging
 import math
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from ..core.diffusion import add_noise
 from .base import LocalDiTBasePipeline
 from .checks import check_one_each
 from .image_inputs import scale_images
 from .request import Request
-from .schedules import add_noise
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +72,9 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         images = scale_images(images, request.height, request.width)
         if self.image_processor.config.do_normalize:
             images = self.image_processor.normalize(images)
-        parameters = self.posterior_parameters(images, request).repeat_interleave(repeats, dim=0)
-        latents = DiagonalGaussianDistribution(parameters).sample(request.generator)
-        return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        return self.latent_space.encode(
+            images, sample=True, generator=request.generator, repeats=repeats
+        )
 
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor

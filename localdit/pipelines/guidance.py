@@ -1,4 +1,4 @@
-"""The text that the denoiser is given: with or without the negative prompts, without padding."""
+"""The text for the denoiser: with or without the negative prompts, without padding."""
 
 from __future__ import annotations
 
@@ -6,31 +6,11 @@ from typing import Any
 
 import torch
 
-# Text is cut to a multiple of this many tokens: few lengths to compile for, and rows of masks that
-# fast attention kernels accept.
-TOKEN_MULTIPLE = 8
-
-
-def shorten(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the tokens off that are padding in every row; attention gives them no weight.
-
-    The transformer adds -10000 to the logits of padding, whose exponential is 0 in every dtype. A
-    row of padding alone would weigh its tokens equally; where there is one, nothing is cut.
-
-    Args:
-        embeds: `(B, L, C)`.
-        mask: `(B, L)`, 0 = padding.
-    """
-    kept = mask != 0
-    if not kept.any(dim=1).all():
-        return embeds, mask
-    last = int(kept.any(dim=0).nonzero().max()) + 1
-    length = -(-last // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-    return embeds[:, :length].contiguous(), mask[:, :length].contiguous()
+from ..core.text import cut_padding
 
 
 class DenoiserText:
-    """Joins and shortens embeddings, again only when one of them has changed."""
+    """Join embeddings and cut their padding, again only when one of them has changed."""
 
     def __init__(self) -> None:
         self.clear()
@@ -57,7 +37,7 @@ class DenoiserText:
     @staticmethod
     def _join(pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> tuple[Any, Any]:
         embeds, masks = zip(*pairs, strict=True)
-        return shorten(torch.cat(embeds), torch.cat(masks))
+        return cut_padding(torch.cat(embeds), torch.cat(masks))
 
 
 def guided_steps(interval: tuple[float, float], steps: int) -> range:

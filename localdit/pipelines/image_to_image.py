@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from .checks import check_number
 from .from_images import FromImagesPipeline
 from .image_inputs import read_images
-from .request import Generators, Request, StepCallback
+from .request import Generators, Request, StepCallback, TextEmbeddings
 
 
 class LocalDiTImg2ImgPipeline(FromImagesPipeline):
@@ -73,7 +73,23 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
         """
         check_number("strength", strength, 0, 1)
         images = read_images(image, self.transformer.config.in_channels)
-        request = Request.of(locals(), *self.size_of(images, height, width))
+        height, width = self.size_of(images, height, width)
+        request = Request(
+            prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
+            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
+            guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
+            latents=latents,
+            text=TextEmbeddings(
+                prompt_embeds, prompt_attention_mask,
+                negative_prompt_embeds, negative_prompt_attention_mask,
+            ),
+            output_type=output_type, return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )  # fmt: skip
         self.check_inputs(request)
         self.check_images(images, request)
         self.set_timesteps(request)

@@ -1,24 +1,18 @@
-"""LoRA adapters (Hu et al., 2022) of a pipeline's transformer: loaded, saved, weighed, fused.
-
-Most of it is Diffusers' own. What is added here refuses, with a message that says why, what can't
-be a LoRA of this transformer, and saves an adapter with all that its file has to say.
-"""
+"""LoRA adapters (Hu et al., 2022) of a pipeline's transformer: files of them, checked and read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.loaders.lora_base import (
     LORA_ADAPTER_METADATA_KEY,
     LORA_WEIGHT_NAME,
     LORA_WEIGHT_NAME_SAFE,
 )
-from diffusers.utils import USE_PEFT_BACKEND
 from safetensors import safe_open
 
 from ..checkpoint.reading import CheckpointFile, few
@@ -28,126 +22,6 @@ Tensors = dict[str, torch.Tensor]
 
 NEEDS_PEFT = "LoRA needs peft 0.17 or higher: pip install 'localdit[lora]'"
 PREFIX = "transformer."  # of the names of tensors in a file
-
-
-class LocalDiTLoraLoaderMixin(SanaLoraLoaderMixin):
-    """LoRA for a pipeline with a `transformer`; adapters of text encoders are not supported.
-
-    Diffusers' loader for Sana is the one that knows a transformer and nothing else.
-    """
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | Path | Tensors,
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Load an adapter into the transformer and make it active.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: a file, a folder with one, a hub name, or tensors
-                by name. Beside `.safetensors`, a `.bin` or `.pt` of plain tensors is read; nothing
-                in it is executed.
-            adapter_name: what the adapter is called from now on; by default `default_0` and so on.
-            hotswap: whether to put the weights in the place of those of `adapter_name`.
-            **kwargs: as Diffusers takes them: `weight_name`, `subfolder`, `revision`, `token` ...
-
-        Raises:
-            ImportError: if peft is missing.
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged or holds no LoRA, or it is one of another model.
-        """
-        if not USE_PEFT_BACKEND:
-            raise ImportError(NEEDS_PEFT)
-        super().load_lora_weights(
-            pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs
-        )
-
-    @classmethod
-    def lora_state_dict(
-        cls, pretrained_model_name_or_path_or_dict: str | Path | Tensors, **kwargs: Any
-    ) -> Tensors | tuple[Tensors, dict[str, Any] | None]:
-        """The tensors of an adapter by name, and with `return_lora_metadata` its settings as well.
-
-        Raises:
-            FileNotFoundError, ValueError: as `load_lora_weights` does.
-        """
-        source = pretrained_model_name_or_path_or_dict
-        with_metadata = kwargs.pop("return_lora_metadata", False)
-        metadata = None
-        if isinstance(source, dict):
-            tensors = super().lora_state_dict(source, **kwargs)
-        elif (file := _local_file(source, **kwargs)) is not None:
-            tensors, metadata = _read(file)
-        else:
-            kwargs.setdefault("use_safetensors", True)
-            tensors, metadata = super().lora_state_dict(
-                str(source), return_lora_metadata=True, **kwargs
-            )
-        if not isinstance(source, dict):  # of a dict, Diffusers warns that it is of no use
-            _require_adapter(tensors, str(source))
-        _require_no_text_encoder(tensors)
-        return (tensors, metadata) if with_metadata else tensors
-
-    @classmethod
-    def load_lora_into_transformer(
-        cls,
-        state_dict: Tensors,
-        transformer: LocalDiTTransformer2DModel,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Make sure that an adapter fits the transformer, then put it in.
-
-        Raises:
-            ValueError: if it does not.
-        """
-        _require_fit(state_dict, _bare(transformer))
-        super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
-
-    @classmethod
-    def save_lora_weights(
-        cls,
-        save_directory: str | Path,
-        transformer_lora_layers: Tensors | LocalDiTTransformer2DModel | None = None,
-        is_main_process: bool = True,
-        weight_name: str | None = None,
-        save_function: Callable[..., None] | None = None,
-        safe_serialization: bool = True,
-        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
-        *,
-        adapter_name: str | None = None,
-    ) -> None:
-        """Write an adapter to `pytorch_lora_weights.safetensors`, as `load_lora_weights` reads it.
-
-        Args:
-            save_directory: folder to write to; made where there is none.
-            transformer_lora_layers: the transformer whose adapter is to be saved, with its rank,
-                alpha and targets. Or tensors by name, as Diffusers' training scripts pass them:
-                then `transformer_lora_adapter_metadata` has to say those; without it, alpha is
-                taken to be the rank when the file is loaded.
-            is_main_process, weight_name, save_function: as in Diffusers.
-            safe_serialization, transformer_lora_adapter_metadata: likewise.
-            adapter_name: which of the transformer's adapters; not needed where there is one.
-
-        Raises:
-            ValueError: if there is no such adapter, or `save_directory` is a file.
-        """
-        layers, metadata = _bare(transformer_lora_layers), transformer_lora_adapter_metadata
-        if isinstance(layers, LocalDiTTransformer2DModel):
-            layers, metadata = adapter_of(layers, adapter_name)
-        if Path(save_directory).is_file():
-            raise ValueError(f"{save_directory} is a file; expected a folder to write to.")
-        super().save_lora_weights(
-            save_directory,
-            layers,
-            is_main_process,
-            weight_name,
-            save_function,
-            safe_serialization,
-            _as_json(metadata) if metadata else None,
-        )
 
 
 def adapter_of(
@@ -174,19 +48,19 @@ def adapter_of(
     return tensors, transformer.peft_config[adapter_name].to_dict()
 
 
-def _bare(model: Any) -> Any:
+def bare(model: Any) -> Any:
     """The model inside one that `torch.compile` made; anything else as it is."""
     return getattr(model, "_orig_mod", model)
 
 
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON can hold them, the same in every process: sets have no order."""
     return {
         name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()
     }
 
 
-def _local_file(
+def local_file(
     source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **_: Any
 ) -> Path | None:
     """The file that is meant, if `source` is one or a folder here; None if it is a hub name.
@@ -217,7 +91,7 @@ def _local_file(
     return found[0]
 
 
-def _read(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
+def read_adapter(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
     """The tensors in a file and, where it has them, an adapter's settings.
 
     Raises:
@@ -237,7 +111,7 @@ def _read(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
         ) from None
 
 
-def _require_adapter(tensors: Tensors, source: str) -> None:
+def require_adapter(tensors: Tensors, source: str) -> None:
     """Raise ValueError for what is no LoRA of a transformer in Diffusers' layout."""
     if any(name.startswith(PREFIX) and "lora" in name for name in tensors):
         return
@@ -252,7 +126,7 @@ def _require_adapter(tensors: Tensors, source: str) -> None:
     )
 
 
-def _require_no_text_encoder(tensors: Tensors) -> None:
+def require_no_text_encoder(tensors: Tensors) -> None:
     names = [name for name in tensors if name.startswith("text_encoder")]
     if names:
         raise ValueError(
@@ -262,7 +136,7 @@ def _require_no_text_encoder(tensors: Tensors) -> None:
         )
 
 
-def _require_fit(tensors: Tensors, transformer: LocalDiTTransformer2DModel) -> None:
+def require_fit(tensors: Tensors, transformer: LocalDiTTransformer2DModel) -> None:
     """Raise ValueError unless each adapted layer is there, and of the adapter's width."""
     layers = {
         name: getattr(module, "base_layer", module) for name, module in transformer.named_modules()

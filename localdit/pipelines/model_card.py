@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-
-if TYPE_CHECKING:
-    from .base import LocalDiTBasePipeline
 
 URL = "https://github.com/yourusername/localdit"
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "flow"}
@@ -47,9 +44,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)"""
 
 
-def make_model_card(
-    pipeline: LocalDiTBasePipeline, name: str, license: str, remote_code: bool
-) -> ModelCard:
+def make_model_card(pipeline: Any, name: str, license: str, remote_code: bool) -> ModelCard:
     """Write the card of a pipeline.
 
     Args:
@@ -71,7 +66,7 @@ def make_model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def _facts(pipeline: LocalDiTBasePipeline) -> dict[str, str]:
+def _facts(pipeline: Any) -> dict[str, str]:
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
     config = transformer.config
     side = config.sample_size * pipeline.vae_scale_factor

@@ -1,13 +1,13 @@
 """The arguments that all LocalDiT pipelines share, checked as a whole before any work."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from ..core.text import NO_ENCODER, check_prompts
 from . import checks
-from .prompts import NO_ENCODER, check_prompts
 
 Generators = torch.Generator | list[torch.Generator] | None
 StepCallback = Callable[..., dict[str, Any] | None]
@@ -48,18 +48,6 @@ class Request:
     callback_on_step_end_tensor_inputs: Sequence[str]
     max_sequence_length: int
     cross_attention_kwargs: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any], height: int, width: int) -> "Request":
-        """The request of a pipeline's call.
-
-        Args:
-            arguments: the call's, by name; others than those of a request are left out.
-            height, width: pixels of the pictures, where the call may have left them open.
-        """
-        named = {f.name: arguments[f.name] for f in fields(cls) if f.name in arguments}
-        text = TextEmbeddings(*(arguments[name] for name in TextEmbeddings._fields))
-        return cls(**{**named, "text": text, "height": height, "width": width})
 
     @property
     def num_prompts(self) -> int:

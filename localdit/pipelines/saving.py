@@ -1,19 +1,32 @@
-"""Folders of pipelines that Diffusers' own classes load, here and from the Hugging Face hub."""
+"""A pipeline's files: folders, checkpoints in one file, LoRA adapters, the Hugging Face hub."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.utils import EntryNotFoundError
 
+from ..config import Config
+from ..core.parts import PARTS, load_parts, locate_parts
+from ..models.transformer import LocalDiTTransformer2DModel
+from . import lora
+from .lora import Tensors
 from .model_card import make_model_card
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 INDEX = "model_index.json"
 CARD = "README.md"
@@ -28,8 +41,13 @@ from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTP
 TRANSFORMER = ["diffusers", "LocalDiTTransformer2DModel"]
 
 
-class SavingMixin(DiffusionPipeline):
-    """`save_pretrained` and `push_to_hub` with a model card and, on request, code."""
+class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
+    """Loading and saving of a pipeline; sampling is in `LocalDiTBasePipeline`.
+
+    Diffusers' LoRA loader for Sana is the one that knows a transformer and nothing else. The
+    methods here refuse, with a message that says why, what can't be a LoRA of this transformer, and
+    save an adapter with its settings. Adapters of text encoders are not supported.
+    """
 
     def save_pretrained(
         self,
@@ -109,6 +127,165 @@ class SavingMixin(DiffusionPipeline):
             config["_class_name"] = config["_class_name"][-1]
         return config
 
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        config: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a checkpoint in one file, and the parts that it lacks from elsewhere.
+
+        Args:
+            path: `.safetensors`, or `.pt` with nothing but tensors in it: a file, or its address on
+                the Hugging Face hub.
+            config: a pipeline, as folder or repository of the hub, whose other parts are taken; by
+                default those of the released model are, from their repositories.
+            torch_dtype: dtype of all parts; None keeps that of each.
+            local_files_only: take files of the hub from the cache, and fetch nothing.
+            **kwargs: parts that are there already, such as `vae`; and arguments of
+                `localdit.checkpoint.load_transformer`.
+
+        Raises:
+            OSError: the file or a part is missing, or cannot be fetched.
+            ValueError: the file is no checkpoint of a LocalDiT, is damaged, or contradicts an
+                argument.
+            TypeError: for an unknown argument.
+        """
+        given = {name: kwargs.pop(name) for name in PARTS if name in kwargs}
+        absent = [name for name in PARTS if name not in given]
+        released = Config()
+        where = {} if config else _locate(released, absent, local_files_only)
+        transformer = LocalDiTTransformer2DModel.from_single_file(
+            path, torch_dtype=torch_dtype, local_files_only=local_files_only, **kwargs
+        )
+        if config:
+            return cls.from_pretrained(
+                config,
+                transformer=transformer,
+                torch_dtype=torch_dtype,
+                local_files_only=local_files_only,
+                **given,
+            )
+        parts = load_parts(released, where, torch.device("cpu"), torch_dtype)
+        return cls(**{"transformer": transformer, **parts, **given})
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | Tensors,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load an adapter into the transformer and make it active.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a file, a folder with one, a hub name, or tensors
+                by name. Beside `.safetensors`, a `.bin` or `.pt` of plain tensors is read; nothing
+                in it is executed.
+            adapter_name: what the adapter is called from now on; by default `default_0` and so on.
+            hotswap: whether to put the weights in the place of those of `adapter_name`.
+            **kwargs: as Diffusers takes them: `weight_name`, `subfolder`, `revision`, `token` ...
+
+        Raises:
+            ImportError: if peft is missing.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or holds no LoRA, or it is one of another model.
+        """
+        if not USE_PEFT_BACKEND:
+            raise ImportError(lora.NEEDS_PEFT)
+        super().load_lora_weights(
+            pretrained_model_name_or_path_or_dict, adapter_name, hotswap, **kwargs
+        )
+
+    @classmethod
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | Path | Tensors, **kwargs: Any
+    ) -> Tensors | tuple[Tensors, dict[str, Any] | None]:
+        """The tensors of an adapter by name, and with `return_lora_metadata` its settings as well.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_lora_weights` does.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        with_metadata = kwargs.pop("return_lora_metadata", False)
+        metadata = None
+        if isinstance(source, dict):
+            tensors = super().lora_state_dict(source, **kwargs)
+        elif (file := lora.local_file(source, **kwargs)) is not None:
+            tensors, metadata = lora.read_adapter(file)
+        else:
+            kwargs.setdefault("use_safetensors", True)
+            tensors, metadata = super().lora_state_dict(
+                str(source), return_lora_metadata=True, **kwargs
+            )
+        if not isinstance(source, dict):  # of a dict, Diffusers warns that it is of no use
+            lora.require_adapter(tensors, str(source))
+        lora.require_no_text_encoder(tensors)
+        return (tensors, metadata) if with_metadata else tensors
+
+    @classmethod
+    def load_lora_into_transformer(
+        cls,
+        state_dict: Tensors,
+        transformer: LocalDiTTransformer2DModel,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Make sure that an adapter fits the transformer, then put it in.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        lora.require_fit(state_dict, lora.bare(transformer))
+        super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | Path,
+        transformer_lora_layers: Tensors | LocalDiTTransformer2DModel | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable[..., None] | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        *,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Write an adapter to `pytorch_lora_weights.safetensors`, as `load_lora_weights` reads it.
+
+        Args:
+            save_directory: folder to write to; made where there is none.
+            transformer_lora_layers: the transformer whose adapter is to be saved, with its rank,
+                alpha and targets. Or tensors by name, as Diffusers' training scripts pass them:
+                then `transformer_lora_adapter_metadata` has to say those; without it, alpha is
+                taken to be the rank when the file is loaded.
+            is_main_process, weight_name, save_function: as in Diffusers.
+            safe_serialization, transformer_lora_adapter_metadata: likewise.
+            adapter_name: which of the transformer's adapters; not needed where there is one.
+
+        Raises:
+            ValueError: if there is no such adapter, or `save_directory` is a file.
+        """
+        layers, metadata = lora.bare(transformer_lora_layers), transformer_lora_adapter_metadata
+        if isinstance(layers, LocalDiTTransformer2DModel):
+            layers, metadata = lora.adapter_of(layers, adapter_name)
+        if Path(save_directory).is_file():
+            raise ValueError(f"{save_directory} is a file; expected a folder to write to.")
+        super().save_lora_weights(
+            save_directory,
+            layers,
+            is_main_process,
+            weight_name,
+            save_function,
+            safe_serialization,
+            lora.as_json(metadata) if metadata else None,
+        )
+
 
 def _write_index(folder: Path, class_name: str, remote_code: bool) -> None:
     """Name the classes so that they are found, and write the code that remote code is."""
@@ -131,3 +308,13 @@ def _take_over_card(repo_id: str, card: Path, token: str | None) -> None:
     except EntryNotFoundError:
         return
     populate_model_card(known).save(card)
+
+
+def _locate(config: Config, absent: list[str], local_files_only: bool) -> dict[str, Any]:
+    try:
+        return locate_parts(config, absent, local_files_only)
+    except OSError as error:
+        raise OSError(
+            f"{error}; or give from_single_file a pipeline as `config`, or the parts themselves: "
+            f"{', '.join(absent)}."
+        ) from error

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from ..core.diffusion import initial_scale
 from .base import LocalDiTBasePipeline
-from .request import Generators, Request, StepCallback
-from .schedules import initial_scale
+from .request import Generators, Request, StepCallback, TextEmbeddings
 
 
 class LocalDiTPipeline(LocalDiTBasePipeline):
@@ -79,11 +79,24 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             TypeError: an argument is of a wrong type.
         """
         default_size = self.transformer.config.sample_size * self.vae_scale_factor
-        request = Request.of(
-            locals(),
-            height=default_size if height is None else height,
-            width=default_size if width is None else width,
-        )
+        height = default_size if height is None else height
+        width = default_size if width is None else width
+        request = Request(
+            prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
+            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
+            guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
+            latents=latents,
+            text=TextEmbeddings(
+                prompt_embeds, prompt_attention_mask,
+                negative_prompt_embeds, negative_prompt_attention_mask,
+            ),
+            output_type=output_type, return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )  # fmt: skip
         self.check_inputs(request)
         schedule = self.set_timesteps(request)
         text = self.encode_request(request)

@@ -5,35 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend
 
-from localdit.sources import TEXT_ENCODER, TOKENIZER, VAE, Part, locate
 from localdit.training.initialization import initialize_weights
 from localdit.training.pixart import is_pixart, start_from_pixart
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-    from transformers import PreTrainedTokenizerBase, T5EncoderModel
-
     from localdit.models import LocalDiTTransformer2DModel
-
-PARTS = {"tokenizer": TOKENIZER, "text_encoder": TEXT_ENCODER, "vae": VAE}
-
-
-class Encoders(NamedTuple):
-    """The frozen models that turn captions and pictures into what the transformer sees."""
-
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: T5EncoderModel
-    vae: AutoencoderKL
-
-    def to(self, device: torch.device | str) -> None:
-        """Move both models."""
-        self.text_encoder.to(device)
-        self.vae.to(device)
 
 
 def encoder_sources(args: argparse.Namespace) -> dict[str, str]:
@@ -44,61 +25,6 @@ def encoder_sources(args: argparse.Namespace) -> dict[str, str]:
         "vae": args.pretrained or args.vae,
     }
     return {part: str(source) for part, source in sources.items()}
-
-
-def load_encoders(sources: dict[str, str], text_dtype: torch.dtype) -> Encoders:
-    """Load tokenizer, text encoder (in `text_dtype`) and VAE (in float32: SDXL's needs its range).
-
-    Raises:
-        OSError: if one is neither a folder here nor to be had from the hub.
-    """
-    from diffusers import AutoencoderKL
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    where = {name: _locate(name, source) for name, source in sources.items()}
-    encoders = Encoders(
-        AutoTokenizer.from_pretrained(**where["tokenizer"]),
-        T5EncoderModel.from_pretrained(**where["text_encoder"], torch_dtype=text_dtype),
-        AutoencoderKL.from_pretrained(**where["vae"], torch_dtype=torch.float32),
-    )
-    encoders.text_encoder.eval().requires_grad_(False)
-    encoders.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return encoders
-
-
-def encoder_folders(sources: dict[str, str]) -> dict[str, Path]:
-    """The folders in which tokenizer, text encoder and VAE lie on this machine.
-
-    Raises:
-        OSError: if one is neither a folder here nor to be had from the hub.
-    """
-    from huggingface_hub import hf_hub_download
-
-    folders = {}
-    for name, source in sources.items():
-        where = _locate(name, source)
-        folder = Path(where["pretrained_model_name_or_path"]) / where["subfolder"]
-        if not folder.is_dir():
-            config = hf_hub_download(
-                source, PARTS[name].config, subfolder=where["subfolder"] or None
-            )
-            folder = Path(config).parent
-        folders[name] = folder.resolve()
-    return folders
-
-
-def tokenizer_class(sources: dict[str, str]) -> str:
-    """Name of the tokenizer's class in Transformers."""
-    from transformers import AutoTokenizer
-
-    return type(
-        AutoTokenizer.from_pretrained(**_locate("tokenizer", sources["tokenizer"]))
-    ).__name__
-
-
-def _locate(name: str, source: str) -> dict[str, str]:
-    part: Part = PARTS[name]
-    return locate(part, source, option=f"--{name.replace('_', '-')}")
 
 
 def transformer_config(args: argparse.Namespace) -> dict[str, Any]:

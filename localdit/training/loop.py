@@ -82,8 +82,8 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
     import torch
     from torch.nn.attention import sdpa_kernel
 
+    from localdit.core.diffusion import denoising_errors
     from localdit.training.distributed import loss_divisor
-    from localdit.training.objective import denoising_errors
     from localdit.training.outcome import agree_on
 
     accelerator, model = session.accelerator, session.state.model

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from localdit.checkpoint.reading import few
+from localdit.core.diffusion import prediction_type_of
 
 if TYPE_CHECKING:
     from localdit.models import LocalDiTTransformer2DModel
@@ -84,8 +85,7 @@ def _require_same_prediction(source: Path, prediction_type: str) -> None:
     if not file.is_file():
         return
     config = json.loads(file.read_text(encoding="utf-8"))
-    flow = config.get("use_flow_sigmas") or "FlowMatch" in config.get("_class_name", "")
-    given = "flow" if flow else config.get("prediction_type", prediction_type)
+    given = prediction_type_of({"prediction_type": prediction_type, **config})
     if given != prediction_type:
         raise ValueError(
             f"--prediction-type is {prediction_type}, but {source} comes with a scheduler for "

@@ -41,13 +41,13 @@ class PipelineFolder:
         transformer: the one in training; its configuration is used, not its weights.
         scheduler: to sample with.
         encoders: folders of "tokenizer", "text_encoder" and "vae" on this machine.
-        tokenizer_class: name of the tokenizer's class in Transformers.
+        classes: library and class of each of them.
     """
 
     transformer: LocalDiTTransformer2DModel
     scheduler: SchedulerMixin
     encoders: Mapping[str, Path]
-    tokenizer_class: str
+    classes: Mapping[str, list[str]]
 
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write a folder that `LocalDiTPipeline.from_pretrained` loads.
@@ -63,10 +63,8 @@ class PipelineFolder:
             "_class_name": "LocalDiTPipeline",
             "_diffusers_version": diffusers.__version__,
             "scheduler": ["diffusers", type(self.scheduler).__name__],
-            "text_encoder": ["transformers", "T5EncoderModel"],
-            "tokenizer": ["transformers", self.tokenizer_class],
             "transformer": TRANSFORMER,
-            "vae": ["diffusers", "AutoencoderKL"],
+            **self.classes,
         }
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model_index.json").write_text(text, encoding="utf-8")

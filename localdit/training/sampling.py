@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
     from PIL import Image
 
+    from localdit.core.parts import Encoders
     from localdit.models import LocalDiTTransformer2DModel
-    from localdit.training.components import Encoders
 
 
 class PromptPictures:

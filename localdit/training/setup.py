@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import ProjectConfiguration
 
+from localdit.core.diffusion import Objective
+from localdit.core.latents import LatentFormat
+from localdit.core.parts import (
+    encoder_classes,
+    encoder_folders,
+    load_encoders,
+    weights_fingerprint,
+)
 from localdit.models.flops import forward_flops
 from localdit.training import components, distributed, lora, sharding
 from localdit.training.agreement import TrainingStopped
@@ -18,11 +26,8 @@ from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.ema import ExponentialMovingAverage
-from localdit.training.encode.fingerprints import encoder_fingerprints, weights_fingerprint
-from localdit.training.encoding import vae_scale
 from localdit.training.inputs import InputMaker, Inputs
 from localdit.training.metrics import Metrics, peak_flops
-from localdit.training.objective import Objective
 from localdit.training.optimizer import make_optimizer
 from localdit.training.pipeline_folder import PipelineFolder, ResultFolder
 from localdit.training.sampling import PromptPictures
@@ -90,7 +95,7 @@ class Models:
         transformer: in training, bare.
         objective: what it is trained for.
         make_inputs: encodes batches.
-        latent_channels, vae_scale: of the VAE; the scale is pixels to a latent.
+        latents: the numbers of the latent space.
         result: writes what a run leaves: the folder of a pipeline, or of adapters.
         pictures: draws the validation prompts, if there are any.
     """
@@ -98,8 +103,7 @@ class Models:
     transformer: LocalDiTTransformer2DModel
     objective: Objective
     make_inputs: InputMaker
-    latent_channels: int
-    vae_scale: int
+    latents: LatentFormat
     result: ResultFolder
     pictures: PromptPictures | None
 
@@ -114,7 +118,7 @@ class Models:
         Adapters will be used with the frozen one, which places pictures of any size as it does.
         """
         if not self.frozen:
-            self.transformer.set_sample_size(pixels // self.vae_scale)
+            self.transformer.set_sample_size(pixels // self.latents.pixels_per_latent)
 
     def step_flops(self, inputs: Inputs) -> int:
         """Operations of the model for a batch, forward and backward.
@@ -139,8 +143,8 @@ class Models:
             data.found.samples,
             data.sizes,
             draws,
-            self.latent_channels,
-            self.vae_scale,
+            self.latents.channels,
+            self.latents.pixels_per_latent,
             data.found.encoded,
         )
 
@@ -162,23 +166,21 @@ def load_models(
     encoders = None
     if pictures_wait or args.validation_prompts:
         text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        encoders = components.load_encoders(sources, text_dtype)
+        encoders = load_encoders(sources, text_dtype)
         if encoded is not None:
-            _require_same_encoders(encoded.manifest.fingerprints, encoder_fingerprints(encoders))
+            _require_same_encoders(encoded.manifest.fingerprints, encoders.fingerprints())
         encoders.to(device)
     if encoders is not None:
-        text_width, channels = (
-            encoders.text_encoder.config.d_model,
-            encoders.vae.config.latent_channels,
-        )
-        scale = vae_scale(encoders.vae)
+        text_width, latents = encoders.text.width, encoders.latents.format
     else:
         assert encoded is not None
-        text_width, channels = encoded.manifest.text_width, encoded.manifest.latent_channels
-        scale = encoded.manifest.vae_scale
-
+        manifest = encoded.manifest
+        text_width = manifest.text_width
+        latents = LatentFormat(
+            manifest.latent_channels, manifest.vae_scale, manifest.scaling_factor
+        )
     transformer = components.load_transformer(args)
-    components.check_fit(transformer, text_width, channels)
+    components.check_fit(transformer, text_width, latents.channels)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     result = _result_folder(args, transformer, objective, sources)
     transformer.to(device)
@@ -204,11 +206,10 @@ def load_models(
             device,
             encoders if pictures_wait else None,
             args.max_caption_length,
-            transformer.use_additional_conditions,
+            transformer,
             bf16=accelerator.mixed_precision == "bf16",
         ),
-        channels,
-        scale,
+        latents,
         result,
         pictures,
     )
@@ -231,8 +232,8 @@ def _result_folder(
         return PipelineFolder(
             transformer,
             objective.sampling_scheduler(),
-            components.encoder_folders(sources),
-            components.tokenizer_class(sources),
+            encoder_folders(sources),
+            encoder_classes(sources),
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
     lora.add_adapters(transformer, args)

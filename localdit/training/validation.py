@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from localdit.core.diffusion import Objective, denoising_errors
 from localdit.training.data.buckets import Size
-from localdit.training.objective import Objective, denoising_errors
 
 
 def hold_out(ids: Sequence[str], count: int, seed: int = 0) -> np.ndarray:

@@ -14,12 +14,13 @@ from diffusers import (
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 
+from localdit.core import latents as autoencoding
+from localdit.core import tiling
+from localdit.core.conditions import size_conditions
 from localdit.pipelines import (
     LocalDiTImg2ImgPipeline,
     LocalDiTInpaintPipeline,
     LocalDiTPipeline,
-    autoencoding,
-    tiling,
 )
 from tests.tiny import tiny_components, tiny_pipeline
 
@@ -154,7 +155,7 @@ def test_size_and_aspect_ratio_serve_every_row(pipe, calls):
 def test_a_transformer_without_conditions_gets_none(monkeypatch):
     pipe = tiny_pipeline(use_additional_conditions=False)
     assert latents_of(pipe).isfinite().all()
-    assert pipe._micro_conditions(torch.zeros(1, 4, 8, 8)) == {
+    assert size_conditions(pipe.transformer, 64, 64, torch.device("cpu")) == {
         "resolution": None,
         "aspect_ratio": None,
     }
@@ -169,7 +170,7 @@ def test_a_learned_variance_is_left_out(seeded):
         encoder_hidden_states=embeds,
         encoder_attention_mask=mask,
         timestep=torch.tensor([7]),
-        added_cond_kwargs=pipe._micro_conditions(latents),
+        added_cond_kwargs=size_conditions(pipe.transformer, 64, 64, latents.device),
     ).sample
     assert full.shape[1] == 8
     predicted = pipe.predict(torch.tensor(7), latents, embeds, mask)

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from localdit.pipelines.guidance import DenoiserText, guided_steps, shorten
+from localdit.core.conditions import size_conditions
+from localdit.core.text import cut_padding
+from localdit.pipelines.guidance import DenoiserText, guided_steps
 from tests.tiny import tiny_pipeline
 
 
@@ -16,21 +18,21 @@ def draw(pipe, prompt="a cat", **arguments):
 def test_padding_of_all_rows_is_cut_to_a_multiple_of_eight():
     embeds, mask = torch.randn(2, 120, 4), torch.zeros(2, 120)
     mask[0, :3] = mask[1, :9] = 1
-    short, short_mask = shorten(embeds, mask)
+    short, short_mask = cut_padding(embeds, mask)
     assert torch.equal(short, embeds[:, :16])
     assert torch.equal(short_mask, mask[:, :16])
     mask[0, 118] = 0.5  # weighs a little, so it counts
-    assert shorten(embeds, mask)[0].shape[1] == 120
+    assert cut_padding(embeds, mask)[0].shape[1] == 120
 
 
 def test_lengths_that_are_no_multiple_stay_whole():
-    assert shorten(torch.randn(1, 13, 4), torch.ones(1, 13))[0].shape == (1, 13, 4)
+    assert cut_padding(torch.randn(1, 13, 4), torch.ones(1, 13))[0].shape == (1, 13, 4)
 
 
 def test_a_row_of_padding_alone_stops_the_cut():
     mask = torch.zeros(2, 24)
     mask[0, :3] = 1
-    assert shorten(torch.randn(2, 24, 4), mask)[0].shape[1] == 24
+    assert cut_padding(torch.randn(2, 24, 4), mask)[0].shape[1] == 24
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,7 +42,7 @@ def test_the_transformer_predicts_the_same_without_padding(dtype, seeded):
     text = pipe.encode_prompt(["a cat", "a small red dog on the left of a lake"], False)[:2]
     shared = {
         "timestep": torch.tensor([500]),
-        "added_cond_kwargs": pipe._micro_conditions(latents),
+        "added_cond_kwargs": size_conditions(pipe.transformer, 64, 64, latents.device),
         "return_dict": False,
     }
     with torch.no_grad():
@@ -48,9 +50,9 @@ def test_the_transformer_predicts_the_same_without_padding(dtype, seeded):
             pipe.transformer(
                 latents, encoder_hidden_states=embeds, encoder_attention_mask=mask, **shared
             )[0].float()
-            for embeds, mask in (text, shorten(*text))
+            for embeds, mask in (text, cut_padding(*text))
         )
-    assert shorten(*text)[0].shape[1] == 16
+    assert cut_padding(*text)[0].shape[1] == 16
     scale = full.abs().max()
     assert (cut - full).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * scale
     garbled = text[0].clone()

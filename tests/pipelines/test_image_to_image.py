@@ -160,8 +160,8 @@ def test_a_large_image_is_encoded_in_tiles(img2img, monkeypatch):
     tiled = []
     encode = img2img.vae._tiled_encode
     monkeypatch.setattr(img2img.vae, "_tiled_encode", lambda x: (tiled.append(1), encode(x))[1])
-    monkeypatch.setattr("localdit.pipelines.autoencoding.TILING_THRESHOLD", 64 * 64)
-    monkeypatch.setattr("localdit.pipelines.tiling.TILE", 8)
+    monkeypatch.setattr("localdit.core.latents.TILING_THRESHOLD", 64 * 64)
+    monkeypatch.setattr("localdit.core.tiling.TILE", 8)
     assert change(img2img, torch.zeros(3, 96, 96)).isfinite().all()
     assert tiled
     assert not img2img.vae.use_tiling

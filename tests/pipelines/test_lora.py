@@ -355,7 +355,7 @@ def test_what_cannot_be_saved_is_refused(pipe, tmp_path):
 
 
 def test_without_peft_there_is_one_line(pipe, files, monkeypatch):
-    monkeypatch.setattr(lora, "USE_PEFT_BACKEND", False)
+    monkeypatch.setattr(saving, "USE_PEFT_BACKEND", False)
     with pytest.raises(ImportError, match=r"^LoRA needs peft .*: pip install 'localdit\[lora\]'$"):
         pipe.load_lora_weights(files / "first")
 

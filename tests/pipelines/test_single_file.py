@@ -67,7 +67,7 @@ def test_the_parts_are_those_of_the_released_model_by_default(
     LocalDiTPipeline(**parts).save_pretrained(tmp_path)
 
     monkeypatch.setattr(
-        "localdit.pipelines.single_file.Config",
+        "localdit.pipelines.saving.Config",
         lambda: Config(text_encoder=tmp_path, vae=tmp_path, scheduler=tmp_path),
     )
     pipe = LocalDiTPipeline.from_single_file(checkpoint, **settings)

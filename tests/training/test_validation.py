@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from localdit.core.diffusion import Objective
 from localdit.training.data.buckets import Size
-from localdit.training.objective import Objective
 from localdit.training.validation import ValidationBatch, hold_out, validation_losses
 from tests.tiny import TEXT_WIDTH, tiny_components
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from localdit.pipelines.prompts import MAX_PROMPT_CHARACTERS
+from localdit.core.text import MAX_PROMPT_CHARACTERS
 from localdit.training.data.faults import BrokenSample
 from localdit.training.data.samples import Blob
 

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from localdit.core.diffusion import TimestepSampling, sample_position
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import EncodedSet, read_encoded
 from localdit.training.data.faults import BrokenSample, Fault
 from localdit.training.data.order import NOTHING, Visit
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import Sample
-from localdit.training.objective import TimestepSampling, sample_position
 
 
 @dataclass(frozen=True)

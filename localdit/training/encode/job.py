@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from localdit.core.parts import Encoders, load_encoders
 from localdit.progress import hidden
-from localdit.training.components import Encoders, encoder_sources, load_encoders
+from localdit.training.components import encoder_sources
 from localdit.training.data.encoded import open_encoded, tar_path, unwritten_shards
 from localdit.training.data.faults import Faults, require_few
 from localdit.training.data.finding import find_samples
 from localdit.training.data.manifest import Manifest
-from localdit.training.encode.fingerprints import encoder_fingerprints
 from localdit.training.encode.folder import free_bytes
 from localdit.training.encode.plan import DiskNeed, Plan, disk_need, make_plan
 from localdit.training.encode.shards import ShardEncoder, read_pictures
-from localdit.training.encoding import CaptionEncoder, vae_scale
+from localdit.training.encoding import CaptionEncoder
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def _manifest(
         max_caption_length=args.max_caption_length,
         mixed_precision=args.mixed_precision,
         latent_channels=vae.latent_channels,
-        vae_scale=vae_scale(encoders.vae),
+        vae_scale=encoders.latents.format.pixels_per_latent,
         scaling_factor=vae.scaling_factor,
-        text_width=encoders.text_encoder.config.d_model,
-        fingerprints=encoder_fingerprints(encoders),
+        text_width=encoders.text.width,
+        fingerprints=encoders.fingerprints(),
         samples=len(plan.samples),
         shards=plan.num_shards,
         samples_per_shard=plan.samples_per_shard,

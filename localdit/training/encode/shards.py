@@ -18,13 +18,14 @@ import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
+from localdit.core.latents import LatentSpace
 from localdit.training.checkpointing import flush_entry
 from localdit.training.data.encoded import index_path, tar_path
 from localdit.training.data.faults import BrokenSample, Fault
 from localdit.training.data.manifest import FORMAT
 from localdit.training.data.pictures import read_picture
 from localdit.training.encode.plan import BLOCK, Plan
-from localdit.training.encoding import CaptionEncoder, encode_captions, encode_pictures
+from localdit.training.encoding import CaptionEncoder, encode_captions
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -144,7 +145,8 @@ class ShardEncoder:
             indices, pixels, broken = next(pictures)
             faults += broken
             if pixels is not None:
-                encoded = encode_pictures(self.vae, pixels, self.bf16).to("cpu", torch.float16)
+                encoded = LatentSpace(self.vae).encode_pixels(pixels, self.bf16)
+                encoded = encoded.to("cpu", torch.float16)
                 latents |= dict(zip(indices, encoded, strict=True))
             self.progress(len(planned))
         for index in [index for index, values in latents.items() if not values.isfinite().all()]:

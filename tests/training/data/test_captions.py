@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from localdit.pipelines.prompts import MAX_PROMPT_CHARACTERS
+from localdit.core.text import MAX_PROMPT_CHARACTERS
 from localdit.training.data.captions import MAX_FILE_BYTES, CaptionFile, read_captions
 from localdit.training.data.faults import BrokenSample
 from localdit.training.data.samples import Blob

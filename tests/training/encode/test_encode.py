@@ -15,15 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from localdit.training.components import load_encoders
+from localdit.core.latents import LatentSpace
+from localdit.core.parts import load_encoders
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import open_encoded, read_encoded
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import Blob
 from localdit.training.encode import job
-from localdit.training.encode import shards as shards_module
 from localdit.training.encode.__main__ import main
-from localdit.training.encoding import CaptionEncoder, encode_pictures
+from localdit.training.encoding import CaptionEncoder
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).parents[3]
@@ -86,7 +86,7 @@ def test_latents_and_text_are_what_the_encoders_give(workplace):
     for sample in found.samples:
         size = Size(sample.height, sample.width)
         pixels = read_picture(Blob(str(workplace / "pictures" / sample.id)), size)
-        expected = encode_pictures(encoders.vae, pixels[None])[0]
+        expected = LatentSpace(encoders.vae).encode_pixels(pixels[None])[0]
         for number, caption in enumerate(sample.captions):
             latents, text = read_encoded(sample, number)
             torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
@@ -240,12 +240,14 @@ def test_broken_pictures_are_left_out_and_counted(workplace, tmp_path, capsys, m
 
 
 def test_latents_that_are_not_finite_are_not_written(workplace, tmp_path, monkeypatch, capsys):
-    def overflow(vae, pixels, bf16):
-        latents = encode_pictures(vae, pixels, bf16)
+    encode = LatentSpace.encode_pixels
+
+    def overflow(space, pixels, bf16):
+        latents = encode(space, pixels, bf16)
         latents[0, 0, 0, 0] = 1e6  # beyond float16
         return latents
 
-    monkeypatch.setattr(shards_module, "encode_pictures", overflow)
+    monkeypatch.setattr(LatentSpace, "encode_pixels", overflow)
     message = stopped(options(workplace, tmp_path / "new", "--max-broken", "0.5"))
     assert "damaged" in message
 

@@ -4,8 +4,8 @@ import time
 import pytest
 import torch
 
-from localdit.pipelines.prompts import MAX_PROMPT_CHARACTERS, check_prompts, preprocess, tokenize
-from tests.tiny import tiny_tokenizer
+from localdit.core.text import MAX_PROMPT_CHARACTERS, TextSpace, check_prompts, pad_states
+from tests.tiny import tiny_components, tiny_tokenizer
 
 
 def test_one_prompt_becomes_a_list_and_an_empty_prompt_is_one():
@@ -28,8 +28,12 @@ def test_what_cannot_be_tokenised_is_refused(prompt, error, message):
         check_prompts(prompt)
 
 
+def tokenize(tokenizer, texts, max_length):
+    """Tokenise as for a pipeline's prompts."""
+    return TextSpace(tokenizer, None).tokenize(texts, max_length, warn=True, padding="max_length")
+
+
 def test_prompts_are_prepared_as_captions_were():
-    assert preprocess("  A RED Circle\n") == "a red circle"
     tokenizer = tiny_tokenizer()
     ids, _ = tokenize(tokenizer, [" A RED Circle", "a red circle"], 8)
     assert torch.equal(ids[0], ids[1])
@@ -101,3 +105,50 @@ def test_prompts_and_negative_prompts_must_match_in_number(pipe):
         pipe.encode_prompt(["a", "b", "c", "d"], negative_prompt=["x", "y"])
     with pytest.raises(TypeError, match="NoneType"):
         pipe.encode_prompt(None)
+
+
+CAPTIONS = ["", "a red circle", "A Blue Star above the lake ", "a cat"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_components()
+
+
+@pytest.fixture
+def text(parts):
+    return TextSpace(parts["tokenizer"], parts["text_encoder"])
+
+
+def test_captions_are_encoded_as_the_pipeline_encodes_prompts(parts, text):
+    from localdit import LocalDiTPipeline
+
+    states, mask = text.encode_batch(CAPTIONS, 120)
+    expected, expected_mask, _, _ = LocalDiTPipeline(**parts).encode_prompt(
+        CAPTIONS, do_classifier_free_guidance=False
+    )
+    length = states.shape[1]
+    assert torch.equal(mask, expected_mask[:, :length])
+    assert expected_mask[:, length:].sum() == 0
+    torch.testing.assert_close(states[mask.bool()], expected[expected_mask.bool()])
+
+
+def test_captions_are_cut(text):
+    assert text.encode_batch(["a " * 50], 5)[0].shape == (1, 5, 16)
+
+
+def test_tokens_are_counted_as_they_are_encoded(parts, text):
+    counts = text.count_tokens(CAPTIONS, 120)
+    assert counts == text.encode_batch(CAPTIONS, 120)[1].sum(dim=1).tolist() == [1, 4, 7, 3]
+    assert text.count_tokens([], 120) == []
+    assert TextSpace(parts["tokenizer"], None).count_tokens(["a " * 50], 5) == [5]
+
+
+def test_text_is_padded_to_few_lengths():
+    states = [torch.ones(3, 2, dtype=torch.bfloat16), torch.ones(9, 2, dtype=torch.bfloat16)]
+    padded, mask = pad_states(states)
+    assert padded.shape == (2, 16, 2)
+    assert padded.dtype == torch.bfloat16
+    assert mask.sum(dim=1).tolist() == [3, 9]
+    assert torch.equal(padded, mask[..., None].expand(2, 16, 2).bfloat16())
+    assert pad_states(states[:1])[0].shape == (1, 8, 2)

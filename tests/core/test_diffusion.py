@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from localdit.core.diffusion import Objective, denoising_errors, sample_position
 from localdit.pipelines import LocalDiTImg2ImgPipeline
-from localdit.training.objective import Objective, denoising_errors, sample_position
 from tests.tiny import tiny_pipeline
 
 OBJECTIVES = [

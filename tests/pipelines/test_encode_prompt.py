@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from localdit.core.text import TextCache
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
-from localdit.pipelines.prompt_cache import PromptCache
 from tests.tiny import tiny_components, tiny_pipeline
 
 
@@ -105,7 +105,7 @@ def test_gradients_reach_the_text_encoder_all_the_same(own, encoded):
 
 def test_the_cache_is_bounded_and_forgets_the_least_recently_used():
     states = torch.ones(4, 8)  # 128 bytes
-    cache = PromptCache(max_bytes=300)
+    cache = TextCache(max_bytes=300)
     cache.put("a", states)
     cache.put("b", states)
     assert cache.get("a") is not None

@@ -3,8 +3,7 @@ import copy
 import pytest
 import torch
 
-from localdit.training.components import Encoders
-from localdit.training.encode.fingerprints import encoder_fingerprints
+from localdit.core.parts import Encoders
 from tests.tiny import tiny_components, tiny_tokenizer
 
 
@@ -15,7 +14,7 @@ def encoders():
 
 
 def test_where_and_how_encoders_are_kept_does_not_matter(encoders, tmp_path):
-    expected = encoder_fingerprints(encoders)
+    expected = encoders.fingerprints()
     assert {len(fingerprint) for fingerprint in expected.values()} == {64}
     encoders.tokenizer(["a cat", "a"], padding=True, truncation=True, max_length=5)
     encoders.vae.to(memory_format=torch.channels_last)
@@ -28,7 +27,7 @@ def test_where_and_how_encoders_are_kept_does_not_matter(encoders, tmp_path):
             for name, part in zip(encoders._fields, encoders, strict=True)
         )
     )
-    assert encoder_fingerprints(encoders) == encoder_fingerprints(loaded) == expected
+    assert encoders.fingerprints() == loaded.fingerprints() == expected
 
 
 @pytest.mark.parametrize("part", Encoders._fields)
@@ -39,6 +38,6 @@ def test_a_change_of_one_part_is_seen_in_its_fingerprint(encoders, part):
         changed.add_tokens(["dragon"])
     else:
         next(changed.parameters()).data[0] *= 1.01
-    before = encoder_fingerprints(encoders)
-    after = encoder_fingerprints(encoders._replace(**{part: changed}))
+    before = encoders.fingerprints()
+    after = encoders._replace(**{part: changed}).fingerprints()
     assert [name for name in before if before[name] != after[name]] == [part]

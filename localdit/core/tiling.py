@@ -1,26 +1,27 @@
 """Large pictures through the autoencoder in tiles, without seams.
 
 Diffusers cuts the picture into overlapping tiles and fades one into the next. What stays visible
-comes from the group norms: each tile is normalised by its own mean and variance, so that a tile of
-sky and a tile of grass are decoded by different functions. Here the statistics of every norm are
-taken once, from crops spread over the whole picture, and hold for all of its tiles.
+comes from the group norms: each tile is normalised by its own mean and variance, so a tile of sky
+and a tile of grass are decoded by different functions. Here the statistics of every norm are taken
+once, from crops spread over the whole picture, and hold for all of its tiles. Autoencoders without
+group norms need no such statistics.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# Lengths in latents. A tile is 1024 pixels wide. The overlap exceeds the 17 latents or so that the
-# decoder of the SDXL autoencoder sees to each side, so that a tile fades out before its border
-# shows. The crops are together as large as a tile, and so need no more memory.
+# Lengths in latents. A tile is 1024 pixels wide where a latent has 8. The overlap exceeds the 17
+# latents or so that the decoder of the SDXL autoencoder sees to each side, so that a tile fades out
+# before its border shows. The crops together are as large as a tile, so they need no more memory.
 TILE, OVERLAP = 128, 0.25
 CROP, CROPS_A_SIDE = 32, 4
 
@@ -28,39 +29,73 @@ Statistics = tuple[torch.Tensor, torch.Tensor]
 
 
 @contextmanager
-def tile_settings(vae: AutoencoderKL) -> Iterator[None]:
-    """Let an autoencoder work in tiles of `TILE` x `TILE` latents; restore it afterwards."""
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    settings = {
-        "use_tiling": True,
-        "tile_latent_min_size": TILE,
-        "tile_sample_min_size": TILE * scale,
-        "tile_overlap_factor": OVERLAP,
-    }
+def tile_settings(vae: Any) -> Iterator[None]:
+    """Let an autoencoder work in tiles of about 1024 x 1024 pixels; restore it afterwards."""
+    settings = {"use_tiling": True, **_tile_sizes(vae)}
     before = {name: getattr(vae, name) for name in settings}
-    for name, value in settings.items():
-        setattr(vae, name, value)
+    _set(vae, settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(vae, name, value)
+        _set(vae, before)
+
+
+def _tile_sizes(vae: Any) -> dict[str, Any]:
+    """Return the attributes that set the tiles of an autoencoder's class."""
+    if hasattr(vae, "tile_sample_stride_height"):  # AutoencoderDC
+        tile = TILE * 8
+        stride = int(tile * (1 - OVERLAP))
+        return {
+            "tile_sample_min_height": tile,
+            "tile_sample_min_width": tile,
+            "tile_latent_min_height": tile // vae.spatial_compression_ratio,
+            "tile_latent_min_width": tile // vae.spatial_compression_ratio,
+            "tile_sample_stride_height": stride,
+            "tile_sample_stride_width": stride,
+        }
+    blocks = vae.config.block_out_channels
+    return {
+        "tile_latent_min_size": TILE,
+        "tile_sample_min_size": TILE * 2 ** (len(blocks) - 1),
+        "tile_overlap_factor": OVERLAP,
+    }
+
+
+def _set(vae: Any, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        setattr(vae, name, value)
+
+
+def is_tiled(vae: Any, size: Sequence[int], scale: int) -> bool:
+    """Return whether an autoencoder cuts `size` into tiles.
+
+    Args:
+        vae: the autoencoder, as it is set.
+        size: height and width, in latents times `scale`.
+        scale: units of `size` along the side of a latent.
+    """
+    if not getattr(vae, "use_tiling", False):
+        return False
+    if hasattr(vae, "tile_latent_min_height"):
+        tiles = vae.tile_latent_min_height, vae.tile_latent_min_width
+    else:
+        tiles = vae.tile_latent_min_size, vae.tile_latent_min_size
+    return any(side > scale * tile for side, tile in zip(size, tiles, strict=True))
 
 
 def in_tiles(
-    vae: AutoencoderKL,
-    run: Callable[[torch.Tensor], torch.Tensor],
-    picture: torch.Tensor,
-    crop: int,
+    vae: Any, run: Callable[[torch.Tensor], torch.Tensor], picture: torch.Tensor, crop: int
 ) -> torch.Tensor:
     """Encode or decode one picture in the tiles that `vae` is set to.
 
     Args:
-        vae: the autoencoder that `run` calls, tiling switched on.
-        run: from `(N, C, H, W)`, pixels or latents, to what it makes of them.
+        vae: the autoencoder that `run` calls, with tiling enabled.
+        run: maps `(N, C, H, W)`, pixels or latents, to latents or pixels.
         picture: `(1, C, H, W)`.
         crop: side of the crops that the statistics are taken from, in the picture's own unit.
     """
+    if not any(isinstance(module, nn.GroupNorm) for module in vae.modules()):
+        return run(picture)
     vae.use_tiling = False
     try:
         with RecordedGroupNorms() as norms:
@@ -72,10 +107,10 @@ def in_tiles(
 
 
 def spread_crops(picture: torch.Tensor, size: int) -> torch.Tensor:
-    """Square crops of `(1, C, H, W)`, each from the middle of its part of an even grid.
+    """Cut square crops of `(1, C, H, W)`, each from the middle of its cell of an even grid.
 
     Returns:
-        `(CROPS_A_SIDE**2, C, size, size)`; smaller where the parts of the grid are.
+        `(CROPS_A_SIDE**2, C, size, size)`; smaller where the cells are.
     """
     n = CROPS_A_SIDE
     height, width = (max(1, min(size, length // n)) for length in picture.shape[2:])
@@ -87,7 +122,7 @@ def spread_crops(picture: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class _GroupNorms(TorchFunctionMode, ABC):
-    """Stands in for `F.group_norm` while it is active; modules and their hooks stay untouched."""
+    """Replace `F.group_norm` while active; modules and their hooks stay untouched."""
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -123,7 +158,7 @@ class _GroupNorms(TorchFunctionMode, ABC):
 
 
 class RecordedGroupNorms(_GroupNorms):
-    """Normalises a batch as if it were one picture, and records each norm's statistics."""
+    """Normalise a batch as if it were one picture, and record each norm's statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +172,7 @@ class RecordedGroupNorms(_GroupNorms):
 
 
 class FixedGroupNorms(_GroupNorms):
-    """Normalises by recorded statistics, over and over in the order of recording."""
+    """Normalise by recorded statistics, again and again in the order of recording."""
 
     def __init__(self, statistics: list[Statistics]) -> None:
         super().__init__()

@@ -5,8 +5,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from localdit.pipelines import autoencoding, tiling
-from localdit.pipelines.tiling import FixedGroupNorms, RecordedGroupNorms, in_tiles, spread_crops
+from localdit.core import latents as autoencoding
+from localdit.core import tiling
+from localdit.core.tiling import FixedGroupNorms, RecordedGroupNorms, in_tiles, spread_crops
 from localdit.utils import model_in_the_box
 from tests.tiny import tiny_components, tiny_pipeline
 

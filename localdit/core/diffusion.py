@@ -1,16 +1,18 @@
-"""What a denoiser is trained on: timesteps, noise, targets and weights.
+"""The diffusion: what a denoiser is trained to predict, and the schedulers that sample it.
 
-Predictions of the noise and of v share the noise schedule of DDPM (Ho et al., 2020): 1000 steps of
-linear betas, as diffusers' schedulers compute them. Flow matching goes straight from the latents to
-the noise.
+Noise prediction and v-prediction share the noise schedule of DDPM (Ho et al., 2020): 1000 steps of
+linear betas, as Diffusers' schedulers compute them. Flow matching goes straight from the latents to
+the noise. The second half of the module evens out what schedulers of different families name
+differently or lack.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
@@ -22,7 +24,7 @@ NOISE_SCHEDULE = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0
 
 @dataclass(frozen=True)
 class Objective:
-    """What the model is to predict of `alpha * latents + sigma * noise`.
+    """What the model learns to predict, given `alpha * latents + sigma * noise`.
 
     "epsilon": the noise, where `alpha**2` is the product of DDPM's alphas up to the timestep and
     `sigma**2 = 1 - alpha**2`. "v_prediction": `alpha * noise - sigma * latents` in the same
@@ -31,8 +33,8 @@ class Objective:
 
     Args:
         prediction_type: one of the three.
-        min_snr_gamma: cap of the signal-to-noise ratio in the loss's weights; None weighs all
-            timesteps the same. Not for "flow".
+        min_snr_gamma: cap of the signal-to-noise ratio in the loss weights; None weighs all
+            timesteps alike. Not for "flow".
         flow_shift: s in `s * sigma / (1 + (s - 1) * sigma)`, which moves the levels of "flow"
             towards noise, in training and in sampling (Esser et al., 2024, section 5.3.2).
         num_timesteps: of the schedule. In "flow", the timestep is `sigma * num_timesteps`.
@@ -47,7 +49,7 @@ class Objective:
     num_timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        """Refuse what can't be trained on."""
+        """Check the values, and that they go together."""
         if self.prediction_type not in get_args(PredictionType):
             raise ValueError(
                 f"The prediction type is {self.prediction_type!r}; expected one of "
@@ -74,7 +76,7 @@ class Objective:
         return self.prediction_type == "flow"
 
     def timesteps(self, positions: torch.Tensor) -> torch.Tensor:
-        """The timesteps `(B,)` at positions `(B,)` in [0, 1), from the latents to the noise.
+        """Return the timesteps `(B,)` at positions `(B,)` in [0, 1), from latents to noise.
 
         int64 in 0 .. num_timesteps - 1; for "flow" float32 (the sampler passes the integer part).
         """
@@ -87,14 +89,14 @@ class Objective:
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """`alpha * latents + sigma * noise`: `(B, C, H, W)`, at timesteps `(B,)`."""
+        """Return `alpha * latents + sigma * noise`, `(B, C, H, W)`, at timesteps `(B,)`."""
         alpha, sigma = self._levels(timesteps)
         return alpha * latents + sigma * noise
 
     def target(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """What the model is to predict, `(B, C, H, W)`."""
+        """Return the target of the prediction, `(B, C, H, W)`."""
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "v_prediction":
@@ -103,7 +105,7 @@ class Objective:
         return noise - latents
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the errors at timesteps `(B,)` count, `(B,)` (Hang et al., 2023).
+        """Return the weights of the errors at timesteps `(B,)`, `(B,)` (Hang et al., 2023).
 
         With `min_snr_gamma`, `min(snr, gamma) / snr` for noise prediction and
         `min(snr, gamma) / (snr + 1)` for v-prediction: either way the error of the clean latents is
@@ -117,7 +119,7 @@ class Objective:
         return snr.clamp(max=self.min_snr_gamma) / normaliser
 
     def sampling_scheduler(self) -> DPMSolverMultistepScheduler:
-        """DPM-Solver++ 2M for what is predicted, over the noise levels that are trained."""
+        """Return DPM-Solver++ 2M for this prediction, over the noise levels of the training."""
         if self.is_flow:
             return DPMSolverMultistepScheduler(
                 num_train_timesteps=self.num_timesteps,
@@ -132,7 +134,7 @@ class Objective:
         )
 
     def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Alpha and sigma, both `(B, 1, 1, 1)` float32."""
+        """Return alpha and sigma, both `(B, 1, 1, 1)` float32."""
         if self.is_flow:
             sigma = (timesteps / self.num_timesteps).view(-1, 1, 1, 1)
             return 1 - sigma, sigma
@@ -143,16 +145,16 @@ class Objective:
 
 @functools.lru_cache(maxsize=8)
 def _alphas_cumprod(num_timesteps: int, device: torch.device) -> torch.Tensor:
-    """The products of DDPM's alphas, `(num_timesteps,)` float32."""
+    """Return the products of DDPM's alphas, `(num_timesteps,)` float32; cached per device."""
     scheduler = DDPMScheduler(num_train_timesteps=num_timesteps, **NOISE_SCHEDULE)
     return scheduler.alphas_cumprod.to(device)
 
 
 def sample_position(generator: torch.Generator, sampling: TimestepSampling) -> float:
-    """Draw where in [0, 1) a sample's timestep lies.
+    """Draw the position of a sample's timestep in [0, 1).
 
-    "uniform" takes every position as often; "logit_normal" takes the sigmoid of a standard normal
-    number, which favours the middle (Esser et al., 2024, section 3.1).
+    "uniform" draws all positions equally often; "logit_normal" takes the sigmoid of a standard
+    normal number, which favours the middle (Esser et al., 2024, section 3.1).
     """
     # In float32, as batches hold positions: rounding a float64 could give 1.
     if sampling == "uniform":
@@ -161,5 +163,71 @@ def sample_position(generator: torch.Generator, sampling: TimestepSampling) -> f
 
 
 def denoising_errors(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The mean squared error of each sample in float32: `(B, C, H, W)` twice to `(B,)`."""
+    """Return the mean squared error of each sample, `(B,)` float32, of tensors `(B, C, H, W)`."""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def prediction_type_of(scheduler_config: Mapping[str, Any]) -> str:
+    """Return the prediction type that a scheduler's configuration is made for.
+
+    Args:
+        scheduler_config: as `scheduler_config.json` has it.
+
+    Returns:
+        One of `PredictionType`, or another value of the configuration's `prediction_type`.
+    """
+    kind = scheduler_config.get("prediction_type", "epsilon")
+    flow = scheduler_config.get("use_flow_sigmas") or kind == "flow_prediction"
+    if flow or "FlowMatch" in scheduler_config.get("_class_name", ""):
+        return "flow"
+    return kind
+
+
+def check_schedule(scheduler: Any) -> None:
+    """Raise `ValueError` for timesteps that do not lead from noise to a picture.
+
+    Timesteps must not ascend, and must exist: those of a scheduler that counts in whole ones are at
+    least 0. A solver of order 1 that goes by noise levels divides by their differences, which must
+    not be 0; neighbouring timesteps that are the same after rounding do no harm to it.
+    """
+    timesteps, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
+    sound = len(timesteps) > 0 and bool((timesteps.diff() <= 0).all())
+    if sound and not timesteps.is_floating_point():
+        sound = bool(timesteps[-1] >= 0)
+    if sound and sigmas is not None and scheduler.order == 1:
+        sound = bool((sigmas[: len(timesteps)].diff() < 0).all())
+    if not sound:
+        raise ValueError(
+            f"The {len(timesteps)} timesteps must each be lower than the one before, and at least "
+            "0: take fewer steps, or correct the timesteps or sigmas given."
+        )
+
+
+def initial_scale(scheduler: Any) -> Any:
+    """Return the standard deviation of the noise that sampling starts from; 1 for flow matching."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def scale_input(scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Scale latents as the scheduler wants the model to see them; flow matching scales nothing."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    return scheduler.scale_model_input(latents, timestep)
+
+
+def add_noise(
+    scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Add the noise of a timestep to latents `(B, C, H, W)`.
+
+    Raises:
+        ValueError: if the scheduler can't add noise.
+    """
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(latents, noise, timestep.expand(len(latents)))
+    if hasattr(scheduler, "scale_noise"):  # flow matching
+        return scheduler.scale_noise(latents, timestep.expand(len(latents)), noise)
+    raise ValueError(
+        f"{type(scheduler).__name__} cannot start from a picture (it has no `add_noise`): use "
+        "another scheduler."
+    )

@@ -1,0 +1,31 @@
+"""Conditions beside text: the size of the picture, as PixArt-alpha's "micro-conditions"."""
+
+from __future__ import annotations
+
+import torch
+
+
+def size_conditions(
+    transformer: object, height: int, width: int, device: torch.device
+) -> dict[str, torch.Tensor | None]:
+    """Return the transformer's `added_cond_kwargs` for pictures of a size.
+
+    There is one row for the whole batch, since some step caches leave half of a batch out. Values
+    are float32 whatever the latents are: the embedding computes in float32, and bfloat16 would
+    round.
+
+    Args:
+        transformer: the denoiser; if it is not conditioned on sizes, the values are None.
+        height, width: of the pictures, in pixels.
+        device: where to put the values.
+
+    Returns:
+        "resolution" `(1, 2)`, height and width in pixels, and "aspect_ratio" `(1, 1)`,
+        width / height.
+    """
+    if not getattr(transformer, "use_additional_conditions", False):
+        return {"resolution": None, "aspect_ratio": None}
+    return {
+        "resolution": torch.tensor([[height, width]], dtype=torch.float32, device=device),
+        "aspect_ratio": torch.tensor([[width / height]], dtype=torch.float32, device=device),
+    }

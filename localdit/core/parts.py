@@ -1,0 +1,279 @@
+"""The parts of a pipeline beside the transformer: found, loaded, and told apart by fingerprints.
+
+`sources.py` says where the files of a part are. Which class a part has follows from its own
+configuration, so another autoencoder or text encoder needs no option.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, fetching, locate
+from .latents import LatentSpace
+from .text import TextSpace
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import Config
+
+PARTS = {
+    "scheduler": SCHEDULER,
+    "vae": VAE,
+    "tokenizer": TOKENIZER,
+    "text_encoder": TEXT_ENCODER,
+}
+ENCODERS = ("tokenizer", "text_encoder", "vae")
+# Models whose encoder alone, or whose text tower alone, makes the caption. Of any other text model
+# the last hidden states do.
+TEXT_CLASSES = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
+
+
+def locate_parts(
+    config: Config, absent: Collection[str] = PARTS, local_files_only: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Make sure that the parts that `config` names exist, and return where.
+
+    Args:
+        config: names the sources.
+        absent: the parts that are needed, of `PARTS`.
+        local_files_only: take files of the hub from the cache, and fetch nothing.
+
+    Returns:
+        Arguments of `from_pretrained` for each part.
+    """
+    return {
+        name: locate(part, getattr(config, part.field), local_files_only=local_files_only)
+        for name, part in PARTS.items()
+        if name in absent
+    }
+
+
+def load_parts(
+    config: Config,
+    where: Mapping[str, dict[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Load the parts that `locate_parts` found; the largest comes last."""
+    from diffusers import DPMSolverMultistepScheduler
+    from transformers import AutoTokenizer
+
+    loaders: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "scheduler": lambda at: DPMSolverMultistepScheduler.from_pretrained(**at),
+        "vae": lambda at: load_vae(at, dtype),
+        "tokenizer": lambda at: AutoTokenizer.from_pretrained(**at),
+        "text_encoder": lambda at: load_text_encoder(
+            at, dtype, config.text_encoder_quantization, device
+        ),
+    }
+    parts = {}
+    for name, load in loaders.items():
+        if name in where:
+            with fetching(PARTS[name], getattr(config, PARTS[name].field)):
+                parts[name] = load(where[name])
+    return parts
+
+
+def vae_config(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of an autoencoder; no weights are read."""
+    from diffusers import AutoencoderKL
+
+    return dict(AutoencoderKL.load_config(**where))
+
+
+def load_vae(where: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
+    """Load an autoencoder of the class that its configuration names.
+
+    Raises:
+        ValueError: if that is no autoencoder of Diffusers.
+    """
+    import diffusers
+
+    name = vae_config(where).get("_class_name", "AutoencoderKL")
+    kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
+    if kind is None:
+        raise ValueError(
+            f"{where['pretrained_model_name_or_path']}: {name!r} is no autoencoder of Diffusers; "
+            "expected AutoencoderKL, AutoencoderDC or AutoencoderTiny."
+        )
+    return kind.from_pretrained(**where, torch_dtype=dtype)
+
+
+def text_encoder_class(where: Mapping[str, Any]) -> Any:
+    """Return the Transformers class that loads a text encoder; no weights are read."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(**where)
+    name = TEXT_CLASSES.get(config.model_type)
+    return (
+        getattr(transformers, name) if name else transformers.AutoModel._model_mapping[type(config)]
+    )
+
+
+def load_text_encoder(
+    where: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    quantization: str | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """Load a text encoder of the class that its configuration names.
+
+    Args:
+        where: arguments of `from_pretrained`.
+        dtype: of the weights, or of the computation if they are quantized; None keeps it.
+        quantization: "8bit", "4bit" or None.
+        device: where quantized weights go.
+    """
+    from transformers import BitsAndBytesConfig
+
+    options: dict[str, Any] = {}
+    if quantization == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    if options:
+        options["device_map"] = {"": device}
+    return text_encoder_class(where).from_pretrained(**where, torch_dtype=dtype, **options)
+
+
+class Encoders(NamedTuple):
+    """The frozen models that turn captions and pictures into what the transformer sees."""
+
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+
+    @property
+    def latents(self) -> LatentSpace:
+        """The latent space of the autoencoder."""
+        return LatentSpace(self.vae)
+
+    @property
+    def text(self) -> TextSpace:
+        """The text space of tokenizer and text encoder."""
+        return TextSpace(self.tokenizer, self.text_encoder)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move both models."""
+        self.text_encoder.to(device)
+        self.vae.to(device)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the SHA-256 of tokenizer, text encoder and autoencoder, in hexadecimal.
+
+        The text encoder's weights are rounded to bfloat16 first: that is how a GPU holds them, and
+        a fingerprint must not depend on the device.
+        """
+        import torch
+
+        return {
+            "tokenizer": _tokenizer_fingerprint(self.tokenizer),
+            "text_encoder": weights_fingerprint(self.text_encoder, torch.bfloat16),
+            "vae": weights_fingerprint(self.vae, torch.float32),
+        }
+
+
+def load_encoders(sources: Mapping[str, str], text_dtype: torch.dtype) -> Encoders:
+    """Load tokenizer, text encoder and autoencoder, frozen, for training.
+
+    Args:
+        sources: folder or hub name of each of `ENCODERS`.
+        text_dtype: of the text encoder. The autoencoder is loaded in float32: SDXL's needs its
+            range.
+
+    Raises:
+        OSError: if a part is neither a local folder nor available from the hub.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    where = {name: locate_encoder(name, sources[name]) for name in ENCODERS}
+    encoders = Encoders(
+        AutoTokenizer.from_pretrained(**where["tokenizer"]),
+        load_text_encoder(where["text_encoder"], text_dtype),
+        load_vae(where["vae"], torch.float32),
+    )
+    encoders.text_encoder.eval().requires_grad_(False)
+    encoders.vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return encoders
+
+
+def locate_encoder(name: str, source: str) -> dict[str, Any]:
+    """Return where one of `ENCODERS` is, as arguments of `from_pretrained`."""
+    return locate(PARTS[name], source, option=f"--{name.replace('_', '-')}")
+
+
+def encoder_folders(sources: Mapping[str, str]) -> dict[str, Path]:
+    """Return the folders of tokenizer, text encoder and autoencoder on this machine.
+
+    Raises:
+        OSError: if a part is neither a local folder nor available from the hub.
+    """
+    from huggingface_hub import hf_hub_download
+
+    folders = {}
+    for name in ENCODERS:
+        where, part = locate_encoder(name, sources[name]), PARTS[name]
+        folder = Path(where["pretrained_model_name_or_path"]) / where["subfolder"]
+        if not folder.is_dir():
+            subfolder = where["subfolder"] or None
+            folder = Path(hf_hub_download(sources[name], part.config, subfolder=subfolder)).parent
+        folders[name] = folder.resolve()
+    return folders
+
+
+def encoder_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return library and class of each of `ENCODERS`, as a pipeline's `model_index.json` has it."""
+    from transformers import AutoTokenizer
+
+    where = {name: locate_encoder(name, sources[name]) for name in ENCODERS}
+    tokenizer = AutoTokenizer.from_pretrained(**where["tokenizer"])
+    return {
+        "tokenizer": ["transformers", type(tokenizer).__name__],
+        "text_encoder": ["transformers", text_encoder_class(where["text_encoder"]).__name__],
+        "vae": ["diffusers", vae_config(where["vae"]).get("_class_name", "AutoencoderKL")],
+    }
+
+
+def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
+    """Return the SHA-256 of the names, types, shapes and bytes of all tensors.
+
+    Args:
+        model: any module.
+        dtype: floating-point tensors are converted to it first.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        values = tensor.cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(values.numpy())
+    return digest.hexdigest()
+
+
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the SHA-256 of a fast tokenizer's definition, or of a slow one's vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        contents = tokenizer.get_vocab()
+    else:
+        contents = json.loads(backend.to_str())
+        for passing in ("truncation", "padding"):  # set by each call
+            contents.pop(passing, None)
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()

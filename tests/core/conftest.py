@@ -1,0 +1,3 @@
+from tests.pipelines.conftest import pipe, seeded
+
+__all__ = ["pipe", "seeded"]
