@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline, saving
+from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline, lora, saving
 from tests.tiny import tiny_pipeline
 
 peft = pytest.importorskip("peft")
