@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.10",
     # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
     packages=find_packages(include=["localdit", "localdit.*"]),
-    package_data={"localdit": ["py.typed", "box/**/*", "demo/*.css"]},
+    package_data={"localdit": ["py.typed", "checkpoint/*.pyi", "box/**/*", "demo/*.css"]},
     entry_points={"console_scripts": ["localdit=localdit.commands:main"]},
     install_requires=[
         "torch>=2.6",  # before, `weights_only=True` could be bypassed

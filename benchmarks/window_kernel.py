@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import itertools
 import math
 import shlex
@@ -25,17 +26,16 @@ from unittest import mock
 
 import torch
 
-from localdit.models import window_attention as portable
 from localdit.models import window_attention_triton as kernel
-from localdit.models.backends import why_not_triton
-from localdit.models.norms import RMSNorm
+from localdit.models.backends import attend_within_windows, why_not_triton
+from localdit.models.layers import RMSNorm
 from localdit.models.windows import WindowGrid
 
 HEADS, HEAD_DIM, WINDOW = 16, 72, 4
 CHANNELS = HEADS * HEAD_DIM
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
     "Triton": kernel.window_attention,
-    "PyTorch": portable.window_attention,
+    "PyTorch": functools.partial(attend_within_windows, "torch"),
 }
 
 

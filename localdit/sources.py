@@ -41,36 +41,6 @@ def _wanted(part: Part, folder: str) -> str:
     return " and ".join([f"{folder}/{part.config}".lstrip("/"), *filter(None, weights)])
 
 
-def local_file(path: str | Path, local_files_only: bool = False) -> Path:
-    """The file at `path`; one of the hub, given by its address, is fetched if need be.
-
-    Args:
-        path: a file, or an address like `https://huggingface.co/NAME/REPOSITORY/blob/main/FILE`.
-        local_files_only: take it from the hub's cache, and fetch nothing.
-
-    Raises:
-        ValueError: it is another address.
-        OSError: it cannot be fetched, or is not in the cache.
-    """
-    if not re.match("https?://", str(path)):
-        return Path(path).expanduser()
-    address = re.fullmatch(
-        r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(?:\?.*)?",
-        str(path),
-    )
-    if address is None:
-        raise ValueError(
-            f"{path} is no file of the Hugging Face hub, as in "
-            "https://huggingface.co/NAME/REPOSITORY/blob/main/FILE. Fetch it, and give the file."
-        )
-    from huggingface_hub import hf_hub_download
-
-    repository, revision, name = address.groups()
-    return Path(
-        hf_hub_download(repository, name, revision=revision, local_files_only=local_files_only)
-    )
-
-
 def locate(
     part: Part, source: str | Path, option: str | None = None, local_files_only: bool = False
 ) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
 
     file = CheckpointFile(checkpoint)
     layout = read_layout(file.infos, str(checkpoint))
-    facts = file.config | {name: told.value for name, told in layout.told.items()}
+    facts = file.config | {name: fact.value for name, fact in layout.facts.items()}
     facts["use_global"] = "local_global" in layout.layer_types
     # in a file's own configuration None means that a value follows from the others
     return {

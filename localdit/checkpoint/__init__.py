@@ -1,25 +1,20 @@
-"""Checkpoints in one file: read them into the transformer, look into them, convert them.
+"""Checkpoint files: load them into the transformer, inspect them, convert them.
 
-The names below are imported when they are first used, so that the command's `--help` costs nothing.
+The modules of this package read files and know no model class. The public functions below know it:
+they live in `localdit.models.conversion` and are imported when they are first used, so that the
+command's `--help` costs nothing. `__init__.pyi` declares them for type checkers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..lazy import lazy_names
 
-if TYPE_CHECKING:
-    from .convert import convert_to_diffusers, convert_to_single_file
-    from .loading import inspect_checkpoint, load_transformer
-    from .report import CheckpointReport
-
 _HOMES = {
-    "CheckpointReport": "report",
-    "convert_to_diffusers": "convert",
-    "convert_to_single_file": "convert",
-    "inspect_checkpoint": "loading",
-    "load_transformer": "loading",
+    "CheckpointReport": "loading",
+    "convert_to_diffusers": ".models.conversion",
+    "convert_to_single_file": ".models.conversion",
+    "inspect_checkpoint": ".models.conversion",
+    "load_transformer": ".models.conversion",
 }
 
 __all__ = [

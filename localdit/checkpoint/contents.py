@@ -11,10 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..config import Config
-from ..models import LocalDiTTransformer2DModel
-from .convert import transformer_folder
+from ..models.conversion import inspect_checkpoint, transformer_folder
+from ..models.transformer import LocalDiTTransformer2DModel
 from .layout import read_layout
-from .loading import empty_model, inspect_checkpoint, parameter_shapes
+from .loading import empty_model, parameter_shapes
 from .reading import CheckpointFile, few
 
 PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
@@ -116,7 +116,7 @@ def _of_transformer(folder: Path) -> dict[str, Any]:
     folder, config = transformer_folder(folder)
     headers = _headers(folder)
     known = {name: value for name, value in config.items() if not name.startswith("_")}
-    expected = parameter_shapes(empty_model(known))
+    expected = parameter_shapes(empty_model(LocalDiTTransformer2DModel, known))
     dead = [name for name in headers if name not in expected]
     missing = [name for name in expected if name not in headers]
     facts = _shape(config) | _of_weights(headers)

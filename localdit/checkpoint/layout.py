@@ -1,6 +1,6 @@
-"""From the names and shapes in a checkpoint to the parameters and the sizes of a model.
+"""The layout of a checkpoint: the parameters and the sizes of a model, from names and shapes.
 
-Works on names and shapes alone; no values are read here.
+No values are read here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GLOBAL_CONTEXT = "attn1.global_context."
 class Route(NamedTuple):
     """Rows of a tensor in the file that become rows of a parameter.
 
-    A part `(i, n)` is the i-th of n equal parts of the rows.
+    A part `(i, n)` is part i of n equal parts of the rows.
     """
 
     source: str
@@ -33,8 +33,8 @@ class Route(NamedTuple):
     target_part: tuple[int, int] = (0, 1)
 
 
-class Told(NamedTuple):
-    """A size of the model, and the tensors that tell it."""
+class Fact(NamedTuple):
+    """An argument of the model, and the tensors that it follows from."""
 
     value: Any
     evidence: str
@@ -42,23 +42,23 @@ class Told(NamedTuple):
 
 @dataclass
 class Layout:
-    """How the tensors of a file make up a model.
+    """The parameters that the tensors of a file become.
 
     Attributes:
-        prefix: what was stripped from the front of all names.
-        routes: what becomes of the live tensors, in the file's order.
-        dead: tensors the model has no use for.
+        prefix: prefix that was stripped from all names.
+        routes: the parameters that the live tensors become, in the file's order.
+        dead: tensors that the model does not use.
         missing: tensors without which the projections beside them cannot be used.
-        told: arguments of the model that the tensors tell.
-        layer_types: "local_global" or "local" for each layer, None where neither a global context
-            nor a relative position bias says.
+        facts: arguments of the model that follow from the tensors.
+        layer_types: "local_global" or "local" for each layer; None for a layer with neither a
+            global context nor a relative position bias.
     """
 
     prefix: str
     routes: list[Route] = field(default_factory=list)
     dead: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    told: dict[str, Told] = field(default_factory=dict)
+    facts: dict[str, Fact] = field(default_factory=dict)
     layer_types: list[str | None] = field(default_factory=list)
 
 
@@ -85,31 +85,31 @@ def read_layout(infos: Mapping[str, TensorInfo], where: str) -> Layout:
     _route(sources, layout)
     shapes = {name: infos[source].shape for name, source in sources.items()}
     num_layers = _count_layers(shapes, where)
-    layout.told = _tell(shapes, num_layers, where)
+    layout.facts = _facts(shapes, num_layers, where)
     layout.layer_types = [_layer_type(shapes, layer) for layer in range(num_layers)]
     return layout
 
 
 def our_name(name: str) -> str:
-    """The model's name of what a flat checkpoint calls `attn1.processor.*`."""
+    """Return the model's name of a parameter that flat checkpoints name `attn1.processor.*`."""
     if name.endswith("attn1.processor.local_rel_pos_bias"):
         return name.replace("attn1.processor.", "attn1.")
     return name.replace("attn1.processor.", _GLOBAL_CONTEXT)
 
 
 def flat_name(name: str) -> str:
-    """The inverse of `our_name`."""
+    """Return the flat checkpoint's name of a parameter: the inverse of `our_name`."""
     name = name.replace(_GLOBAL_CONTEXT, "attn1.processor.")
     return name.replace(_LOCAL_BIAS, "attn1.processor.local_rel_pos_bias")
 
 
 def name_is_of_processor(name: str) -> bool:
-    """Whether a parameter belongs to what flat checkpoints call `attn1.processor`."""
+    """Return whether flat checkpoints name a parameter `attn1.processor.*`."""
     return flat_name(name) != name
 
 
 def common_prefix(names: Collection[str]) -> str:
-    """What wrappers put in front of all names, e.g. "module._orig_mod."."""
+    """Return the prefix that wrappers add to all names, e.g. "module._orig_mod."."""
     prefix = ""
     while True:
         for candidate in PREFIXES:
@@ -141,10 +141,10 @@ def _refuse_foreign(names: Collection[str], where: str) -> None:
 
 
 def _route(sources: Mapping[str, str], layout: Layout) -> None:
-    """Decide for each tensor which parameter it becomes, or that it is dead.
+    """Find the parameter that each tensor becomes, or declare the tensor dead.
 
-    Where a fused projection of self-attention stands beside separate ones, the fused one is alive;
-    in attention to the text it is the other way round.
+    If self-attention has a fused projection and separate ones, the fused one is live; in
+    cross-attention the separate ones are.
     """
     for name, source in sources.items():
         match = _PROJECTION.fullmatch(name)
@@ -198,36 +198,36 @@ def _layer_type(names: Collection[str], layer: int) -> str | None:
     return "local" if block + _LOCAL_BIAS in names else None
 
 
-def _tell(shapes: Mapping[str, tuple[int, ...]], num_layers: int, where: str) -> dict[str, Told]:
-    """Read the sizes of the model off its tensors."""
+def _facts(shapes: Mapping[str, tuple[int, ...]], num_layers: int, where: str) -> dict[str, Fact]:
+    """Return the arguments of the model that follow from the shapes of its tensors."""
 
     def shape(*names: str, ndim: int) -> tuple[int, ...]:
         name = next((name for name in names if name in shapes), None)
         if name is None:
-            raise ValueError(f"{where} lacks {names[0]!r}, which tells the size of the model.")
+            raise ValueError(f"{where} lacks {names[0]!r}, which gives the size of the model.")
         if len(shapes[name]) != ndim or 0 in shapes[name]:
             raise ValueError(
                 f"{where}: {name!r} has shape {shapes[name]}; expected {ndim} axes, none empty."
             )
         return shapes[name]
 
-    told: dict[str, Told] = {}
+    facts: dict[str, Fact] = {}
 
-    def tell(evidence: str, **values: Any) -> None:
-        told.update({name: Told(value, f"{evidence!r}") for name, value in values.items()})
+    def add(evidence: str, **values: Any) -> None:
+        facts.update({name: Fact(value, f"{evidence!r}") for name, value in values.items()})
 
     patches = "pos_embed.proj.weight"
     dim, in_channels, patch_size, _ = shape(patches, ndim=4)
-    tell(patches, in_channels=in_channels, patch_size=patch_size)
+    add(patches, in_channels=in_channels, patch_size=patch_size)
 
     norm = "transformer_blocks.0.attn1.norm_q.weight"
     (head_dim,) = shape(norm, ndim=1)
     if dim % head_dim:
         raise ValueError(
-            f"{where}: {patches!r} tells {dim} channels, which do not divide into heads of the "
-            f"{head_dim} that {norm!r} tells."
+            f"{where}: {patches!r} has {dim} channels, which do not divide into heads of the "
+            f"{head_dim} channels of {norm!r}."
         )
-    tell(norm, attention_head_dim=head_dim, num_attention_heads=dim // head_dim)
+    add(norm, attention_head_dim=head_dim, num_attention_heads=dim // head_dim)
 
     rows = shape("proj_out.weight", ndim=2)[0]
     if rows % patch_size**2:
@@ -235,21 +235,21 @@ def _tell(shapes: Mapping[str, tuple[int, ...]], num_layers: int, where: str) ->
             f"{where}: 'proj_out.weight' has {rows} rows; expected a multiple of the "
             f"{patch_size} x {patch_size} of a patch."
         )
-    tell("proj_out.weight", out_channels=rows // patch_size**2)
+    add("proj_out.weight", out_channels=rows // patch_size**2)
 
     captions = "caption_projection.linear_1.weight"
     if captions in shapes:
         channels = shape(captions, ndim=2)[1]
-        tell(captions, caption_channels=channels, cross_attention_dim=dim)
+        add(captions, caption_channels=channels, cross_attention_dim=dim)
     else:
         text = [f"transformer_blocks.0.attn2.{name}.weight" for name in ("to_k", "to_kv")]
         text_dim = shape(*text, ndim=2)[1]
-        tell("caption_projection.*", caption_channels=None)
-        tell(text[0], cross_attention_dim=text_dim)
+        add("caption_projection.*", caption_channels=None)
+        add(text[0], cross_attention_dim=text_dim)
 
     sized = "adaln_single.emb.resolution_embedder."
-    tell(f"{sized}*", use_additional_conditions=any(name.startswith(sized) for name in shapes))
-    tell("transformer_blocks.*", num_layers=num_layers)
+    add(f"{sized}*", use_additional_conditions=any(name.startswith(sized) for name in shapes))
+    add("transformer_blocks.*", num_layers=num_layers)
 
     table = next((name for name in shapes if name.endswith(_LOCAL_BIAS)), None)
     if table is not None:
@@ -259,5 +259,5 @@ def _tell(shapes: Mapping[str, tuple[int, ...]], num_layers: int, where: str) ->
             raise ValueError(
                 f"{where}: {table!r} has {rows} rows; expected (2 w - 1)^2 for a window of w."
             )
-        tell(table, window_size=window_size)
-    return told
+        add(table, window_size=window_size)
+    return facts

@@ -1,4 +1,8 @@
-"""From a checkpoint to a model: settle its configuration, check every tensor, read it in."""
+"""Loading a checkpoint: find the model's configuration, check every tensor, read the values.
+
+This module knows no model class: the class is an argument. It has to take its configuration as
+keyword arguments, as `LocalDiTTransformer2DModel` does, and name its parameters like it.
+"""
 
 from __future__ import annotations
 
@@ -7,97 +11,127 @@ import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ..models import LocalDiTTransformer2DModel
-from ..models.attention import GlobalContext
 from .layout import Layout, Route, name_is_of_processor, read_layout
 from .reading import CheckpointFile, few
-from .report import CheckpointReport
 
 logger = logging.getLogger(__name__)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """The contents of a checkpoint, and the way they are loaded.
+
+    Attributes:
+        path: the file.
+        kind: "safetensors" or "torch".
+        dtype: dtype of its live tensors, e.g. "float32"; the widest if they differ.
+        wrapper: key under which a `.pt` file has its state dict, or None.
+        prefix: prefix that was stripped from all names, e.g. "module.".
+        config: configuration of the model.
+        live_values: number of values that the model uses.
+        dead_values: number of values that it does not use: stale copies of projections.
+        dead_names: names of the tensors with these values, as in the file.
+        zeroed_layers: layers without a relative position bias in the file; it is set to zero.
+        folded_layers: layers whose untrained global context is folded to its expectation.
+        drawn_layers: layers whose untrained global context is drawn from a seed.
+    """
+
+    path: Path
+    kind: str
+    dtype: str
+    wrapper: str | None
+    prefix: str
+    config: dict[str, Any]
+    live_values: int
+    dead_values: int
+    dead_names: tuple[str, ...]
+    zeroed_layers: tuple[int, ...]
+    folded_layers: tuple[int, ...]
+    drawn_layers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Describe the checkpoint in one line."""
+        heads = self.config["num_attention_heads"], self.config["attention_head_dim"]
+        origin = f", under {self.wrapper!r}" if self.wrapper else ""
+        origin += f", names without {self.prefix!r}" if self.prefix else ""
+        parts = [
+            f"{self.path} ({self.kind}, {self.dtype}{origin}): "
+            f"{self.config['num_layers']} layers of {heads[0]} x {heads[1]} channels, "
+            f"windows of {self.config['window_size']}, {self.live_values:,} live values",
+        ]
+        if self.dead_names:
+            parts.append(
+                f"{self.dead_values:,} dead values dropped "
+                f"({len(self.dead_names):,} tensors, as {self.dead_names[0]})"
+            )
+        if self.folded_layers:
+            parts.append(
+                "untrained global context folded to its expectation, half of the local output, in "
+                f"{len(self.folded_layers)} layers"
+            )
+        if self.drawn_layers:
+            parts.append(f"global context drawn at random in {len(self.drawn_layers)} layers")
+        if self.zeroed_layers:
+            parts.append(f"relative position bias zero in {len(self.zeroed_layers)} layers")
+        if self.config["use_global"] and not self.drawn_layers:
+            parts.append("global context trained")
+        return "; ".join(parts) + "."
+
+
 @dataclass
-class Plan:
-    """Everything settled before the first value is read."""
+class Plan(Generic[Model]):
+    """Everything that is known before the first value is read."""
 
     file: CheckpointFile
     layout: Layout
-    model: LocalDiTTransformer2DModel  # its parameters without values
+    model: Model  # its parameters have no values
     dtype: torch.dtype
     report: CheckpointReport
 
 
-def load_transformer(
+def load_checkpoint(
+    model_class: type[Model],
     path: str | Path,
     *,
     torch_dtype: torch.dtype | None = None,
     global_context: str = "fold",
     seed: int | None = None,
     **overrides: Any,
-) -> LocalDiTTransformer2DModel:
-    """Load a checkpoint in one file: `.safetensors`, or `.pt` with nothing but tensors in it.
+) -> Model:
+    """Load a checkpoint file into a new model of a class.
 
-    Layers, widths, heads, window, patch, channels and global context are read off the tensors; the
-    rest is taken from `overrides`, then from the configuration that `convert_to_single_file` leaves
-    in a file, then from the defaults of the class, which are those of the released model.
-
-    The released model lacks the weights of the global context with which it was computed: they were
-    drawn anew each time. Their values are symmetric about zero, so the expected output of attention
-    is half of its local output, and by default that half is folded into the rows of `to_qkv` that
-    make the values. Nothing is folded where a file has relative position biases or a global
-    context, nor in layers declared "full" by `layer_types`.
-
-    Args:
-        path: the file. Its kind is told by its content.
-        torch_dtype: dtype of the model; None keeps the file's (the narrowest that holds all of
-            them, where live tensors differ).
-        global_context: what to do where a file of the released kind lacks it: "fold", or "draw" it
-            at random as PyTorch initialises linear and convolutional layers, position biases zero.
-        seed: for "draw"; the same seed gives the same model.
-        **overrides: arguments of `LocalDiTTransformer2DModel`.
-
-    Returns:
-        The model, in evaluation mode, on the CPU.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or no checkpoint of a LocalDiT, if tensors are missing,
-            unexpected, of the wrong shape or not finite, or if an argument contradicts them.
-        TypeError: for an unknown argument.
+    Arguments, result and errors are those of `localdit.checkpoint.load_transformer`.
     """
     require_float(torch_dtype)
-    plan = make_plan(path, global_context, seed, overrides)
+    plan = plan_loading(model_class, path, global_context, seed, overrides)
     dtype = torch_dtype or plan.dtype
     state = read_state(plan.file, plan.layout.routes, parameter_shapes(plan.model), dtype)
-    _supply(plan, state, dtype, seed)
+    _add_missing(plan, state, dtype, seed)
     plan.model.load_state_dict(state, assign=True)
     logger.info("%s", plan.report)
     return plan.model.eval()
 
 
-def inspect_checkpoint(
-    path: str | Path, *, global_context: str = "fold", seed: int | None = None, **overrides: Any
-) -> CheckpointReport:
-    """Check a checkpoint as `load_transformer` does and say what is in it, reading no weights.
-
-    Args and errors are those of `load_transformer`.
-    """
-    return make_plan(path, global_context, seed, overrides).report
-
-
-def make_plan(
-    path: str | Path, global_context: str, seed: int | None, overrides: dict[str, Any]
-) -> Plan:
-    """Settle what becomes of a file, and refuse it unless every tensor has its place."""
-    known = list(inspect.signature(LocalDiTTransformer2DModel.__init__).parameters)[1:]
+def plan_loading(
+    model_class: type[Model],
+    path: str | Path,
+    global_context: str,
+    seed: int | None,
+    overrides: dict[str, Any],
+) -> Plan[Model]:
+    """Prepare to load a file, and refuse it unless every tensor has its place."""
+    known = list(inspect.signature(model_class.__init__).parameters)[1:]
     _require_sound_arguments(known, global_context, seed, overrides)
     drawn = global_context == "draw"
 
@@ -106,16 +140,17 @@ def make_plan(
     released = not file.config and not any(layout.layer_types)
     if drawn and not released:
         raise ValueError(
-            f"{path} tells its attention by 'attn1.processor.*' tensors or by its configuration, "
-            "so there is no global context to draw. Leave `global_context` out."
+            f"{path} has 'attn1.processor.*' tensors or a configuration, which settle its "
+            "attention, so there is no global context to draw. Leave `global_context` out."
         )
     stored = {name: value for name, value in file.config.items() if name in known}
-    model = empty_model(_settle(layout, stored, overrides, drawn, str(path)))
+    config = _resolve_config(layout, stored, overrides, drawn, str(path))
+    model: Any = empty_model(model_class, config)
 
     shapes = parameter_shapes(model)
-    supplied = [name for name in shapes if released and name_is_of_processor(name)]
-    layers = tuple(sorted({int(name.split(".")[1]) for name in supplied}))
-    dtype = _check(file, layout, {n: shape for n, shape in shapes.items() if n not in supplied})
+    absent = [name for name in shapes if released and name_is_of_processor(name)]
+    layers = tuple(sorted({int(name.split(".")[1]) for name in absent}))
+    dtype = _check(file, layout, {n: shape for n, shape in shapes.items() if n not in absent})
     live = {route.source for route in layout.routes}
     report = CheckpointReport(
         path=file.path,
@@ -146,20 +181,20 @@ def _require_sound_arguments(
         raise TypeError(f"Unknown arguments {few(unknown)}; the model takes {', '.join(known)}.")
 
 
-def _settle(
+def _resolve_config(
     layout: Layout, stored: dict[str, Any], overrides: dict[str, Any], drawn: bool, where: str
 ) -> dict[str, Any]:
-    """The arguments of the model: what the tensors tell, then the caller, then the file."""
-    told = layout.told
-    # None leaves it to the model, except here, where it means that there is no projection.
+    """Return the arguments of the model: from the tensors, then the caller, then the file."""
+    facts = layout.facts
+    # None leaves an argument to the model, except this one: there it means no projection.
     given = {n: v for n, v in overrides.items() if v is not None or n == "caption_channels"}
     for name, value in given.items():
-        if name in told and value != told[name].value:
+        if name in facts and value != facts[name].value:
             raise ValueError(
-                f"`{name}` is {value!r}, but {told[name].evidence} in {where} tells "
-                f"{told[name].value!r}. Leave it out."
+                f"`{name}` is {value!r}, but {facts[name].evidence} in {where} implies "
+                f"{facts[name].value!r}. Leave it out."
             )
-    config = {**stored, **given, **{name: told[name].value for name in told}}
+    config = {**stored, **given, **{name: facts[name].value for name in facts}}
 
     claimed = given.get("layer_types") or stored.get("layer_types") or []
     default = "local_global" if drawn else "local"
@@ -210,7 +245,7 @@ def _check(file: CheckpointFile, layout: Layout, expected: dict[str, torch.Size]
 
 
 def _pieces(name: str, layout: Layout) -> bool:
-    """Whether the parameter's absence is already told by that of a separate projection."""
+    """Return whether a separate projection of the parameter is reported missing already."""
     attn, _, kind = name.rpartition(".to_qkv.")
     return bool(attn) and f"{attn}.to_q.{kind}" in layout.missing
 
@@ -221,11 +256,11 @@ def read_state(
     shapes: dict[str, torch.Size],
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """Read the routed tensors into fresh ones; nothing keeps hold of the file."""
+    """Read the routed tensors into new ones, which do not refer to the file."""
     by_source: dict[str, list[Route]] = {}
     for route in routes:
         by_source.setdefault(route.source, []).append(route)
-    # All at once and first: interleaved with what is freed again, they would leave holes.
+    # Allocated first and all at once: between tensors that are freed, they would leave holes.
     targets = dict.fromkeys(route.target for route in routes)
     state = {target: torch.empty(shapes[target], dtype=dtype) for target in targets}
     for name, tensor in file.tensors(by_source):
@@ -236,7 +271,7 @@ def read_state(
                 as_dtype = f" as {dtype}" if _is_finite(tensor) else ""
                 raise ValueError(
                     f"{file.path}: {name!r} has values that are not finite{as_dtype}. Expected "
-                    "finite ones: the file is damaged, or the training went astray"
+                    "finite ones: the file is damaged, or the training diverged"
                     + (", or a wider `torch_dtype` is needed." if as_dtype else ".")
                 )
     return state
@@ -251,12 +286,10 @@ def _part(tensor: torch.Tensor, part: tuple[int, int]) -> torch.Tensor:
     return tensor if count == 1 else tensor.chunk(count)[index]
 
 
-def _supply(
-    plan: Plan, state: dict[str, torch.Tensor], dtype: torch.dtype, seed: int | None
+def _add_missing(
+    plan: Plan[Any], state: dict[str, torch.Tensor], dtype: torch.dtype, seed: int | None
 ) -> None:
-    """Supply what the released kind lacks: position biases, and the global context's part."""
-    config = plan.model.config
-    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    """Add the weights that a released file lacks: position biases, and the global context."""
     for layer in plan.report.zeroed_layers:
         name = f"transformer_blocks.{layer}.attn1.local_rel_pos_bias"
         state[name] = torch.zeros(parameter_shapes(plan.model)[name], dtype=dtype)
@@ -268,24 +301,25 @@ def _supply(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for layer in plan.report.drawn_layers:
-            drawn = GlobalContext(heads, head_dim, config["window_size"])
-            for name, tensor in drawn.state_dict().items():
-                state[f"transformer_blocks.{layer}.attn1.global_context.{name}"] = tensor.to(dtype)
+            name = f"transformer_blocks.{layer}.attn1.global_context"
+            context: Any = plan.model.get_submodule(name).to_empty(device="cpu")
+            context.reset_parameters()
+            state |= {f"{name}.{n}": tensor.to(dtype) for n, tensor in context.state_dict().items()}
 
 
-def empty_model(config: dict[str, Any]) -> LocalDiTTransformer2DModel:
-    """The model with its parameters on the meta device, and its buffers computed."""
+def empty_model(model_class: type[Model], config: dict[str, Any]) -> Model:
+    """Return a model with its parameters on the meta device, and its buffers computed."""
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        return LocalDiTTransformer2DModel(**config)
+        return model_class(**config)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Shape of each parameter by name."""
+    """Return the shape of each parameter by name."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def require_float(dtype: torch.dtype | None) -> None:
-    """Refuse a dtype that weights are not kept in."""
+    """Refuse a dtype that weights are not stored in."""
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"`torch_dtype` is {dtype}; choose one of {_listed(FLOATS)}.")
 

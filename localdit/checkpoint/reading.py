@@ -1,4 +1,4 @@
-"""Files of named tensors: told apart by their content, mapped into memory piece by piece."""
+"""Files of named tensors: recognised by their content, mapped into memory piece by piece."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-# Keys under which training programs keep a state dict. Averaged weights come first: where a file
-# has both, they are the ones to sample from.
+# Keys under which training programs store a state dict. Averaged weights come first: if a file has
+# both, they are the ones to sample with.
 WRAPPERS = ("ema_state_dict", "ema", "state_dict", "model", "module")
 
-# Single numbers that averaging leaves beside the weights.
+# Single numbers that averaging stores beside the weights.
 BOOKKEEPING = {"decay", "initted", "n_averaged", "num_updates", "optimization_step", "step"}
 
 CONFIG_KEY = "localdit_config"  # in the metadata of .safetensors files written here
@@ -37,30 +37,32 @@ _FOREIGN = (
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def values(self) -> int:
+        """Number of values."""
         return torch.Size(self.shape).numel()
 
 
 class CheckpointFile:
-    """A `.safetensors` or `.pt` file of named tensors, whatever its suffix says.
+    """A `.safetensors` or `.pt` file of named tensors, recognised by its content.
+
+    Nothing that a file contains is executed.
 
     Attributes:
         path: the file.
         kind: "safetensors" or "torch".
-        wrapper: key of the dict in which a `.pt` keeps its state dict; None if it is flat.
+        wrapper: key under which a `.pt` file has its state dict; None if it is flat.
         infos: shape and dtype of each tensor, in the file's order.
-        config: the model's configuration, where the file carries one; otherwise empty.
+        config: the model's configuration if the file has one; otherwise empty.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a checkpoint, is damaged, or holds anything but plain tensors.
-        Nothing that a file contains is executed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,10 +76,10 @@ class CheckpointFile:
         }
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the named tensors, valid until the next one is asked for.
+        """Yield the named tensors, each valid until the next one.
 
-        The pages of a mapped file count as memory of the process once touched. So the mapping is
-        renewed every 64 MiB.
+        Pages of a mapped file count as memory of the process once they are touched. So the file is
+        mapped again every 64 MiB.
         """
         mapped: dict[str, torch.Tensor] = {}
         touched = 0
@@ -90,7 +92,7 @@ class CheckpointFile:
             yield name, tensor
 
     def _map(self) -> dict[str, torch.Tensor]:
-        """All tensors by name, mapped into memory, none read yet."""
+        """Return all tensors by name, mapped into memory and not read yet."""
         mapped = self._map_safetensors() if self.kind == "safetensors" else self._map_torch()
         mapped = {
             name: tensor
@@ -136,15 +138,45 @@ class CheckpointFile:
         return state
 
 
+def local_file(path: str | Path, local_files_only: bool = False) -> Path:
+    """Return the file at `path`; a file of the hub, given by its address, is downloaded if needed.
+
+    Args:
+        path: a file, or an address like `https://huggingface.co/NAME/REPOSITORY/blob/main/FILE`.
+        local_files_only: take it from the hub's cache, and download nothing.
+
+    Raises:
+        ValueError: if it is another address.
+        OSError: if it cannot be downloaded, or is not in the cache.
+    """
+    if not re.match("https?://", str(path)):
+        return Path(path).expanduser()
+    address = re.fullmatch(
+        r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(?:\?.*)?",
+        str(path),
+    )
+    if address is None:
+        raise ValueError(
+            f"{path} is no file of the Hugging Face hub, as in "
+            "https://huggingface.co/NAME/REPOSITORY/blob/main/FILE. Fetch it, and give the file."
+        )
+    from huggingface_hub import hf_hub_download
+
+    repository, revision, name = address.groups()
+    return Path(
+        hf_hub_download(repository, name, revision=revision, local_files_only=local_files_only)
+    )
+
+
 def few(names: Iterable[str], limit: int = 3) -> str:
-    """The first names, quoted, and how many more there are."""
+    """Return the first names, quoted, and the number of further ones."""
     names = list(names)
     shown = ", ".join(repr(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit:,} more"
 
 
 def _file_kind(path: Path) -> str:
-    """Tell the kind of a file by its first bytes."""
+    """Return "safetensors" or "torch", by the first bytes of the file."""
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder; expected a .safetensors or .pt file. A Diffusers folder is "
@@ -179,7 +211,7 @@ def _parse_config(text: str, path: Path) -> dict[str, Any]:
 
 
 def _unwrap(contents: Any, path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
-    """The state dict in what a `.pt` holds, and the key it was under."""
+    """Return the state dict in the contents of a `.pt` file, and the key it was under."""
     wrapper = None
     if isinstance(contents, dict):
         for key in WRAPPERS:
@@ -207,7 +239,7 @@ def _unwrap(contents: Any, path: Path) -> tuple[dict[str, torch.Tensor], str | N
 
 
 def _require_plain_tensor(name: Any, value: Any, path: Path) -> None:
-    """Refuse what is no ordinary tensor with all of its values in the file."""
+    """Refuse anything but an ordinary tensor with all of its values in the file."""
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise ValueError(
             f"{path}: {name!r} holds a {type(value).__name__}; expected a dict from names to "

@@ -92,7 +92,7 @@ def convert(args: argparse.Namespace) -> None:
 def _check(source: Path, args: argparse.Namespace) -> CheckpointReport | None:
     """Refuse what can be refused before any weights are read; what is in a file."""
     from ..checkpoint import inspect_checkpoint
-    from ..checkpoint.convert import refuse_taken_file, refuse_taken_folder, transformer_folder
+    from ..models.conversion import refuse_taken_file, refuse_taken_folder, transformer_folder
 
     if not source.is_dir():
         report = inspect_checkpoint(source, global_context=args.global_context, seed=args.seed)

@@ -1,8 +1,8 @@
 """The attention of LocalDiT: one module, three processors that can be swapped.
 
-`LocalDiTAttention` owns the weights. Its processor turns packed queries, keys and values of a map
-of tokens into what they attend to: within shifted windows (`LocalAttnProcessor`), with a global
-context beside them (`LocalGlobalAttnProcessor`), or over the whole map (`FullAttnProcessor`).
+`LocalDiTAttention` owns the weights. Its processor computes attention from the packed queries, keys
+and values of a map of tokens: within shifted windows (`LocalAttnProcessor`), within windows and to
+features of the whole map (`LocalGlobalAttnProcessor`), or over the whole map (`FullAttnProcessor`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from einops import rearrange
 from torch import nn
 
 from .backends import attend_within_windows, checked_backend
-from .bands import in_bands
+from .cpu import Linear, bands, write_band
 from .global_context import GlobalContext
-from .linear import Linear
-from .norms import RMSNorm, compute_dtype
-from .recomputing import recomputed
-from .rope import apply_rope, rope_angles
+from .layers import RMSNorm, apply_rope, compute_dtype, recomputed, rope_angles
 from .windows import WindowGrid
 
 
@@ -32,13 +29,13 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
     The module adds its own input to its output: trained weights depend on it.
 
     Args:
-        num_heads, head_dim: heads and channels per head; `head_dim` a multiple of 4 where
-            `do_rope`.
+        num_heads, head_dim: heads and channels per head; with `do_rope`, `head_dim` is a multiple
+            of 4.
         window_size, shift_size: side of a window, and roll of the map before it is cut, in tokens.
-        layer_type: "local", "local_global" or "full": the processor to start with, and so the
-            weights to own (a relative position bias for windows, a `GlobalContext` for
-            "local_global").
-        do_rope: whether queries and keys are turned by their position.
+        layer_type: "local", "local_global" or "full": the processor to start with. It also decides
+            which weights the module has: a relative position bias for windows, a `GlobalContext`
+            for "local_global".
+        do_rope: rotate queries and keys by their position.
         qk_norm_eps: epsilon of the RMSNorm on queries and keys.
         dropout: probability of dropping an output channel in training.
     """
@@ -86,7 +83,7 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.processor: Any = self._default_processor_cls()
 
     def set_processor(self, processor: Any) -> None:
-        """Compute with another processor from now on; the weights stay.
+        """Use another processor; the weights stay.
 
         Raises:
             ValueError: if the processor needs a global context and the module has none.
@@ -99,15 +96,15 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         super().set_processor(processor)
 
     def fuse_projections(self) -> None:
-        """Queries, keys and values are one projection in any case: this takes note, no more."""
+        """Set the flag of fused projections: queries, keys and values always are one."""
         self.fused_projections = True
 
     def unfuse_projections(self) -> None:
-        """Undo the note; the projection stays one."""
+        """Clear the flag; queries, keys and values stay one projection."""
         self.fused_projections = False
 
     def grid(self, height: int, width: int) -> WindowGrid:
-        """The windows of a map of `height x width` tokens."""
+        """Return the windows of a map of `height x width` tokens."""
         return WindowGrid(height, width, self.window_size, self.shift_size, self.shift_size)
 
     def forward(self, hidden_states: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
@@ -115,22 +112,22 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
 
         Args:
             hidden_states: `(B, N, C)`, the tokens of the map, row-major.
-            grid: the map and its windows, as `grid` returns it; or a band of it.
+            grid: the map and its windows, as returned by `grid`; or a band of it.
         """
         attended = self.processor(self, self.to_qkv(hidden_states), grid)
         to_out, dropout = self.to_out
         return dropout(to_out(attended)) + hidden_states
 
-    def norm_and_turn(
+    def norm_and_rotate(
         self, x: torch.Tensor, norm: RMSNorm, grid: WindowGrid, tokens: slice = slice(None)
     ) -> torch.Tensor:
-        """Norm queries or keys and turn them by their position on the map.
+        """Normalise queries or keys and rotate them by their position on the map.
 
         Args:
             x: `(B, tokens, C)`.
             norm: `norm_q` or `norm_k`.
             grid: the map.
-            tokens: which of the map's tokens these are.
+            tokens: the tokens of the map that `x` holds.
 
         Returns:
             `(B, tokens, heads, head_dim)`.
@@ -145,15 +142,15 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
 
 
 class _Processor:
-    """What the processors share.
+    """Base of the processors.
 
     A processor of self-attention is called with `(attn, qkv, grid)`, where `qkv` is `(B, N, 3 C)`:
-    queries, keys and values of a map's tokens, row-major and before norms and rotation. It returns
+    queries, keys and values of a map's tokens, row-major, before norms and rotation. It returns
     `(B, N, C)`.
     """
 
-    within_windows = False  # whether no token sees another outside its window
-    _attention_backend: Any = None  # both set by Diffusers
+    within_windows = False  # True if no token attends to another outside its window
+    _attention_backend: Any = None  # Diffusers sets this and the next one
     _parallel_config: Any = None
 
     def attend(
@@ -163,7 +160,7 @@ class _Processor:
         value: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`softmax(q k^T / sqrt(d) + attn_mask) v` on `(B, tokens, heads, head_dim)`."""
+        """Return `softmax(q k^T / sqrt(d) + attn_mask) v`, all `(B, tokens, heads, head_dim)`."""
         return dispatch_attention_fn(
             query,
             key,
@@ -175,7 +172,7 @@ class _Processor:
 
 
 class _WindowProcessor(_Processor):
-    """What computes attention within windows is chosen by `backend`: see `backends.py`."""
+    """Base of the processors with windows; `backends.py` has the choices of `backend`."""
 
     def __init__(self, backend: str = "auto") -> None:
         self.backend = checked_backend(backend)
@@ -201,33 +198,31 @@ class LocalAttnProcessor(_WindowProcessor):
 
 
 class LocalGlobalAttnProcessor(_WindowProcessor):
-    """The mean of window attention and of the window's look at features of the whole map."""
+    """The mean of window attention and of the window's attention to features of the whole map."""
 
     def __call__(
         self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
         context = attn.global_context
-        assert context is not None  # `set_processor` has seen to it
+        assert context is not None  # checked by `set_processor`
         queries, keys, _ = qkv.chunk(3, dim=-1)
 
-        def turned_queries(tokens: slice, _: WindowGrid) -> torch.Tensor:
-            return attn.norm_and_turn(queries[:, tokens], attn.norm_q, grid, tokens).flatten(2)
+        rotated = None
+        for tokens, _ in bands(grid, qkv):
+            part = attn.norm_and_rotate(queries[:, tokens], attn.norm_q, grid, tokens).flatten(2)
+            rotated = write_band(rotated, part, tokens, grid)
+        assert rotated is not None
+        features, global_bias = self._global_features(context, rotated, grid)
+        del rotated
 
-        features, bias = self._look(context, in_bands(turned_queries, grid, qkv), grid)
-
-        def attended(tokens: slice, band: WindowGrid) -> torch.Tensor:
-            key = attn.norm_and_turn(keys[:, tokens], attn.norm_k, grid, tokens).flatten(2)
-            of_the_map = torch.cat([features[:, tokens], context.to_global_kv(key)], dim=-1)
-            seen = attend_within_windows(
-                self.backend,
-                of_the_map,
-                band,
-                attn.num_heads,
-                None,
-                False,
-                bias,
+        out = None
+        for tokens, band in bands(grid, qkv):
+            key = attn.norm_and_rotate(keys[:, tokens], attn.norm_k, grid, tokens).flatten(2)
+            global_qkv = torch.cat([features[:, tokens], context.to_global_kv(key)], dim=-1)
+            of_map = attend_within_windows(
+                self.backend, global_qkv, band, attn.num_heads, None, False, global_bias
             )
-            local = attend_within_windows(
+            of_windows = attend_within_windows(
                 self.backend,
                 qkv[:, tokens],
                 band,
@@ -236,16 +231,18 @@ class LocalGlobalAttnProcessor(_WindowProcessor):
                 attn.do_rope,
                 attn.local_rel_pos_bias,
             )
-            return (local + seen) / 2
-
-        return in_bands(attended, grid, qkv)
+            out = write_band(out, (of_windows + of_map) / 2, tokens, grid)
+        assert out is not None
+        return out
 
     @staticmethod
-    def _look(
+    def _global_features(
         context: GlobalContext, query: torch.Tensor, grid: WindowGrid
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of the padded and rolled map of queries, `(B, N, C)` in the map's own order, and
-        the bias to compare them with."""
+        """Return features of the padded and rolled map of queries, and their position bias.
+
+        The features are `(B, N, C)`, in the map's own order.
+        """
         height, width, w, *shifts = grid
         image = rearrange(query, "b (y x) c -> b y x c", y=height)
         image = F.pad(image, (0, 0, 0, grid.columns * w - width, 0, grid.rows * w - height))
@@ -256,15 +253,15 @@ class LocalGlobalAttnProcessor(_WindowProcessor):
 
 
 class FullAttnProcessor(_Processor):
-    """Attention of every token to every other: the same model without windows, to compare with."""
+    """Attention of every token to every other, to compare the same model without windows."""
 
     def __call__(
         self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
     ) -> torch.Tensor:
         query, key, value = qkv.chunk(3, dim=-1)
         return self.attend(
-            attn.norm_and_turn(query, attn.norm_q, grid),
-            attn.norm_and_turn(key, attn.norm_k, grid),
+            attn.norm_and_rotate(query, attn.norm_q, grid),
+            attn.norm_and_rotate(key, attn.norm_k, grid),
             value.unflatten(-1, (attn.num_heads, attn.head_dim)),
         ).flatten(2)
 
@@ -280,8 +277,8 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
     """Attention of image tokens to text tokens, with RMSNorm on queries and keys of each head."""
 
     _default_processor_cls: type[Any]
-    to_kv: nn.Linear  # once they are fused
-    use_bias = True  # what `fuse_projections`, by Diffusers, has to know of `to_k` and `to_v`
+    to_kv: nn.Linear  # set by `fuse_projections`
+    use_bias = True  # read by Diffusers' `fuse_projections`: `to_k` and `to_v` have biases
 
     def __init__(
         self,
@@ -304,7 +301,7 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         self.processor: Any = CrossAttnProcessor()
 
     def fuse_projections(self) -> None:
-        """Make keys and values one projection, unless adapters or quantized weights are in it."""
+        """Fuse the projections of keys and values, unless they have adapters or are quantized."""
         layers = self.to_k, self.to_v
         if all(type(x) is Linear and type(x.weight) is nn.Parameter for x in layers):
             super().fuse_projections()
@@ -312,7 +309,7 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
     def keys_and_values(
         self, encoder_hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (normed) and values of the text, `(B, L, heads, head_dim)` each.
+        """Return the normalised keys and the values of the text, `(B, L, heads, head_dim)` each.
 
         Args:
             encoder_hidden_states: `(B, L, text_dim)`.
@@ -320,7 +317,7 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         layers = self.to_k, self.to_v
         if self.fused_projections and all(type(layer) is Linear for layer in layers):
             key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        else:  # as they come, or because adapters came after the projections were fused
+        else:  # not fused, or adapters were added after the projections were fused
             key, value = (layer(encoder_hidden_states) for layer in layers)
         heads = (self.num_heads, self.head_dim)
         return self.norm_k(key.unflatten(-1, heads)), value.unflatten(-1, heads)
@@ -336,7 +333,7 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
 
         Args:
             hidden_states: `(B, N, C)`.
-            key, value: of the text, as `keys_and_values` returns them.
+            key, value: of the text, as returned by `keys_and_values`.
             attention_bias: `(B, 1, L)`, added to the logits of every head and query.
         """
         attended = self.processor(self, hidden_states, key, value, attention_bias)

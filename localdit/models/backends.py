@@ -1,4 +1,8 @@
-"""Which implementation computes attention within windows."""
+"""The choice of what computes attention within windows: PyTorch's operations or Triton's kernel.
+
+Hidden state: the results of the checks of a device are cached for the life of the process, up to 64
+of each kind; `localdit.models.clear_caches` clears them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import warnings
 import torch
 
 from . import window_attention_triton as kernel
-from .norms import RMSNorm
+from .layers import RMSNorm, recomputed
 from .window_attention import window_attention
 from .windows import WindowGrid
 
@@ -17,11 +21,11 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 def checked_backend(backend: str) -> str:
-    """The name of a backend, if it can be chosen here.
+    """Return the name of a backend if it can be chosen here.
 
     Raises:
-        ValueError: for a name that is none.
-        ImportError: for "triton" where Triton is not installed.
+        ValueError: if there is no such backend.
+        ImportError: for "triton" if Triton is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(
@@ -44,30 +48,34 @@ def attend_within_windows(
     do_rope: bool,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Window attention by the backend: see `localdit.models.window_attention.window_attention`.
+    """Compute window attention with a backend: see `window_attention.window_attention`.
+
+    In training, PyTorch's operations are computed again in the backward pass, so that their
+    intermediate results take no memory. The kernel does so by itself.
 
     Args:
-        backend: "torch", "triton", or "auto": Triton's kernel where it can be used and computes on
-            this very device what PyTorch's operations do, else these.
-        qkv, grid, num_heads, norms, do_rope, bias: as there.
+        backend: "torch", "triton", or "auto": Triton's kernel if it can be used and agrees with
+            PyTorch's operations on this device, and PyTorch's operations otherwise.
+        qkv, grid, num_heads, norms, do_rope, bias: as for `window_attention.window_attention`.
 
     Raises:
-        ValueError: if the backend is "triton" and it cannot be used, with the reason.
+        ValueError: if the backend is "triton" and cannot be used, with the reason.
     """
     arguments = (qkv, grid, num_heads, norms, do_rope, bias)
-    if backend == "torch" or (backend == "auto" and qkv.device.type != "cuda"):
-        return window_attention(*arguments)
-    reason = why_not_triton(*arguments)
-    if reason is None and backend == "auto":
-        head_dim = qkv.shape[2] // (3 * num_heads)
-        reason = why_not_trusted(qkv.device, qkv.dtype, grid.window_size, num_heads, head_dim)
-    if reason is None:
-        return kernel.window_attention(*arguments)
-    if backend == "triton":
-        raise ValueError(
-            f"The backend 'triton' of window attention cannot be used here: {reason}. Choose "
-            "another with `set_window_attention_backend('torch')`, or 'auto'."
-        )
+    if backend == "triton" or (backend == "auto" and qkv.device.type == "cuda"):
+        reason = why_not_triton(*arguments)
+        if reason is None and backend == "auto":
+            head_dim = qkv.shape[2] // (3 * num_heads)
+            reason = why_not_trusted(qkv.device, qkv.dtype, grid.window_size, num_heads, head_dim)
+        if reason is None:
+            return kernel.window_attention(*arguments)
+        if backend == "triton":
+            raise ValueError(
+                f"The backend 'triton' of window attention cannot be used here: {reason}. Choose "
+                "another with `set_window_attention_backend('torch')`, or 'auto'."
+            )
+    if torch.is_grad_enabled():
+        return recomputed(window_attention, *arguments)
     return window_attention(*arguments)
 
 
@@ -79,7 +87,7 @@ def why_not_triton(
     do_rope: bool = False,
     bias: torch.Tensor | None = None,
 ) -> str | None:
-    """Why Triton's kernel cannot be used for these arguments; None where it can."""
+    """Return the reason why Triton's kernel cannot take these arguments; None if it can."""
     head_dim, window_size = qkv.shape[-1] // (3 * num_heads), grid.window_size
     weights: list[torch.Tensor] = [norm.weight for norm in norms or ()]
     weights += [] if bias is None else [bias]
@@ -96,20 +104,23 @@ def why_not_triton(
     return _why_not_here(qkv.device, window_size)
 
 
-# How far the kernel may be from PyTorch's operations in the same dtype, as a part of the largest
-# value: some roundings of values and of what they were summed up from.
+# Largest difference between the kernel and PyTorch's operations in the same dtype, as a fraction of
+# the largest value: a few roundings of the values and of the terms of their sums.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def why_not_trusted(
     device: torch.device, dtype: torch.dtype, window_size: int, num_heads: int, head_dim: int
 ) -> str | None:
     """Compare the kernel with PyTorch's operations on a small map, values and gradients.
 
-    Done once in a process for each device and shape. A kernel that fails, or errs, says so in a
-    warning and is not used by the backend "auto".
+    This happens once per process for each device and shape. If the kernel fails or differs, a
+    warning says so, and the backend "auto" does not use it.
+
+    Returns:
+        The reason not to use the kernel, or None.
     """
     grid = WindowGrid(2 * window_size, 2 * window_size + 1, window_size, 1 % window_size, 0)
     generator = torch.Generator().manual_seed(0)
@@ -141,7 +152,7 @@ def why_not_trusted(
                 ).abs().max() / expected.float().abs().max()
                 if not error <= TOLERANCES[dtype]:
                     reason = f"it is {error:.2g} of the largest value off on this device"
-        except Exception as error:  # whatever a compiler or driver may raise
+        except Exception as error:  # a compiler or driver may raise anything
             reason = f"it failed on this device ({type(error).__name__}: {error})"
     if reason is not None:
         warnings.warn(
@@ -154,6 +165,7 @@ def why_not_trusted(
 
 
 def _why_not_here(device: torch.device, window_size: int) -> str | None:
+    """Return the reason why Triton's kernel cannot run on this device, or None."""
     interpreting = device.type == "cpu" and _is_interpreting()
     if device.type != "cuda" and not interpreting:
         return f"it runs on CUDA devices, not on {device.type}"
@@ -170,6 +182,7 @@ def _why_not_here(device: torch.device, window_size: int) -> str | None:
 @torch.compiler.assume_constant_result
 @functools.cache
 def _triton_version() -> tuple[int, int] | None:
+    """Return major and minor version of Triton, or None if it is not installed."""
     try:
         import triton
     except ImportError:
@@ -180,13 +193,14 @@ def _triton_version() -> tuple[int, int] | None:
 
 @torch.compiler.assume_constant_result
 def _is_interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on any device."""
+    """Return whether kernels run in Triton's interpreter, on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _why_not_on_gpu(index: int | None) -> str | None:
+    """Return the reason why Triton's kernel cannot run on a GPU, or None."""
     if torch.version.hip is not None:
         return "it was never tried on AMD's GPUs"
     if torch.cuda.get_device_capability(index) < (8, 0):

@@ -6,14 +6,13 @@ import torch
 from torch import nn
 
 from .attention import CrossAttention, LocalDiTAttention
-from .bands import in_bands
-from .caching import register_for_caching
-from .linear import FeedForward
-from .windows import WindowGrid
+from .cpu import bands, write_band
+from .diffusers_hooks import register_for_caching
+from .layers import FeedForward, modulate
 
 
 class LocalDiTBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward (PixArt-alpha, section 2.3)."""
+    """Self-attention, cross-attention to the text, feed-forward (PixArt-alpha, section 2.3)."""
 
     def __init__(
         self,
@@ -46,43 +45,40 @@ class LocalDiTBlock(nn.Module):
         Args:
             hidden_states: `(B, height * width, C)` image tokens.
             encoder_hidden_states: `(B, L, C)` text tokens.
-            encoder_attention_bias: `(B, 1, L)`, added to the logits of attention to the text.
+            encoder_attention_bias: `(B, 1, L)`, added to the logits of cross-attention.
             timestep: `(B, 6 C)`, the timestep's modulation, shared by all blocks.
             height, width: size of the map in tokens.
         """
         modulation = self.scale_shift_table + timestep.unflatten(1, (6, -1))  # (B, 6, C)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        text = self.attn2.keys_and_values(encoder_hidden_states)
-
-        def see_each_other(x: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
-            normed = torch.addcmul(shift_msa, self.norm1(x), 1 + scale_msa)
-            return torch.addcmul(x, gate_msa, self.attn1(normed, grid))
-
-        def read_and_think(x: torch.Tensor) -> torch.Tensor:
-            x = x + self.attn2(x, *text, encoder_attention_bias)
-            normed = torch.addcmul(shift_mlp, self.norm2(x), 1 + scale_mlp)
-            return torch.addcmul(x, gate_mlp, self.ff(normed))
+        key, value = self.attn2.keys_and_values(encoder_hidden_states)
 
         grid = self.attn1.grid(height, width)
-        if self._is_hooked():
-            return read_and_think(see_each_other(hidden_states, grid))
-        if getattr(self.attn1.processor, "within_windows", False):
-            return in_bands(
-                lambda tokens, band: read_and_think(see_each_other(hidden_states[:, tokens], band)),
-                grid,
-                hidden_states,
-                same_shape=True,
-            )
-        hidden_states = see_each_other(hidden_states, grid)
-        return in_bands(
-            lambda tokens, _: read_and_think(hidden_states[:, tokens]),
-            grid,
-            hidden_states,
-            same_shape=True,
-        )
+        whole = [(slice(None), grid)]
+        parts = whole if self._is_hooked() else bands(grid, hidden_states)
+        attends_in_bands = getattr(self.attn1.processor, "within_windows", False)
+        if not attends_in_bands:
+            modulated = modulate(self.norm1(hidden_states), shift_msa, scale_msa)
+            hidden_states = torch.addcmul(hidden_states, gate_msa, self.attn1(modulated, grid))
+            del modulated
+
+        # Allocated before anything is computed, the result takes the place of the map before the
+        # last one. Otherwise smaller tensors would settle there, and the peak would be higher.
+        out = torch.empty_like(hidden_states) if len(parts) > 1 else None
+        for tokens, band in parts:
+            x = hidden_states[:, tokens]
+            if attends_in_bands:
+                modulated = modulate(self.norm1(x), shift_msa, scale_msa)
+                x = torch.addcmul(x, gate_msa, self.attn1(modulated, band))
+                del modulated
+            x = x + self.attn2(x, key, value, encoder_attention_bias)
+            x = torch.addcmul(x, gate_mlp, self.ff(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+            out = write_band(out, x, tokens, grid)
+        assert out is not None
+        return out
 
     def _is_hooked(self) -> bool:
-        """Whether hooks of Diffusers watch the parts: caches expect one call of each in a step."""
+        """Return whether Diffusers' hooks are set: caches expect one call of each part per step."""
         registries = (
             getattr(x, "_diffusers_hook", None) for x in (self.attn1, self.attn2, self.ff)
         )

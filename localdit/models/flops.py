@@ -1,4 +1,4 @@
-"""How many floating point operations a LocalDiT takes, told from its shape."""
+"""The number of floating-point operations of a LocalDiT, from its shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .attention import (
     LocalGlobalAttnProcessor,
 )
 from .global_context import GlobalContext, SqueezeExcitation
-from .linear import FeedForward
+from .layers import FeedForward
 from .transformer import LocalDiTTransformer2DModel
 
 
@@ -25,18 +25,18 @@ def forward_flops(
     width: int,
     text_tokens: int,
 ) -> int:
-    """The operations of one forward pass for one picture, two to a multiplication with addition.
+    """Return the operations of a forward pass for one picture, two per multiply-add.
 
-    Counted are the matrix products and convolutions as they are computed: in attention within
-    windows each slot of the map, padded to whole windows, meets all slots of its window. Norms,
-    activations, masks and sums are not counted. A training step takes three times as many, for the
-    backward pass has two products to each of the forward pass; what is computed anew for it, in
-    attention or by gradient checkpointing, is not counted.
+    This counts matrix products and convolutions as they are computed: in window attention, each
+    slot of the map, padded to whole windows, attends to all slots of its window. It does not count
+    norms, activations, masks and sums. A training step takes three times as many operations: the
+    backward pass has two products for each product of the forward pass. Results that the backward
+    pass computes again, in attention or by gradient checkpointing, do not count.
 
     Args:
-        transformer: the model as it is, with the processors it has; or its configuration.
-        height, width: of the latents.
-        text_tokens: of the caption, padding included.
+        transformer: the model, with its present processors; or its configuration.
+        height, width: size of the latents.
+        text_tokens: tokens of the caption, padding included.
     """
     if isinstance(transformer, LocalDiTTransformer2DModel):
         model = transformer
@@ -64,7 +64,7 @@ def forward_flops(
 
 
 def _weights(module: nn.Module) -> int:
-    """Multiplications of a module's linear layers and convolutions at one position."""
+    """Return the multiplications of a module's linear layers and convolutions at one position."""
     return sum(
         layer.weight.numel()
         for layer in module.modules()
@@ -95,7 +95,7 @@ def _global_context(context: GlobalContext, tokens: int, slots: int) -> int:
 
 
 def _cross_attention(attn: CrossAttention, tokens: int, text_tokens: int) -> int:
-    of_the_text = _weights(attn.to_k) + _weights(attn.to_v)
-    of_the_image = _weights(attn.to_q) + _weights(attn.to_out)
+    per_text_token = _weights(attn.to_k) + _weights(attn.to_v)
+    per_token = _weights(attn.to_q) + _weights(attn.to_out)
     dim = attn.num_heads * attn.head_dim
-    return text_tokens * of_the_text + tokens * (of_the_image + 2 * text_tokens * dim)
+    return text_tokens * per_text_token + tokens * (per_token + 2 * text_tokens * dim)

@@ -1,15 +1,15 @@
-"""The weights of the global context: what a window learns of the rest of the map."""
+"""The global context: what a window sees of the rest of the map."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from .linear import Linear
+from .cpu import Linear
 
 
 class SqueezeExcitation(nn.Module):
-    """Scale each channel by a gate read off all their means (Hu et al., 2018, section 3)."""
+    """Scale each channel by a gate computed from the means of all (Hu et al., 2018, section 3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -41,7 +41,12 @@ class QueryFeatures(nn.Module):
 
 
 class GlobalContext(nn.Module):
-    """Weights of the global context: features of the whole map's queries, keys and values."""
+    """Weights of the global context: features of the whole map's queries, keys and values.
+
+    Args:
+        num_heads, head_dim: heads and channels per head.
+        window_size: side of a window in tokens.
+    """
 
     def __init__(self, num_heads: int, head_dim: int, window_size: int) -> None:
         super().__init__()
@@ -50,10 +55,21 @@ class GlobalContext(nn.Module):
         self.to_global_kv = Linear(dim, 2 * dim)
         self.global_rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
 
-    def forward(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of a map of queries `(B, C, H, W)`, and the relative position bias.
+    def reset_parameters(self) -> None:
+        """Draw the weights again, with the values that a new module would have.
 
-        The bias is a copy: offloading brings a module's weights for its `forward` alone, and takes
-        them away afterwards.
+        Linear and convolutional layers take PyTorch's initialisation, in the order in which they
+        are constructed; the relative position bias is zero.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.reset_parameters()
+        nn.init.zeros_(self.global_rel_pos_bias)
+
+    def forward(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features of a map of queries `(B, C, H, W)`, and the relative position bias.
+
+        The bias is a copy: offloading loads a module's weights for its `forward` only, and unloads
+        them afterwards.
         """
         return self.query_feat_extract(queries), self.global_rel_pos_bias.clone()

@@ -1,4 +1,4 @@
-"""Shapes of the models this project makes, as arguments of `LocalDiTTransformer2DModel`."""
+"""Shapes of the models of this project, as arguments of `LocalDiTTransformer2DModel`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from pathlib import Path
@@ -19,23 +20,24 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from einops import rearrange
 from torch import nn
 
+from ..checkpoint.loading import load_checkpoint
+from ..checkpoint.reading import local_file
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
-from .bands import in_bands
 from .block import LocalDiTBlock
-from .caching import completed
-from .embedding import PatchEmbedding
-from .lora import scales_adapters
+from .cpu import bands, write_band
+from .diffusers_hooks import complete_cache_config, scaled_adapters
+from .layers import PatchEmbedding, modulate
 from .windows import WindowGrid, shift_sizes
 
 
 class LocalDiTTransformer2DModel(
     ModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin
 ):
-    """A diffusion transformer whose self-attention looks only at small shifted windows.
+    """A diffusion transformer with self-attention within small shifted windows.
 
-    Called as diffusers' `PixArtTransformer2DModel` is. The size of the picture is read off the
-    latents of each call. The defaults are those of the released 0.52B model.
+    It is called like Diffusers' `PixArtTransformer2DModel`. The size of the picture follows from
+    the latents of each call. The defaults are those of the released 0.52B model.
 
     Args:
         num_attention_heads, attention_head_dim: heads, and channels per head.
@@ -43,31 +45,31 @@ class LocalDiTTransformer2DModel(
             `out_channels=None` means `in_channels`.
         num_layers: number of blocks.
         dropout: probability of dropping a channel in training.
-        cross_attention_dim: channels of the text as the blocks see it; None means the model's
-            width, which it has to be wherever `caption_channels` is given.
-        sample_size: side of the latents the model is made for. Sets the scale of the position
+        cross_attention_dim: channels of the text inside the blocks; None means the model's width,
+            the only possible value if `caption_channels` is given.
+        sample_size: side of the latents that the model is made for; sets the scale of the position
             embedding.
-        patch_size: side of the square of latents that makes a token.
+        patch_size: side of the square of latents that becomes a token.
         window_size: side of an attention window, in tokens.
         shift_schedule: "cyclic" rolls layer i by `i mod window_size` (the released model),
             "alternating" by `0, window_size // 2, 0, ...`.
-        do_rope: turn queries and keys by their position.
+        do_rope: rotate queries and keys by their position.
         use_global: give every layer a global context beside its windows.
         layer_types: "local", "local_global" or "full" for each layer; None means "local_global"
-            everywhere with `use_global`, "local" everywhere without.
+            in all layers with `use_global`, and "local" in all layers without.
         qk_norm_eps, norm_eps: epsilon of the norms of queries and keys, and of the layer norms.
         interpolation_scale: divides positions before they are embedded; None means
             `max(sample_size // 64, 1)`.
         use_additional_conditions: condition on resolution and aspect ratio; None means
             `sample_size == 128`.
-        caption_channels: channels of the text encoder's states; None if they come at
-            `cross_attention_dim`.
-        num_embeds_ada_norm: number of timesteps the model is trained for.
-        norm_type: "ada_norm_single", the only one there is.
+        caption_channels: channels of the text encoder's states; None if they already have
+            `cross_attention_dim` channels.
+        num_embeds_ada_norm: number of timesteps that the model is trained for.
+        norm_type: has to be "ada_norm_single".
         activation_fn: activation of the feed-forward, by its name in Diffusers.
 
     Raises:
-        ValueError: where these contradict each other.
+        ValueError: if arguments contradict each other.
     """
 
     _supports_gradient_checkpointing = True
@@ -174,22 +176,18 @@ class LocalDiTTransformer2DModel(
         Args:
             path: the file, or its address on the Hugging Face hub.
             torch_dtype: dtype of the model; None keeps the file's.
-            local_files_only: take a file of the hub from the cache, and fetch nothing.
+            local_files_only: take a file of the hub from the cache, and download nothing.
             **overrides: further arguments of `load_transformer`.
         """
-        from ..checkpoint import load_transformer
-        from ..sources import local_file
-
         file = local_file(path, local_files_only)
-        return load_transformer(file, torch_dtype=torch_dtype, **overrides)
+        return load_checkpoint(cls, file, torch_dtype=torch_dtype, **overrides)
 
     def set_sample_size(self, sample_size: int) -> None:
-        """Make the model one for pictures of another size: positions are scaled to it.
+        """Scale the model's positions to pictures of another size; the weights stay.
 
-        The weights stay. The rule is that of the released model: the positions of a square of
-        `sample_size` latents are those of its tokens, divided by `max(sample_size // 64, 1)` (or by
-        the `interpolation_scale` that the model was made with). What the model is conditioned on
-        does not change.
+        The rule is that of the released model: the positions of a square of `sample_size` latents
+        are those of its tokens, divided by `max(sample_size // 64, 1)` (or by the
+        `interpolation_scale` that the model was made with). The model's conditions do not change.
         """
         self.pos_embed.base_size = sample_size // self.config.patch_size
         self.pos_embed.interpolation_scale = self.config.interpolation_scale or max(
@@ -203,8 +201,8 @@ class LocalDiTTransformer2DModel(
         """Compute attention with another processor; the weights stay.
 
         Args:
-            processor: one for the self-attention of every layer (attention to the text keeps its
-                own), or a dict with one for each name in `attn_processors`.
+            processor: a processor for the self-attention of every layer (cross-attention keeps its
+                own), or a dict with a processor for each name in `attn_processors`.
         """
         if isinstance(processor, dict):
             processors = dict(processor)
@@ -216,7 +214,7 @@ class LocalDiTTransformer2DModel(
         super().set_attn_processor(processors)
 
     def set_default_attn_processor(self) -> None:
-        """Compute attention as the model was made to, each layer in its own way."""
+        """Give every layer the processor that the model was made with."""
         for attention in self._attentions():
             attention.set_processor(attention._default_processor_cls())
 
@@ -224,12 +222,12 @@ class LocalDiTTransformer2DModel(
         """Choose what computes attention within windows, in every layer that has windows.
 
         Args:
-            backend: "triton", a kernel for NVIDIA's GPUs; "torch", PyTorch's own operations, on any
-                device; or "auto", the default: the kernel where it can be used.
+            backend: "triton", a kernel for NVIDIA GPUs; "torch", PyTorch's own operations, on any
+                device; or "auto", the default: the kernel if it can be used.
 
         Raises:
             ValueError: for another name.
-            ImportError: for "triton" where Triton is not installed.
+            ImportError: for "triton" if Triton is not installed.
         """
         checked_backend(backend)
         for processor in self.attn_processors.values():
@@ -237,7 +235,7 @@ class LocalDiTTransformer2DModel(
                 processor.backend = backend
 
     def unload_lora(self) -> None:
-        """Take all adapters out; what was fused of them stays, in fused projections as well."""
+        """Remove all adapters; fused ones stay in the weights, and in fused projections as well."""
         super().unload_lora()
         for attention in self._attentions():
             if attention.fused_projections:
@@ -250,13 +248,14 @@ class LocalDiTTransformer2DModel(
 
     def enable_cache(self, config: Any) -> None:
         """Reuse results of earlier steps: see `diffusers.CacheMixin.enable_cache`."""
-        super().enable_cache(completed(config))
+        super().enable_cache(complete_cache_config(config))
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the blocks, one graph for all that are of one kind and shift alike.
+        """Compile the blocks; blocks of the same kind and shift share a graph.
 
-        Takes what `torch.compile` takes. From PyTorch 2.13 on its limit of graphs for a function
-        holds for each kind by itself: blocks are one function, and would reach it together.
+        Takes the arguments of `torch.compile`. PyTorch limits the number of graphs of a function,
+        and all blocks are one function. From PyTorch 2.13 on, the limit applies to each kind of
+        block separately.
         """
         if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
             return super().compile_repeated_blocks(*args, **kwargs)
@@ -271,7 +270,6 @@ class LocalDiTTransformer2DModel(
                 )
             block._compiled_call_impl = functools.partial(compiled[kind], block)
 
-    @scales_adapters
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -283,18 +281,18 @@ class LocalDiTTransformer2DModel(
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the noise (or what else the model was trained to predict) in latents.
+        """Predict the noise, or whatever the model was trained to predict, from noisy latents.
 
         Args:
             hidden_states: `(B, in_channels, H, W)` latents, H and W multiples of `patch_size`.
             encoder_hidden_states: `(B, L, caption_channels)` states of the text encoder.
             timestep: `(B,)`, or a single one for the whole batch.
-            added_cond_kwargs: where the model uses additional conditions: "resolution" `(B, 2)`,
+            added_cond_kwargs: if the model uses additional conditions: "resolution" `(B, 2)`,
                 height and width in pixels, and "aspect_ratio" `(B, 1)`, width / height; or one row
                 of each for the whole batch.
-            cross_attention_kwargs: may hold "scale", by which the active LoRA adapters are
-                multiplied in this call; nothing else.
-            attention_mask: taken for the signature's sake; has to be None.
+            cross_attention_kwargs: may hold "scale", a factor of the active LoRA adapters in this
+                call, and nothing else.
+            attention_mask: has to be None; part of the signature of Diffusers' transformers.
             encoder_attention_mask: `(B, L)`, 1 = keep, 0 = discard; or a bias `(B, 1, L)`.
             return_dict: return an output object rather than a tuple.
 
@@ -307,6 +305,58 @@ class LocalDiTTransformer2DModel(
         """
         patch = self.config.patch_size
         batch_size, _, *size = hidden_states.shape
+        options = dict(cross_attention_kwargs or {})
+        scale_of_adapters = options.pop("scale", None)
+        self._check_inputs(size, added_cond_kwargs, options, attention_mask)
+        grid = WindowGrid(size[0] // patch, size[1] // patch, window_size=1)
+        adapters = contextlib.nullcontext()
+        if scale_of_adapters is not None:
+            adapters = scaled_adapters(self, scale_of_adapters)
+
+        with adapters:
+            hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
+            timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
+            conditions = {
+                name: value if value is None else value.view(len(value), -1).expand(batch_size, -1)
+                for name, value in (added_cond_kwargs or {}).items()
+            }
+            modulation, embedded_timestep = self.adaln_single(
+                timestep, conditions, batch_size=batch_size, hidden_dtype=hidden_states.dtype
+            )
+            if self.caption_projection is not None:
+                encoder_hidden_states = self.caption_projection(encoder_hidden_states)
+            bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)
+
+            for block in self.transformer_blocks:
+                args = (hidden_states, encoder_hidden_states, bias, modulation, *grid[:2])
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    hidden_states = self._gradient_checkpointing_func(block, *args)
+                else:
+                    hidden_states = block(*args)
+
+            # In a model spread over devices, the parameter may not be where the last block is.
+            table = self.scale_shift_table.to(hidden_states.device)
+            table = table + embedded_timestep[:, None].to(table.device)
+            shift, scale = table.chunk(2, dim=1)
+            patches = None
+            for tokens, _ in bands(grid, hidden_states):
+                x = modulate(self.norm_out(hidden_states[:, tokens]), shift, scale)
+                patches = write_band(patches, self.proj_out(x), tokens, grid)
+
+        sample = rearrange(
+            patches, "b (y x) (p q c) -> b c (y p) (x q)", y=grid.height, p=patch, q=patch
+        )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_inputs(
+        self,
+        size: list[int],
+        added_cond_kwargs: dict[str, torch.Tensor] | None,
+        options: dict[str, Any],
+        attention_mask: torch.Tensor | None,
+    ) -> None:
+        """Refuse inputs that the model cannot take; `options` are those other than the scale."""
+        patch = self.config.patch_size
         if any(side == 0 or side % patch for side in size):
             raise ValueError(
                 f"Latents of {size[0]} x {size[1]} do not divide into {patch} x {patch} patches; "
@@ -317,55 +367,17 @@ class LocalDiTTransformer2DModel(
                 "This model is conditioned on the picture's size: pass `added_cond_kwargs` with "
                 "'resolution' (B, 2) and 'aspect_ratio' (B, 1)."
             )
-        if attention_mask is not None or cross_attention_kwargs:
+        if attention_mask is not None or options:
             raise ValueError(
                 "`attention_mask` is not supported, nor anything in `cross_attention_kwargs` but "
                 "'scale'."
             )
 
-        height, width = size[0] // patch, size[1] // patch
-        hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
-        conditions = {
-            name: value if value is None else value.view(len(value), -1).expand(batch_size, -1)
-            for name, value in (added_cond_kwargs or {}).items()
-        }
-        modulation, embedded_timestep = self.adaln_single(
-            timestep, conditions, batch_size=batch_size, hidden_dtype=hidden_states.dtype
-        )
-        if self.caption_projection is not None:
-            encoder_hidden_states = self.caption_projection(encoder_hidden_states)
-        bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)
-
-        for block in self.transformer_blocks:
-            args = (hidden_states, encoder_hidden_states, bias, modulation, height, width)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, *args)
-            else:
-                hidden_states = block(*args)
-
-        # The parameter may be on another device than the last block, if the model is spread.
-        table = self.scale_shift_table.to(hidden_states.device)
-        shift, scale = (table + embedded_timestep[:, None].to(table.device)).chunk(2, dim=1)
-
-        def projected(tokens: slice, _: WindowGrid) -> torch.Tensor:
-            normed = self.norm_out(hidden_states[:, tokens])
-            return self.proj_out(torch.addcmul(shift, normed, 1 + scale))
-
-        sample = rearrange(
-            in_bands(projected, WindowGrid(height, width, window_size=1), hidden_states),
-            "b (y x) (p q c) -> b c (y p) (x q)",
-            y=height,
-            p=patch,
-            q=patch,
-        )
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
 
 def _resolve_layer_types(
     layer_types: list[str] | None, num_layers: int, use_global: bool
 ) -> list[str]:
-    """The kind of attention of each layer."""
+    """Return the kind of attention of each layer."""
     if layer_types is None:
         return ["local_global" if use_global else "local"] * num_layers
     if len(layer_types) != num_layers:
@@ -381,7 +393,7 @@ def _resolve_layer_types(
 
 
 def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A mask `(B, L)` of tokens to keep as a bias `(B, 1, L)`: 0 = keep, -10000 = discard."""
+    """Turn a mask `(B, L)`, 1 = keep, into a bias `(B, 1, L)`, 0 = keep, -10000 = discard."""
     if mask is None or mask.ndim == 3:
         return mask
     return (1 - mask.to(dtype))[:, None] * -10000.0

@@ -1,7 +1,9 @@
-"""Attention within windows, from packed queries, keys and values to what they attend to.
+"""Attention within windows in PyTorch's own operations, for any device.
 
-In PyTorch's own operations, for any device: one gather of the rows of all heads, two batched
-matrix products, one gather back.
+One gather of the rows of all heads, two batched matrix products, one gather back.
+
+Hidden state: `_head_rows` caches up to 64 pairs of index tensors on their devices;
+`localdit.models.clear_caches` clears them.
 """
 
 from __future__ import annotations
@@ -11,9 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .norms import RMSNorm, compute_dtype
-from .recomputing import recomputed
-from .rope import apply_rope, rope_angles
+from .layers import RMSNorm, apply_rope, compute_dtype, rope_angles
 from .windows import WindowGrid, relative_position_index, window_layout
 
 
@@ -25,34 +25,23 @@ def window_attention(
     do_rope: bool,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`softmax(q k^T / sqrt(d) + bias) v` within each window, with q and k normed and turned.
+    """Return `softmax(q k^T / sqrt(d) + bias) v` within each window, q and k normed and rotated.
 
-    Rotations enter the logits through differences of positions alone (RoFormer, section 3.1), and
-    tokens that see each other lie together on the map: positions within the window serve for every
+    Logits depend only on differences between rotary positions (RoFormer, section 3.1), and tokens
+    that see each other are neighbours on the map. So positions within the window serve every
     window.
 
     Args:
         qkv: `(B, N, 3 C)`, queries, keys and values of a row-major map.
         grid: the map of N tokens and its windows of l = w**2 tokens.
         num_heads: heads that share the C channels, `head_dim` each.
-        norms: of queries and of keys, over the channels of a head; None where they come normed.
-        do_rope: whether queries and keys are turned by their position.
+        norms: of queries and of keys, over the channels of a head; None if they are normed already.
+        do_rope: rotate queries and keys by their position.
         bias: relative position bias `((2 w - 1)**2, heads)`, or None.
 
     Returns:
         `(B, N, C)`.
     """
-    return recomputed(_window_attention, qkv, grid, num_heads, norms, do_rope, bias)
-
-
-def _window_attention(
-    qkv: torch.Tensor,
-    grid: WindowGrid,
-    num_heads: int,
-    norms: tuple[RMSNorm, RMSNorm] | None,
-    do_rope: bool,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
     batch, _, channels = qkv.shape
     w, head_dim = grid.window_size, channels // (3 * num_heads)
     rows = _head_rows(grid, num_heads, batch, qkv.device)
@@ -79,16 +68,16 @@ def _window_attention(
 def window_bias(
     table: torch.Tensor | None, grid: WindowGrid, num_heads: int, batch: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """What is added to the logits of each window: relative position bias, and -inf where hidden.
+    """Return the bias of each window's logits: the relative position bias, and -inf where hidden.
 
     Args:
         table: `((2 w - 1)**2, heads)`, or None for no bias.
         grid: the map and its windows.
         num_heads, batch: heads, and maps in the batch.
-        like: has the dtype and device of the logits.
+        like: a tensor with the dtype and device of the logits.
 
     Returns:
-        `(batch * num_windows * heads, w**2, w**2)`, or one that broadcasts to it.
+        `(batch * num_windows * heads, w**2, w**2)`, or a tensor that broadcasts to it.
     """
     hidden = window_layout(grid, like.device).hidden
     bias = like.new_zeros(1, 1, 1)
@@ -105,13 +94,13 @@ def window_bias(
 
 
 class _HeadRows(NamedTuple):
-    """Where the rows of single heads go.
+    """The places of each head's rows.
 
     Attributes:
         order: `(3 * batch * num_windows * heads * w**2,)`. Row of packed queries, keys and values,
             `(batch * N * 3 * heads, d)`, that each slot reads.
-        inverse: `(batch * N * heads,)`. Slot, of `(batch * num_windows * heads * w**2, d)`, in
-            which each head of each token sits.
+        inverse: `(batch * N * heads,)`. Slot of `(batch * num_windows * heads * w**2, d)` that
+            holds each head of each token.
     """
 
     order: torch.Tensor

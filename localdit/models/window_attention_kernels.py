@@ -1,22 +1,24 @@
-"""Triton kernels of attention within windows, which `window_attention_triton.py` launches.
+"""Triton kernels of attention within windows, launched by `window_attention_triton.py`.
 
-A program takes one head of one tile at a time: see `window_attention_tiles.py`, also for the
-arguments. Heads lie next to one another in memory, and so do the programs that take them.
+A program computes one head of one tile at a time. A tile is the `SLOTS` places of a window, or of
+several windows one after the other if a window is smaller than the 16 rows of a matrix product.
+Padding, roll and partition of the map are arithmetic on addresses: rows are read and written in
+place. Heads lie next to one another in memory, and so do the programs that compute them.
+
+Channels 2 p and 2 p + 1 of queries and keys, which RoPE rotates together, are read as one word of
+twice the width and separated in registers. So reads are contiguous and no channel changes its lane;
+the product of queries and keys is that of their even channels plus that of their odd ones.
+
+Arguments in capitals are compiled in: `HEADS`, heads; `PAIRS`, pairs of channels of a head, and
+`BLOCK`, the power of two that they are padded to; `WINDOW`, side of a window; `HALF`, dtype of a
+channel; `FACTOR`, dtype in which queries and keys are multiplied. Pointers to absent tensors are
+None.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from .window_attention_tiles import (
-    place,
-    product,
-    read,
-    read_normed_and_turned,
-    write,
-    write_gradient,
-)
 
 
 # Compiled once for maps of all sizes and shifts.
@@ -28,7 +30,7 @@ def forward(
     SLOTS: tl.constexpr, HALF: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Window attention of one head of one tile of one map.
+    """Compute window attention of one head of one tile of one map.
 
     `words` is the memory of `qkv` in words of two channels, and strides are counted in words.
     """
@@ -39,11 +41,11 @@ def forward(
     is_token = region >= 0
 
     start = item.to(tl.int64) * batch_stride + token.to(tl.int64) * row_stride + head * PAIRS
-    query_even, query_odd = read_normed_and_turned(
+    query_even, query_odd = read_normed_and_rotated(
         words + start, is_token, within, query_weight, eps, rotation,
         WINDOW, PAIRS, BLOCK, HALF, FACTOR,
     )  # fmt: skip
-    key_even, key_odd = read_normed_and_turned(
+    key_even, key_odd = read_normed_and_rotated(
         words + start + WIDTH, is_token, within, key_weight, eps, rotation,
         WINDOW, PAIRS, BLOCK, HALF, FACTOR,
     )  # fmt: skip
@@ -63,13 +65,13 @@ def probabilities(
     query_even, query_odd, key_even, key_odd, bias, region, within, head, HEADS: tl.constexpr,
     WINDOW: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """`softmax(q k^T / sqrt(d) + bias)` of a tile, `(SLOTS, SLOTS)`, float32."""
+    """Return `softmax(q k^T / sqrt(d) + bias)` of a tile, `(SLOTS, SLOTS)`, float32."""
     logits = product(query_even, tl.trans(key_even), PRECISION, INTERPRETED)
     logits += product(query_odd, tl.trans(key_odd), PRECISION, INTERPRETED)
     logits *= (2 * PAIRS) ** -0.5
     if bias is not None:
-        # Row (dy + w - 1) (2 w - 1) + dx + w - 1 of the table (Swin Transformer, section 3.2): a
-        # difference of what query and key have of their own.
+        # Row (dy + w - 1) (2 w - 1) + dx + w - 1 of the table (Swin Transformer, section 3.2), as
+        # a difference of a term of the query and the same term of the key.
         row = within // WINDOW * (2 * WINDOW - 1) + within % WINDOW
         row = row[:, None] - row[None, :] + (WINDOW - 1) * 2 * WINDOW
         logits += tl.load(bias + row * HEADS + head).to(tl.float32)
@@ -90,10 +92,10 @@ def backward(
     SLOTS: tl.constexpr, HALF: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head of every `chunks`-th of the `items` tiles of all maps of the batch.
+    """Compute gradients of one head of every `chunks`-th of the `items` tiles of the batch.
 
-    What the tiles give to the norms' weights and to the bias is summed up here, in a fixed order,
-    and written once for each program: `d_weight` is `(programs, 2, d)`, `d_logits` is
+    Gradients of the norms' weights and of the bias are summed over the tiles in a fixed order, and
+    written once per program: `d_weight` is `(programs, 2, d)`, `d_logits` is
     `(programs, SLOTS, SLOTS)`.
     """
     WIDTH: tl.constexpr = HEADS * PAIRS
@@ -111,10 +113,10 @@ def backward(
         is_token = region >= 0
         start = item * batch_stride + token.to(tl.int64) * row_stride + head * PAIRS
         rows = words + start
-        query_even, query_odd = read_normed_and_turned(
+        query_even, query_odd = read_normed_and_rotated(
             rows, is_token, within, query_weight, eps, rotation, WINDOW, PAIRS, BLOCK, HALF, FACTOR
         )
-        key_even, key_odd = read_normed_and_turned(
+        key_even, key_odd = read_normed_and_rotated(
             rows + WIDTH, is_token, within, key_weight, eps, rotation,
             WINDOW, PAIRS, BLOCK, HALF, FACTOR,
         )  # fmt: skip
@@ -173,9 +175,9 @@ def backward(
 
 @triton.jit
 def shrunk(x, AXIS: tl.constexpr, FACTOR: tl.constexpr):
-    """`x` in units of its greatest magnitude along an axis, and these units.
+    """Return `x` in units of its largest magnitude along an axis, and these units.
 
-    Gradients may lie far outside of the range of float16; in these units they lie within.
+    Gradients may be far outside the range of float16; in these units they are inside.
     """
     unit = tl.maximum(tl.max(tl.abs(x), axis=AXIS), 1e-30)
     return (x / tl.expand_dims(unit, AXIS)).to(FACTOR), unit
@@ -186,7 +188,7 @@ def sum_bias_gradient(
     d_logits, d_bias, chunks, HEADS: tl.constexpr, WINDOW: tl.constexpr, SLOTS: tl.constexpr,
     OFFSETS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The entries for one row offset of the bias table's gradient, of one head.
+    """Compute the bias table's gradient at one row offset, for one head.
 
     Each entry is the sum over the pairs of slots at its offset. `OFFSETS` is the power of two that
     the column offsets are padded to; `AT_ONCE` of the `chunks` are read at once.
@@ -197,13 +199,169 @@ def sum_bias_gradient(
     dx = tl.arange(0, OFFSETS)[:, None] - (WINDOW - 1)
     query = tl.arange(0, SLOTS)[None, :]
     y, x = query % AREA // WINDOW - dy, query % AREA % WINDOW - dx  # of the key
-    there = (y >= 0) & (y < WINDOW) & (x >= 0) & (x < WINDOW) & (query < SLOTS // AREA * AREA)
+    inside = (y >= 0) & (y < WINDOW) & (x >= 0) & (x < WINDOW) & (query < SLOTS // AREA * AREA)
     pair = query * SLOTS + query - dy * WINDOW - dx
     total = tl.zeros((AT_ONCE, OFFSETS, SLOTS), tl.float32)
     for start in range(0, chunks, AT_ONCE):
         chunk = start + tl.arange(0, AT_ONCE)[:, None, None]
         at = (chunk * HEADS + head) * (SLOTS * SLOTS) + pair[None, :, :]
-        total += tl.load(d_logits + at, mask=(chunk < chunks) & there[None, :, :], other=0)
+        total += tl.load(d_logits + at, mask=(chunk < chunks) & inside[None, :, :], other=0)
     column = tl.arange(0, OFFSETS)
     at = ((dy + WINDOW - 1) * SPAN + column) * HEADS + head
     tl.store(d_bias + at, tl.sum(tl.sum(total, axis=0), axis=1), mask=column < SPAN)
+
+
+# Tiles of a map, read and written
+
+
+@triton.jit
+def place(tile, height, width, row_shift, column_shift, WINDOW: tl.constexpr, SLOTS: tl.constexpr):
+    """Return the tokens in the slots of a tile, their regions, and their places in the window.
+
+    Slots see each other if their regions are equal: in one window, and on the same side of the
+    seams of the roll. Slots without a token have region -1: they see one another, so that no row of
+    a softmax is empty.
+    """
+    AREA: tl.constexpr = WINDOW * WINDOW
+    FILLED: tl.constexpr = SLOTS // AREA * AREA
+    slot = tl.arange(0, SLOTS)
+    within = slot % AREA
+    window = tile * (SLOTS // AREA) + slot // AREA
+    rows, columns = tl.cdiv(height, WINDOW), tl.cdiv(width, WINDOW)
+    y = window // columns * WINDOW + within // WINDOW + row_shift
+    x = window % columns * WINDOW + within % WINDOW + column_shift
+    row_wraps, column_wraps = y >= rows * WINDOW, x >= columns * WINDOW
+    y = tl.where(row_wraps, y - rows * WINDOW, y)
+    x = tl.where(column_wraps, x - columns * WINDOW, x)
+    is_token = (slot < FILLED) & (window < rows * columns) & (y < height) & (x < width)
+    region = window * 4 + row_wraps.to(tl.int32) * 2 + column_wraps.to(tl.int32)
+    return y * width + x, tl.where(is_token, region, -1), within
+
+
+@triton.jit
+def read_pairs(rows, is_token, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr):
+    """Read even and odd channels of rows of words, `(SLOTS, BLOCK)`, float32; padded by zeros."""
+    pair = tl.arange(0, BLOCK)
+    inside = is_token[:, None] & (pair < PAIRS)[None, :]
+    word = tl.load(rows[:, None] + pair[None, :], mask=inside, other=0)
+    BITS: tl.constexpr = 32 if HALF == tl.float32 else 16
+    INTEGER: tl.constexpr = tl.int32 if HALF == tl.float32 else tl.int16
+    even = word.to(INTEGER).to(HALF, bitcast=True)
+    odd = (word >> BITS).to(INTEGER).to(HALF, bitcast=True)
+    return even.to(tl.float32), odd.to(tl.float32)
+
+
+@triton.jit
+def write_pairs(
+    rows, even, odd, is_token, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr
+):
+    """Write even and odd channels: the inverse of `read_pairs`."""
+    pair = tl.arange(0, BLOCK)
+    inside = is_token[:, None] & (pair < PAIRS)[None, :]
+    BITS: tl.constexpr = 32 if HALF == tl.float32 else 16
+    INTEGER: tl.constexpr = tl.uint32 if HALF == tl.float32 else tl.uint16
+    WORD: tl.constexpr = tl.uint64 if HALF == tl.float32 else tl.uint32
+    low = even.to(HALF).to(INTEGER, bitcast=True).to(WORD)
+    high = odd.to(HALF).to(INTEGER, bitcast=True).to(WORD)
+    word = (low | (high << BITS)).to(rows.dtype.element_ty, bitcast=True)
+    tl.store(rows[:, None] + pair[None, :], word, mask=inside)
+
+
+@triton.jit
+def read(rows, is_token, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Read channels in their own order, `(SLOTS, 2 * BLOCK)`; padded by zeros."""
+    channel = tl.arange(0, 2 * BLOCK)
+    inside = is_token[:, None] & (channel < 2 * PAIRS)[None, :]
+    return tl.load(rows[:, None] + channel[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def write(rows, values, is_token, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write channels in their own order: the inverse of `read`."""
+    channel = tl.arange(0, 2 * BLOCK)
+    inside = is_token[:, None] & (channel < 2 * PAIRS)[None, :]
+    tl.store(rows[:, None] + channel[None, :], values.to(rows.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def read_weight(weight, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Read even and odd channels of a norm's weight, `(1, BLOCK)` each, float32."""
+    pair = tl.arange(0, BLOCK)
+    even = tl.load(weight + 2 * pair, mask=pair < PAIRS, other=0).to(tl.float32)
+    odd = tl.load(weight + 2 * pair + 1, mask=pair < PAIRS, other=0).to(tl.float32)
+    return even[None, :], odd[None, :]
+
+
+@triton.jit
+def read_rotation(rotation, within, WINDOW: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Read cosine and sine, `(SLOTS, BLOCK)` each, of the angle of each pair at each place."""
+    pair = tl.arange(0, BLOCK)
+    at = within[:, None] * PAIRS + pair[None, :]
+    inside = (pair < PAIRS)[None, :]
+    cos = tl.load(rotation + at, mask=inside, other=0)
+    sin = tl.load(rotation + WINDOW * WINDOW * PAIRS + at, mask=inside, other=0)
+    return cos, sin
+
+
+@triton.jit
+def inverse_root_mean_square(even, odd, eps, PAIRS: tl.constexpr):
+    """Return `1 / sqrt(mean(x**2) + eps)` of each row, `(SLOTS, 1)`."""
+    mean_square = tl.sum(even * even + odd * odd, axis=1) / (2 * PAIRS)
+    return tl.rsqrt(mean_square + eps)[:, None]
+
+
+@triton.jit
+def read_normed_and_rotated(
+    rows, is_token, within, weight, eps, rotation, WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, HALF: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Read even and odd channels of queries or keys, and apply RMSNorm and RoPE in float32."""
+    even, odd = read_pairs(rows, is_token, PAIRS, BLOCK, HALF)
+    if weight is not None:
+        scale = inverse_root_mean_square(even, odd, eps, PAIRS)
+        weight_even, weight_odd = read_weight(weight, PAIRS, BLOCK)
+        even, odd = even * scale * weight_even, odd * scale * weight_odd
+    if rotation is not None:
+        cos, sin = read_rotation(rotation, within, WINDOW, PAIRS, BLOCK)
+        even, odd = even * cos - odd * sin, odd * cos + even * sin
+    return even.to(FACTOR), odd.to(FACTOR)
+
+
+@triton.jit
+def write_gradient(
+    d_rows, d_even, d_odd, rows, is_token, within, weight, eps, rotation, WINDOW: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Propagate gradients back through `read_normed_and_rotated`, and write them.
+
+    The rows are read again: they still are in a cache, and registers are scarce.
+
+    Returns:
+        Gradients of even and odd channels of the norm's weight, `(BLOCK,)` each, summed over the
+        tile.
+    """
+    d_weight_even = tl.zeros((BLOCK,), tl.float32)
+    d_weight_odd = tl.zeros((BLOCK,), tl.float32)
+    if rotation is not None:
+        cos, sin = read_rotation(rotation, within, WINDOW, PAIRS, BLOCK)
+        d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
+    if weight is not None:
+        even, odd = read_pairs(rows, is_token, PAIRS, BLOCK, HALF)
+        scale = inverse_root_mean_square(even, odd, eps, PAIRS)
+        even, odd = even * scale, odd * scale
+        d_weight_even = tl.sum(d_even * even, axis=0)
+        d_weight_odd = tl.sum(d_odd * odd, axis=0)
+        weight_even, weight_odd = read_weight(weight, PAIRS, BLOCK)
+        d_even, d_odd = d_even * weight_even, d_odd * weight_odd
+        along = tl.sum(d_even * even + d_odd * odd, axis=1)[:, None] / (2 * PAIRS)
+        d_even, d_odd = scale * (d_even - even * along), scale * (d_odd - odd * along)
+    write_pairs(d_rows, d_even, d_odd, is_token, PAIRS, BLOCK, HALF)
+    return d_weight_even, d_weight_odd
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Return `a b`, summed in float32; `PRECISION` is the way to multiply float32 factors."""
+    if INTERPRETED:  # Triton's interpreter takes the bits of bfloat16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)

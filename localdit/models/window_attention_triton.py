@@ -1,8 +1,12 @@
 """`window_attention` as one Triton kernel, and its gradients as another.
 
-Queries, keys and values are read once and what they attend to is written once; nothing else leaves
-the chip, and nothing but the inputs is kept for the backward pass. Gradients are summed up without
-atomic additions, in an order that the shapes alone decide: equal inputs give equal bits.
+Queries, keys and values are read once and the result is written once. Nothing else leaves the
+chip, and only the inputs are kept for the backward pass. Gradients are summed without atomic
+additions, in an order that depends on the shapes alone: equal inputs give equal bits.
+
+Hidden state: importing this module registers the operators `localdit::window_attention` and
+`localdit::window_attention_backward` with PyTorch. `_rotation` caches up to 32 small tables on
+their devices; `localdit.models.clear_caches` clears them. Triton keeps its compiled kernels.
 """
 
 from __future__ import annotations
@@ -12,17 +16,16 @@ from typing import Any
 
 import torch
 
-from .norms import RMSNorm
-from .rope import rope_angles
+from .layers import RMSNorm, rope_angles
 from .windows import WindowGrid
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WINDOW_SIZE = 8  # a program holds the logits of a window, 64 x 64, in registers
 MAX_HEAD_DIM = 128
 
-# Programs of the backward pass, each of which sums up what its tiles give to the parameters: enough
-# for every multiprocessor of a large GPU to hold as many as its registers allow, and few enough for
-# their sums to be small beside the gradients of a map of 4096 tokens.
+# Programs of the backward pass; each sums the gradients of the parameters over its tiles. They are
+# enough for every multiprocessor of a large GPU to hold as many as its registers allow, and few
+# enough for their sums to be small beside the gradients of a map of 4096 tokens.
 PROGRAMS = 512
 
 
@@ -34,13 +37,13 @@ def window_attention(
     do_rope: bool,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What `localdit.models.window_attention.window_attention` computes, from the same arguments.
+    """Compute the same as `localdit.models.window_attention.window_attention`.
 
-    In 16 bits, queries and keys are rounded before their product, which is summed up in float32: to
-    float16 where a norm bounds them, to their own dtype elsewhere.
+    In 16 bits, queries and keys are rounded before their product, which is summed in float32: to
+    float16 if a norm bounds them, and to their own dtype otherwise.
 
     Raises:
-        RuntimeError: for gradients of gradients.
+        RuntimeError: if gradients of gradients are requested.
     """
     query_weight, key_weight, eps = None, None, 0.0
     if norms is not None:
@@ -49,7 +52,7 @@ def window_attention(
     arguments = (qkv, query_weight, key_weight, bias, [*grid], num_heads, eps, do_rope)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _window_attention(*arguments)
-    return _forward(*arguments)  # to dispatch an operator takes longer than the kernel does
+    return _forward(*arguments)  # dispatching an operator takes longer than the kernel itself
 
 
 def _forward(
@@ -91,9 +94,9 @@ def _backward(
     eps: float,
     do_rope: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `qkv`, of the two norms' weights `(2, head_dim)`, and of the bias.
+    """Return gradients of `qkv`, of the two norms' weights `(2, head_dim)`, and of the bias.
 
-    Those of parameters are float32, and empty where there is no such parameter.
+    Gradients of parameters are float32, and empty if there is no such parameter.
     """
     from .window_attention_kernels import backward
 
@@ -122,7 +125,7 @@ def _backward(
 
 
 def _bias_gradient(d_logits: torch.Tensor, window_size: int) -> torch.Tensor:
-    """Sum logits' gradients `(chunks, heads, slots, slots)` up to that of the bias table."""
+    """Sum the logits' gradients `(chunks, heads, slots, slots)` to that of the bias table."""
     import triton
 
     from .window_attention_kernels import sum_bias_gradient
@@ -138,7 +141,7 @@ def _bias_gradient(d_logits: torch.Tensor, window_size: int) -> torch.Tensor:
 
 
 def _with_words(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tensor, copied only where its rows are scattered, and the same memory as words."""
+    """Return the tensor, copied only if its rows are scattered, and the same memory as words."""
     even = all(size % 2 == 0 for size in (*qkv.stride()[:2], qkv.storage_offset()))
     if qkv.stride(2) != 1 or not even:
         qkv = qkv.contiguous()
@@ -146,7 +149,7 @@ def _with_words(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _as_words(x: torch.Tensor) -> torch.Tensor:
-    """Two neighbouring channels as one word."""
+    """View two neighbouring channels as one word."""
     return x.view(torch.int64 if x.element_size() == 4 else torch.int32)
 
 
@@ -156,7 +159,7 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 @functools.lru_cache(maxsize=32)
 def _rotation(window_size: int, head_dim: int, device: torch.device) -> torch.Tensor:
-    """Cosines and sines of RoPE's angles in a window, `(2, window_size**2, head_dim / 2)`."""
+    """Return cosine and sine of RoPE's angles in a window, `(2, window_size**2, head_dim / 2)`."""
     with torch.inference_mode(False):
         angles = rope_angles(window_size, window_size, head_dim, torch.device("cpu"), torch.float64)
         return torch.stack([angles.cos(), angles.sin()]).float().to(device)
@@ -170,7 +173,7 @@ def _constants(
     do_rope: bool,
     backward: bool,
 ) -> dict[str, Any]:
-    """What the kernels are compiled for."""
+    """Return the arguments that the kernels are compiled for, and their launch settings."""
     import triton
     import triton.language as tl
 
@@ -180,7 +183,7 @@ def _constants(
     return {
         "HEADS": num_heads,
         "PAIRS": pairs,
-        "BLOCK": max(16, triton.next_power_of_2(pairs)),  # a product's least inner size
+        "BLOCK": max(16, triton.next_power_of_2(pairs)),  # the least inner size of a product
         "WINDOW": window_size,
         "SLOTS": slots,
         "HALF": getattr(tl, half),
@@ -194,11 +197,11 @@ def _constants(
 
 
 def _factor(half: str, normed: bool, do_rope: bool, backward: bool) -> str:
-    """The dtype in which queries and keys are multiplied.
+    """Return the dtype in which queries and keys are multiplied.
 
-    The least that errs no more than what comes before and after: float16 holds normed queries and
-    keys eight times as exactly as bfloat16, and plain ones are as they are. Gradients in float16
-    would suffer from either.
+    It is the smallest that adds no larger error than the steps before and after: float16 represents
+    normed queries and keys eight times as exactly as bfloat16, and queries and keys without norms
+    keep their dtype. Gradients in float16 need float32 in both cases.
     """
     if half == "float32" or (half == "float16" and backward):
         return "float32"
@@ -208,23 +211,23 @@ def _factor(half: str, normed: bool, do_rope: bool, backward: bool) -> str:
 
 
 def _launch(slots: int, half: str, backward: bool) -> dict[str, int]:
-    """How a kernel is launched.
+    """Return the launch settings of a kernel.
 
-    With as few warps as hold a tile in registers: fewer take fewer instructions and wait less for
-    one another. Chosen by the registers and instructions in what the compiler makes for compute
-    capability 9.0 of heads of 72 channels. With one stage, for loads ahead would go through shared
-    memory: for large windows more of it than there is.
+    It takes as few warps as hold a tile in registers: fewer warps need fewer instructions and wait
+    less for one another. The numbers were chosen by the registers and instructions of the code that
+    is compiled for compute capability 9.0 and heads of 72 channels. There is one stage: loading
+    ahead goes through shared memory, and large windows would need more of it than GPUs have.
     """
     at_16_slots = {"bfloat16": (2, 2), "float16": (2, 4), "float32": (4, 8)}[half][backward]
     return {"num_warps": min(8, at_16_slots * slots // 16), "num_stages": 1}
 
 
 def _tiles(grid: WindowGrid, slots: int) -> int:
-    """How many tiles of `slots` places the windows of a map fill."""
+    """Return the number of tiles of `slots` places that the windows of a map fill."""
     return -(-grid.rows * grid.columns // (slots // grid.window_size**2))
 
 
-# Operators, which `torch.compile` takes as they are.
+# Operators: `torch.compile` does not look inside them.
 _ARGUMENTS = (
     "Tensor qkv, Tensor? query_weight, Tensor? key_weight, Tensor? bias, SymInt[] grid, "
     "SymInt num_heads, float eps, bool do_rope"
@@ -280,7 +283,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 def _refuse(ctx: Any, *grads: torch.Tensor) -> None:
     raise RuntimeError(
-        "The Triton kernel of window attention has no gradients of gradients. Take them with "
+        "The Triton kernel of window attention has no gradients of gradients. Compute them with "
         "`set_window_attention_backend('torch')`."
     )
 

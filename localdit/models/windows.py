@@ -1,4 +1,8 @@
-"""Shifted windows as address arithmetic: which token sits where, and who may see whom."""
+"""Shifted windows as address arithmetic: the slot of each token, and the tokens that it sees.
+
+Hidden state: `window_layout` caches up to 256 layouts and `relative_position_index` up to 32
+tensors, on their devices; `localdit.models.clear_caches` clears them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ class WindowGrid(NamedTuple):
     Attributes:
         height, width: size of the map in tokens, at least 1.
         window_size: side of a window in tokens.
-        row_shift, column_shift: how far the map is rolled, `0 <= shift < window_size`.
+        row_shift, column_shift: distance that the map is rolled, `0 <= shift < window_size`.
     """
 
     height: int
@@ -40,14 +44,14 @@ class WindowGrid(NamedTuple):
     def bands(self, max_tokens: int) -> list[tuple[slice, WindowGrid]]:
         """Cut the map between rows of windows, into bands that do not see each other.
 
-        Whatever is computed within windows, or for each token alone, is the same for a band as for
-        its part of the map. Bands are of about equal height, and of `max_tokens` tokens at most, as
-        far as whole windows allow. What the roll would bring together from opposite edges is not
-        joined: it does not see each other either.
+        Computations within windows, or on each token alone, give the same result on a band as on
+        its part of the map. Bands have about equal height, and at most `max_tokens` tokens as far
+        as whole windows allow. Tokens that the roll brings together from opposite edges stay in
+        their bands: they do not see each other either.
 
         Returns:
-            For each band from top to bottom the tokens of the (row-major) map that it holds, and
-            the band as a map of its own.
+            For each band from top to bottom, its tokens in the (row-major) map, and the band as a
+            map.
         """
         w, shift = self.window_size, self.row_shift
         in_band = max(1, max_tokens // (self.width * w))
@@ -63,14 +67,14 @@ class WindowGrid(NamedTuple):
 
 
 class WindowLayout(NamedTuple):
-    """Where the tokens of a map go when it is cut into windows.
+    """The places of a map's tokens after it is cut into windows.
 
     Attributes:
         order: `(num_windows * window_size**2,)` int64. Token (row-major index) that each window
             slot reads. Padding slots read a neighbouring token and are masked by `hidden`.
-        inverse: `(height * width,)` int64. Slot in which each token sits.
+        inverse: `(height * width,)` int64. Slot of each token.
         hidden: `(num_windows, window_size**2, window_size**2)` bool, True where query i must not
-            see key j; None where every pair of every window may see each other.
+            see key j; None if every query may see every key of its window.
     """
 
     order: torch.Tensor
@@ -80,17 +84,17 @@ class WindowLayout(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
-    """Lay a map of tokens out in windows.
+    """Return the layout of a map in windows.
 
     Tokens that the roll brought together from opposite edges do not see each other (Swin
     Transformer, section 3.2: the mask of the cyclic shift), and nothing sees the padding.
 
     Args:
         grid: the map and its windows.
-        device: where the index tensors live.
+        device: device of the index tensors.
     """
     height, width, w, row_shift, column_shift = grid
-    # Cached tensors outlive the call: made inside inference mode, no later training could use them.
+    # Cached tensors outlive the call: made in inference mode, they could not be used in training.
     with torch.inference_mode(False):
         rows = torch.arange(grid.rows * w, device=device).roll(-row_shift)
         columns = torch.arange(grid.columns * w, device=device).roll(-column_shift)
@@ -106,8 +110,8 @@ def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
 
         hidden = None
         if row_shift > 0 or column_shift > 0 or (height, width) != (len(rows), len(columns)):
-            # Rows below the seam of the roll came from the top edge; columns likewise; padding is
-            # its own.
+            # Rows below the seam of the roll came from the top edge, and columns right of it from
+            # the left edge. Padding is a region of its own.
             wrapped_rows = torch.arange(len(rows), device=device) >= len(rows) - row_shift
             wrapped_columns = torch.arange(len(columns), device=device) >= (
                 len(columns) - column_shift
@@ -120,7 +124,7 @@ def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
 
 
 def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:
-    """`(rows, columns)` -> `(num_windows, window_size**2)`."""
+    """Cut `(rows, columns)` into `(num_windows, window_size**2)`."""
     rows, columns = grid.shape
     w = window_size
     windows = grid.view(rows // w, w, columns // w, w).transpose(1, 2)
@@ -129,7 +133,7 @@ def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=32)
 def relative_position_index(window_size: int, device: torch.device) -> torch.Tensor:
-    """Row of the relative position table for each pair of slots, `(w**2, w**2)`.
+    """Return the row of the relative position table for each pair of slots, `(w**2, w**2)`.
 
     For query i and key j at offset (dy, dx) = position of i minus position of j, the row is
     `(dy + w - 1) * (2 w - 1) + (dx + w - 1)` (Swin Transformer, section 3.2).
@@ -143,7 +147,7 @@ def relative_position_index(window_size: int, device: torch.device) -> torch.Ten
 
 
 def shift_sizes(num_layers: int, window_size: int, schedule: str) -> list[int]:
-    """How far each layer rolls its map.
+    """Return the distance that each layer rolls its map.
 
     Args:
         schedule: "cyclic" gives `layer index mod window_size` (the released model); "alternating"

@@ -51,8 +51,8 @@ def test_a_prefix_is_one_that_all_names_carry(names, prefix):
 
 def test_the_sizes_are_told():
     model = tiny_model(out_channels=8, window_size=3, patch_size=1, num_layers=3)
-    told = {name: each.value for name, each in layout_of(flat_state(model)).told.items()}
-    assert told == {
+    facts = {name: each.value for name, each in layout_of(flat_state(model)).facts.items()}
+    assert facts == {
         "num_attention_heads": 2,
         "attention_head_dim": 12,
         "in_channels": 4,
@@ -72,7 +72,7 @@ def test_the_released_kind_has_dead_tensors_and_says_nothing_of_attention():
     assert len(layout.dead) == 2 * 8
     assert "transformer_blocks.1.attn1.to_v.bias" in layout.dead
     assert "transformer_blocks.1.attn2.to_kv.weight" in layout.dead
-    assert "window_size" not in layout.told
+    assert "window_size" not in layout.facts
 
 
 def test_separate_projections_of_self_attention_are_fused():

@@ -83,7 +83,10 @@ def test_the_released_file_has_the_published_counts(tmp_path):
     assert report.folded_layers == report.zeroed_layers == tuple(range(18))
     assert report.config == inspect_defaults()
     drawn = inspect_checkpoint(path, global_context="draw", seed=0)
-    assert sum(p.numel() for p in empty_model(drawn.config).parameters()) == 518_662_672
+    assert (
+        sum(p.numel() for p in empty_model(LocalDiTTransformer2DModel, drawn.config).parameters())
+        == 518_662_672
+    )
 
 
 def released_state_at_full_size():
@@ -92,7 +95,11 @@ def released_state_at_full_size():
 
 
 def inspect_defaults():
-    config = {n: v for n, v in empty_model({}).config.items() if not n.startswith("_")}
+    config = {
+        n: v
+        for n, v in empty_model(LocalDiTTransformer2DModel, {}).config.items()
+        if not n.startswith("_")
+    }
     return {**config, "cross_attention_dim": 1152, "use_additional_conditions": True}
 
 
@@ -287,10 +294,10 @@ def test_what_tensors_do_not_tell_comes_from_the_caller(write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"num_layers": 3}, r"`num_layers` is 3, but 'transformer_blocks.\*' in .* tells 2"),
-        ({"window_size": 4}, "`window_size` is 4, but .*local_rel_pos_bias' in .* tells 2"),
-        ({"attention_head_dim": 16}, "`attention_head_dim` is 16.*norm_q.weight'.* tells 12"),
-        ({"caption_channels": None}, "`caption_channels` is None, but .* tells 6"),
+        ({"num_layers": 3}, r"`num_layers` is 3, but 'transformer_blocks.\*' in .* implies 2"),
+        ({"window_size": 4}, "`window_size` is 4, but .*local_rel_pos_bias' in .* implies 2"),
+        ({"attention_head_dim": 16}, "`attention_head_dim` is 16.*norm_q.weight'.* implies 12"),
+        ({"caption_channels": None}, "`caption_channels` is None, but .* implies 6"),
         ({"use_additional_conditions": False}, "`use_additional_conditions` is False"),
         ({"use_global": True}, r"`use_global` is True, but the tensors 'transformer_blocks.\*"),
         ({"layer_types": ["full", "full"]}, r"`layer_types` is \['full', 'full'\], but"),

@@ -1,4 +1,4 @@
-"""Self-attention of LocalDiT written out token by token: one dense matrix of logits, in float64."""
+"""Self-attention of LocalDiT, token by token: one dense matrix of logits, in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / ((x * x).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def turned(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def rotated(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """RoPE at absolute positions on `(B, N, heads, d)`: complex numbers, one token at a time."""
     quarter = x.shape[-1] // 4
     frequencies = [10000 ** (-4 * j / x.shape[-1]) for j in range(quarter)]
@@ -37,7 +37,7 @@ def turned(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def who_sees_whom(
     height: int, width: int, window: int, shift: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pairs of tokens see each other, and their row of the bias table: both `(N, N)`."""
+    """Return the pairs of tokens that see each other, and their row of the bias table, `(N, N)`."""
     rows, columns = padded(height, window), padded(width, window)
     tokens = [(y, x) for y in range(height) for x in range(width)]
     places = []
@@ -67,7 +67,7 @@ def dense(
     return torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v)
 
 
-def window_logits(attn: LocalDiTAttention, table: torch.Tensor, size: tuple[int, int]):
+def window_bias(attn: LocalDiTAttention, table: torch.Tensor, size: tuple[int, int]):
     visible, entry = who_sees_whom(*size, attn.window_size, attn.shift_size)
     return table[entry].permute(2, 0, 1).masked_fill(~visible, -torch.inf)
 
@@ -75,25 +75,25 @@ def window_logits(attn: LocalDiTAttention, table: torch.Tensor, size: tuple[int,
 def self_attention(
     attn: LocalDiTAttention, hidden_states: torch.Tensor, height: int, width: int, kind: str
 ) -> torch.Tensor:
-    """What `attn` has to compute with the processor "local", "local_global" or "full"."""
+    """Return the output of `attn` with the processor "local", "local_global" or "full"."""
     qkv = hidden_states @ attn.to_qkv.weight.T + attn.to_qkv.bias
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
     q = normed(q, attn.norm_q.weight, attn.norm_q.eps)
     k = normed(k, attn.norm_k.weight, attn.norm_k.eps)
     if attn.do_rope:
-        q, k = turned(q, height, width), turned(k, height, width)
+        q, k = rotated(q, height, width), rotated(k, height, width)
 
     size = (height, width)
     if kind == "full":
         out = dense(q, k, v, 0.0)
     else:
-        out = dense(q, k, v, window_logits(attn, attn.local_rel_pos_bias, size))
+        out = dense(q, k, v, window_bias(attn, attn.local_rel_pos_bias, size))
     if kind == "local_global":
         context = attn.global_context
         features = global_features(attn, q, height, width)
         kv = k.flatten(2) @ context.to_global_kv.weight.T + context.to_global_kv.bias
         gk, gv = kv.unflatten(-1, (2, attn.num_heads, attn.head_dim)).unbind(2)
-        seen = dense(features, gk, gv, window_logits(attn, context.global_rel_pos_bias, size))
+        seen = dense(features, gk, gv, window_bias(attn, context.global_rel_pos_bias, size))
         out = (out + seen) / 2
     to_out = attn.to_out[0]
     return out.flatten(2) @ to_out.weight.T + to_out.bias + hidden_states

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from localdit.models.window_attention_tiles import place
+from localdit.models.window_attention_kernels import place
 from localdit.models.windows import WindowGrid
 
 

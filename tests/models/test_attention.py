@@ -11,7 +11,7 @@ from localdit.models.attention import (
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
 )
-from tests.models.oracle import normed, self_attention, turned, who_sees_whom, window_logits
+from tests.models.oracle import normed, rotated, self_attention, who_sees_whom, window_bias
 
 
 def make(window=4, shift=0, kind="local", heads=2, head_dim=12, do_rope=True, seed=0):
@@ -83,9 +83,9 @@ def test_bfloat16_is_as_exact_as_pytorch(size, shift):
     attn = make(shift=shift, head_dim=72)
     qkv = torch.randn(2, size[0] * size[1], 3 * 144).bfloat16()
     q, k, v = qkv.double().unflatten(-1, (3, 2, 72)).unbind(2)
-    q = turned(normed(q, attn.norm_q.weight, attn.norm_q.eps), *size)
-    k = turned(normed(k, attn.norm_k.weight, attn.norm_k.eps), *size)
-    bias = window_logits(attn, attn.local_rel_pos_bias, size)
+    q = rotated(normed(q, attn.norm_q.weight, attn.norm_q.eps), *size)
+    k = rotated(normed(k, attn.norm_k.weight, attn.norm_k.eps), *size)
+    bias = window_bias(attn, attn.local_rel_pos_bias, size)
 
     def sdpa(*tensors):
         *qkv, mask = tensors

@@ -14,7 +14,7 @@ from localdit.models import (
     backends,
 )
 from localdit.models import window_attention_triton as kernel
-from localdit.models.norms import RMSNorm
+from localdit.models.layers import RMSNorm
 from localdit.models.window_attention import window_attention
 from localdit.models.windows import WindowGrid
 

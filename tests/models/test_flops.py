@@ -7,7 +7,7 @@ from localdit.models import (
     FullAttnProcessor,
     LocalDiTTransformer2DModel,
     attention,
-    window_attention,
+    backends,
 )
 from localdit.models.flops import forward_flops
 
@@ -76,7 +76,7 @@ def test_flops_follow_the_processors():
 
 
 def test_a_training_step_takes_three_times_as_many(monkeypatch):
-    for module in (attention, window_attention):  # what is computed anew does not count
+    for module in (attention, backends):  # what the backward pass computes again does not count
         monkeypatch.setattr(module, "recomputed", lambda function, *args: function(*args))
     model = make()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

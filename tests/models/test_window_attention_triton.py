@@ -18,7 +18,7 @@ import torch
 
 from localdit.models import window_attention_triton as kernel
 from localdit.models.backends import attend_within_windows
-from localdit.models.norms import RMSNorm
+from localdit.models.layers import RMSNorm
 from localdit.models.window_attention import window_attention
 from localdit.models.windows import WindowGrid, window_layout
 

@@ -4,7 +4,7 @@ import diffusers.hooks as hooks
 import pytest
 import torch
 
-from localdit.models import LocalDiTTransformer2DModel, bands
+from localdit.models import LocalDiTTransformer2DModel, cpu
 from localdit.pipelines import LocalDiTPipeline
 from localdit.utils import model_in_the_box
 from tests.step_caches import cache_config
@@ -133,7 +133,7 @@ def test_skipped_layers_pass_their_input_on(box):
 def test_caches_draw_the_same_where_maps_are_cut_into_bands(box, cached, monkeypatch, name):
     cached(name)
     whole = draw(box)
-    monkeypatch.setattr(bands, "TOKENS_ON_CPU", 50)
+    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 50)
     torch.testing.assert_close(draw(box), whole, atol=1e-4, rtol=0)
 
 

@@ -18,8 +18,7 @@ from localdit.checkpoint import (
 )
 from localdit.checkpoint.__main__ import main
 from localdit.models import LocalDiTTransformer2DModel
-
-from .flat import flat_state, output, released_state, tiny_model
+from tests.checkpoint.flat import flat_state, output, released_state, tiny_model
 
 
 def same(left, right):
@@ -136,7 +135,7 @@ def test_a_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(LocalDiTTransformer2DModel, "save_pretrained", fail_half_way)
-    monkeypatch.setattr("localdit.checkpoint.convert.save_file", fail_in_the_file)
+    monkeypatch.setattr("localdit.models.conversion.save_file", fail_in_the_file)
     with pytest.raises(OSError, match="No space"):
         convert_to_diffusers(checkpoint, folder, overwrite=True)
     with pytest.raises(OSError, match="No space"):

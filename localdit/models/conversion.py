@@ -1,4 +1,7 @@
-"""Conversion between a checkpoint in one file and a Diffusers folder, bit for bit."""
+"""Checkpoint files of the transformer: load, inspect, and convert them, bit for bit.
+
+`localdit.checkpoint` re-exports the public functions.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,77 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..models import LocalDiTTransformer2DModel
-from .layout import flat_name
-from .loading import (
+from ..checkpoint.layout import flat_name
+from ..checkpoint.loading import (
+    CheckpointReport,
     empty_model,
-    inspect_checkpoint,
-    load_transformer,
+    load_checkpoint,
     parameter_shapes,
+    plan_loading,
     require_float,
 )
-from .reading import CONFIG_KEY, few
-from .report import CheckpointReport
+from ..checkpoint.reading import CONFIG_KEY, few
+from .transformer import LocalDiTTransformer2DModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load_transformer(
+    path: str | Path,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    global_context: str = "fold",
+    seed: int | None = None,
+    **overrides: Any,
+) -> LocalDiTTransformer2DModel:
+    """Load a checkpoint in one file: `.safetensors`, or `.pt` with nothing but tensors in it.
+
+    Layers, widths, heads, window, patch, channels and global context follow from the tensors. The
+    rest comes from `overrides`, then from the configuration that `convert_to_single_file` stores in
+    a file, then from the defaults of the class, which are those of the released model.
+
+    The released file lacks the weights of the global context that the model was computed with: they
+    were drawn at random each time. Their values are symmetric about zero, so the expected output of
+    attention is half of its local output. By default this half is folded into the rows of `to_qkv`
+    that compute the values. Nothing is folded if a file has relative position biases or a global
+    context, nor in layers that `layer_types` declares "full".
+
+    Args:
+        path: the file. Its content decides its kind, not its suffix.
+        torch_dtype: dtype of the model; None keeps the file's (the narrowest that holds all live
+            tensors, if they differ).
+        global_context: "fold" it if a file of the released kind lacks it, or "draw" it at random:
+            linear and convolutional layers with PyTorch's initialisation, position biases zero.
+        seed: for "draw"; the same seed gives the same model.
+        **overrides: arguments of `LocalDiTTransformer2DModel`.
+
+    Returns:
+        The model, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or no checkpoint of a LocalDiT, if tensors are missing,
+            unexpected, of the wrong shape or not finite, or if an argument contradicts them.
+        TypeError: for an unknown argument.
+    """
+    return load_checkpoint(
+        LocalDiTTransformer2DModel,
+        path,
+        torch_dtype=torch_dtype,
+        global_context=global_context,
+        seed=seed,
+        **overrides,
+    )
+
+
+def inspect_checkpoint(
+    path: str | Path, *, global_context: str = "fold", seed: int | None = None, **overrides: Any
+) -> CheckpointReport:
+    """Check a checkpoint like `load_transformer` and report its contents, without reading weights.
+
+    Arguments and errors are those of `load_transformer`.
+    """
+    return plan_loading(LocalDiTTransformer2DModel, path, global_context, seed, overrides).report
 
 
 def convert_to_diffusers(
@@ -39,23 +100,23 @@ def convert_to_diffusers(
     overwrite: bool = False,
     **overrides: Any,
 ) -> CheckpointReport:
-    """Write a checkpoint in one file as the folder of a transformer.
+    """Convert a checkpoint file to the folder of a transformer.
 
-    The folder is written beside its place and renamed into it when it is complete.
+    The folder is written under a temporary name and renamed when it is complete.
 
     Args:
         checkpoint, torch_dtype, global_context, seed, **overrides: as for `load_transformer`. Live
             values stay the same bit for bit, except those that folding halves and those that
             `torch_dtype` rounds.
-        folder: where `config.json` and the weights go; it must not exist, or be empty.
+        folder: folder for `config.json` and the weights; it must be absent or empty.
         overwrite: replace a folder that holds a LocalDiT transformer.
 
     Returns:
-        What was found in the checkpoint, and what was made of it.
+        The contents of the checkpoint, and the way they were loaded.
 
     Raises:
         FileExistsError: if `folder` is taken.
-        FileNotFoundError, TypeError, ValueError: as `load_transformer` does.
+        FileNotFoundError, TypeError, ValueError: as for `load_transformer`.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder).absolute()
@@ -85,25 +146,25 @@ def convert_to_single_file(
     torch_dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> CheckpointReport:
-    """Write a transformer as one `.safetensors` file with the names of the reference.
+    """Write a transformer as one `.safetensors` file with the reference's names of tensors.
 
-    The file also carries the model's configuration, so that what tensors do not tell comes back
-    from it. It is written beside its place and renamed into it when it is complete.
+    The file also stores the model's configuration, for the arguments that do not follow from the
+    tensors. It is written under a temporary name and renamed when it is complete.
 
     Args:
         source: a model, its folder, or the folder of a pipeline with a `transformer` in it.
         path: the file, named `*.safetensors`.
-        torch_dtype: dtype of the floating-point values; None keeps them as they are.
-        overwrite: replace a file that is there.
+        torch_dtype: dtype of the floating-point values; None keeps their dtype.
+        overwrite: replace an existing file.
 
     Returns:
-        What the file holds.
+        The contents of the file.
 
     Raises:
         FileExistsError: if `path` is taken.
         FileNotFoundError: if `source` has no transformer in it.
-        ValueError: if `path` is not named `*.safetensors`, or the folder's tensors are not those
-            that its configuration asks for.
+        ValueError: if `path` is not named `*.safetensors`, or the folder's tensors do not match its
+            configuration.
         OSError: if the file cannot be written.
     """
     require_float(torch_dtype)
@@ -127,10 +188,10 @@ def convert_to_single_file(
 
 
 def refuse_taken_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file of another kind than is written here, or that is not to be replaced.
+    """Refuse a file name with another suffix, or an existing file that must not be replaced.
 
     Raises:
-        FileExistsError, ValueError: as `convert_to_single_file` says.
+        FileExistsError, ValueError: as for `convert_to_single_file`.
     """
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
@@ -139,10 +200,10 @@ def refuse_taken_file(path: Path, overwrite: bool) -> None:
 
 
 def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that is not to be replaced.
+    """Refuse a folder that must not be replaced.
 
     Raises:
-        FileExistsError: as `convert_to_diffusers` says.
+        FileExistsError: as for `convert_to_diffusers`.
     """
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; expected the name of a folder to make.")
@@ -159,10 +220,10 @@ def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
 
 
 def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of a transformer, or of the one in a pipeline's folder; and its configuration.
+    """Return the folder of a transformer, or of the one in a pipeline's folder, and its config.
 
     Raises:
-        FileNotFoundError, ValueError: if it is none.
+        FileNotFoundError, ValueError: if there is no transformer.
     """
     if (folder / "model_index.json").exists():
         folder = folder / "transformer"
@@ -176,7 +237,7 @@ def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and tensors of a Diffusers folder, mapped into memory as they are stored."""
+    """Return configuration and tensors of a Diffusers folder, the latter mapped into memory."""
     folder, config = transformer_folder(folder)
     state: dict[str, torch.Tensor] = {}
     for shard in _shards(folder):
@@ -186,7 +247,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         except SafetensorError as error:
             raise ValueError(f"{shard} is truncated or damaged ({error}).") from error
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    expected = parameter_shapes(empty_model(config))
+    expected = parameter_shapes(empty_model(LocalDiTTransformer2DModel, config))
     wrong = [key for key in {**expected, **state} if (key in expected) != (key in state)]
     wrong += [key for key, shape in expected.items() if key in state and state[key].shape != shape]
     if wrong:
@@ -211,7 +272,7 @@ def _shards(folder: Path) -> list[Path]:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A scratch folder on the same disk as `path`, gone afterwards."""
+    """Make a temporary folder on the same disk as `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         yield Path(scratch)

@@ -1,0 +1,140 @@
+"""Linear layers by oneDNN, and computing in bands."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from localdit.models import cpu
+from localdit.models.cpu import Linear, bands, write_band
+from localdit.models.layers import FeedForward
+from localdit.models.windows import WindowGrid
+from tests.models.test_transformer import inputs, make, run
+from tests.tiny import tiny_components
+
+# --- bands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_global", [False, True])
+@pytest.mark.parametrize("size", [(16, 16), (26, 14)])  # the second is padded: 13 x 7 tokens
+def test_a_model_in_bands_gives_the_result_of_the_whole_map(monkeypatch, size, use_global):
+    model = make(use_global=use_global, num_layers=4)
+    whole = run(model, **inputs(*size))
+    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 60)
+    in_parts = run(model, **inputs(*size))
+    torch.testing.assert_close(in_parts, whole, atol=2e-6, rtol=0)
+
+
+def heights_of_bands(grid, like):
+    heights, out = [], None
+    for tokens, band in bands(grid, like):
+        heights.append(band.height)
+        out = write_band(out, like[:, tokens] + 1, tokens, grid)
+    assert torch.equal(out, like + 1)
+    return heights
+
+
+def test_the_maps_of_a_batch_share_the_tokens_of_a_band(monkeypatch):
+    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 64)
+    grid = WindowGrid(16, 8, 4)
+    with torch.no_grad():
+        assert heights_of_bands(grid, torch.randn(1, 128, 3)) == [8, 8]
+        assert heights_of_bands(grid, torch.randn(2, 128, 3)) == [4, 4, 4, 4]
+        assert heights_of_bands(grid, torch.randn(99, 128, 3)) == [4, 4, 4, 4]
+
+
+def test_training_computes_the_whole_map_at_once(monkeypatch):
+    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 64)
+    assert heights_of_bands(WindowGrid(16, 8, 4), torch.randn(1, 128, 3)) == [16]
+
+
+def test_a_band_is_written_into_the_given_tensor():
+    grid, given, part = WindowGrid(8, 4, 4), torch.zeros(1, 32, 3), torch.ones(1, 16, 3)
+    assert write_band(given, part, slice(16, 32), grid) is given
+    assert given[:, 16:].all() and not given[:, :16].any()
+
+
+# --- linear layers -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A list of the arguments of each call of oneDNN's linear layer."""
+    if not cpu.onednn_is_available():
+        pytest.skip("this PyTorch has no oneDNN beside MKL")
+    real, made = torch.ops.mkldnn._linear_pointwise, []
+
+    def counted(*args):
+        made.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return made
+
+
+def rounding(dtype):
+    return {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 40, 24), (2, 7, 24), (24,), (0, 24)])
+def test_inference_agrees_with_float64(shape, dtype, gelu):
+    layer, x = Linear(24, 20).to(dtype), torch.randn(shape, dtype=dtype)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    expected = F.gelu(expected, approximate="tanh") if gelu else expected
+    with torch.no_grad():
+        result = layer(x, gelu=gelu)
+    assert result.dtype == dtype
+    torch.testing.assert_close(
+        result.double(), expected, atol=rounding(dtype), rtol=rounding(dtype)
+    )
+
+
+def test_inputs_need_not_be_contiguous(calls):
+    layer, x = Linear(24, 20), torch.randn(2, 9, 30)
+    part = x[:, 2:7, 3:27]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(part), F.linear(part, layer.weight, layer.bias))
+    assert len(calls) == 1
+
+
+def test_inference_calls_onednn_once_per_layer(calls):
+    ff = FeedForward(16, 0.0, "gelu-approximate").eval()
+    with torch.inference_mode():
+        ff(torch.randn(1, 4, 16))
+    assert [args[3] for args in calls] == ["gelu", "none"]
+
+
+def test_training_autocast_and_other_dtypes_use_pytorch(calls):
+    layer, x = Linear(24, 20), torch.randn(4, 24)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        layer(x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        layer(x.double())
+    layer.weight = nn.Parameter(torch.randn(20, 24).to(torch.float16))
+    with torch.no_grad():
+        layer.half()(x.half())
+    assert not calls
+
+
+def test_bfloat16_uses_pytorch_on_processors_without_it(calls, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    layer, x = Linear(24, 20).bfloat16(), torch.randn(4, 24).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert not calls
+
+
+def test_every_linear_layer_of_the_blocks_can_use_onednn():
+    blocks = tiny_components(use_global=True)["transformer"].transformer_blocks
+    others = {
+        name.split(".", 1)[1]
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear) and type(module) is not Linear
+    }
+    assert all("query_feat_extract" in name for name in others)
