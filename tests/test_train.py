@@ -264,7 +264,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, capsys):
         (["--transformer-config", "released"], "takes captions of 4096 channels"),
         (
             ["--output", str(ROOT / "tests")],
-            "is not empty. Resume the run in it with --resume auto",
+            "is not empty. Resume the run in it",
         ),
         (["--validation-samples", "8"], "held out for validation"),
         (["--image-size", "512"], "holds no picture to train on: 8 samples, of which 8 are too"),

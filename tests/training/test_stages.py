@@ -51,7 +51,7 @@ def test_the_stage_of_a_step(tmp_path):
         ([1], "expected a list such as"),
         (
             [{}, {"seed": 3}],
-            "stage 2: 'seed' is not an option of a stage. The options are data-root",
+            "stage 2: 'seed' is not an option of a stage. The options",
         ),
         ([{"image-size": 100}], "stage 1: --image-size is 100; expected a multiple of 16"),
         ([{"image-size": "512"}], "stage 1: image-size is '512'; expected such as 512"),
