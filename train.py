@@ -1,7 +1,7 @@
 """Trains a LocalDiT on captioned pictures; `python train.py --help` lists the options."""
 
-from localdit.training.leaving import run_and_leave
-from localdit.training.loop import main
+from localdit.training.__main__ import main
+from localdit.training.shutdown import run_and_exit
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

@@ -208,7 +208,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(train, caps
     captured = capsys.readouterr()
     assert captured.out.count("The step is skipped.") == 2
     assert "is not finite" in captured.err
-    assert "2 steps were skipped for this before" in captured.err
+    assert "2 steps were skipped for this reason before" in captured.err
     for folder in run.glob("checkpoint-*"):
         assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
     assert not (run / "final").exists()
@@ -250,9 +250,9 @@ def test_a_damaged_checkpoint_is_passed_over(train, capsys):
     file.write_bytes(content)
     train("run", "--resume", "auto")
     printed = capsys.readouterr().out
-    assert "checkpoint-4 is passed over: training/model.safetensors is not what was" in printed
+    assert "checkpoint-4 is skipped: training/model.safetensors is damaged" in printed
     assert "checkpoint-4 is kept as set-aside-4" in printed
-    assert "Going on from" in printed and "after step 2." in printed
+    assert "Resuming from" in printed and "after step 2." in printed
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in expected]
 
 
@@ -262,7 +262,10 @@ def test_a_damaged_checkpoint_is_passed_over(train, capsys):
         (["--data-root", "nowhere"], "nowhere"),
         (["--transformer-config", "huge"], "--transformer-config huge is neither"),
         (["--transformer-config", "released"], "takes captions of 4096 channels"),
-        (["--output", str(ROOT / "tests")], "is not empty: go on with it by --resume auto"),
+        (
+            ["--output", str(ROOT / "tests")],
+            "is not empty. Resume the run in it",
+        ),
         (["--validation-samples", "8"], "held out for validation"),
         (["--image-size", "512"], "holds no picture to train on: 8 samples, of which 8 are too"),
     ],

@@ -1,8 +1,8 @@
-"""Checkpoints that can be relied on: written whole, proved by checksums, deleted last.
+"""Reliable checkpoints: written whole, verified by checksums, deleted last.
 
-A checkpoint is a folder. It is written under another name, flushed to the disk, and renamed, so
-that what has its name is complete. Its `manifest.json` holds the SHA-256 of each file, so that what
-has rotted since is found out before it is used.
+A checkpoint is a folder. It is written under another name, flushed to the disk, and renamed, so a
+folder with a checkpoint's name is complete. Its `manifest.json` holds the SHA-256 of each file, so
+later damage is detected before the checkpoint is used.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _CHUNK = 4 * 2**20  # bytes
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint that differs from what was written."""
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that appears at `path` once all of it is on the disk, or not at all.
+    """Yield a folder that appears at `path` once all of it is on the disk, or not at all.
 
     Raises:
-        OSError: if something can't be written; then nothing is left of it.
+        OSError: if something can't be written; nothing of the folder is left then.
     """
     unfinished = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -49,7 +49,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _put_aside(path: Path) -> Iterator[None]:
-    """Take a folder out of the way under a name that no one looks at, then delete it."""
+    """Rename a folder so that it is no longer found, then delete it."""
     aside = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
@@ -60,13 +60,13 @@ def _put_aside(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_checkpoint(run: Path, step: int) -> Iterator[Path]:
-    """A folder to write a checkpoint into, which becomes `run/checkpoint-STEP`.
+    """Yield a folder that becomes `run/checkpoint-STEP`, and add its manifest.
 
-    Its manifest is added. Where the run holds one of this step already, that one is replaced.
+    An earlier checkpoint of the same step is replaced.
 
     Raises:
-        OSError: if something can't be written; then nothing is left of it.
-        DamagedCheckpoint: if what was written reads back otherwise.
+        OSError: if something can't be written; nothing of the folder is left then.
+        DamagedCheckpoint: if the files read back differently.
     """
     with whole_folder(run / f"checkpoint-{step}") as folder:
         yield folder
@@ -79,10 +79,10 @@ def new_checkpoint(run: Path, step: int) -> Iterator[Path]:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Make sure that a checkpoint is what was written, byte by byte.
+    """Check every byte of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: saying what is missing, added or altered.
+        DamagedCheckpoint: if a file is missing or altered, or the manifest can't be read.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -99,11 +99,11 @@ def verify_checkpoint(folder: Path) -> None:
         raise DamagedCheckpoint(f"it lacks {min(missing)}")
     for name, expected in sums.items():
         if _sha256(found[name]) != expected:
-            raise DamagedCheckpoint(f"{name} is not what was written: its SHA-256 differs")
+            raise DamagedCheckpoint(f"{name} is damaged: its SHA-256 differs from the manifest")
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each checkpoint of a run, the newest first; damaged ones included."""
+    """Return step and folder of each checkpoint, the newest first, including damaged ones."""
     if not run.is_dir():
         return []
     named = ((_NAME.fullmatch(folder.name), folder) for folder in run.iterdir())
@@ -112,62 +112,60 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def step_of_checkpoint(folder: Path) -> int:
-    """The step that a sound checkpoint is of, whatever its name."""
+    """Return the step of a verified checkpoint, whatever its name."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and why each newer one was passed over."""
-    passed_over = []
+    """Return the newest checkpoint that verifies, and why each newer one was skipped."""
+    skipped = []
     for _, folder in checkpoints(run):
         try:
             verify_checkpoint(folder)
         except (DamagedCheckpoint, OSError) as error:
-            passed_over.append(f"{folder.name} is passed over: {error}")
+            skipped.append(f"{folder.name} is skipped: {error}")
             continue
-        return folder, passed_over
-    return None, passed_over
+        return folder, skipped
+    return None, skipped
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:
-    """Rename the checkpoints after a step, as one goes on from it: they are damaged, or given up.
+    """Rename the checkpoints after the step that a run resumes from: damaged or abandoned ones.
 
-    So they are never taken for newer than what is written from then on, neither to go on from nor
-    when old ones are deleted.
+    From then on they are not taken for the newest ones, neither to resume from nor when old
+    checkpoints are deleted.
 
     Returns:
-        What was done, a line for each.
+        A message for each.
     """
-    told = []
+    messages = []
     for number, folder in checkpoints(run):
         if number > step:
             aside = folder.with_name(f"set-aside-{number}")
             if aside.exists():
                 shutil.rmtree(aside)
             os.replace(folder, aside)
-            told.append(f"{folder.name} is kept as {aside.name}; delete it if you don't need it")
-    return told
+            text = f"{folder.name} is kept as {aside.name}; delete it if you do not need it"
+            messages.append(text)
+    return messages
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what was left of unfinished ones.
-
-    To be called once the newest one is known to be sound.
-    """
+    """Delete all but the newest `keep` checkpoints, at least 2. The newest must be verified."""
     for _, folder in checkpoints(run)[max(keep, 2) :]:
         with _put_aside(folder):
             pass
 
 
 def remove_unfinished(run: Path) -> None:
-    """Delete the folders of checkpoints that were being written when the run was killed."""
+    """Delete the folders of checkpoints that a killed run was writing."""
     for folder in run.iterdir():
         if _UNFINISHED.fullmatch(folder.name) and folder.is_dir():
             shutil.rmtree(folder)
 
 
 def _files(folder: Path) -> list[Path]:
-    """The regular files in and below a folder, but the manifest; links are not followed."""
+    """Return the regular files in and below a folder, except the manifest; links are skipped."""
     return [
         Path(parent) / name
         for parent, _, names in os.walk(folder)
@@ -179,7 +177,7 @@ def _files(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        if hasattr(os, "posix_fadvise"):  # read what the disk holds, not what memory remembers
+        if hasattr(os, "posix_fadvise"):  # read from the disk, not from the cache in memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
@@ -187,7 +185,7 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Have the disk hold all files and entries of a folder."""
+    """Flush all files and entries of a folder to the disk."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not (Path(parent) / name).is_symlink():
@@ -196,7 +194,7 @@ def _flush(folder: Path) -> None:
 
 
 def flush_entry(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a run logs: means over steps, where their time went, how well the device was used."""
+"""Metrics of a run: means over steps, shares of their time, use of the device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 PARTS = ("data", "encoding", "compute")
 
-# Dense peaks in 10**12 operations a second: float16 and bfloat16 with float32 sums, then float32
-# outside of the tensor cores. From NVIDIA's data sheets of A100, H100, H200 and L40S (half of the
-# figures that are given "with sparsity") and its white papers on the architectures GA102, Ada and
-# RTX Blackwell. Keyed by what `torch.cuda.get_device_name` says.
+# Dense peaks in 10**12 operations per second: float16 and bfloat16 with float32 sums, then float32
+# outside the tensor cores. From NVIDIA's data sheets of A100, H100, H200 and L40S (half of the
+# figures "with sparsity") and its white papers on the architectures GA102, Ada and
+# RTX Blackwell. The keys are those of `torch.cuda.get_device_name`.
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": (312.0, 19.5),
     "NVIDIA A100-SXM4-80GB": (312.0, 19.5),
@@ -32,9 +32,9 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The most operations a second that a device can do, dense; None where it isn't known.
+    """Return a device's peak of dense operations per second, or None if it is unknown.
 
-    In float32 it isn't where matrix products may be taken in TensorFloat32.
+    It is unknown in float32 if matrix products may be computed in TensorFloat32.
     """
     if device.type != "cuda":
         return None
@@ -48,11 +48,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 class Stopwatch:
-    """Adds up the time that passes in the parts of a step: by the clock, but on CUDA.
+    """Adds up the time spent in the parts of a step.
 
-    There it is the device's own: it works through a queue, and the processor is far ahead of it. An
-    event at each end of a part marks the place in the queue. So a part in which the processor
-    fetches data counts as long as the device stood idle for it, and no longer.
+    On CUDA this is the device's time: the device works through a queue, far behind the processor.
+    An event at each end of a part marks the place in the queue. So a part in which the processor
+    fetches data counts only as long as the device was idle.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Count what happens inside as `part`; parts don't nest."""
+        """Count the time inside as `part`; parts don't nest."""
         if self._on_cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -75,7 +75,7 @@ class Stopwatch:
             self._seconds[part] += time.perf_counter() - since
 
     def collect(self) -> dict[str, float]:
-        """The seconds of each part since the last call; on CUDA waits for the last to end."""
+        """Return the seconds of each part since the last call. On CUDA, wait for the last part."""
         if self._events:
             self._events[-1][2].synchronize()
             for part, start, end in self._events:
@@ -89,12 +89,11 @@ class Stopwatch:
 class Metrics:
     """Means over the steps since the last line, and the pace.
 
-    What a line says of the training itself depends on the steps alone, and not on when a run was
-    interrupted: `state_dict` holds the sums. What it says of time counts from the last line or the
-    start of the program.
+    The means depend on the steps alone, not on where a run was interrupted: `state_dict` holds the
+    sums. Times count from the last line or the start of the program.
 
     Attributes:
-        watch: counts the time of the parts "data", "encoding" and "compute".
+        watch: measures the parts "data", "encoding" and "compute".
     """
 
     def __init__(
@@ -103,13 +102,13 @@ class Metrics:
         """Start with no steps.
 
         Args:
-            device: that of this process.
-            num_devices: of the whole run, which share the operations.
-            peak: the most operations a second that one of them can do, as of `peak_flops`.
+            device: the device of this process.
+            num_devices: devices of the whole run, which share the operations.
+            peak: the peak of one device in operations per second, from `peak_flops`.
         """
         self.watch = Stopwatch(device)
         self._num_devices, self._peak = num_devices, peak
-        self._steps = 0
+        self._steps = self._skipped = 0
         self._sums = {"loss": 0.0, "grad_norm": 0.0}
         self._learning_rate = 0.0
         self._images = self._flops = 0
@@ -118,12 +117,12 @@ class Metrics:
     def add(
         self, loss: float, grad_norm: float, learning_rate: float, images: int, flops: int = 0
     ) -> None:
-        """Count one optimizer step.
+        """Count an optimizer step.
 
         Args:
             loss, grad_norm: of the whole batch, over all processes.
-            learning_rate: it was taken with.
-            images: in the whole batch.
+            learning_rate: the rate of the step.
+            images: number of pictures in the whole batch.
             flops: operations of the model for all of them, forward and backward.
         """
         self._steps += 1
@@ -133,25 +132,33 @@ class Metrics:
         self._images += images
         self._flops += flops
 
-    def line(self, step: int) -> dict[str, float]:
-        """The line to log after a step; the next one starts anew.
+    def skip(self) -> None:
+        """Count a step that was skipped because its loss or gradient was not finite."""
+        self._skipped += 1
 
-        `loss` and `grad_norm` are means over the steps, `learning_rate` is that of the last;
-        `images_per_second` counts the time of everything, saving and validation too;
+    def line(self, step: int) -> dict[str, float]:
+        """Return the line to log after a step, and start the next one.
+
+        `loss` and `grad_norm` are means over the steps, `learning_rate` is the last step's; all
+        three are absent if every step was skipped. `skipped_steps` is present if one was.
+        `images_per_second` covers all time, including saving and validation;
         `data_share`, `encoding_share` and `compute_share` are shares of that time in [0, 1];
-        `tflops` are 10**12 operations of the model a second on each device, and `mfu` is their
-        share of what it can do, where that is known.
+        `tflops` are 10**12 operations of the model per second on each device, and `mfu` is their
+        share of the device's peak, if that is known.
         """
         line: dict[str, float] = {"step": step}
-        line |= {name: total / max(1, self._steps) for name, total in self._sums.items()}
-        line["learning_rate"] = self._learning_rate
+        if self._steps:
+            line |= {name: total / self._steps for name, total in self._sums.items()}
+            line["learning_rate"] = self._learning_rate
+        if self._skipped:
+            line["skipped_steps"] = self._skipped
         line |= self._pace()
-        self._steps = 0
+        self._steps = self._skipped = 0
         self._sums = dict.fromkeys(self._sums, 0.0)
         return line
 
     def _pace(self) -> dict[str, float]:
-        """What depends on time."""
+        """Return the numbers that depend on time."""
         parts = self.watch.collect()  # first, since it waits for the device
         now = time.perf_counter()
         seconds = now - self._since
@@ -166,16 +173,17 @@ class Metrics:
         return pace
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next line needs to know of the steps so far, as JSON can hold it."""
-        return {
+        """Return the sums for the next line, ready for JSON."""
+        state = {
             "steps": self._steps,
             "sums": dict(self._sums),
             "learning_rate": self._learning_rate,
         }
+        return state | ({"skipped": self._skipped} if self._skipped else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the sums of an earlier run, and with a clock of one's own."""
-        self._steps = state["steps"]
+        """Continue the sums of an earlier run; times count from now."""
+        self._steps, self._skipped = state["steps"], state.get("skipped", 0)
         self._sums = dict(state["sums"])
         self._learning_rate = state["learning_rate"]
         self.watch.collect()

@@ -20,20 +20,20 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     device: torch.device | str = "cpu",
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019) over all parameters alike.
+    """Return AdamW (Loshchilov & Hutter, 2019) over all parameters.
 
     Args:
-        parameters: what to train.
+        parameters: the parameters to train.
         name: "adamw", or "adamw8bit", whose two moments take a quarter of the memory (Dettmers et
             al., 2022; parameters of fewer than 4096 values keep theirs in float32).
-        learning_rate: of the first step; see `set_learning_rate`.
-        weight_decay: share of a weight, times the learning rate, that each step takes away.
+        learning_rate: the rate of the first step.
+        weight_decay: share of a weight, times the learning rate, that each step subtracts.
         betas: decay of the first and the second moment.
-        device: where the parameters are.
+        device: the device of the parameters.
 
     Raises:
         ValueError: for another name.
-        ModuleNotFoundError: if "adamw8bit" is asked for without bitsandbytes.
+        ModuleNotFoundError: if bitsandbytes is missing for "adamw8bit".
     """
     if name == "adamw":
         return torch.optim.AdamW(
@@ -63,18 +63,18 @@ def learning_rate(
     warmup_steps: int = 0,
     schedule: LearningRateSchedule = "constant",
 ) -> float:
-    """The learning rate of one step.
+    """Return the learning rate of one step.
 
-    `peak * step / warmup_steps` during the warm-up, whose first step so takes none. After it `peak`
+    `peak * step / warmup_steps` during the warm-up, so its first step has a rate of 0. Then `peak`
     ("constant"), or `peak * (1 + cos(pi * p)) / 2` ("cosine"; Loshchilov & Hutter, 2017, eq. 5)
     where p goes from 0 at the end of the warm-up to 1 at `total_steps`.
 
     Args:
-        step: the step about to be taken, counted from 0.
+        step: the coming step, counted from 0.
         total_steps: steps of the run, or of its stage.
         peak: the highest learning rate.
         warmup_steps: steps of the rise from 0.
-        schedule: what follows it.
+        schedule: the rate after the warm-up.
 
     Raises:
         ValueError: for another schedule.
@@ -90,9 +90,3 @@ def learning_rate(
         return peak
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return peak * (1 + math.cos(math.pi * progress)) / 2
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Take the coming steps at this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = value

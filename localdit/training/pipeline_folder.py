@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import diffusers
 import torch
@@ -15,22 +15,12 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 
 from localdit.pipelines.saving import TRANSFORMER
-from localdit.training.run import link_or_copy
+from localdit.training.run_folder import link_or_copy
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from localdit.models import LocalDiTTransformer2DModel
-
-
-class ResultFolder(Protocol):
-    """Writes averaged weights into a folder that inference reads, and reads them again."""
-
-    def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
-        """Write the averages of the trained parameters, under their names."""
-
-    def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
-        """The averages that `write` wrote."""
 
 
 @dataclass

@@ -1,12 +1,17 @@
-"""How a run tells the world how it goes: the terminal, files in its folder, trackers."""
+"""Reports of a run: the terminal, files in its folder, trackers, and curves of the losses."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import math
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
@@ -14,13 +19,18 @@ from tqdm import tqdm
 from localdit.progress import hidden
 from localdit.training.data.faults import Fault
 from localdit.training.data.stage_data import StageData
-from localdit.training.run import RunFolder
+from localdit.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVES_EVERY = 20  # lines
+SMOOTHING = 0.04  # share of the lines that a point of the smoothed curve averages
+VALIDATION = "validation/{name}/loss"
 
 
 class Reporter:
-    """Reports of the main process; in the others nothing happens, but for the log of samples."""
+    """Reports of the main process; the other processes only log their samples."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, run: RunFolder) -> None:
         self.args, self.accelerator, self.run = args, accelerator, run
@@ -33,7 +43,7 @@ class Reporter:
         )
 
     def begin(self, data: Sequence[StageData], step: int) -> None:
-        """Say what is trained on, and where the run stands; start the trackers."""
+        """Print the data of each stage, and start the trackers."""
         processes = self.accelerator.num_processes
         for stage, found in zip(self.args.stages, data, strict=True):
             left_out = int((found.buckets < 0).sum())
@@ -49,7 +59,7 @@ class Reporter:
         if self.main:
             self.run.forget_after(step)
         if not self.can_draw:
-            self.say("There will be no curves.png without matplotlib: pip install matplotlib")
+            self.say("curves.png needs matplotlib: pip install matplotlib")
         self.step = step
         self.bar.update(step)
         settings = {
@@ -62,7 +72,7 @@ class Reporter:
         self.accelerator.init_trackers("localdit", settings, {"wandb": wandb})
 
     def say(self, text: str) -> None:
-        """Print, above the progress bar."""
+        """Print a message above the progress bar."""
         if self.main:
             tqdm.write(text)
 
@@ -82,25 +92,32 @@ class Reporter:
             }
             self.bar.set_postfix(shown)
             if self.bar.disable:  # there is no terminal, but perhaps a log
-                told = ", ".join(f"{name} {value}" for name, value in shown.items())
-                self.say(f"step {step} of {self.args.stages[-1].end}: {told}")
+                text = ", ".join(f"{name} {value}" for name, value in shown.items())
+                self.say(f"step {step} of {self.args.stages[-1].end}: {text}")
         if self.lines % CURVES_EVERY == 0:
             self._draw_curves()
         self.lines += 1
 
     def _draw_curves(self) -> None:
+        """Draw `curves.png`, once a loss has been logged."""
+        metrics = self.run.path / "metrics.jsonl"
+
+        def draw() -> None:
+            if metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
+                draw_curves(metrics, self.run.path / "curves.png")
+
         if self.can_draw:
-            self._write(self.run.draw_curves)
+            self._write(draw)
 
     def _write(self, action: Callable[[], object]) -> None:
-        """Write something that training can do without: a full disk is told, and no more."""
+        """Write something that training can do without: a full disk only causes a message."""
         try:
             action()
         except OSError as error:
-            self.say(f"This could not be logged: {error}")
+            self.say(f"Could not write to the log: {error}")
 
     def samples(self, step: int, ids: Sequence[str], loss: float | None) -> None:
-        """Log which samples this process saw in a step, and the loss of the step."""
+        """Log the samples of this process in a step, and the loss of the step."""
         name = f"samples-{self.accelerator.process_index}.jsonl"
         line = {"step": step, "loss": loss, "samples": list(ids)}
         self._write(lambda: self.run.log(line, name))
@@ -112,7 +129,7 @@ class Reporter:
             self._write(lambda: self.run.log(line, "broken.jsonl"))
 
     def pictures(self, images: Sequence[Image.Image], step: int) -> None:
-        """Save validation pictures, and show them to the trackers."""
+        """Save validation pictures, and log them to the trackers."""
         if not self.main:
             return
         self._write(lambda: self.run.save_pictures(images, step))
@@ -121,13 +138,11 @@ class Reporter:
             if tracker.name == "wandb":
                 tracker.log_images({"validation": list(named.values())}, step=step)
             elif tracker.name == "tensorboard":
-                import numpy as np
-
                 arrays = np.stack([np.asarray(image) for image in images])
                 tracker.log_images({"validation": arrays}, step=step, dataformats="NHWC")
 
     def advance(self) -> None:
-        """Move the progress bar on by a step."""
+        """Advance the progress bar by a step."""
         self.step += 1
         self.bar.update()
 
@@ -137,3 +152,124 @@ class Reporter:
             self._draw_curves()
         self.bar.close()
         self.accelerator.end_training()
+
+
+def draw_curves(metrics_jsonl: Path, png: Path) -> None:
+    """Plot what a run has logged so far; the file is written whole or not at all.
+
+    The upper plot has the training loss of each line, the same smoothed, and the validation losses
+    of model and average; the lower one has the learning rate. An incomplete last line is left out.
+
+    Args:
+        metrics_jsonl: a JSON object per line, with `step` and any of `loss`, `learning_rate`,
+            `validation/model/loss` and `validation/ema/loss`.
+        png: file to write.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+        OSError: if a file can't be read or written.
+        ValueError: if no line has a loss.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Curves need matplotlib: pip install -r requirements-train.txt"
+        ) from error
+
+    lines = read_metrics(metrics_jsonl)
+    if not _series(lines, "loss")[0]:
+        raise ValueError(f"{metrics_jsonl} has no line with a step and a loss yet.")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)  # no display, and no state shared with other figures
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    _draw_losses(above, lines)
+    above.set(title=f"{metrics_jsonl.parent.name}: {lines[-1]['step']:,} steps", ylabel="loss")
+    below.plot(*_series(lines, "learning_rate"), color="tab:gray")
+    below.set(xlabel="step", ylabel="learning rate")
+    below.set_ylim(bottom=0)
+    below.xaxis.set_major_formatter("{x:,.0f}")
+    below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+
+    unfinished = png.with_name(f".{png.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(unfinished, format="png", dpi=100)
+        os.replace(unfinished, png)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file, without an incomplete last one.
+
+    A run that resumed from an earlier checkpoint repeats steps: a line replaces all lines above it
+    with later steps.
+
+    Raises:
+        ValueError: if another line is not a JSON object.
+    """
+    texts = metrics_jsonl.read_text(encoding="utf-8").splitlines()
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(texts):
+                break
+            raise ValueError(f"{metrics_jsonl}, line {number}, is not JSON: {error}.") from None
+        while lines and lines[-1].get("step", 0) > line.get("step", 0):
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the mean over a share of `SMOOTHING` of the values around each, centred on it.
+
+    The window is smaller near the start, so a steep fall stays where it is, and it is cut off at
+    the end. Values that are not finite are left out.
+    """
+    reach = int(len(values) * SMOOTHING / 2)
+    means = []
+    for i in range(len(values)):
+        near = min(reach, i)
+        window = [value for value in values[i - near : i + near + 1] if math.isfinite(value)]
+        means.append(sum(window) / len(window) if window else math.nan)
+    return means
+
+
+def _series(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return steps and values of the lines that have the value."""
+    found = [(line["step"], line[name]) for line in lines if name in line and "step" in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _draw_losses(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
+    steps, losses = _series(lines, "loss")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="training")
+    axes.plot(steps, smoothed(losses), color="tab:blue", label="training, smoothed")
+    validation: list[float] = []
+    for name, label, colour in (("model", "model", "tab:orange"), ("ema", "average", "tab:green")):
+        steps, losses_then = _series(lines, VALIDATION.format(name=name))
+        if steps:
+            axes.plot(
+                steps, losses_then, "o-", color=colour, markersize=4, label=f"validation, {label}"
+            )
+            validation += losses_then
+    axes.legend()
+    _limit(axes, losses, validation)
+
+
+def _limit(axes: Axes, training: Sequence[float], validation: Sequence[float]) -> None:
+    """Cut off a few outliers of training, such as its start, that would flatten the rest."""
+    finite = sorted(filter(math.isfinite, training))
+    if len(finite) < 20:
+        return
+    kept = [*finite[: math.ceil(0.98 * len(finite))], *filter(math.isfinite, validation)]
+    low, high = min(kept), max(kept)
+    room = 0.15 * (high - low)
+    if low < high and high + 2 * room < finite[-1]:
+        axes.set_ylim(low - room, high + 2 * room)

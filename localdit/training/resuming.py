@@ -1,91 +1,82 @@
-"""Going on from a checkpoint: what has to be the same, and what a change means."""
+"""Resuming a run: the options that must be the same, and the consequences of changing others."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from localdit.training.data.order import Position
-from localdit.training.stages import Stage, stage_of_step
-from localdit.training.state import saved_options
+from localdit.training.state import Progress
 
-if TYPE_CHECKING:
-    from localdit.training.session import Session
-
-# Another one would be another run.
+# With another value of these it would be another run.
 FIXED = ("prediction_type", "seed", "lora_rank", "lora_alpha", "lora_target_modules")
-OF_NO_MATTER = ("resume", "output")
+IGNORED = ("resume", "output")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as JSON has them."""
+    """Return the options as JSON holds them."""
     stages = [vars(stage) for stage in args.stages] if len(args.stages) > 1 else None
     plain = vars(args) | {"stages": stages}
     return json.loads(json.dumps(plain, default=str))
 
 
-def resume(session: Session, checkpoint: Path) -> None:
-    """Take over the state of a checkpoint, and say what differs from the run it is of.
+def changed_options(
+    checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Return name, old and new value of each option that differs from the saved run's.
 
     Raises:
-        ValueError: if it is of another run, model or optimizer.
+        ValueError: if one of `FIXED` differs.
     """
-    state, stages = session.state, session.args.stages
-    before, now = saved_options(checkpoint / "training"), options_of(session.args)
-    changes = list(changed_options(before, now))
+    names = sorted((before.keys() | now.keys()) - set(IGNORED))
+    changes = [
+        (name, before.get(name), now.get(name))
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
     for name, old, new in changes:
         if name in FIXED:
             raise ValueError(_another_run(checkpoint, name, old, new, before))
-    averages = session.models.result.averages_in(checkpoint)
-    state.restore(checkpoint / "training", averages, session.accelerator.process_index)
-    session.saved = state.progress.step
-    say = session.reporter.say
-    say(f"Going on from {checkpoint}, after step {state.progress.step:,}.")
-    for name, old, new in changes:
-        say(f"Changed since: {name}: {old} -> {new}")
-    stage = stage_of_step(stages, state.progress.step)
-    if state.progress.step > stage.first_step:
-        _resume_data(session, stage)
+    return changes
 
 
 def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mapping[str, Any]) -> str:
-    """What to say of an option that makes a run another one."""
+    """Return the message for an option that would make it another run."""
     flag = f"--{name.replace('_', '-')}"
     was, given = (
         f"without {flag}" if value is None else f"with {flag} {value}" for value in (old, new)
     )
-    anew = f" from its weights with --transformer {checkpoint}/transformer"
+    new_run = f" from its weights with --transformer {checkpoint}/transformer"
     if before.get("lora_rank") is not None:
-        anew = " in another --output"
+        new_run = " in another --output"
     return (
-        f"{checkpoint} is of a run {was}, not {given}. Resume it {was}, or begin a new run{anew}."
+        f"{checkpoint} is of a run {was}, not {given}. Resume it {was}, or start a new run"
+        f"{new_run}."
     )
 
 
-def _resume_data(session: Session, stage: Stage) -> None:
-    """Find the position in the data again, and say what a changed batch or data set means."""
-    progress, say = session.state.progress, session.reporter.say
-    if progress.data != session.data[stage.index].digest:
-        say("The data is not what it was: a new epoch of it begins.")
+def resume_data(progress: Progress, digest: str, global_batch: int) -> str | None:
+    """Find the position in the data again.
+
+    Args:
+        progress: of the saved run; begins a new epoch if the data has changed.
+        digest: fingerprint of the present data.
+        global_batch: samples per optimizer step now.
+
+    Returns:
+        A message if data or batch size have changed.
+    """
+    if progress.data != digest:
         progress.position = Position(progress.position.epoch + 1)
-        progress.data = session.data[stage.index].digest
-        return
+        progress.data = digest
+        return "The data has changed: a new epoch of it begins."
     taken = progress.position.taken
-    batch = stage.global_batch(session.accelerator.num_processes)
-    if taken and taken[-1][0] != batch:
-        say(
-            f"An optimizer step has {batch} samples now, it had {taken[-1][0]}. The rest of the "
-            "epoch is cut anew: each of its samples still comes exactly once."
+    if taken and taken[-1][0] != global_batch:
+        return (
+            f"An optimizer step has {global_batch} samples now, it had {taken[-1][0]}. The rest of "
+            "the epoch is divided again: each of its samples still comes exactly once."
         )
-
-
-def changed_options(
-    before: Mapping[str, Any], now: Mapping[str, Any]
-) -> Iterable[tuple[str, Any, Any]]:
-    """Name, old and new value of each option that differs."""
-    for name in sorted((before.keys() | now.keys()) - set(OF_NO_MATTER)):
-        if before.get(name) != now.get(name):
-            yield name, before.get(name), now.get(name)
+    return None

@@ -1,50 +1,54 @@
-"""A run from its first step to its last: everything around the loop of `train.py`."""
+"""A run between its steps: stages, data, validation, checkpoints, and how all of it is set up."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from localdit.training.agreement import Agreement
 from localdit.training.components import attention_kernels
 from localdit.training.data.loading import Batch, Draws
 from localdit.training.data.order import Step
+from localdit.training.data.report import dry_run_report
 from localdit.training.data.stage_data import StageData, held_out_batches, stage_batches
-from localdit.training.optimizer import learning_rate, set_learning_rate
-from localdit.training.outcome import Outcome
+from localdit.training.methods import Method
+from localdit.training.methods.fine_tuning import FineTuning
+from localdit.training.optimizer import learning_rate
 from localdit.training.pipeline_folder import with_weights
+from localdit.training.processes import Agreement
 from localdit.training.reporting import Reporter
-from localdit.training.resuming import options_of, resume
-from localdit.training.run import RunFolder
+from localdit.training.resuming import changed_options, options_of, resume_data
+from localdit.training.run_folder import RunFolder
 from localdit.training.setup import Models, find_data, load_models, make_state, start_processes
-from localdit.training.signals import StopRequest
+from localdit.training.shutdown import StopRequest
 from localdit.training.stages import Stage, stage_of_step
-from localdit.training.state import TrainingState
+from localdit.training.state import TRANSFORMER, TrainingState, saved_options
 from localdit.training.validation import ValidationBatch, validation_losses
 
 
 @dataclass
 class Session:
-    """A run in progress: what `train.py` works with.
+    """A run in progress.
 
     Attributes:
         args: the options.
-        accelerator, agreement: the processes, and what they tell each other.
+        accelerator, agreement: the processes, and their common decisions.
         run: the folder.
-        data: of each stage.
-        models: the transformer and what surrounds it.
-        state: what a step changes.
-        reporter: tells how it goes.
-        stop: notes the signals that ask for an end.
+        data: the data of each stage.
+        models: the transformer, and the frozen parts around it.
+        method: the models that are trained, and their loss.
+        state: everything that a step changes.
+        reporter: logs and messages.
+        stop: signals that ask the run to end.
         kernels: PyTorch's attention kernels to train with.
+        saved: step of the newest checkpoint.
     """
 
     args: argparse.Namespace
@@ -53,25 +57,48 @@ class Session:
     run: RunFolder
     data: list[StageData]
     models: Models
+    method: Method
     state: TrainingState
     reporter: Reporter
     stop: StopRequest
     kernels: list[Any]
-    saved: int = -1  # step of the newest checkpoint
+    saved: int = -1
+
+    def resume(self, checkpoint: Path) -> None:
+        """Load the state of a checkpoint, and print what differs from the run that saved it.
+
+        Raises:
+            ValueError: if it is a checkpoint of another run, model or optimizer.
+        """
+        folder = checkpoint / "training"
+        changes = changed_options(checkpoint, saved_options(folder), options_of(self.args))
+        averages = self.models.result.averages_in(checkpoint)
+        self.state.restore(folder, averages, self.accelerator.process_index)
+        progress = self.state.progress
+        self.saved = progress.step
+        self.reporter.say(f"Resuming from {checkpoint}, after step {progress.step:,}.")
+        for name, old, new in changes:
+            self.reporter.say(f"Changed since: {name}: {old} -> {new}")
+        stage = stage_of_step(self.args.stages, progress.step)
+        if progress.step > stage.first_step:
+            global_batch = stage.global_batch(self.accelerator.num_processes)
+            message = resume_data(progress, self.data[stage.index].digest, global_batch)
+            if message:
+                self.reporter.say(message)
 
     def begin_stage(self) -> Stage:
-        """Set the model up for the stage that the next step belongs to."""
+        """Prepare for the stage that the next step belongs to."""
         progress, stages = self.state.progress, self.args.stages
         stage = stage_of_step(stages, progress.step)
         if progress.step == stage.first_step:
             progress.begin(self.data[stage.index].digest)
-        self.models.set_image_size(stage.image_size)
+        self.method.set_sample_size(stage.image_size // self.models.vae_scale)
         if len(stages) > 1:
             self.reporter.say(str(stage))
         return stage
 
     def batches(self, stage: Stage) -> Iterator[tuple[Step, list[Batch]]]:
-        """The steps from where the run stands, with this process's batches; without end."""
+        """Yield the coming steps, each with this process's batches, without end."""
         data, accelerator = self.data[stage.index], self.accelerator
         processes = accelerator.num_processes
         steps = stage_batches(
@@ -98,36 +125,24 @@ class Session:
             stage.warmup_steps,
             stage.lr_schedule,  # type: ignore[arg-type]  # checked with the other options
         )
-        set_learning_rate(self.state.optimizer, rate)
+        self.state.set_learning_rate(rate)
         return rate
 
-    def report(self, rate: float, batches: list[Batch], outcome: Outcome) -> None:
-        """Log the step that was taken."""
-        step, metrics = self.state.progress.step, self.state.metrics
-        # In float16 the scaler skips steps whose gradient overflows: nothing to take a mean of.
-        if outcome.finite and math.isfinite(outcome.grad_norm):
-            metrics.add(outcome.loss, outcome.grad_norm, rate, outcome.count, outcome.flops)
-        if self.args.log_samples:
-            ids = [name for batch in batches for name in batch.ids]
-            self.reporter.samples(step, ids, outcome.loss if outcome.finite else None)
-        self.reporter.advance()
-        if step % self.args.log_interval == 0 or step == self.args.stages[-1].end:
-            self.reporter.line(metrics.line(step))
-
     def validate(self, stage: Stage) -> None:
-        """Measure losses on what is held out, and draw the validation prompts."""
-        if not self.data[stage.index].held_out and self.models.pictures is None:
+        """Measure the losses of held-out samples, and draw the validation prompts."""
+        held_out, pictures = self.data[stage.index].held_out, self.models.pictures
+        if not held_out and pictures is None:
             return
-        transformer = self.models.transformer
-        averaged = with_weights(transformer, self.state.averaged_weights())
+        trained = self.state.models[TRANSFORMER]
+        averaged = with_weights(self.models.transformer, trained.averaged_weights())
         averaged = averaged.to(self.accelerator.device)
-        if self.data[stage.index].held_out:
+        if held_out:
             line: dict[str, float] = {"step": self.state.progress.step}
-            for name, model in (("model", self.state.model), ("ema", averaged)):
+            for name, model in (("model", trained.module), ("ema", averaged)):
                 line |= self._validation_losses(stage, model, name)
             self.reporter.line(line)
-        if self.models.pictures is not None:
-            drawn = self.models.pictures.draw(
+        if pictures is not None:
+            drawn = pictures.draw(
                 averaged, self.models.objective.sampling_scheduler(), stage.image_size
             )
             by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
@@ -136,7 +151,7 @@ class Session:
     def _validation_losses(
         self, stage: Stage, model: torch.nn.Module, name: str
     ) -> dict[str, float]:
-        """The losses of one model on the samples that are held out."""
+        """Return the losses of one model for the held-out samples."""
         data, processes = self.data[stage.index], self.accelerator.num_processes
         batches = held_out_batches(
             self.models.dataset(data, stage, self.args, draws=Draws((self.args.seed,))),
@@ -149,19 +164,18 @@ class Session:
         return validation_losses(
             model,
             self.models.objective,
-            (self._validation_batch(batch) for batch in batches),
+            (
+                ValidationBatch(b.size, b.ids, self.models.make_inputs(b), b.weights)
+                for b in batches
+            ),
             data.sizes,
             name,
             seed=self.args.seed,
             reduce=partial(self.accelerator.reduce, reduction="sum"),
         )
 
-    def _validation_batch(self, batch: Batch) -> ValidationBatch:
-        inputs = self.models.make_inputs(batch)
-        return ValidationBatch(batch.size, batch.ids, *inputs, batch.weights)
-
     def save(self) -> None:
-        """Write a checkpoint of the run as it stands.
+        """Write a checkpoint of the present step, unless there is one.
 
         Raises:
             TrainingStopped: in every process, if it can't be written.
@@ -177,24 +191,18 @@ class Session:
         self.saved = self.state.progress.step
 
     def finish(self) -> None:
-        """Save the end of the run, and its pipeline or adapters."""
+        """Save the last step, and the finished pipeline or adapters."""
         self.save()
-        averages = self.state.averaged_weights()
+        averages = self.state.models[TRANSFORMER].averaged_weights()
         self.agreement.on_main(lambda: self.run.save_final(self.models.result, averages))
-        self.reporter.close()
-
-    def say_stopped(self, signal: str) -> None:
-        """Say that a signal ended the run, and how to go on."""
-        step = self.state.progress.step
-        self.reporter.say(f"{signal}: saved and stopped after step {step}; --resume auto goes on.")
         self.reporter.close()
 
 
 def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
-    """Prepare a run: its data, its models, its folder, its state.
+    """Prepare a run: its data, models, folder and state.
 
     Returns:
-        The session; None if `--dry-run` asked for no more than a report on the data.
+        The session; None after the report of `--dry-run`.
 
     Raises:
         TrainingStopped: in every process, if something is missing or wrong.
@@ -203,8 +211,6 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     agreement = Agreement(accelerator)
     data = agreement.on_main(lambda: find_data(args))
     if args.dry_run:
-        from localdit.training.data.report import dry_run_report
-
         for stage, found in zip(args.stages, data, strict=True):
             batch = stage.global_batch(accelerator.num_processes)
             accelerator.print(dry_run_report(found.found, found.sizes, found.buckets, batch))
@@ -217,7 +223,9 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     checkpoint = agreement.on_main(lambda: run.open(args.resume))
     set_seed(args.seed)  # the models start the same in every process
     models = agreement.on_all(lambda: load_models(args, data, accelerator))
-    state = agreement.on_all(lambda: make_state(args, models.transformer, accelerator))
+    method = FineTuning(models.transformer, models.objective, args.lora_rank is not None)
+    method.set_sample_size(args.stages[0].image_size // models.vae_scale)
+    state = agreement.on_all(lambda: make_state(args, method, accelerator))
     set_seed(args.seed, device_specific=True)
     session = Session(
         args,
@@ -226,15 +234,16 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         run,
         data,
         models,
+        method,
         state,
         Reporter(args, accelerator, run),
         stop,
         attention_kernels(accelerator.device, accelerator.mixed_precision),
     )
     if checkpoint is not None:
-        agreement.on_all(partial(resume, session, checkpoint))
+        agreement.on_all(partial(session.resume, checkpoint))
     agreement.on_main(lambda: run.save_options(options_of(args)))
     session.reporter.begin(data, state.progress.step)
-    if models.frozen:
+    if method.adapters:
         session.reporter.say(str(models.result))
     return session

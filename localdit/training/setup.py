@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,21 +17,22 @@ from localdit.core.parts import (
     load_encoders,
     weights_fingerprint,
 )
-from localdit.models.flops import forward_flops
-from localdit.training import components, distributed, lora, sharding
-from localdit.training.agreement import TrainingStopped
+from localdit.training import components, lora, processes, sharding
 from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
-from localdit.training.ema import ExponentialMovingAverage
-from localdit.training.inputs import InputMaker, Inputs
+from localdit.training.inputs import InputMaker
+from localdit.training.methods import Method
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.pipeline_folder import PipelineFolder, ResultFolder
+from localdit.training.pipeline_folder import PipelineFolder
+from localdit.training.run_folder import ResultFolder
 from localdit.training.sampling import PromptPictures
+from localdit.training.shutdown import TrainingStopped
 from localdit.training.stages import Stage
 from localdit.training.state import Progress, TrainingState
+from localdit.training.trained_model import ExponentialMovingAverage, TrainedModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,7 +48,7 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
     """
     trackers = [name for name in ("wandb", "tensorboard") if getattr(args, f"use_{name}")]
     try:
-        return distributed.make_accelerator(
+        return processes.make_accelerator(
             args.stages[0].batch_size,
             args.gradient_clip,
             mixed_precision=args.mixed_precision,
@@ -106,28 +106,6 @@ class Models:
     latents: LatentFormat
     result: ResultFolder
     pictures: PromptPictures | None
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the transformer's own weights are left alone, and adapters are trained."""
-        return isinstance(self.result, lora.AdapterFolder)
-
-    def set_image_size(self, pixels: int) -> None:
-        """Make the transformer one for pictures of another size, unless it is to stay as it is.
-
-        Adapters will be used with the frozen one, which places pictures of any size as it does.
-        """
-        if not self.frozen:
-            self.transformer.set_sample_size(pixels // self.latents.pixels_per_latent)
-
-    def step_flops(self, inputs: Inputs) -> int:
-        """Operations of the model for a batch, forward and backward.
-
-        Frozen weights have no gradient, which spares a third; adapters hardly count.
-        """
-        rows, _, height, width = inputs.latents.shape
-        passes = 2 if self.frozen else 3
-        return passes * rows * _forward_flops(self.transformer, height, width, inputs.text.shape[1])
 
     def dataset(
         self, data: StageData, stage: Stage, args: argparse.Namespace, draws: Draws | None = None
@@ -199,7 +177,7 @@ def load_models(
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-    models = Models(
+    return Models(
         transformer,
         objective,
         InputMaker(
@@ -213,8 +191,6 @@ def load_models(
         result,
         pictures,
     )
-    models.set_image_size(args.stages[0].image_size)
-    return models
 
 
 def _result_folder(
@@ -267,41 +243,40 @@ def _require_same_encoders(expected: dict[str, str], given: dict[str, str]) -> N
         )
 
 
-@functools.lru_cache(maxsize=1024)
-def _forward_flops(
-    transformer: LocalDiTTransformer2DModel, height: int, width: int, text_tokens: int
-) -> int:
-    return forward_flops(transformer.config, height, width, text_tokens)
-
-
-def make_state(
-    args: argparse.Namespace, transformer: LocalDiTTransformer2DModel, accelerator: Accelerator
-) -> TrainingState:
-    """Prepare the transformer and its optimizer for the processes, and begin to average.
+def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerator) -> TrainingState:
+    """Prepare the models of a method and their optimizers for the processes, and start averages.
 
     Raises:
-        ValueError: if the optimizer can't be split over processes that split the model, or
-            adapters are to be trained by DeepSpeed.
+        ValueError: if the processes can't train these models, or not with this optimizer.
     """
-    if args.lora_rank is not None and accelerator.distributed_type == "DEEPSPEED":
-        raise ValueError("--lora-rank has not been tried with DeepSpeed: use DDP or FSDP2.")
-    if args.optimizer == "adamw8bit" and accelerator.distributed_type == "FSDP":
+    engine, precision = accelerator.distributed_type, accelerator.mixed_precision
+    if args.lora_rank is not None and engine == "DEEPSPEED":
+        raise ValueError("--lora-rank is not supported with DeepSpeed: use DDP or FSDP2.")
+    if args.optimizer == "adamw8bit" and engine == "FSDP":
         raise ValueError("--optimizer adamw8bit can't be split over processes: use DDP, or adamw.")
-    optimizer = make_optimizer(
-        [parameter for _, parameter in sharding.trained_parameters(transformer)],
-        args.optimizer,
-        args.learning_rate,
-        args.weight_decay,
-        device=accelerator.device,
-    )
-    model, optimizer = distributed.prepare(accelerator, transformer, optimizer)
-    ema = ExponentialMovingAverage(
-        sharding.trained_parameters(model), args.ema_decay, "cpu" if args.ema_on_cpu else None
-    )
-    dtype = distributed.DTYPES.get(accelerator.mixed_precision)
+    if len(method.trained) > 1 and (engine == "DEEPSPEED" or precision == "fp16"):
+        raise ValueError(
+            f"{' and '.join(method.trained)} can't be trained together with DeepSpeed or in "
+            "float16: use DDP or FSDP2, and --mixed-precision bf16 or no."
+        )
+    models = {}
+    for name, bare in method.trained.items():
+        optimizer = make_optimizer(
+            [parameter for _, parameter in sharding.trained_parameters(bare)],
+            args.optimizer,
+            args.learning_rate,
+            args.weight_decay,
+            device=accelerator.device,
+        )
+        module, optimizer = processes.prepare(accelerator, bare, optimizer)
+        average = ExponentialMovingAverage(
+            sharding.trained_parameters(module), args.ema_decay, "cpu" if args.ema_on_cpu else None
+        )
+        models[name] = TrainedModel(module, optimizer, average)
+    dtype = processes.DTYPES.get(precision)
     metrics = Metrics(
         accelerator.device,
         accelerator.num_processes,
         peak_flops(accelerator.device, dtype or torch.float32),
     )
-    return TrainingState(model, optimizer, ema, accelerator.scaler, metrics, Progress())
+    return TrainingState(models, accelerator.scaler, metrics, Progress())

@@ -1,4 +1,4 @@
-"""Stages of a run: what may change on the way, as the size of the pictures does."""
+"""Stages of a run, between which options such as the picture size may change."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run, in the terms of the command line.
+    """A part of a run, with the options of the command line.
 
     Attributes:
-        index: its number, from 0.
+        index: number of the stage, from 0.
         first_step: optimizer steps taken before it.
     """
 
@@ -31,11 +31,11 @@ class Stage:
 
     @property
     def end(self) -> int:
-        """Optimizer steps taken when it is over."""
+        """Optimizer steps taken by the end of the stage."""
         return self.first_step + self.max_train_steps
 
     def global_batch(self, num_processes: int) -> int:
-        """Samples in an optimizer step."""
+        """Return the number of samples in an optimizer step."""
         return num_processes * self.batch_size * self.gradient_accumulation_steps
 
     def __str__(self) -> str:
@@ -49,11 +49,11 @@ STAGE_OPTIONS = tuple(field.name for field in fields(Stage))[2:]
 
 
 def make_stages(options: Mapping[str, Any], changes: list[dict[str, Any]]) -> list[Stage]:
-    """The stages one after another.
+    """Return the stages in their order.
 
     Args:
-        options: the command line's, which hold where a stage does not say otherwise.
-        changes: what each stage says, by the names of the options.
+        options: the options of the command line, which a stage takes unless it changes them.
+        changes: the options that each stage changes, by name.
     """
     stages: list[Stage] = []
     for change in changes:
@@ -63,12 +63,12 @@ def make_stages(options: Mapping[str, Any], changes: list[dict[str, Any]]) -> li
 
 
 def read_stages(path: Path) -> list[dict[str, Any]]:
-    """What each stage of a file says, by the names of the options.
+    """Read the options that each stage changes, by name.
 
     The file is a JSON list of objects such as `{"image-size": 256, "max-train-steps": 10000}`.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is not such a list, or names another option.
     """
     try:
         stages = json.loads(path.read_text(encoding="utf-8"))
@@ -85,12 +85,12 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
             if name not in STAGE_OPTIONS:
                 known = ", ".join(option.replace("_", "-") for option in STAGE_OPTIONS)
                 raise ValueError(
-                    f"--stages {path}, stage {number}: {name!r} is no option of a stage; these "
-                    f"are: {known}"
+                    f"--stages {path}, stage {number}: {name!r} is not an option of a stage. "
+                    f"The options are {known}."
                 )
     return named
 
 
 def stage_of_step(stages: list[Stage], step: int) -> Stage:
-    """The stage that the step after `step` steps belongs to; the last one once all are over."""
+    """Return the stage of the step after `step` steps; the last one if all are over."""
     return next((stage for stage in stages if step < stage.end), stages[-1])

@@ -1,4 +1,4 @@
-"""Everything that a training step changes, and how it is kept: tensors and JSON, no pickles."""
+"""Everything that a training step changes, and its files: tensors and JSON, no pickles."""
 
 from __future__ import annotations
 
@@ -7,35 +7,33 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from localdit.training import sharding
 from localdit.training.data.order import Position, Step
-from localdit.training.ema import ExponentialMovingAverage
 from localdit.training.metrics import Metrics
-from localdit.training.optimizer_state import load_optimizer_state, optimizer_state
+from localdit.training.processes import Agreement
+from localdit.training.trained_model import Tensors, TrainedModel
 
-if TYPE_CHECKING:
-    from localdit.training.agreement import Agreement
-
-Tensors = dict[str, torch.Tensor]
-FILES = ("model", "optimizer", "random")  # .safetensors, beside state.json
+# The model that pipelines sample with. Its files bear no name, as those of a run that trains no
+# other model always did; its averages are the pipeline or the adapters in a checkpoint.
+TRANSFORMER = "transformer"
 
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The position of a run.
 
     Attributes:
-        step: optimizer steps taken, those that were skipped included.
-        position: in the data of the current stage.
+        step: optimizer steps taken, including those that were skipped.
+        position: position in the data of the current stage.
         skipped: steps that were skipped because a loss or gradient was not finite.
         broken: samples of the current epoch that turned out to be broken when they were read.
-        data: fingerprint of the data that `position` is in.
+        data: fingerprint of the data that `position` refers to.
     """
 
     step: int = 0
@@ -45,11 +43,11 @@ class Progress:
     data: str = ""
 
     def begin(self, data: str) -> None:
-        """Stand at the beginning of a stage's data."""
+        """Go to the beginning of a stage's data."""
         self.position, self.broken, self.data = Position(), 0, data
 
     def advance(self, step: Step, broken: int, skipped: bool) -> None:
-        """Count a step, whose samples are behind us whether or not it was skipped."""
+        """Count a step. Its samples are used up whether or not it was skipped."""
         self.step += 1
         self.skipped += skipped
         same_epoch = step.position.epoch == self.position.epoch
@@ -57,25 +55,31 @@ class Progress:
         self.position = step.position
 
     def to_json(self) -> dict[str, Any]:
-        """The progress in plain values."""
+        """Return the progress in plain values."""
         return vars(self) | {"position": self.position.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        """The inverse of `to_json`."""
+        """Return the progress that `to_json` described."""
         return cls(**values | {"position": Position.from_json(values["position"])})
 
 
 @dataclass
 class Snapshot:
-    """A training state in full, on the CPU: what is written to a checkpoint."""
+    """A full training state on the CPU: what is written to a checkpoint.
 
-    tensors: dict[str, Tensors]  # by the name of the file
+    Attributes:
+        tensors: by the name of their file.
+        averages: of the transformer, which the checkpoint stores as a pipeline or as adapters.
+        values: everything else, ready for JSON.
+    """
+
+    tensors: dict[str, Tensors]
     averages: Tensors
     values: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write all but the averages, which have a place of their own in a checkpoint."""
+        """Write everything except `averages`."""
         folder.mkdir()
         for name, tensors in self.tensors.items():
             save_file(tensors, folder / f"{name}.safetensors")
@@ -85,85 +89,105 @@ class Snapshot:
 
 @dataclass
 class TrainingState:
-    """Everything that a training step changes.
+    """Everything that a training step changes; frozen models are not part of it.
+
+    A checkpoint holds `model.safetensors` and `optimizer.safetensors` of the transformer,
+    `model-NAME.safetensors`, `optimizer-NAME.safetensors` and `average-NAME.safetensors` of each
+    other model, `random.safetensors`, and `state.json`.
 
     Attributes:
-        model: the transformer as Accelerate prepared it.
-        optimizer: as Accelerate prepared it.
-        ema: averages of the transformer's weights, as far as they are trained.
-        scaler: of gradients in float16, if there is one.
-        metrics: what was measured since the last line was logged.
-        progress: how far the run has come.
+        models: the models in training, by name.
+        scaler: of float16 gradients, if there is one.
+        metrics: measurements since the last line was logged.
+        progress: the position of the run.
     """
 
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: ExponentialMovingAverage
+    models: dict[str, TrainedModel]
     scaler: torch.amp.GradScaler | None
     metrics: Metrics
     progress: Progress
 
-    def averaged_weights(self) -> Tensors:
-        """The averaged weights in full, in every process; a call for all of them.
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The models as Accelerate prepared them, by name."""
+        return {name: model.module for name, model in self.models.items()}
 
-        Frozen ones are what they were. Nothing is copied where nothing is sharded.
-        """
-        averages = self.ema.averages
-        return {
-            name: sharding.whole_of(averages[name], parameter)
-            if name in averages
-            else sharding.whole(parameter.detach())
-            for name, parameter in sharding.named_parameters(self.model)
-        }
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of all models."""
+        for model in self.models.values():
+            yield from model.module.parameters()
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and parameters of the transformer, sharded as they are."""
-        return sharding.named_parameters(self.model)
+    def set_learning_rate(self, value: float) -> None:
+        """Use this learning rate for the coming steps of all models."""
+        for model in self.models.values():
+            for group in model.optimizer.param_groups:
+                group["lr"] = value
 
     def snapshot(self, agreement: Agreement, options: dict[str, Any]) -> Snapshot:
-        """Gather the state; a call for all processes, whose result is complete in the main one.
+        """Gather the state. Collective; the result is complete on the main process.
 
-        The options of the run are kept with it.
+        The options of the run are stored with it.
         """
-        optimizer, groups = optimizer_state(self.model, self.optimizer)
+        tensors: dict[str, Tensors] = {}
+        notes: dict[str, dict[str, Any]] = {}
+        averages: dict[str, Tensors] = {}
+        for name, model in self.models.items():
+            tensors[_file("model", name)], tensors[_file("optimizer", name)], notes[name] = (
+                model.state()
+            )
+            averages[name] = model.gathered_average()
+            if name != TRANSFORMER and model.average is not None:
+                tensors[_file("average", name)] = averages[name]
         ranks = agreement.gathered([random_state()])
-        randomness = {
+        tensors["random"] = {
             f"rank{rank}.{name}": tensor
-            for rank, tensors in enumerate(ranks)
-            for name, tensor in tensors.items()
+            for rank, state in enumerate(ranks)
+            for name, tensor in state.items()
         }
-        positions = agreement.gathered([self.progress.position.to_json()])
         values = {
             "progress": self.progress.to_json(),
-            "positions": positions,  # of each process in the data
-            "ema_updates": self.ema.updates,
-            "optimizer": groups,
+            "positions": agreement.gathered([self.progress.position.to_json()]),  # per process
+            **notes.pop(TRANSFORMER, {}),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "metrics": self.metrics.state_dict(),
             "options": options,
         }
-        tensors = {
-            "model": sharding.model_state(self.model),
-            "optimizer": optimizer,
-            "random": randomness,
-        }
-        averages = sharding.gather_shards(self.ema.averages, self.model)
-        return Snapshot(tensors, averages, values)
+        if notes:
+            values["models"] = notes
+        return Snapshot(tensors, averages.get(TRANSFORMER, {}), values)
 
     def restore(self, folder: Path, averages: Tensors, rank: int) -> None:
-        """Take over the state of a checkpoint; a call for all processes.
+        """Load the state of a checkpoint. Every process calls this.
+
+        Args:
+            folder: the one that `Snapshot.write` made.
+            averages: of the transformer.
+            rank: number of this process.
 
         Raises:
-            ValueError: if it is the state of another model or optimizer.
+            ValueError: if it is the state of other models or optimizers.
         """
         values = _values(folder)
-        files = {name: load_file(folder / f"{name}.safetensors") for name in FILES}
-        sharding.load_model_state(self.model, files["model"])
-        load_optimizer_state(self.model, self.optimizer, files["optimizer"], values["optimizer"])
-        parameters = dict(sharding.named_parameters(self.model))
-        for name, average in self.ema.averages.items():
-            average.copy_(sharding.shard_of(averages[name], parameters[name]))
-        self.ema.updates = values["ema_updates"]
+        notes = dict(values.get("models", {}))
+        if "optimizer" in values:
+            notes[TRANSFORMER] = values
+        if notes.keys() != self.models.keys():
+            raise ValueError(
+                f"{folder.parent} holds the training state of {', '.join(sorted(notes))}, but this "
+                f"run trains {', '.join(sorted(self.models))}. Resume it with the options it had."
+            )
+        for name, model in self.models.items():
+            average = averages
+            if name != TRANSFORMER:
+                # A model that had no average before starts one from its weights.
+                kept = notes[name]["ema_updates"] is not None
+                average = _load(folder, "average" if kept else "model", name)
+            model.load_state(
+                _load(folder, "model", name),
+                _load(folder, "optimizer", name),
+                average,
+                notes[name],
+            )
         if self.scaler is not None and values["scaler"] is not None:
             self.scaler.load_state_dict(values["scaler"])
         self.metrics.load_state_dict(values["metrics"])
@@ -171,14 +195,23 @@ class TrainingState:
         set_random_state(
             {
                 name.removeprefix(f"rank{rank}."): tensor
-                for name, tensor in files["random"].items()
+                for name, tensor in load_file(folder / "random.safetensors").items()
                 if name.startswith(f"rank{rank}.")
             }
         )
 
 
+def _file(kind: str, model: str) -> str:
+    """Return the name, without its ending, of a file of tensors of a model."""
+    return kind if model == TRANSFORMER else f"{kind}-{model}"
+
+
+def _load(folder: Path, kind: str, model: str) -> Tensors:
+    return load_file(folder / f"{_file(kind, model)}.safetensors")
+
+
 def saved_options(folder: Path) -> dict[str, Any]:
-    """The options of the run that a state was saved in."""
+    """Return the options of the run that wrote a state."""
     return _values(folder)["options"]
 
 
@@ -187,7 +220,7 @@ def _values(folder: Path) -> dict[str, Any]:
 
 
 def random_state() -> Tensors:
-    """The state of the process's global generators: PyTorch's, CUDA's, NumPy's and Python's.
+    """Return the state of the process's global generators: PyTorch's, CUDA's, NumPy's, Python's.
 
     Data, noise and timesteps do not depend on them; dropout within the model does.
     """
@@ -207,7 +240,7 @@ def random_state() -> Tensors:
 
 
 def set_random_state(state: Tensors) -> None:
-    """The inverse of `random_state`; nothing happens for an empty one, of a process added since."""
+    """Set what `random_state` returned. An empty state, of a process added since, does nothing."""
     if not state:
         return
     torch.set_rng_state(state["torch"])

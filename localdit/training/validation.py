@@ -11,6 +11,8 @@ import torch
 
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.training.data.buckets import Size
+from localdit.training.inputs import Inputs
+from localdit.training.methods import noised_prediction
 
 
 def hold_out(ids: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
@@ -42,19 +44,14 @@ class ValidationBatch:
     Attributes:
         size: of the pictures, in pixels.
         ids: (B,) of the samples: their noise follows from them.
-        latents: (B, C, h, w).
-        text, text_mask: (B, L, channels) and (B, L), 1 for tokens that are there.
-        size_conditions: `added_cond_kwargs` of the model, None for a model without.
-        weights: (B,) 1 for samples, 0 for placeholders; None for ones.
+        inputs: latents, text and conditions.
+        weights: (B,) 1 for samples, 0 for placeholders.
     """
 
     size: Size
     ids: Sequence[str]
-    latents: torch.Tensor
-    text: torch.Tensor
-    text_mask: torch.Tensor
-    size_conditions: dict[str, torch.Tensor] | None = None
-    weights: torch.Tensor | None = None
+    inputs: Inputs
+    weights: torch.Tensor
 
 
 @torch.no_grad()
@@ -97,7 +94,7 @@ def validation_losses(
     try:
         for batch in batches:
             row = sums[list(sizes).index(batch.size)]
-            weights = torch.ones(len(batch.ids)) if batch.weights is None else batch.weights.cpu()
+            weights = batch.weights.cpu()
             row[-1] += weights.sum()
             for number in range(num_bins):
                 errors = _errors(model, objective, batch, number, num_bins, seed)
@@ -119,24 +116,21 @@ def _errors(
     seed: int,
 ) -> torch.Tensor:
     """The errors of a batch in one bin, `(B,)` on the CPU."""
+    latents = batch.inputs.latents
     noise, positions = [], []
     for sample in batch.ids:
         generator = torch.Generator().manual_seed(_hash(seed, number, sample))
         position = (number + torch.rand(1, generator=generator).item()) / num_bins
         positions.append(min(position, 1 - 2**-24))  # the highest below 1 in float32
-        noise.append(torch.randn(batch.latents.shape[1:], generator=generator))
-    device = batch.latents.device
-    latents, drawn = batch.latents.float(), torch.stack(noise).to(device)
-    timesteps = objective.timesteps(torch.tensor(positions, device=device))
-    prediction = model(
-        objective.add_noise(latents, drawn, timesteps),
-        encoder_hidden_states=batch.text,
-        encoder_attention_mask=batch.text_mask,
-        timestep=timesteps,
-        added_cond_kwargs=batch.size_conditions,
-        return_dict=False,
-    )[0]
-    return denoising_errors(prediction, objective.target(latents, drawn, timesteps)).cpu()
+        noise.append(torch.randn(latents.shape[1:], generator=generator))
+    prediction, target, _ = noised_prediction(
+        model,
+        objective,
+        batch.inputs,
+        torch.stack(noise).to(latents.device),
+        torch.tensor(positions, device=latents.device),
+    )
+    return denoising_errors(prediction, target).cpu()
 
 
 def _named(sums: torch.Tensor, sizes: Sequence[Size], prefix: str) -> dict[str, float]:

@@ -1,32 +1,32 @@
 """DeepSpeed's ZeRO stages 1 and 2, whose optimizer works on float32 fragments of the weights.
 
-Each process has the whole (perhaps bfloat16) weights, and of their float32 masters and the
-optimizer's entries one contiguous piece of all parameters of a group laid end to end.
+Each process has the whole (perhaps bfloat16) weights. Of their float32 masters and of the
+optimizer's entries it has one contiguous piece of all parameters of a group laid end to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from localdit.training import optimizer_state as states
 from localdit.training.sharding import named_parameters
 
 Gather = Callable[[], torch.Tensor]
+Groups = Sequence[Mapping[str, torch.Tensor]]  # the parameters of each group, by name
 
 
 def masters(engine: Any) -> dict[str, Gather]:
-    """By parameter name, how to gather its float32 weights; each is a collective call.
+    """Return, by parameter name, a function that gathers its float32 weights. Each is collective.
 
     Raises:
         ValueError: with another ZeRO stage than 1 or 2.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    _require_stage(engine)
+    zero_optimizer(engine)
     return {
         name: partial(safe_get_full_fp32_param, parameter)
         for name, parameter in named_parameters(engine)
@@ -42,31 +42,28 @@ def load_masters(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
     """
     from deepspeed.utils import safe_set_full_fp32_param
 
-    _require_stage(engine)
+    zero_optimizer(engine)
     for name, parameter in named_parameters(engine):
         if hasattr(parameter, "_hp_mapping"):
             safe_set_full_fp32_param(parameter, state[name].to(parameter.device, torch.float32))
 
 
-def optimizer_state(
-    engine: Any,
-) -> tuple[Iterator[tuple[str, torch.Tensor]], dict[str, Any]]:
-    """As `optimizer_state.optimizer_state`; the tensors are gathered as the iterator goes.
+def optimizer_entries(
+    engine: Any, groups: Groups, values: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather the optimizer's tensors, each as `parameter.entry`; put the rest into `values`.
 
-    Raises:
-        ValueError: with another ZeRO stage than 1 or 2.
+    `values` is complete when this returns; the tensors are gathered as the iterator goes.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    optimizer = _require_stage(engine)
-    groups = states.named_groups(engine, optimizer.bit16_groups)
-    notes = states.state_notes(groups, optimizer.optimizer.param_groups)
+    optimizer = zero_optimizer(engine)
     split, shared = [], []
     for group, flat in zip(groups, optimizer.single_partition_of_fp32_groups, strict=True):
         for entry, value in optimizer.optimizer.state.get(flat, {}).items():
             for name, parameter in group.items():
                 if not isinstance(value, torch.Tensor):
-                    notes["values"].setdefault(name, {})[entry] = value
+                    values.setdefault(name, {})[entry] = value
                 elif value.shape == flat.shape:
                     split.append((name, parameter, entry))
                 else:
@@ -77,38 +74,47 @@ def optimizer_state(
         for name, parameter, entry in split:
             yield f"{name}.{entry}", safe_get_full_optimizer_state(parameter, entry)
 
-    return gathered(), notes
+    return gathered()
 
 
-def load_optimizer_state(
-    engine: Any, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]
+def load_optimizer_entries(
+    engine: Any,
+    groups: Groups,
+    tensors: Mapping[str, torch.Tensor],
+    keys: Sequence[tuple[str, str, str]],
+    values: Mapping[str, Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
 ) -> None:
-    """As `optimizer_state.load_optimizer_state`.
+    """Set the optimizer's entries and the settings of its groups.
+
+    Args:
+        engine: DeepSpeed's.
+        groups: the parameters of each group.
+        tensors: full tensors.
+        keys: key in `tensors`, parameter and entry of each of them.
+        values: `{parameter: {entry: value}}` of the entries that are not tensors.
+        settings: of each group.
 
     Raises:
-        ValueError: if groups, names or shapes differ; with another ZeRO stage than 1 or 2.
+        ValueError: if an entry can't be split.
     """
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    optimizer = _require_stage(engine)
-    groups = states.named_groups(engine, optimizer.bit16_groups)
-    states.require_same_groups(groups, notes["groups"])
+    optimizer = zero_optimizer(engine)
     parameters: dict[str, Any] = {name: p for group in groups for name, p in group.items()}
-    keys = list(states.split_keys(tensors, parameters))
-    for number, (group, saved) in enumerate(zip(groups, notes["groups"], strict=True)):
-        inner = optimizer.optimizer.param_groups[number]
-        inner.update(states.restored_settings(inner, saved["settings"]))
+    for number, group in enumerate(groups):
+        optimizer.optimizer.param_groups[number].update(settings[number])
         flat = optimizer.single_partition_of_fp32_groups[number]
         state: dict[str, Any] = {}
         for key, name, entry in keys:
             if name in group:
                 _make_room(state, entry, tensors[key], group[name], flat)
         for name in group:
-            state.update(notes["values"].get(name, {}))
+            state.update(values.get(name, {}))
         optimizer.optimizer.state[flat] = state
         for name in group:
             fragment = parameters[name]._hp_mapping
-            if fragment is not None:  # None where all of it lies on other processes
+            if fragment is not None:  # None where all of it is on other processes
                 fragment.set_optim_state_fragment(flat, state)
     optimizer._hp_optimizer_states_linked = True
     for key, name, entry in keys:
@@ -124,11 +130,11 @@ def _make_room(
     parameter: torch.Tensor,
     flat: torch.Tensor,
 ) -> None:
-    """Give the state of a group's piece an entry like the parameter's: zeros, or its number.
+    """Add an entry to the state of a group's piece: zeros of its shape, or the entry's number.
 
     Raises:
         ValueError: if the entry is neither of the parameter's shape nor a number, or the number
-            is not the one of the rest of the group.
+            differs within the group.
     """
     if value.shape == parameter.shape:
         if entry not in state:
@@ -136,7 +142,7 @@ def _make_room(
     elif value.dim():
         raise ValueError(
             f"The optimizer's {entry} has shape {tuple(value.shape)} for a parameter of "
-            f"{tuple(parameter.shape)}; ZeRO can only split what has the parameter's shape."
+            f"{tuple(parameter.shape)}; ZeRO can only split tensors of the parameter's shape."
         )
     elif not torch.equal(state.setdefault(entry, value.clone()), value):
         raise ValueError(
@@ -145,11 +151,11 @@ def _make_room(
         )
 
 
-def _require_stage(engine: Any) -> Any:
-    """The optimizer of the engine.
+def zero_optimizer(engine: Any) -> Any:
+    """Return the engine's optimizer.
 
     Raises:
-        ValueError: with another ZeRO stage than 1 or 2, the only ones handled here.
+        ValueError: with another ZeRO stage than 1 or 2, the only ones supported.
     """
     stage = engine.zero_optimization_stage()
     if stage not in (1, 2) or not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):

@@ -2,11 +2,11 @@
 
 import os
 
-from localdit.training import objective
-from localdit.training.leaving import run_and_leave
+from localdit.training.methods import fine_tuning
+from localdit.training.shutdown import run_and_exit
 from tests.training.workplace import load_main
 
-sound, calls = objective.denoising_errors, 0
+sound, calls = fine_tuning.denoising_errors, 0
 
 
 def denoising_errors(prediction, target):
@@ -21,5 +21,5 @@ def denoising_errors(prediction, target):
 
 
 if __name__ == "__main__":
-    objective.denoising_errors = denoising_errors
-    run_and_leave(load_main())
+    fine_tuning.denoising_errors = denoising_errors
+    run_and_exit(load_main())

@@ -50,7 +50,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path / "a") == ["one"]
 
 
-def test_a_folder_that_is_there_is_replaced_only_by_a_whole_one(tmp_path):
+def test_an_existing_folder_is_replaced_only_by_a_whole_one(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/old").write_text("old")
     with pytest.raises(OSError), whole_folder(tmp_path / "a"):
@@ -85,13 +85,13 @@ def test_everything_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["training/model", "other"])
-def test_a_flipped_bit_a_cut_and_a_missing_file_are_found_out(tmp_path, name):
+def test_a_flipped_bit_a_cut_and_a_missing_file_are_detected(tmp_path, name):
     file = save(tmp_path, 1) / name
     verify_checkpoint(tmp_path / "checkpoint-1")
     content = file.read_bytes()
     for damaged in (bytes([content[0] ^ 1]) + content[1:], content[:-1]):
         file.write_bytes(damaged)
-        with pytest.raises(DamagedCheckpoint, match=f"{name} is not what was written"):
+        with pytest.raises(DamagedCheckpoint, match=f"{name} is damaged"):
             verify_checkpoint(tmp_path / "checkpoint-1")
     file.unlink()
     with pytest.raises(DamagedCheckpoint, match=f"it lacks {name}"):
@@ -107,7 +107,7 @@ def test_a_flipped_bit_a_cut_and_a_missing_file_are_found_out(tmp_path, name):
         ('{"format": 99, "sha256": {}}', "format 99"),
     ],
 )
-def test_broken_manifests_are_found_out(tmp_path, manifest, message):
+def test_broken_manifests_are_detected(tmp_path, manifest, message):
     folder = save(tmp_path, 1)
     (folder / MANIFEST).write_text(manifest)
     with pytest.raises(DamagedCheckpoint, match=message):
@@ -117,20 +117,20 @@ def test_broken_manifests_are_found_out(tmp_path, manifest, message):
         verify_checkpoint(folder)
 
 
-def test_the_newest_sound_one_is_taken_and_the_others_are_named(tmp_path):
+def test_the_newest_sound_checkpoint_is_used_and_skipped_ones_are_named(tmp_path):
     assert newest_checkpoint(tmp_path / "none") == (None, [])
     for step in (9, 10, 200):
         save(tmp_path, step)
     (tmp_path / "checkpoint-200/other").write_text("othes")
     (tmp_path / "checkpoint-x").mkdir()
     assert [step for step, _ in checkpoints(tmp_path)] == [200, 10, 9]
-    found, passed_over = newest_checkpoint(tmp_path)
+    found, skipped = newest_checkpoint(tmp_path)
     assert found == tmp_path / "checkpoint-10"
-    (reason,) = passed_over
-    assert "checkpoint-200 is passed over: other is not what was written" in reason
+    (reason,) = skipped
+    assert "checkpoint-200 is skipped: other is damaged" in reason
 
 
-def test_old_ones_are_removed_but_at_least_two_stay(tmp_path):
+def test_old_checkpoints_are_removed_but_at_least_two_stay(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step)
     remove_old_checkpoints(tmp_path, keep=3)
@@ -140,7 +140,7 @@ def test_old_ones_are_removed_but_at_least_two_stay(tmp_path):
     assert len(os.listdir(tmp_path)) == 2
 
 
-def test_damaged_ones_never_push_out_what_is_written_after_them(tmp_path):
+def test_damaged_checkpoints_never_displace_later_ones(tmp_path):
     for step in (100, 200, 300):
         save(tmp_path, step)
     for step in (200, 300):
@@ -156,7 +156,7 @@ def test_damaged_ones_never_push_out_what_is_written_after_them(tmp_path):
     assert len(set_aside_after(tmp_path, 120)) == 1  # a second time, in the place of the first
 
 
-def test_what_a_kill_left_is_removed(tmp_path):
+def test_unfinished_folders_of_a_killed_run_are_removed(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".checkpoint-2.tmp").mkdir()
     (tmp_path / ".checkpoint-1.old.tmp").mkdir()
@@ -165,7 +165,7 @@ def test_what_a_kill_left_is_removed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".mine", "checkpoint-1"]
 
 
-def test_a_write_error_leaves_the_last_checkpoint_alone(tmp_path):
+def test_a_write_error_leaves_the_last_checkpoint_intact(tmp_path):
     save(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -180,11 +180,11 @@ def test_a_write_error_leaves_the_last_checkpoint_alone(tmp_path):
     verify_checkpoint(tmp_path / "checkpoint-1")
 
 
-def test_what_reads_back_otherwise_is_not_kept(tmp_path, monkeypatch):
+def test_a_checkpoint_that_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def rot(folder):
-        raise DamagedCheckpoint("other is not what was written")
+        raise DamagedCheckpoint("other is damaged")
 
     monkeypatch.setattr("localdit.training.checkpointing.verify_checkpoint", rot)
     with pytest.raises(DamagedCheckpoint):
@@ -218,8 +218,8 @@ def test_a_hundred_kills_never_leave_a_run_without_a_sound_checkpoint(tmp_path):
         time.sleep(0.0005 * kill)
         process.kill()
         process.communicate()
-        found, passed_over = newest_checkpoint(tmp_path)
-        damaged += len(passed_over)
+        found, skipped = newest_checkpoint(tmp_path)
+        damaged += len(skipped)
         assert found is not None
         assert len(checkpoints(tmp_path)) >= 2
         step = int(found.name.split("-")[1]) + 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localdit.training.curves import draw_curves, read_metrics, smoothed
+from localdit.training.reporting import draw_curves, read_metrics, smoothed
 
 pytest.importorskip("matplotlib")
 
@@ -91,7 +91,7 @@ def test_an_unfinished_last_line_is_left_out_and_another_named(tmp_path):
     path = write(tmp_path, training(3), tail='{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2, is no JSON"):
+    with pytest.raises(ValueError, match="line 2, is not JSON"):
         read_metrics(path)
 
 
@@ -114,8 +114,8 @@ def test_smoothing_keeps_a_slope_and_calms_noise():
     assert math.isnan(smoothed([math.nan])[0])
 
 
-def test_importing_curves_leaves_matplotlib_alone():
-    code = "import sys, localdit.training.curves; print('matplotlib' in sys.modules)"
+def test_matplotlib_is_imported_only_to_draw():
+    code = "import sys, localdit.training.reporting; print('matplotlib' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

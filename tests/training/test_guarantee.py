@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(processes, w
     assert result.returncode == 0, result.stderr
     broken = lines(run, f"samples-{processes - 1}.jsonl")[2]
     assert broken["loss"] is None
-    assert f"Step 3: the loss is not finite, of {broken['samples'][0]}." in result.stdout
+    assert f"Step 3: the loss is not finite, for {broken['samples'][0]}." in result.stdout
     state = json.loads((run / "checkpoint-4/training/state.json").read_text())
     assert (state["progress"]["step"], state["progress"]["skipped"]) == (4, 1)
     for name, tensor in weights(run / "checkpoint-4").items():

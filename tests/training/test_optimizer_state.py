@@ -109,7 +109,7 @@ def test_entries_of_unknown_parameters_are_refused():
     model, optimizer = model_and_optimizer(steps=1)
     tensors, notes = saved(model, optimizer)
     tensors["2.weight.exp_avg"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"no parameter '2.weight'"):
+    with pytest.raises(ValueError, match=r"the optimizer has no parameter '2.weight'"):
         load_optimizer_state(model, optimizer, tensors, notes)
 
 

@@ -1,15 +1,47 @@
-"""`train.py` on several processes does what it does on one with the same global batch."""
+"""The processes of a run: agreement, and the same sum on one process and on several."""
 
 import subprocess
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from localdit.training.processes import Agreement
+from localdit.training.shutdown import TrainingStopped
 from tests.training.test_sharding import FSDP2, needs_fsdp2
 from tests.training.workplace import ROOT, command, environment, lines, make_workplace, weights
 
 STEPS = 50
+
+
+@pytest.fixture
+def agreement():
+    return Agreement(Accelerator(cpu=True))
+
+
+def test_a_single_process_agrees_with_itself(agreement):
+    assert agreement.total(1, True, 2.5) == [1.0, 1.0, 2.5]
+    assert agreement.gathered(["a", "b"]) == ["a", "b"]
+    assert agreement.on_main(lambda: 3) == agreement.on_all(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, ModuleNotFoundError])
+def test_errors_that_a_user_can_mend_stop_training(agreement, error):
+    def fail():
+        raise error("the reason")
+
+    for call in (agreement.on_main, agreement.on_all):
+        with pytest.raises(TrainingStopped, match="the reason"):
+            call(fail)
+
+
+def test_other_errors_keep_their_traceback(agreement):
+    def fail():
+        raise KeyError("a mistake")
+
+    with pytest.raises(KeyError):
+        agreement.on_all(fail)
 
 
 @pytest.fixture(scope="module")

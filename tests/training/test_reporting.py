@@ -56,27 +56,27 @@ def test_a_line_that_cannot_be_written_does_not_end_the_run(run, monkeypatch, ca
     def full(self, line, name="metrics.jsonl"):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("localdit.training.run.RunFolder.log", full)
+    monkeypatch.setattr("localdit.training.run_folder.RunFolder.log", full)
     folder = run()
-    assert "This could not be logged: [Errno 28] No space left" in capsys.readouterr().out
+    assert "Could not write to the log: [Errno 28] No space left" in capsys.readouterr().out
     assert (folder / "final").is_dir()
 
 
-def test_without_matplotlib_there_is_no_curve_and_a_word_about_it(run, monkeypatch, capsys):
+def test_without_matplotlib_there_are_no_curves_but_a_message(run, monkeypatch, capsys):
     from importlib.util import find_spec
 
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
     )
     folder = run()
-    assert "no curves.png without matplotlib: pip install matplotlib" in capsys.readouterr().out
+    assert "curves.png needs matplotlib: pip install matplotlib" in capsys.readouterr().out
     assert (folder / "final").is_dir() and not (folder / "curves.png").exists()
 
 
-def test_off_terminals_steps_are_told_in_lines(run, capsys):
+def test_without_a_terminal_steps_are_printed_in_lines(run, capsys):
     run()
-    told = capsys.readouterr()
-    steps = [line for line in told.out.splitlines() if line.startswith("step ")]
+    captured = capsys.readouterr()
+    steps = [line for line in captured.out.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in steps] == [f"step {n} of 4" for n in (1, 2, 3, 4)]
     assert "loss " in steps[0] and "grad_norm " in steps[0]
-    assert "step/s" not in told.err
+    assert "step/s" not in captured.err

@@ -10,12 +10,10 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from localdit.training.distributed import make_accelerator
+from localdit.training.processes import make_accelerator
 from localdit.training.sharding import (
     gather_shards,
-    load_model_state,
     local,
-    model_state,
     named_parameters,
     plain_name,
     shard_like,
@@ -24,6 +22,7 @@ from localdit.training.sharding import (
     whole,
     whole_of,
 )
+from localdit.training.trained_model import load_model_state, model_state
 from tests.tiny import tiny_components
 
 ROOT = Path(__file__).parents[2]

@@ -49,7 +49,10 @@ def test_the_stage_of_a_step(tmp_path):
         ({}, "expected a list such as"),
         ([], "expected a list such as"),
         ([1], "expected a list such as"),
-        ([{}, {"seed": 3}], "stage 2: 'seed' is no option of a stage; these are: data-root"),
+        (
+            [{}, {"seed": 3}],
+            "stage 2: 'seed' is not an option of a stage. The options",
+        ),
         ([{"image-size": 100}], "stage 1: --image-size is 100; expected a multiple of 16"),
         ([{"image-size": "512"}], "stage 1: image-size is '512'; expected such as 512"),
         ([{"batch-size": True}], "stage 1: batch-size is True"),

@@ -3,6 +3,11 @@ import torch
 
 from localdit.core.diffusion import Objective
 from localdit.training.data.buckets import Size
+<<<<<<< HEAD
+=======
+from localdit.training.inputs import Inputs
+from localdit.core.diffusion import Objective
+>>>>>>> state
 from localdit.training.validation import ValidationBatch, hold_out, validation_losses
 from tests.tiny import TEXT_WIDTH, tiny_components
 
@@ -23,10 +28,9 @@ def make_batch(ids, size=SQUARE, weights=None):
         "aspect_ratio": torch.full((len(ids), 1), size.width / size.height),
     }
     mask = torch.ones(len(ids), 3)
-    weights = None if weights is None else torch.tensor(weights)
-    return ValidationBatch(
-        size, ids, torch.stack(latents), torch.stack(text), mask, conditions, weights
-    )
+    weights = torch.ones(len(ids)) if weights is None else torch.tensor(weights)
+    inputs = Inputs(torch.stack(latents), torch.stack(text), mask, conditions)
+    return ValidationBatch(size, ids, inputs, weights)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +112,7 @@ def test_a_perfect_model_has_no_loss():
 
     class Perfect(Recorder):
         def forward(self, sample, timestep, **conditions):
-            return ((sample - batch.latents) / (timestep / 1000).view(-1, 1, 1, 1),)
+            return ((sample - batch.inputs.latents) / (timestep / 1000).view(-1, 1, 1, 1),)
 
     found = validation_losses(Perfect(), chosen, [batch], SIZES)
     assert found["validation/model/loss"] == pytest.approx(0, abs=1e-6)
@@ -117,7 +121,7 @@ def test_a_perfect_model_has_no_loss():
 def test_placeholders_do_not_count(model):
     expected = validation_losses(model, Objective(), [make_batch("a")], SIZES)
     padded = make_batch("ax", weights=[1.0, 0.0])
-    padded.latents[1] = torch.nan
+    padded.inputs.latents[1] = torch.nan
     assert close(validation_losses(model, Objective(), [padded], SIZES), expected)
 
 

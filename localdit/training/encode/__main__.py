@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from localdit.training.encode.options import PROGRAM, parse_args
-from localdit.training.leaving import run_and_leave
+from localdit.training.shutdown import TrainingStopped, run_and_exit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from localdit.training.agreement import Agreement
+    from localdit.training.processes import Agreement
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
 
     from localdit.progress import hide_loading_bars
-    from localdit.training.agreement import Agreement, TrainingStopped
     from localdit.training.encode.folder import check_folder, open_folder
     from localdit.training.encode.job import encode, prepare, report
+    from localdit.training.processes import Agreement
 
     hide_loading_bars()
     accelerator = _start_processes()
@@ -88,8 +88,6 @@ def _start_processes() -> Accelerator:
 
 def _require_same(agreement: Agreement, digest: str) -> None:
     """Make sure that all processes mean the same set."""
-    from localdit.training.agreement import TrainingStopped
-
     if len(set(agreement.gathered([digest]))) > 1:
         raise TrainingStopped(
             "The processes see different data or encoders. Give all of them the same files."
@@ -97,4 +95,4 @@ def _require_same(agreement: Agreement, digest: str) -> None:
 
 
 if __name__ == "__main__":
-    run_and_leave(main)
+    run_and_exit(main)

@@ -8,8 +8,9 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from PIL import Image
 
 from localdit.images import image_grid, prepare_output_folder, save_image
@@ -25,50 +26,57 @@ from localdit.training.checkpointing import (
     verify_checkpoint,
     whole_folder,
 )
-from localdit.training.curves import draw_curves
+from localdit.training.state import Snapshot
 
-if TYPE_CHECKING:
-    from localdit.training.pipeline_folder import ResultFolder
-    from localdit.training.state import Snapshot
 
-RESUME_HINT = "go on with it by --resume auto, choose another, or remove it"
+class ResultFolder(Protocol):
+    """Writes averaged weights into a folder for inference, and reads them again."""
+
+    def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
+        """Write the averages of the trained parameters, under their names."""
+
+    def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Return the averages that `write` wrote."""
 
 
 class RunFolder:
-    """Where a run leaves what it makes.
+    """The folder that a run writes to.
 
     `config.json` holds the options, `metrics.jsonl` a line for each log interval, `curves.png`
-    their picture, `checkpoint-N` the state at step N, `validation/N.png` pictures, and `final` the
-    pipeline. Each checkpoint is the folder of a pipeline as well, with the averaged weights; what
-    else training needs to go on is in its folder `training`. Of a run that trains adapters, both
-    hold the adapters instead.
+    plots of them, `checkpoint-N` the state at step N, `validation/N.png` pictures, and `final` the
+    pipeline. Each checkpoint is also the folder of a pipeline with the averaged weights; its folder
+    `training` holds what else training needs to resume. In a run that trains adapters, both hold
+    the adapters instead of a pipeline.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def open(self, resume: str | None) -> Path | None:
-        """Prepare the folder and choose the checkpoint to go on from.
+        """Prepare the folder and choose the checkpoint to resume from.
 
         Args:
             resume: folder of a checkpoint, "auto", or None for a new run.
 
         Returns:
-            The checkpoint, or None where training starts anew.
+            The checkpoint, or None where training starts from the beginning.
 
         Raises:
-            FileExistsError: if there is a run in the folder and none is to be resumed.
-            ValueError: if the checkpoint is damaged, or "auto" finds none that is sound.
+            FileExistsError: if the folder holds a run and `resume` is None.
+            ValueError: if the checkpoint is damaged, or "auto" finds only damaged ones.
             OSError: if the folder can't be written to.
         """
         if resume is None and self.path.exists() and any(self.path.iterdir()):
-            raise FileExistsError(f"--output {self.path} is not empty: {RESUME_HINT}.")
+            raise FileExistsError(
+                f"--output {self.path} is not empty. Resume the run in it with --resume auto, "
+                "choose another folder, or remove it."
+            )
         checkpoint = self._find(resume) if resume else None
         prepare_output_folder(self.path)
         remove_unfinished(self.path)
         if checkpoint is not None:
-            for told in set_aside_after(self.path, step_of_checkpoint(checkpoint)):
-                print(told)
+            for message in set_aside_after(self.path, step_of_checkpoint(checkpoint)):
+                print(message)
         return checkpoint
 
     def save_options(self, options: Mapping[str, Any]) -> None:
@@ -76,63 +84,57 @@ class RunFolder:
         _write_whole(self.path / "config.json", json.dumps(options, indent=2) + "\n")
 
     def _find(self, resume: str) -> Path | None:
-        """The checkpoint that `--resume` names; says which ones were passed over."""
+        """Return the checkpoint that `--resume` names; print which ones were skipped."""
         if resume != "auto":
             try:
                 verify_checkpoint(Path(resume))
             except DamagedCheckpoint as error:
                 raise ValueError(f"--resume {resume} can't be resumed: {error}.") from None
             return Path(resume)
-        checkpoint, passed_over = newest_checkpoint(self.path)
-        for reason in passed_over:
+        checkpoint, skipped = newest_checkpoint(self.path)
+        for reason in skipped:
             print(reason)
         if checkpoint is None and checkpoints(self.path):
             raise ValueError(
-                f"None of the checkpoints in {self.path} is sound: "
-                f"{'; '.join(passed_over)}. Remove them to start anew, or restore one."
+                f"All checkpoints in {self.path} are damaged: "
+                f"{'; '.join(skipped)}. Remove them to start again, or restore one."
             )
         return checkpoint
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines that a run had logged after the checkpoint it goes on from."""
+        """Drop the lines that a run logged after the checkpoint it resumes from."""
         for file in self.path.glob("*.jsonl"):
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             _write_whole(file, "".join(f"{line}\n" for line in kept))
 
     def log(self, line: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
-        """Append a line, an object with a `step`, to a file of such lines."""
+        """Append a line, a JSON object with a `step`, to a file."""
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def wandb_id(self) -> str:
-        """What Weights & Biases knows the run by, so that a resumed one goes on in its place."""
+        """Return the run's identifier at Weights & Biases, the same when it is resumed."""
         file = self.path / "wandb-id.txt"
         if not file.is_file():
             _write_whole(file, secrets.token_hex(8))
         return file.read_text(encoding="utf-8")
 
-    def draw_curves(self) -> None:
-        """Draw `curves.png` from what was logged so far, if that is a loss at least."""
-        metrics = self.path / "metrics.jsonl"
-        if metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
-            draw_curves(metrics, self.path / "curves.png")
-
     def save_checkpoint(self, result: ResultFolder, snapshot: Snapshot, keep: int) -> None:
-        """Write a checkpoint, prove it, and only then delete the oldest ones.
+        """Write a checkpoint, verify it, and only then delete the oldest ones.
 
         Raises:
-            OSError, ValueError: if it can't be written; the ones before are untouched.
+            OSError: if it can't be written; earlier checkpoints are untouched.
         """
         step = snapshot.values["progress"]["step"]
         try:
             with new_checkpoint(self.path, step) as folder:
                 result.write(folder, snapshot.averages)
                 snapshot.write(folder / "training")
-        except Exception as error:  # safetensors, for one, has an error of its own for a full disk
+        except Exception as error:  # safetensors raises its own error for a full disk
             raise OSError(
                 f"The checkpoint of step {step} could not be written to {self.path}: {error}. "
-                "Those before it are untouched: make room, and go on with --resume auto."
+                "Earlier checkpoints are untouched: free some space, and resume with --resume auto."
             ) from error
         remove_old_checkpoints(self.path, keep)
 
@@ -148,7 +150,7 @@ class RunFolder:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; none for the broken line that a kill leaves behind."""
+    """Return the step of a line, and infinity for the broken line that a kill leaves behind."""
     try:
         return json.loads(line)["step"]
     except (KeyError, TypeError, ValueError):
@@ -162,7 +164,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def link_or_copy(folder: Path, target: Path) -> None:
-    """Have `target` stand for a folder: a link where the file system has them, else a copy."""
+    """Make `target` a link to a folder, or a copy where the file system has no links."""
     try:
         target.symlink_to(folder, target_is_directory=True)
     except OSError:

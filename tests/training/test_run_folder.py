@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from localdit.training.checkpointing import new_checkpoint
-from localdit.training.run import RunFolder, link_or_copy
+from localdit.training.run_folder import RunFolder, link_or_copy
 from localdit.training.state import Snapshot
 
 
@@ -22,27 +22,27 @@ def run(tmp_path):
 
 def test_options_are_written_and_a_used_folder_is_refused(run):
     assert run.open(resume=None) is None
-    assert run.open(resume=None) is None  # nothing was begun
+    assert run.open(resume=None) is None  # no run was started
     run.save_options({"seed": 3})
     assert json.loads((run.path / "config.json").read_text()) == {"seed": 3}
-    with pytest.raises(FileExistsError, match="not empty: go on with it by --resume auto"):
+    with pytest.raises(FileExistsError, match="not empty. Resume the run in it with --resume auto"):
         run.open(resume=None)
 
 
-def test_auto_begins_anew_or_goes_on_from_the_newest(run, capsys):
+def test_auto_starts_a_run_or_resumes_from_the_newest_checkpoint(run, capsys):
     assert run.open(resume="auto") is None
     checkpoint(run, 5), checkpoint(run, 10)
     assert run.open(resume="auto") == run.path / "checkpoint-10"
     (run.path / "checkpoint-10/file").write_text("c0ntent")
     assert run.open(resume="auto") == run.path / "checkpoint-5"
-    assert "checkpoint-10 is passed over: file is not what was written" in capsys.readouterr().out
+    assert "checkpoint-10 is skipped: file is damaged" in capsys.readouterr().out
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_again(run):
     run.open(resume=None)
     checkpoint(run, 5)
     (run.path / "checkpoint-5/file").unlink()
-    with pytest.raises(ValueError, match="None of the checkpoints in .* is sound: checkpoint-5"):
+    with pytest.raises(ValueError, match="All checkpoints in .* are damaged: checkpoint-5"):
         run.open(resume="auto")
     with pytest.raises(
         ValueError, match=r"--resume .*checkpoint-5 can't be resumed: it lacks file"
@@ -50,33 +50,33 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run):
         run.open(resume=str(run.path / "checkpoint-5"))
 
 
-def test_what_was_logged_after_the_checkpoint_is_forgotten(run):
+def test_lines_after_the_checkpoint_are_dropped(run):
     run.open(resume=None)
     for step in (1, 2, 3):
         run.log({"step": step})
         run.log({"step": step}, "samples-1.jsonl")
     with open(run.path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # a kill in the midst of a line
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
     run.forget_after(2)
     for name in ("metrics.jsonl", "samples-1.jsonl"):
         steps = [json.loads(line)["step"] for line in (run.path / name).read_text().splitlines()]
         assert steps == [1, 2]
 
 
-def test_pictures_are_laid_side_by_side(run):
+def test_pictures_are_saved_side_by_side(run):
     run.open(resume=None)
     run.save_pictures([Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")], step=7)
     assert Image.open(run.path / "validation/00000007.png").size == (16, 8)
 
 
 class NoSpace:
-    """A pipeline folder that the disk has no room for."""
+    """A pipeline folder on a full disk."""
 
     def write(self, folder, averages):
         raise OSError(28, "No space left on device")
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_in_a_line(run):
+def test_a_checkpoint_that_cannot_be_written_gives_one_message(run):
     run.open(resume=None)
     checkpoint(run, 1)
     snapshot = Snapshot({"model": {"a": torch.ones(1)}}, {}, {"progress": {"step": 2}})
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_in_a_line(run):
     assert sorted(os.listdir(run.path)) == ["checkpoint-1"]
 
 
-def test_folders_are_linked_and_copied_where_links_are_unknown(tmp_path, monkeypatch):
+def test_folders_are_linked_or_copied_where_links_are_unsupported(tmp_path, monkeypatch):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text("{}")
     link_or_copy(tmp_path / "vae", tmp_path / "link")
@@ -100,6 +100,6 @@ def test_folders_are_linked_and_copied_where_links_are_unknown(tmp_path, monkeyp
     assert (tmp_path / "copy/config.json").read_text() == "{}"
 
 
-def test_the_name_for_trackers_stays(run):
+def test_the_tracker_id_stays(run):
     run.open(resume=None)
     assert run.wandb_id() == run.wandb_id()

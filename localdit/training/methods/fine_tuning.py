@@ -1,0 +1,67 @@
+"""Training one transformer, or adapters on it, to predict what the objective asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from localdit.core.diffusion import Objective, denoising_errors
+from localdit.models.flops import forward_flops
+from localdit.training.inputs import Inputs
+from localdit.training.methods import Method, noised_prediction
+from localdit.training.state import TRANSFORMER
+
+if TYPE_CHECKING:
+    from localdit.models import LocalDiTTransformer2DModel
+
+
+class FineTuning(Method):
+    """Trains a transformer from noise, from weights, or through adapters.
+
+    Attributes:
+        transformer: in training, bare.
+        objective: what it learns to predict.
+        adapters: whether the transformer's own weights are frozen, and adapters are trained.
+    """
+
+    def __init__(
+        self, transformer: LocalDiTTransformer2DModel, objective: Objective, adapters: bool
+    ) -> None:
+        super().__init__({TRANSFORMER: transformer})
+        self.transformer, self.objective, self.adapters = transformer, objective, adapters
+        self._forward_flops: dict[tuple[int, int, int], int] = {}
+
+    def losses(
+        self,
+        models: Mapping[str, nn.Module],
+        inputs: Inputs,
+        noise: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the weighted mean squared error of each sample's prediction."""
+        prediction, target, timesteps = noised_prediction(
+            models[TRANSFORMER], self.objective, inputs, noise, positions
+        )
+        return denoising_errors(prediction, target) * self.objective.weights(timesteps)
+
+    def step_flops(self, inputs: Inputs) -> int:
+        """Return the operations of the transformer.
+
+        Frozen weights need no gradient, which saves a third; adapters hardly count.
+        """
+        rows, _, height, width = inputs.latents.shape
+        sizes = (height, width, inputs.text.shape[1])
+        if sizes not in self._forward_flops:
+            self._forward_flops[sizes] = forward_flops(self.transformer.config, *sizes)
+        return (2 if self.adapters else 3) * rows * self._forward_flops[sizes]
+
+    def set_sample_size(self, size: int) -> None:
+        """Scale the transformer's positions to the size, unless its own weights are frozen.
+
+        Adapters will be used with that transformer as it is, whatever the size of the pictures.
+        """
+        if not self.adapters:
+            self.transformer.set_sample_size(size)

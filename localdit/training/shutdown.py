@@ -1,0 +1,64 @@
+"""Ending a run: the signals that ask for it, the error that stops it, and the process's exit.
+
+Nothing heavy is imported here, because signals are caught before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+
+# Sent by schedulers and people: a cluster's time limit, Ctrl-C, `scancel --signal=USR1`.
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+class TrainingStopped(Exception):
+    """Training cannot continue; every process raises this at the same point, with one message."""
+
+
+class StopRequest:
+    """Records the first of these signals; the run obeys it between two steps.
+
+    A second Ctrl-C ends the program at once.
+
+    Attributes:
+        signal: name of the signal that arrived, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def listen(self) -> None:
+        """Handle the signals from now on. Must be called in the main thread."""
+        for name in SIGNALS:
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self._record)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+
+def run_and_exit(main: Callable[[], int]) -> None:
+    """Call `main` and end the process with its exit code, at once.
+
+    When the interpreter shuts down, the destructor of PyTorch's process group (gloo, seen with
+    2.13) waits for one of its threads, which waits for the interpreter: now and then a finished
+    process would hang forever. So the shutdown is skipped. `SystemExit` passes through, because
+    the command line raises it before there is any process group.
+    """
+    try:
+        code = main()
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

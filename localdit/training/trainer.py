@@ -1,0 +1,212 @@
+"""The training loop: steps, their gradients, and the processes' agreement on each of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import sdpa_kernel
+
+from localdit.training.data.loading import Batch
+from localdit.training.processes import loss_divisor
+from localdit.training.session import Session
+from localdit.training.shutdown import TrainingStopped
+from localdit.training.stages import stage_of_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a step before the optimizer takes it, the same on all processes.
+
+    Attributes:
+        loss: mean over the samples.
+        grad_norm: norm of the gradient before it was clipped.
+        count: number of sound samples.
+        broken: number of broken samples.
+        finite: whether the gradient may be used.
+        flops: operations of the models, forward and backward.
+        signal: the signal that asked one of the processes to stop, or None.
+    """
+
+    loss: float
+    grad_norm: float
+    count: int
+    broken: int
+    finite: bool
+    flops: int
+    signal: str | None
+
+
+def train(session: Session) -> None:
+    """Take the steps of all stages, from the present one."""
+    args, state, reporter = session.args, session.state, session.reporter
+    while state.progress.step < args.stages[-1].end:
+        stage = session.begin_stage()
+        for step, batches in session.batches(stage):
+            rate = session.set_learning_rate(stage)
+            outcome = take_step(session, batches)
+            with state.metrics.watch("compute"):
+                update(session, outcome.finite)
+
+            state.progress.advance(step, outcome.broken, skipped=not outcome.finite)
+            log_step(session, rate, batches, outcome)
+            if state.progress.step % args.validation_interval == 0:
+                session.validate(stage)
+            if state.progress.step % args.save_interval == 0 or outcome.signal:
+                session.save()
+            if outcome.signal:
+                reporter.say(
+                    f"{outcome.signal}: saved and stopped after step {state.progress.step}; "
+                    "resume with --resume auto."
+                )
+                reporter.close()
+                return
+            if state.progress.step == stage.end:
+                break
+    session.finish()
+
+
+def take_step(session: Session, batches: list[Batch]) -> Outcome:
+    """Compute the gradient of one optimizer step. The loss is the mean over all of its samples.
+
+    Placeholders of broken samples have no weight. Every sample counts the same, however many
+    processes and batches the samples are spread over.
+    """
+    accelerator, device, method = session.accelerator, session.accelerator.device, session.method
+    watch = session.state.metrics.watch
+    trained = session.state.modules
+    models = trained | method.frozen
+    (count,) = session.agreement.total(sum(batch.weights.sum().item() for batch in batches))
+    accelerator.gradient_accumulation_steps = len(batches)
+    # Accelerate averages over accumulated batches, and over processes.
+    scale = loss_divisor(accelerator) * accelerator.num_processes / max(count, 1.0)
+    losses, flops = [], 0
+    for batch in batches:
+        with accelerator.accumulate(*trained.values()):
+            with watch("encoding"):
+                inputs = session.models.make_inputs(batch)
+            with watch("compute"), sdpa_kernel(session.kernels):
+                noise, weights = batch.noise.to(device), batch.weights.to(device)
+                errors = method.losses(models, inputs, noise, batch.positions.to(device))
+                loss = torch.where(weights > 0, errors, 0.0)  # (B,)
+                accelerator.backward(loss.sum() * scale)
+        losses.append(loss.detach())
+        flops += method.step_flops(inputs)
+    with watch("compute"):
+        norm = accelerator.clip_grad_norm_(session.state.parameters(), session.args.gradient_clip)
+    return _agree(session, batches, torch.stack(losses), norm, count, flops)
+
+
+def update(session: Session, finite: bool) -> None:
+    """Step the optimizers and move the averages, unless the gradient is not finite."""
+    models = session.state.models.values()
+    if finite:
+        for model in models:
+            model.optimizer.step()
+        if not session.accelerator.optimizer_step_was_skipped:
+            for model in models:
+                model.update_average()
+    for model in models:
+        model.optimizer.zero_grad()
+
+
+def log_step(session: Session, rate: float, batches: list[Batch], outcome: Outcome) -> None:
+    """Log the step that was taken or skipped."""
+    step, metrics = session.state.progress.step, session.state.metrics
+    # In float16 the scaler skips steps whose gradient overflows: they have no norm to average.
+    if outcome.finite and math.isfinite(outcome.grad_norm):
+        metrics.add(outcome.loss, outcome.grad_norm, rate, outcome.count, outcome.flops)
+    else:
+        metrics.skip()
+    if session.args.log_samples:
+        ids = [name for batch in batches for name in batch.ids]
+        session.reporter.samples(step, ids, outcome.loss if outcome.finite else None)
+    session.reporter.advance()
+    if step % session.args.log_interval == 0 or step == session.args.stages[-1].end:
+        session.reporter.line(metrics.line(step))
+
+
+def _agree(
+    session: Session,
+    batches: list[Batch],
+    losses: torch.Tensor,
+    norm: torch.Tensor,
+    count: float,
+    flops: int,
+) -> Outcome:
+    """Combine the results of all processes.
+
+    Args:
+        session: the run.
+        batches: of this process.
+        losses: (accumulations, B) of their samples.
+        norm: of the whole gradient.
+        count: sound samples of all processes.
+        flops: operations of this process.
+
+    Raises:
+        TrainingStopped: if too many steps were not finite, or too many samples are broken.
+    """
+    grad_norm = float(norm)
+    # With scaled gradients (float16) an overflow is expected: the scaler skips the step.
+    sound = math.isfinite(grad_norm) or session.accelerator.scaler is not None
+    bad = not (sound and bool(torch.isfinite(losses).all()))
+    faults = [fault for batch in batches for fault in batch.faults]
+    loss, bad_ranks, stops, broken, operations = session.agreement.total(
+        losses.double().sum().item(), bad, session.stop.signal is not None, len(faults), flops
+    )
+    if broken:
+        for fault in session.agreement.gathered(faults):
+            session.reporter.broken(fault)
+        _require_few_broken(session, int(broken))
+    if bad_ranks:
+        _report_skip(session, batches, losses, grad_norm)
+    signals = session.agreement.gathered([session.stop.signal]) if stops else []
+    return Outcome(
+        loss=loss / max(count, 1),
+        grad_norm=grad_norm,
+        count=int(count),
+        broken=int(broken),
+        finite=not bad_ranks and count > 0,
+        flops=int(operations),
+        signal=next((name for name in signals if name), None),
+    )
+
+
+def _require_few_broken(session: Session, broken: int) -> None:
+    """Stop if too large a share of the epoch's samples is broken."""
+    progress = session.state.progress
+    found = session.data[stage_of_step(session.args.stages, progress.step).index].found
+    total = len(found.samples) + found.faults.total
+    now = found.faults.total + progress.broken + broken
+    if now > session.args.max_broken * total:
+        raise TrainingStopped(
+            f"{now:,} of {total:,} samples are broken, more than the "
+            f"{session.args.max_broken:.0%} that --max-broken allows. {session.run.path}"
+            "/broken.jsonl lists those that were found during training. Repair or remove them, or "
+            "raise --max-broken, and continue with --resume auto."
+        )
+
+
+def _report_skip(session: Session, batches: list[Batch], losses: torch.Tensor, norm: float) -> None:
+    """Report a step whose loss or gradient is not finite, and stop if it is one too many."""
+    ids = [sample for batch in batches for sample in batch.ids]
+    suspects = [
+        name
+        for name, loss in zip(ids, losses.flatten().tolist(), strict=True)
+        if name and not math.isfinite(loss)
+    ]
+    suspects = session.agreement.gathered(suspects)
+    everyone = [name for name in session.agreement.gathered(ids) if name]
+    progress = session.state.progress
+    what = "loss" if suspects else f"gradient (its norm is {norm:g})"
+    names = ", ".join(suspects or everyone)
+    message = f"Step {progress.step + 1}: the {what} is not finite, for {names}."
+    if progress.skipped + 1 > session.args.max_skipped_steps:
+        raise TrainingStopped(
+            f"{message} {progress.skipped} steps were skipped for this reason before, and "
+            f"--max-skipped-steps is {session.args.max_skipped_steps}. The checkpoints precede "
+            "this step. Try a lower --learning-rate, or --mixed-precision bf16 or no."
+        )
+    session.reporter.say(f"{message} The step is skipped.")

@@ -1,0 +1,74 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from localdit.training.shutdown import SIGNALS, StopRequest
+
+
+@pytest.fixture
+def stop():
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    request = StopRequest()
+    request.listen()
+    yield request
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signals_are_recorded_and_nothing_else_happens(stop, name):
+    assert stop.signal is None
+    os.kill(os.getpid(), getattr(signal, name))
+    assert stop.signal == name
+
+
+def test_a_second_interrupt_ends_the_program(stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+# An object whose destructor would wait forever when the interpreter shuts down.
+PROGRAM = """
+import sys, threading
+from localdit.training.shutdown import run_and_exit
+
+class Waits:
+    def __del__(self):
+        threading.Event().wait()
+
+kept = Waits()
+
+def main():
+    print("done")
+    {end}
+
+run_and_exit(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        ("return 0", 0, ""),
+        ("return 1", 1, ""),
+        ("raise KeyError('a mistake')", 1, "KeyError: 'a mistake'"),
+        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+    ],
+)
+def test_a_process_exits_with_its_code_and_waits_for_nothing(end, code, message):
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(end=end)], capture_output=True, text=True, timeout=30
+    )
+    assert result.returncode == code
+    assert result.stdout == "done\n"
+    assert message in result.stderr
+
+
+def test_system_exit_passes_through():
+    program = PROGRAM.replace("kept = Waits()", "").format(end="sys.exit(2)")
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 2
