@@ -3,11 +3,7 @@ import torch
 
 from localdit.core.diffusion import Objective
 from localdit.training.data.buckets import Size
-<<<<<<< HEAD
-=======
 from localdit.training.inputs import Inputs
-from localdit.core.diffusion import Objective
->>>>>>> state
 from localdit.training.validation import ValidationBatch, hold_out, validation_losses
 from tests.tiny import TEXT_WIDTH, tiny_components
 
