@@ -301,3 +301,29 @@ def test_help_answers_at_once():
     )  # fmt: skip
     assert "--data-root" in result.stdout
     assert "torch" not in result.stderr
+
+
+def test_a_student_learns_what_its_teacher_predicts(train, workplace):
+    """The loss is the distance to the teacher's prediction; runs resume to the same bits."""
+    teacher = workplace / "pipeline/transformer"
+    distil = ["--method", "knowledge-distillation", "--teacher", teacher]
+    twins = lines(train("twins", *distil, "--transformer", teacher))
+    assert twins[0]["loss"] == 0  # the teacher itself has nothing to learn
+    whole = train("whole", *distil)
+    assert min(line["loss"] for line in lines(whole)) > 0
+    train("part", *distil, "--max-train-steps", "2")
+    part = train("part", *distil, "--resume", "auto")
+    expected, resumed = weights(whole / "final"), weights(part / "final")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+    adapters = train("lora", *distil, "--transformer", teacher, "--lora-rank", "2")
+    assert (adapters / "final/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_another_method_is_another_run(train, workplace, capsys):
+    teacher = workplace / "pipeline/transformer"
+    train("run", "--method", "knowledge-distillation", "--teacher", teacher)
+    train("run", "--resume", "auto", expect=1)
+    assert "not with --method fine-tuning" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train("alone", "--method", "knowledge-distillation")
+    assert "--teacher go together" in capsys.readouterr().err

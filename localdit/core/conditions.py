@@ -6,16 +6,17 @@ import torch
 
 
 def size_conditions(
-    transformer: object, height: int, width: int, device: torch.device
+    conditioned: bool, height: int, width: int, device: torch.device
 ) -> dict[str, torch.Tensor | None]:
-    """Return the transformer's `added_cond_kwargs` for pictures of a size.
+    """Return the denoiser's `added_cond_kwargs` for pictures of a size.
 
     There is one row for the whole batch, since some step caches leave half of a batch out. Values
     are float32 whatever the latents are: the embedding computes in float32, and bfloat16 would
     round.
 
     Args:
-        transformer: the denoiser; if it is not conditioned on sizes, the values are None.
+        conditioned: whether the denoiser is conditioned on sizes (its
+            `use_additional_conditions`); otherwise the values are None.
         height, width: of the pictures, in pixels.
         device: where to put the values.
 
@@ -23,7 +24,7 @@ def size_conditions(
         "resolution" `(1, 2)`, height and width in pixels, and "aspect_ratio" `(1, 1)`,
         width / height.
     """
-    if not getattr(transformer, "use_additional_conditions", False):
+    if not conditioned:
         return {"resolution": None, "aspect_ratio": None}
     return {
         "resolution": torch.tensor([[height, width]], dtype=torch.float32, device=device),

@@ -383,7 +383,9 @@ class LocalDiTBasePipeline(SavedPipeline):
                 encoder_hidden_states=embeds,
                 encoder_attention_mask=mask,
                 timestep=timestep.to(latents.device).expand(len(latents)),
-                added_cond_kwargs=size_conditions(self.transformer, height, width, latents.device),
+                added_cond_kwargs=size_conditions(
+                    self.transformer.use_additional_conditions, height, width, latents.device
+                ),
                 cross_attention_kwargs=self.cross_attention_kwargs,
                 return_dict=False,
             )[0]

@@ -200,3 +200,11 @@ def flush_entry(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(folder: Path, target: Path) -> None:
+    """Make `target` a link to a folder, or a copy where the file system has no links."""
+    try:
+        target.symlink_to(folder, target_is_directory=True)
+    except OSError:
+        shutil.copytree(folder, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class InputMaker:
         device: where to put the result.
         encoders: for pictures and captions; None for encoded data.
         max_caption_length: text tokens that a caption is cut at.
-        transformer: says whether it is conditioned on the size of pictures.
+        models: those that the inputs are for; they need not be conditioned on picture sizes.
         bf16: encode pictures in bfloat16.
     """
 
@@ -44,13 +45,16 @@ class InputMaker:
         device: torch.device,
         encoders: Encoders | None,
         max_caption_length: int,
-        transformer: torch.nn.Module,
+        models: Iterable[torch.nn.Module | None],
         bf16: bool = False,
     ) -> None:
         self.device = device
         self.encoders = encoders
         self.max_caption_length = max_caption_length
-        self.transformer = transformer
+        # A model that is not conditioned on sizes ignores them.
+        self.conditioned = any(
+            getattr(model, "use_additional_conditions", False) for model in models
+        )
         self.bf16 = bf16
 
     def __call__(self, batch: Batch) -> Inputs:
@@ -67,5 +71,5 @@ class InputMaker:
             latents.to(self.device, torch.float32, non_blocking=True),
             text.to(self.device, torch.float32, non_blocking=True),
             mask.to(self.device, non_blocking=True),
-            size_conditions(self.transformer, *batch.size, self.device),
+            size_conditions(self.conditioned, *batch.size, self.device),
         )

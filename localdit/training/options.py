@@ -57,6 +57,7 @@ def make_parser(prog: str | None = None) -> Parser:
     _add_visit_options(data, defaults)
     models = parser.add_argument_group("models")
     _add_transformer_options(models)
+    _add_method_options(models)
     _add_lora_options(models)
     add_encoder_options(models, defaults)
     _add_objective_options(parser.add_argument_group("objective"))
@@ -122,6 +123,16 @@ def _add_transformer_options(group: argparse._ArgumentGroup) -> None:
     add("--transformer-config", default="released",
         help="shape of a new transformer, or of one that starts from a PixArt: released, tiny, or "
         "a JSON file")  # fmt: skip
+
+
+def _add_method_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--method", choices=["fine-tuning", "knowledge-distillation"], default="fine-tuning",
+        help="train on the noise that was added (fine-tuning, also from nothing), or on the "
+        "prediction of --teacher")  # fmt: skip
+    add("--teacher", type=Path,
+        help="weights of the frozen LocalDiT for --method knowledge-distillation: a Diffusers "
+        "folder or a checkpoint file")  # fmt: skip
 
 
 def _add_lora_options(group: argparse._ArgumentGroup) -> None:
@@ -257,6 +268,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--flow-shift is for --prediction-type flow")
     if args.transformer and not args.transformer.exists():
         raise ValueError(f"--transformer {args.transformer} does not exist")
+    if (args.method == "knowledge-distillation") != (args.teacher is not None):
+        raise ValueError("--method knowledge-distillation and --teacher go together: give both")
+    if args.teacher and not args.teacher.exists():
+        raise ValueError(f"--teacher {args.teacher} does not exist")
     _check_lora(args)
     for flag, package in (("use_wandb", "wandb"), ("use_tensorboard", "tensorboard")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from localdit.training.shutdown import TrainingStopped
 
@@ -181,3 +182,18 @@ def _attempt(action: Callable[[], Result]) -> tuple[Any, str | None]:
         return action(), None
     except (OSError, ValueError, ModuleNotFoundError) as error:
         return None, str(error)
+
+
+def attention_kernels(device: torch.device, mixed_precision: str) -> list[SDPBackend]:
+    """Return the attention kernels of PyTorch to train with: all, but on a CPU in bfloat16.
+
+    There the fused kernel takes several times as long to differentiate as plain matrix products.
+    """
+    if device.type == "cpu" and mixed_precision == "bf16":
+        return [SDPBackend.MATH]
+    return [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ]

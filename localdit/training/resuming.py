@@ -12,7 +12,10 @@ from localdit.training.data.order import Position
 from localdit.training.state import Progress
 
 # With another value of these it would be another run.
-FIXED = ("prediction_type", "seed", "lora_rank", "lora_alpha", "lora_target_modules")
+FIXED = (
+    "method", "teacher", "prediction_type", "seed", "lora_rank", "lora_alpha",
+    "lora_target_modules",
+)  # fmt: skip
 IGNORED = ("resume", "output")
 
 
@@ -31,6 +34,7 @@ def changed_options(
     Raises:
         ValueError: if one of `FIXED` differs.
     """
+    before = {"method": "fine-tuning", **before}  # runs from before there were methods
     names = sorted((before.keys() | now.keys()) - set(IGNORED))
     changes = [
         (name, before.get(name), now.get(name))

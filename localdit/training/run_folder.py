@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from PIL import Image
 
 from localdit.images import image_grid, prepare_output_folder, save_image
@@ -26,17 +24,8 @@ from localdit.training.checkpointing import (
     verify_checkpoint,
     whole_folder,
 )
+from localdit.training.results import ResultFolder
 from localdit.training.state import Snapshot
-
-
-class ResultFolder(Protocol):
-    """Writes averaged weights into a folder for inference, and reads them again."""
-
-    def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
-        """Write the averages of the trained parameters, under their names."""
-
-    def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Return the averages that `write` wrote."""
 
 
 class RunFolder:
@@ -161,11 +150,3 @@ def _write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
-
-
-def link_or_copy(folder: Path, target: Path) -> None:
-    """Make `target` a link to a folder, or a copy where the file system has no links."""
-    try:
-        target.symlink_to(folder, target_is_directory=True)
-    except OSError:
-        shutil.copytree(folder, target)

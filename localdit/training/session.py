@@ -13,20 +13,25 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from localdit.training.components import attention_kernels
 from localdit.training.data.loading import Batch, Draws
 from localdit.training.data.order import Step
 from localdit.training.data.report import dry_run_report
 from localdit.training.data.stage_data import StageData, held_out_batches, stage_batches
 from localdit.training.methods import Method
-from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.optimizer import learning_rate
-from localdit.training.pipeline_folder import with_weights
-from localdit.training.processes import Agreement
+from localdit.training.processes import Agreement, attention_kernels
 from localdit.training.reporting import Reporter
+from localdit.training.results import with_weights
 from localdit.training.resuming import changed_options, options_of, resume_data
 from localdit.training.run_folder import RunFolder
-from localdit.training.setup import Models, find_data, load_models, make_state, start_processes
+from localdit.training.setup import (
+    Models,
+    find_data,
+    load_models,
+    make_method,
+    make_state,
+    start_processes,
+)
 from localdit.training.shutdown import StopRequest
 from localdit.training.stages import Stage, stage_of_step
 from localdit.training.state import TRANSFORMER, TrainingState, saved_options
@@ -92,7 +97,7 @@ class Session:
         stage = stage_of_step(stages, progress.step)
         if progress.step == stage.first_step:
             progress.begin(self.data[stage.index].digest)
-        self.method.set_sample_size(stage.image_size // self.models.vae_scale)
+        self.method.set_sample_size(stage.image_size // self.models.latents.pixels_per_latent)
         if len(stages) > 1:
             self.reporter.say(str(stage))
         return stage
@@ -223,8 +228,8 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     checkpoint = agreement.on_main(lambda: run.open(args.resume))
     set_seed(args.seed)  # the models start the same in every process
     models = agreement.on_all(lambda: load_models(args, data, accelerator))
-    method = FineTuning(models.transformer, models.objective, args.lora_rank is not None)
-    method.set_sample_size(args.stages[0].image_size // models.vae_scale)
+    method = make_method(args, models)
+    method.set_sample_size(args.stages[0].image_size // models.latents.pixels_per_latent)
     state = agreement.on_all(lambda: make_state(args, method, accelerator))
     set_seed(args.seed, device_specific=True)
     session = Session(

@@ -17,22 +17,23 @@ from localdit.core.parts import (
     load_encoders,
     weights_fingerprint,
 )
-from localdit.training import components, lora, processes, sharding
+from localdit.training import adapters, initialization, processes, sharding
 from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.inputs import InputMaker
 from localdit.training.methods import Method
+from localdit.training.methods.fine_tuning import FineTuning
+from localdit.training.methods.knowledge_distillation import KnowledgeDistillation
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.pipeline_folder import PipelineFolder
-from localdit.training.run_folder import ResultFolder
-from localdit.training.sampling import PromptPictures
+from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder
 from localdit.training.shutdown import TrainingStopped
 from localdit.training.stages import Stage
 from localdit.training.state import Progress, TrainingState
 from localdit.training.trained_model import ExponentialMovingAverage, TrainedModel
+from localdit.training.validation import PromptPictures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,7 +68,7 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
     Raises:
         ValueError, OSError: if a stage has nothing to train on.
     """
-    window_size = components.transformer_config(args).get("window_size", 4)
+    window_size = initialization.transformer_config(args).get("window_size", 4)
     found: dict[str, Found] = {}
     data = []
     for stage in args.stages:
@@ -93,7 +94,8 @@ class Models:
 
     Attributes:
         transformer: in training, bare.
-        objective: what it is trained for.
+        teacher: frozen, for methods that need one.
+        objective: what the transformer learns to predict.
         make_inputs: encodes batches.
         latents: the numbers of the latent space.
         result: writes what a run leaves: the folder of a pipeline, or of adapters.
@@ -101,6 +103,7 @@ class Models:
     """
 
     transformer: LocalDiTTransformer2DModel
+    teacher: LocalDiTTransformer2DModel | None
     objective: Objective
     make_inputs: InputMaker
     latents: LatentFormat
@@ -138,7 +141,7 @@ def load_models(
     device = accelerator.device
     encoded = _encoded(args, data)
     pictures_wait = any(stage.found.encoded is None for stage in data)
-    sources = components.encoder_sources(args)
+    sources = initialization.encoder_sources(args)
     if encoded is not None and not args.pretrained:
         sources = encoded.manifest.sources
     encoders = None
@@ -157,8 +160,10 @@ def load_models(
         latents = LatentFormat(
             manifest.latent_channels, manifest.vae_scale, manifest.scaling_factor
         )
-    transformer = components.load_transformer(args)
-    components.check_fit(transformer, text_width, latents.channels)
+    transformer = initialization.load_transformer(args, text_width, latents.channels)
+    teacher = None
+    if args.method == "knowledge-distillation":
+        teacher = initialization.load_teacher(args, text_width, latents.channels).to(device)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     result = _result_folder(args, transformer, objective, sources)
     transformer.to(device)
@@ -179,12 +184,13 @@ def load_models(
         )
     return Models(
         transformer,
+        teacher,
         objective,
         InputMaker(
             device,
             encoders if pictures_wait else None,
             args.max_caption_length,
-            transformer,
+            (transformer, teacher),
             bf16=accelerator.mixed_precision == "bf16",
         ),
         latents,
@@ -212,8 +218,9 @@ def _result_folder(
             encoder_classes(sources),
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
-    lora.add_adapters(transformer, args)
-    return lora.AdapterFolder(transformer, args.transformer, fingerprint)
+    initialization.require_same_prediction(args.transformer, args.prediction_type, "--transformer")
+    adapters.add_adapters(transformer, args)
+    return AdapterFolder(transformer, args.transformer, fingerprint)
 
 
 def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | None:
@@ -241,6 +248,16 @@ def _require_same_encoders(expected: dict[str, str], given: dict[str, str]) -> N
             f"Not all data was encoded with the same {' and '.join(different)}, or those that the "
             "options name are others. Encode it anew, or name the ones it was encoded with."
         )
+
+
+def make_method(args: argparse.Namespace, models: Models) -> FineTuning:
+    """Return the training method that `--method` names."""
+    has_adapters = args.lora_rank is not None
+    if models.teacher is not None:
+        return KnowledgeDistillation(
+            models.transformer, models.objective, has_adapters, models.teacher
+        )
+    return FineTuning(models.transformer, models.objective, has_adapters)
 
 
 def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerator) -> TrainingState:

@@ -1,4 +1,4 @@
-"""The loss on samples held out from training, always with the same noise."""
+"""Validation: losses on held-out samples, and pictures of fixed prompts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
+from PIL import Image
 
 from localdit.core.diffusion import Objective, denoising_errors
+from localdit.core.parts import Encoders
+from localdit.models import LocalDiTTransformer2DModel
+from localdit.pipelines import LocalDiTPipeline
 from localdit.training.data.buckets import Size
 from localdit.training.inputs import Inputs
 from localdit.training.methods import noised_prediction
@@ -154,3 +159,71 @@ def _hash(*parts: int | str) -> int:
     """A number of 63 bits, the same in every process and on every machine."""
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+class PromptPictures:
+    """Draw the same prompts from the same noise each time; the processes share the prompts.
+
+    The prompts are encoded once, so the text encoder is not needed afterwards.
+
+    Args:
+        prompts: of all processes.
+        encoders: to encode this process's prompts with, and to decode latents.
+        max_length: text tokens a prompt is cut at.
+        seed: picture i starts from noise of `seed + i`.
+        guidance_scale, num_inference_steps: of sampling.
+        rank, num_processes: this process draws the prompts `rank`, `rank + num_processes`, ...
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        encoders: Encoders,
+        max_length: int,
+        seed: int,
+        guidance_scale: float,
+        num_inference_steps: int = 20,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.indices = list(range(len(prompts)))[rank::num_processes]
+        self.seed = seed
+        self.guidance_scale = guidance_scale
+        self.num_inference_steps = num_inference_steps
+        self.vae = encoders.vae
+        self.embeddings = []
+        pipeline = LocalDiTPipeline(*encoders, transformer=None, scheduler=None)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for index in self.indices:
+                embeddings = pipeline.encode_prompt(
+                    prompts[index],
+                    device=encoders.text_encoder.device,
+                    max_sequence_length=max_length,
+                )
+                self.embeddings.append(embeddings)
+
+    def draw(
+        self, transformer: LocalDiTTransformer2DModel, scheduler: SchedulerMixin, size: int
+    ) -> list[tuple[int, Image.Image]]:
+        """Draw this process's pictures of `size` x `size` pixels, each with its prompt's number."""
+        self.vae.to(transformer.device)
+        pipeline = LocalDiTPipeline(None, None, self.vae, transformer, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        pictures = []
+        for index, (text, mask, negative, negative_mask) in zip(
+            self.indices, self.embeddings, strict=True
+        ):
+            output = pipeline(
+                prompt_embeds=text,
+                prompt_attention_mask=mask,
+                negative_prompt_embeds=negative,
+                negative_prompt_attention_mask=negative_mask,
+                height=size,
+                width=size,
+                guidance_scale=self.guidance_scale,
+                num_inference_steps=self.num_inference_steps,
+                generator=torch.Generator("cpu").manual_seed(self.seed + index),
+                return_dict=False,
+            )
+            pictures.append((index, output[0][0]))
+        return pictures

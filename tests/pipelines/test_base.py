@@ -155,7 +155,9 @@ def test_size_and_aspect_ratio_serve_every_row(pipe, calls):
 def test_a_transformer_without_conditions_gets_none(monkeypatch):
     pipe = tiny_pipeline(use_additional_conditions=False)
     assert latents_of(pipe).isfinite().all()
-    assert size_conditions(pipe.transformer, 64, 64, torch.device("cpu")) == {
+    assert size_conditions(
+        pipe.transformer.use_additional_conditions, 64, 64, torch.device("cpu")
+    ) == {
         "resolution": None,
         "aspect_ratio": None,
     }
@@ -170,7 +172,9 @@ def test_a_learned_variance_is_left_out(seeded):
         encoder_hidden_states=embeds,
         encoder_attention_mask=mask,
         timestep=torch.tensor([7]),
-        added_cond_kwargs=size_conditions(pipe.transformer, 64, 64, latents.device),
+        added_cond_kwargs=size_conditions(
+            pipe.transformer.use_additional_conditions, 64, 64, latents.device
+        ),
     ).sample
     assert full.shape[1] == 8
     predicted = pipe.predict(torch.tensor(7), latents, embeds, mask)

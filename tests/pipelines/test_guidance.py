@@ -42,7 +42,9 @@ def test_the_transformer_predicts_the_same_without_padding(dtype, seeded):
     text = pipe.encode_prompt(["a cat", "a small red dog on the left of a lake"], False)[:2]
     shared = {
         "timestep": torch.tensor([500]),
-        "added_cond_kwargs": size_conditions(pipe.transformer, 64, 64, latents.device),
+        "added_cond_kwargs": size_conditions(
+            pipe.transformer.use_additional_conditions, 64, 64, latents.device
+        ),
         "return_dict": False,
     }
     with torch.no_grad():

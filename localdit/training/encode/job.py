@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from localdit.core.parts import Encoders, load_encoders
 from localdit.progress import hidden
-from localdit.training.components import encoder_sources
 from localdit.training.data.encoded import open_encoded, tar_path, unwritten_shards
 from localdit.training.data.faults import Faults, require_few
 from localdit.training.data.finding import find_samples
@@ -25,6 +24,7 @@ from localdit.training.encode.folder import free_bytes
 from localdit.training.encode.plan import DiskNeed, Plan, disk_need, make_plan
 from localdit.training.encode.shards import ShardEncoder, read_pictures
 from localdit.training.encoding import CaptionEncoder
+from localdit.training.initialization import encoder_sources
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,13 @@ class FineTuning(Method):
     """
 
     def __init__(
-        self, transformer: LocalDiTTransformer2DModel, objective: Objective, adapters: bool
+        self,
+        transformer: LocalDiTTransformer2DModel,
+        objective: Objective,
+        adapters: bool,
+        frozen: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        super().__init__({TRANSFORMER: transformer})
+        super().__init__({TRANSFORMER: transformer}, frozen)
         self.transformer, self.objective, self.adapters = transformer, objective, adapters
         self._forward_flops: dict[tuple[int, int, int], int] = {}
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from localdit.core.diffusion import Objective
-from localdit.training.lora import add_adapters
+from localdit.training.adapters import add_adapters
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.options import parse_args
 from localdit.training.setup import make_state
