@@ -159,7 +159,7 @@ def test_a_run_of_stages_adapts_at_every_size(train, tmp_path):
         (["--lora-alpha", "4"], None, "of a run without --lora-alpha, not with --lora-alpha 4.0"),
         (["--lora-target-modules", "to_qkv"], None, "without --lora-target-modules, not with"),
         ([], [], "with --lora-rank 2, not without --lora-rank. Resume it with --lora-rank 2, or "
-                 "begin a new run in another --output"),
+                 "start a new run in another --output"),
     ],
 )  # fmt: skip
 def test_another_kind_of_run_does_not_go_on(train, workplace, more, adapters, message, capsys):

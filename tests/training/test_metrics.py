@@ -54,6 +54,25 @@ def test_a_line_has_means_pace_and_shares(clock):
     assert "tflops" not in line
 
 
+def test_skipped_steps_are_counted_and_have_no_loss(clock):
+    found = Metrics(CPU)
+    found.skip()
+    clock.wait(1)
+    line = found.line(1)
+    assert line["skipped_steps"] == 1
+    assert not {"loss", "grad_norm", "learning_rate"} & line.keys()
+    found.skip()
+    again = Metrics(CPU)
+    again.load_state_dict(json.loads(json.dumps(found.state_dict())))
+    again.add(3.0, 1.0, 0.1, images=1)
+    clock.wait(1)
+    line = again.line(3)
+    assert (line["loss"], line["skipped_steps"]) == (3.0, 1)
+    again.add(3.0, 1.0, 0.1, images=1)
+    clock.wait(1)
+    assert "skipped_steps" not in again.line(4)
+
+
 def test_use_is_left_out_where_the_peak_is_unknown(clock):
     found = Metrics(CPU)
     clock.wait(1)

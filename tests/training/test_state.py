@@ -1,18 +1,33 @@
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
 
 from localdit.training.data.order import Position, Step
-from localdit.training.state import Progress, random_state, set_random_state
+from localdit.training.metrics import Metrics
+from localdit.training.processes import Agreement
+from localdit.training.state import Progress, TrainingState, random_state, set_random_state
+from localdit.training.trained_model import ExponentialMovingAverage, TrainedModel
+from tests.training import two_models_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def draw():
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)
 
 
-def test_global_generators_go_on_where_they_were(tmp_path):
+def test_global_generators_continue_where_they_were(tmp_path):
     for seed in range(3):
         torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
         np.random.randn(), random.gauss(0, 1)  # both leave a second number behind
@@ -43,3 +58,81 @@ def test_progress_counts_steps_and_the_broken_samples_of_an_epoch():
     assert again == progress
     progress.advance(step(1), broken=5, skipped=False)
     assert (progress.step, progress.broken, progress.position) == (3, 0, Position(1))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Trains the models of `two_models_run.py`; returns the folder of their state."""
+
+    def train(name, source="-", steps=2, processes=1):
+        (tmp_path / name).mkdir()
+        if processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            two_models_run.main(str(source), tmp_path / name, steps)
+            return tmp_path / name
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        script = str(Path(__file__).with_name("two_models_run.py"))
+        done = subprocess.run(
+            [sys.executable, *launcher, str(processes), script, source, tmp_path / name,
+             str(steps)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return tmp_path / name
+
+    return train
+
+
+def require_same_state(folder, other):
+    files = [{f.relative_to(path) for f in path.rglob("*.*")} for path in (folder, other)]
+    assert files[0] == files[1]
+    for file in files[0]:
+        if file.suffix == ".json":
+            assert (folder / file).read_text() == (other / file).read_text()
+        elif file.stem != "random":
+            one, two = load_file(folder / file), load_file(other / file)
+            assert one.keys() == two.keys()
+            assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+def test_further_models_are_saved_under_their_names_and_resume_to_the_same_bits(run):
+    half = run("half")
+    assert sorted(path.name for path in (half / "training").iterdir()) == [
+        "average-critic.safetensors", "model-critic.safetensors", "model-student.safetensors",
+        "model.safetensors", "optimizer-critic.safetensors", "optimizer-student.safetensors",
+        "optimizer.safetensors", "random.safetensors", "state.json",
+    ]  # fmt: skip
+    require_same_state(run("restored", half, steps=0), half)
+    require_same_state(run("resumed", half, steps=2), run("whole", steps=4))
+
+
+@pytest.mark.slow
+def test_further_models_pass_between_one_process_and_two(run):
+    two = run("two", processes=2)
+    alone = run("alone", two, steps=0)
+    for name in ("model", "model-critic", "average-critic", "optimizer-student"):
+        one = load_file(alone / f"training/{name}.safetensors")
+        other = load_file(two / f"training/{name}.safetensors")
+        assert all(torch.equal(one[key], other[key]) for key in other)
+    require_same_state(run("resumed", two, processes=2), run("whole", steps=4, processes=2))
+
+
+def one_model(name="transformer"):
+    module = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(module.parameters())
+    model = TrainedModel(module, optimizer, ExponentialMovingAverage(module.named_parameters(), 0))
+    return TrainingState({name: model}, None, Metrics(torch.device("cpu")), Progress())
+
+
+def test_the_files_of_one_transformer_have_the_format_of_the_first_version(tmp_path):
+    state = one_model()
+    snapshot = state.snapshot(Agreement(Accelerator(cpu=True)), {"seed": 3})
+    assert list(snapshot.tensors) == ["model", "optimizer", "random"]
+    assert list(snapshot.values) == [
+        "progress", "positions", "ema_updates", "optimizer", "scaler", "metrics", "options",
+    ]  # fmt: skip
+    assert snapshot.averages.keys() == {"weight", "bias"}
+    snapshot.write(tmp_path / "training")
+    with pytest.raises(ValueError, match="training state of transformer, but this run trains cont"):
+        one_model("control").restore(tmp_path / "training", {}, rank=0)
