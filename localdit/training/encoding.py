@@ -34,7 +34,10 @@ def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool = False
     values = pixels.to(vae.device).to(vae.dtype) / 127.5 - 1.0
     with torch.autocast(vae.device.type, torch.bfloat16, enabled=bf16):
         posterior = vae.encode(values).latent_dist
-    return (posterior.mode() * vae.config.scaling_factor).float()
+    latents, config = posterior.mode(), vae.config
+    if config.shift_factor is not None:
+        latents = latents - config.shift_factor
+    return (latents * config.scaling_factor).float()
 
 
 def vae_scale(vae: AutoencoderKL) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from localdit.training.components import Encoders
-from localdit.training.data.loading import Batch
+from localdit.training.data.batches import Batch
 from localdit.training.encoding import CaptionEncoder, encode_pictures, pad_text
 
 

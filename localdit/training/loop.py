@@ -11,7 +11,7 @@ from localdit.training.options import make_parser, parse_args
 from localdit.training.signals import StopRequest
 
 if TYPE_CHECKING:
-    from localdit.training.data.loading import Batch
+    from localdit.training.data.batches import Batch
     from localdit.training.outcome import Outcome
     from localdit.training.session import Session
 

@@ -237,6 +237,7 @@ def _stages(args: argparse.Namespace) -> list[Any]:
 def _check(args: argparse.Namespace) -> None:
     """Raise ValueError where the options can't be right."""
     check_data_options(vars(args))
+    check_image_size(args.image_size, PIXEL_MULTIPLE)
     positive = ["batch_size", "max_train_steps", "learning_rate", "gradient_clip",
                 "gradient_accumulation_steps", "save_interval", "log_interval",
                 "validation_interval", "flow_shift"]  # fmt: skip
@@ -289,15 +290,17 @@ def check_data_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"--num-workers is {options['num_workers']}; expected at least 0")
     if not options["max_aspect_ratio"] >= 1:
         raise ValueError(f"--max-aspect-ratio is {options['max_aspect_ratio']}; expected 1 or more")
-    size = options["image_size"]
-    if size % PIXEL_MULTIPLE:
-        nearest = max(1, round(size / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE
-        raise ValueError(
-            f"--image-size is {size}; expected a multiple of {PIXEL_MULTIPLE}, the nearest is "
-            f"{nearest}"
-        )
     if options["pretrained"] and not options["pretrained"].is_dir():
         raise ValueError(f"--pretrained {options['pretrained']} is no folder")
+
+
+def check_image_size(size: int, multiple: int) -> None:
+    """Raise ValueError if `--image-size` is not a multiple of a token's pixels."""
+    if size % multiple:
+        nearest = max(1, round(size / multiple)) * multiple
+        raise ValueError(
+            f"--image-size is {size}; expected a multiple of {multiple}, the nearest is {nearest}"
+        )
 
 
 def require_positive(options: Mapping[str, Any], names: Sequence[str]) -> None:

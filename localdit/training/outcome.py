@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from localdit.training.agreement import TrainingStopped
-from localdit.training.data.loading import Batch
+from localdit.training.data.batches import Batch
 from localdit.training.stages import stage_of_step
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 
 from localdit.training.agreement import Agreement
 from localdit.training.components import attention_kernels
-from localdit.training.data.loading import Batch, Draws
+from localdit.training.data.batches import Batch, Draws
 from localdit.training.data.order import Step
 from localdit.training.data.stage_data import StageData, held_out_batches, stage_batches
 from localdit.training.optimizer import learning_rate, set_learning_rate
@@ -203,7 +203,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     agreement = Agreement(accelerator)
     data = agreement.on_main(lambda: find_data(args))
     if args.dry_run:
-        from localdit.training.data.report import dry_run_report
+        from localdit.training.data.dry_run import dry_run_report
 
         for stage, found in zip(args.stages, data, strict=True):
             batch = stage.global_batch(accelerator.num_processes)

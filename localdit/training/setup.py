@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import ProjectConfiguration
 
+from localdit.config import PIXEL_MULTIPLE
 from localdit.models.flops import forward_flops
 from localdit.training import components, distributed, lora, sharding
 from localdit.training.agreement import TrainingStopped
+from localdit.training.data.batches import Draws, VisitDataset
 from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import Found, find_samples
-from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.ema import ExponentialMovingAverage
 from localdit.training.encode.fingerprints import encoder_fingerprints, weights_fingerprint
@@ -72,6 +73,7 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             found[stage.data_root],
             stage,
             window_size,
+            PIXEL_MULTIPLE,
             args.crop,
             args.max_aspect_ratio,
             args.max_upscale,

@@ -1,4 +1,4 @@
-"""Fingerprints of the encoders: what tells one from another, wherever they are kept."""
+"""Fingerprints of the encoders, which identify them wherever they are stored."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def encoder_fingerprints(encoders: Encoders) -> dict[str, str]:
-    """SHA-256 of tokenizer, text encoder and VAE, in hexadecimal.
+    """Return the SHA-256 of tokenizer, text encoder and VAE, in hexadecimal.
 
-    The text encoder's weights are rounded to bfloat16 first: that is how a GPU holds them, and a
+    The weights of the text encoder are rounded to bfloat16 first, as on a GPU, because a
     fingerprint must not depend on the device.
     """
     return {
@@ -28,7 +28,10 @@ def encoder_fingerprints(encoders: Encoders) -> dict[str, str]:
 
 
 def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
-    """Of the names, types, shapes and bytes of all tensors; those with fractions in `dtype`."""
+    """Return the SHA-256 of the names, types, shapes and bytes of all tensors.
+
+    Floating-point tensors are converted to `dtype` first.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_floating_point():
@@ -40,12 +43,12 @@ def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that a fast tokenizer does, or of the vocabulary of a slow one."""
+    """Return the SHA-256 of the whole of a fast tokenizer, or of the vocabulary of a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         contents = tokenizer.get_vocab()
     else:
         contents = json.loads(backend.to_str())
-        for passing in ("truncation", "padding"):  # set anew by each call
+        for passing in ("truncation", "padding"):  # set by each call
             contents.pop(passing, None)
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()

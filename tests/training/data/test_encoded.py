@@ -8,6 +8,7 @@ from safetensors.torch import save
 
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import (
+    NOTES,
     Member,
     index_path,
     open_encoded,
@@ -16,10 +17,8 @@ from localdit.training.data.encoded import (
     tar_path,
     unwritten_shards,
 )
-from localdit.training.data.faults import BrokenSample
-from localdit.training.data.manifest import NOTES
-from localdit.training.data.samples import Blob, Sample
-from localdit.training.encode.folder import open_folder
+from localdit.training.data.samples import Blob, BrokenSample, Sample
+from localdit.training.encode.job import open_folder
 from localdit.training.encode.plan import Plan
 from localdit.training.encode.shards import ShardEncoder, read_pictures
 from localdit.training.encoding import CaptionEncoder

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from localdit.training.data.candidates import examine
+from localdit.training.data.finding import examine
 from localdit.training.data.saved import list_saved
 from tests.training.data.drawn import damaged_png, picture_bytes
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from localdit.training.data.batches import Draws, VisitDataset, load_batches
 from localdit.training.data.buckets import Size
-from localdit.training.data.loading import Draws, VisitDataset, load_batches
 from localdit.training.data.order import NOTHING, Order, Position, Visit
 from localdit.training.data.samples import Blob, Sample
 from localdit.training.data.stage_data import stage_batches
