@@ -21,7 +21,7 @@ PAD_MULTIPLE = 8  # tokens
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool = False) -> torch.Tensor:
-    """Pictures to the posterior's mode, scaled.
+    """Encode pictures to the posterior's mode, shifted and scaled.
 
     Args:
         vae: the encoder.
@@ -37,6 +37,12 @@ def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor, bf16: bool = False
     latents, config = posterior.mode(), vae.config
     if config.shift_factor is not None:
         latents = latents - config.shift_factor
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean, std = (
+            latents.new_tensor(values).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        latents = (latents - mean) / std
     return (latents * config.scaling_factor).float()
 
 

@@ -74,7 +74,8 @@ def _add_encoding_options(group: argparse._ArgumentGroup, defaults: Config) -> N
     add("--output", type=Path, required=True,
         help="folder to write to: new, empty, or begun by the same command")  # fmt: skip
     add("--window-size", type=int, default=defaults.window_size,
-        help="side of the model's windows in tokens; buckets have whole windows if possible")  # fmt: skip
+        help="side of the model's windows in tokens; buckets have whole windows if "
+        "possible")  # fmt: skip
     add("--patch-size", type=int, default=2,
         help="side of the model's tokens in latents; the sides of pictures are whole "
         "tokens")  # fmt: skip

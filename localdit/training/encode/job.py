@@ -91,10 +91,10 @@ class Job:
         ]
         if self.plan.too_small:
             lines.append(
-                f"{self.plan.too_small:,} others are too small and left out (--max-upscale)"
+                f"Left out because they are too small (--max-upscale): {self.plan.too_small:,}"
             )
         if self.faults.total:
-            lines.append(f"{self.faults.total:,} others are broken and left out:\n{self.faults}")
+            lines.append(f"Left out because they are broken: {self.faults.total:,}\n{self.faults}")
         need, total = self.need, self.bytes_of(range(self.plan.num_shards))
         shards = unwritten_shards(folder, self.manifest)
         lines += [
@@ -312,7 +312,7 @@ def report(args: argparse.Namespace, job: Job) -> str:
     size = human_size(sum(path.stat().st_size for path in tars))
     lines = [f"{len(samples):,} samples are encoded in {args.output}, {size}."]
     if faults.total:
-        lines.append(f"{faults.total:,} others are broken and left out:\n{faults}")
+        lines.append(f"Left out because they are broken: {faults.total:,}\n{faults}")
         require_few(faults, len(samples), args.max_broken)
     size = f"--image-size {args.image_size}"
     lines.append(f"Train with: python train.py --data-root {args.output} {size}")

@@ -31,7 +31,9 @@ def samples(tmp_path):
 
 
 def dataset(samples, **draws):
-    return VisitDataset(samples, SIZES, Draws((0, 0), **draws), latent_channels=4, vae_scale=8)
+    return VisitDataset(
+        samples, SIZES, Draws((0, 0), **draws), latent_channels=4, pixels_per_latent=8
+    )
 
 
 def visit(sample, epoch=0):
