@@ -1,6 +1,6 @@
-"""Pictures in and out: reading ordinary image files as RGB, writing PNGs that tell their making.
+"""Read image files as RGB, and write PNGs with the settings that made them.
 
-Only Pillow (and NumPy, for deep greyscale) is needed here, no PyTorch.
+This module needs only Pillow (and NumPy for 16-bit greyscale), not PyTorch.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from localdit.files import whole_file
+
 __all__ = ["fit_image", "image_grid", "load_image", "load_mask", "read_metadata", "save_image"]
 
 MAX_PIXELS = 64_000_000
 # Pillow's other readers stay out: one of them starts a PostScript interpreter.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 METADATA_KEY = "localdit"
-WHITE = 128  # in masks, from here on
+WHITE = 128  # lowest value in a mask that counts as white
 
 
 class NotAnImage(ValueError):
-    """Raised for what is no image of the kinds that are read."""
+    """Raised for a file that is not a supported image."""
 
 
 class ImageTooLarge(ValueError):
-    """Raised for images of more than `MAX_PIXELS` pixels, before anything is decoded."""
+    """Raised for an image of more than `MAX_PIXELS` pixels, before it is decoded."""
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
     """Read a picture as 8-bit RGB, upright.
 
     Palettes, CMYK (without colour management) and greyscale are converted, transparency is laid
-    over white, 16-bit values are scaled to 8 bits, floating point values are taken to lie in
-    [0, 1], EXIF orientation is applied, and of an animation the first frame is taken.
+    over white, 16-bit values are scaled to 8 bits, floating-point values are expected in [0, 1],
+    EXIF orientation is applied, and the first frame of an animation is taken.
 
     Args:
-        source: path of a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or an image, which is left as
-            it is.
+        source: path of a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or an image, which is not
+            changed.
 
     Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: if it is no such image (`NotAnImage`), is damaged, or holds more than
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not such an image (`NotAnImage`), is damaged, or has more than
             `MAX_PIXELS` pixels (`ImageTooLarge`).
     """
     if isinstance(source, Image.Image):
@@ -61,16 +63,16 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
 
 
 def load_mask(source: str | Path | Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-    """Read a mask as 8-bit greyscale: white is to be repainted, black is kept.
+    """Read a mask as 8-bit greyscale: white is repainted, black is kept.
 
     Args:
         source: as for `load_image`.
-        size: (width, height) of the picture that it belongs to.
+        size: (width, height) of its picture.
 
     Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: if it is no image, has transparency, is of another size than the picture, or
-            nothing in it is white.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not an image, has transparency, has another size than the picture, or
+            has no white.
     """
     name = "the mask" if isinstance(source, Image.Image) else source
     rgb = load_image(source)
@@ -89,15 +91,15 @@ def load_mask(source: str | Path | Image.Image, size: tuple[int, int] | None = N
 
 
 def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
-    """Read the header of an image file, for `to_rgb` to decode the rest.
+    """Read the header of an image file; `to_rgb` decodes the rest.
 
     Args:
         source: path or file.
-        name: what error messages call it.
+        name: its name in error messages.
 
     Raises:
-        ImageTooLarge: if it holds more than `MAX_PIXELS` pixels.
-        NotAnImage: if it is none, or its header is damaged.
+        ImageTooLarge: if it has more than `MAX_PIXELS` pixels.
+        NotAnImage: if it is not an image, or its header is damaged.
     """
     try:
         image = Image.open(source, formats=FORMATS)
@@ -106,7 +108,7 @@ def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
     except PermissionError:
         raise
     except Exception as error:  # Pillow's readers raise anything on damaged headers
-        raise NotAnImage(f"{name} is no image of the kinds {', '.join(FORMATS)}") from error
+        raise NotAnImage(f"{name} is not an image of the kinds {', '.join(FORMATS)}") from error
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise ImageTooLarge(_too_large(name, image.size))
@@ -114,11 +116,11 @@ def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, name: object) -> Image.Image:
-    """Decode an image and convert it to 8-bit RGB, as `load_image` says.
+    """Decode an image and convert it to 8-bit RGB, as described in `load_image`.
 
     Args:
-        image: opened or decoded; it is left as it is.
-        name: what error messages call it.
+        image: opened or decoded; it is not changed.
+        name: its name in error messages.
 
     Raises:
         ValueError: if it is too large (`ImageTooLarge`), empty, or damaged.
@@ -145,14 +147,14 @@ def to_rgb(image: Image.Image, name: object) -> Image.Image:
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale to `height` x `width` pixels, keeping proportions and cutting two opposite edges."""
+    """Scale to `height` x `width` pixels, keeping proportions and cropping two opposite edges."""
     if image.size == (width, height):
         return image
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Lay pictures of one size out row by row, on white; as square as can be by default."""
+    """Lay out pictures of one size row by row on white, as square as possible by default."""
     if not images:
         raise ValueError("a grid needs at least one picture")
     sizes = {image.size for image in images}
@@ -176,14 +178,14 @@ def save_image(
     *,
     overwrite: bool = True,
 ) -> Path:
-    """Write a PNG, whole or not at all, with the settings that made it.
+    """Write a PNG with the settings that made it, whole or not at all.
 
-    The settings go into two text chunks: `parameters`, one `name: value` a line for people and
-    image viewers, and `localdit`, the same as JSON for `read_metadata`.
+    The settings go into two text chunks: `parameters`, a line `name: value` for each, which people
+    and image viewers read, and `localdit`, the same as JSON, for `read_metadata`.
 
     Raises:
         ValueError: if `path` doesn't end in `.png`.
-        FileExistsError: without `overwrite`, if there is such a file.
+        FileExistsError: if the file exists and `overwrite` is False.
         OSError: if it can't be written; nothing is left behind.
     """
     path = Path(path)
@@ -194,38 +196,17 @@ def save_image(
         lines = "\n".join(f"{name}: {value}" for name, value in metadata.items())
         info.add_text("parameters", lines.encode("utf-8", "replace").decode())
         info.add_text(METADATA_KEY, json.dumps(dict(metadata)))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        _move(unfinished, path, overwrite)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path, overwrite) as file:
+        image.save(file, format="PNG", pnginfo=info)
     return path
 
 
-def _move(source: Path, target: Path, overwrite: bool) -> None:
-    """Give a file its name; without `overwrite` no other process's file is replaced either."""
-    if not overwrite:
-        try:
-            os.link(source, target)
-            return
-        except FileExistsError:
-            raise FileExistsError(f"{target} is there already") from None
-        except OSError:  # a file system without links
-            if target.exists():
-                raise FileExistsError(f"{target} is there already") from None
-    os.replace(source, target)
-
-
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The settings that `save_image` put into a PNG; empty if it carries none.
+    """Read the settings that `save_image` put into a PNG; empty if it has none.
 
     Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: if it is no PNG, or its settings are not JSON.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a PNG, or its settings are not JSON.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such image file")
@@ -235,12 +216,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{path}: the settings can't be read, is it a PNG?") from error
     if not isinstance(metadata, dict):
-        raise ValueError(f"{path}: its settings are no JSON object")
+        raise ValueError(f"{path}: its settings are not a JSON object")
     return metadata
 
 
 def prepare_output_folder(folder: str | Path) -> Path:
-    """Create `folder` if need be and try to write in it, so that nothing is made in vain.
+    """Create a folder if needed and check that it can be written to, before any work is done.
 
     Raises:
         OSError: if it can't be created or written to; the message names the folder and the reason.
@@ -262,7 +243,7 @@ def _may_be_transparent(image: Image.Image) -> bool:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    """Whether anything shines through; the image has been read before."""
+    """Return whether any pixel is transparent; the image has been read before."""
     if not _may_be_transparent(image):
         return False
     return any(image.convert("RGBA").getchannel("A").histogram()[:255])

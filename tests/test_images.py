@@ -132,7 +132,7 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, size):
 def test_files_that_are_no_images(tmp_path):
     text = tmp_path / "notes.png"
     text.write_text("not a picture")
-    with pytest.raises(ValueError, match=r"notes\.png is no image"):
+    with pytest.raises(ValueError, match=r"notes\.png is not an image"):
         load_image(text)
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         load_image(tmp_path / "gone.png")
@@ -140,7 +140,7 @@ def test_files_that_are_no_images(tmp_path):
         load_image(tmp_path)
     postscript = tmp_path / "page.eps"
     postscript.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(ValueError, match="no image of the kinds BMP, GIF"):
+    with pytest.raises(ValueError, match="not an image of the kinds BMP, GIF"):
         load_image(postscript)
     with pytest.raises(ValueError, match="the image is empty: 0 x 3"):
         load_image(Image.new("RGB", (0, 3)))
@@ -223,7 +223,7 @@ def test_a_file_that_is_there_is_kept_where_told(tmp_path, monkeypatch, links):
     path = tmp_path / "a.png"
     images.save_image(Image.new("RGB", (4, 4), "red"), path, overwrite=False)
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match=r"a\.png is there already"):
+    with pytest.raises(FileExistsError, match=r"a\.png already exists"):
         images.save_image(Image.new("RGB", (4, 4), "blue"), path, overwrite=False)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ MAX_PROMPT_CHARACTERS = 10_000
 # Text is cut or padded to a multiple of this many tokens: few lengths to compile for, and rows of
 # masks that fast attention kernels accept.
 TOKEN_MULTIPLE = 8
+ENCODING_BATCH_SIZE = 32
 CACHE_BYTES = 64 * 2**20  # 32 prompts of 120 tokens of FLAN-T5-XXL in float32
 NO_ENCODER = (
     "This pipeline has no tokenizer or no text encoder, and not all of these prompts were encoded "
@@ -167,6 +168,25 @@ class TextSpace:
         input_ids, mask = self.tokenize(texts, max_length, padding="longest")
         with torch.no_grad():
             return self._states(input_ids.to(device), mask.to(device)), mask.to(device)
+
+    def encode_unpadded(self, texts: Iterable[str], max_length: int) -> dict[str, torch.Tensor]:
+        """Encode texts ahead of their use, each to the states of its own tokens.
+
+        Texts that occur more than once are encoded once, those of similar length together.
+
+        Returns:
+            States `(tokens, C)` by text, bfloat16, on the CPU.
+        """
+        import torch
+
+        ordered = sorted(set(texts), key=lambda text: (len(text), text))
+        encoded: dict[str, torch.Tensor] = {}
+        for start in range(0, len(ordered), ENCODING_BATCH_SIZE):
+            batch = ordered[start : start + ENCODING_BATCH_SIZE]
+            states, mask = self.encode_batch(batch, max_length)
+            states, mask = states.to("cpu", torch.bfloat16), mask.to("cpu", torch.bool)
+            encoded |= {text: states[row][mask[row]] for row, text in enumerate(batch)}
+        return encoded
 
     def can_encode(self, texts: Sequence[str], max_length: int) -> bool:
         """Return whether there is a tokenizer, and a text encoder or the cached states."""

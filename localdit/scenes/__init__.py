@@ -1,9 +1,8 @@
-"""Captioned scenes of plain shapes, drawn by rule: data to train on without any download."""
+"""Captioned scenes of plain shapes, drawn by rules: training data without a download."""
 
-from localdit.scenes.captions import Caption, describe, describe_often
-from localdit.scenes.draw import draw_scene
+from localdit.scenes.phrasing import Caption, describe, describe_often
 from localdit.scenes.sample import is_held_out, sample_scene, sample_scenes
-from localdit.scenes.scene import Scene, SceneObject
+from localdit.scenes.scene import Scene, SceneObject, draw_scene
 
 __all__ = [
     "Caption",

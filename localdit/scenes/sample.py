@@ -1,4 +1,4 @@
-"""Random scenes, and which of them are kept away from training."""
+"""Random scenes, and the split into training and held-out scenes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from localdit.scenes.scene import (
 
 HELD_OUT_PERCENT = 10
 _JITTER = 0.02  # of the side; keeps large shapes inside the picture and apart
-_SLIDE = 0.08  # how far two objects may wander across the axis of their relation
+_SLIDE = 0.08  # largest shift of two objects across the axis of their relation
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene is kept for evaluation.
+    """Return whether a scene is held out for evaluation.
 
     A tenth of the triples (shape, colour, background) and a tenth of the unordered pairs
     {(shape, colour), (shape, colour)} are held out, by a hash of the words. A scene with any
-    held-out triple or pair is never trained on.
+    held-out triple or pair is never used for training.
     """
     return any(_hash_percent(key) < HELD_OUT_PERCENT for key in _combinations(scene))
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-    """Draws a scene with one or two objects, evenly, from the training or the held-out part."""
+    """Draw a scene with one or two objects at random from the training or the held-out part."""
     two = bool(rng.integers(2))
     while True:  # rejection keeps every word as frequent as the split allows
         scene = _two_objects(rng) if two else _one_object(rng)
@@ -44,7 +44,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
 
 
 def sample_scenes(count: int, seed: int, held_out: bool = False) -> Iterator[Scene]:
-    """Yields `count` scenes; each depends on `seed` and its index alone, not on `count`."""
+    """Yield `count` scenes; each depends only on `seed` and its index, not on `count`."""
     for index in range(count):
         yield sample_scene(np.random.default_rng([seed, int(held_out), index]), held_out)
 
@@ -81,7 +81,7 @@ def _two_objects(rng: np.random.Generator) -> Scene | None:
     direction = RELATION_DIRECTION[_choose(rng, RELATIONS)]
     along = rng.uniform(0.25 - _JITTER, 0.25 + _JITTER, 2) * (1, -1)
     across = rng.uniform(-_SLIDE, _SLIDE, 2)
-    # Two alike objects could not be told apart in words, so they are left out as well.
+    # Words could not distinguish two objects of the same look, so they are rejected as well.
     if background in (first[1], second[1]) or first[:2] == second[:2]:
         return None
     objects = []

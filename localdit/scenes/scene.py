@@ -1,9 +1,13 @@
-"""What a scene is: one or two plain shapes on a plain background, and the words for it."""
+"""Scenes: one or two plain shapes on a plain background, the words for them, and their drawing."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
@@ -45,6 +49,22 @@ RELATION_DIRECTION: dict[str, tuple[int, int]] = {
 }
 RELATIONS: tuple[str, ...] = tuple(RELATION_DIRECTION)
 
+SUPERSAMPLING = 4
+
+# Corners in units of the circle's radius, around the centre of the bounding box; y downwards.
+_SQUARE, _DIAMOND, _CROSS, _ARM = 0.88, 1.2, 1.15, 0.41
+_CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
+    "square": ((-_SQUARE, -_SQUARE), (_SQUARE, -_SQUARE), (_SQUARE, _SQUARE), (-_SQUARE, _SQUARE)),
+    "diamond": ((0.0, -_DIAMOND), (_DIAMOND, 0.0), (0.0, _DIAMOND), (-_DIAMOND, 0.0)),
+    "triangle": ((0.0, -1.1), (1.2, 1.1), (-1.2, 1.1)),
+    "cross": (
+        (-_ARM, -_CROSS), (_ARM, -_CROSS), (_ARM, -_ARM), (_CROSS, -_ARM),
+        (_CROSS, _ARM), (_ARM, _ARM), (_ARM, _CROSS), (-_ARM, _CROSS),
+        (-_ARM, _ARM), (-_CROSS, _ARM), (-_CROSS, -_ARM), (-_ARM, -_ARM),
+    ),
+}  # fmt: skip
+_CIRCLE_CORNERS = 96
+
 
 @dataclass(frozen=True)
 class SceneObject:
@@ -55,10 +75,10 @@ class SceneObject:
         colour: One of `COLOURS`.
         size: One of `SIZES`.
         x: Centre of the shape's bounding box, as a fraction of the picture's width.
-        y: The same for the height, downwards.
+        y: The same as a fraction of the height, downwards.
 
     Raises:
-        ValueError: A word is not one of those listed, or the centre is outside the picture.
+        ValueError: if a word is not in its list, or the centre is outside of the picture.
     """
 
     shape: str
@@ -76,7 +96,7 @@ class SceneObject:
 
     @property
     def position(self) -> str:
-        """The nearest of `POSITIONS`."""
+        """Nearest of `POSITIONS`."""
         return nearest_position(self.x, self.y)
 
 
@@ -89,8 +109,8 @@ class Scene:
         objects: One or two objects.
 
     Raises:
-        ValueError: The background is unknown or is an object's colour, or there are not one or
-            two objects.
+        ValueError: if the background is unknown or is the colour of an object, or there are not
+            one or two objects.
     """
 
     background: str
@@ -105,27 +125,27 @@ class Scene:
 
     @property
     def relation(self) -> str | None:
-        """Where the first object lies as seen from the second; None for a single object."""
+        """Relation of the first object to the second; None for a single object."""
         if len(self.objects) == 1:
             return None
         first, second = self.objects
         return relation_between((first.x, first.y), (second.x, second.y))
 
     def to_dict(self) -> dict[str, Any]:
-        """The scene as JSON values, with position and relation spelt out."""
+        """Return the scene as JSON values, with position and relation in words."""
         objects = [asdict(thing) | {"position": thing.position} for thing in self.objects]
         return {"background": self.background, "objects": objects, "relation": self.relation}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Scene:
-        """Inverse of `to_dict`."""
+        """Invert `to_dict`."""
         names = ("shape", "colour", "size", "x", "y")
         objects = (SceneObject(**{name: o[name] for name in names}) for o in values["objects"])
         return Scene(values["background"], tuple(objects))
 
 
 def nearest_position(x: float, y: float) -> str:
-    """The cell of the 3 x 3 grid whose centre is nearest to (x, y), both in [0, 1]."""
+    """Return the cell of the 3 x 3 grid whose centre is nearest to (x, y), both in [0, 1]."""
     return min(
         POSITIONS,
         key=lambda p: (POSITION_CENTRE[p][0] - x) ** 2 + (POSITION_CENTRE[p][1] - y) ** 2,
@@ -133,11 +153,43 @@ def nearest_position(x: float, y: float) -> str:
 
 
 def relation_between(first: tuple[float, float], second: tuple[float, float]) -> str:
-    """The relation of `first` to `second`, both (x, y), along the axis that parts them more."""
+    """Return the relation of `first` to `second`, both (x, y), on the axis of larger distance."""
     dx, dy = first[0] - second[0], first[1] - second[1]
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
+
+
+def outline(shape: str) -> np.ndarray:
+    """Return the corners of a shape, (n, 2) as (x, y), in units of its radius, y downwards."""
+    if shape != "circle":
+        return np.asarray(_CORNERS[shape])
+    angles = np.arange(_CIRCLE_CORNERS) * (2.0 * math.pi / _CIRCLE_CORNERS)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+def coverage(thing: SceneObject, side: int) -> Image.Image:
+    """Draw the share of each pixel that the object covers, as an "L" picture, `side` x `side`."""
+    fine = side * SUPERSAMPLING
+    corners = outline(thing.shape) * SIZE_RADIUS[thing.size] + np.array([thing.x, thing.y])
+    mask = Image.new("L", (fine, fine), 0)
+    # Pillow puts pixel centres at whole numbers; here they are half a pixel further.
+    ImageDraw.Draw(mask).polygon([(x, y) for x, y in (corners * fine - 0.5).tolist()], fill=255)
+    return mask.reduce(SUPERSAMPLING)
+
+
+def draw_scene(scene: Scene, side: int = 128) -> Image.Image:
+    """Draw a scene as an RGB picture of `side` x `side` pixels with smooth edges.
+
+    Raises:
+        ValueError: if `side` is less than 1.
+    """
+    if side < 1:
+        raise ValueError(f"side must be at least 1, got {side}")
+    picture = Image.new("RGB", (side, side), PALETTE[scene.background])
+    for thing in scene.objects:
+        picture.paste(PALETTE[thing.colour], (0, 0, side, side), coverage(thing, side))
+    return picture
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:

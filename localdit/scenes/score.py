@@ -1,4 +1,4 @@
-"""Picture to verdict: which attributes of an expected scene a picture shows, from pixels alone."""
+"""Score pictures: which attributes of an expected scene a picture shows, from its pixels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from itertools import permutations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from localdit.scenes.draw import SUPERSAMPLING, outline
 from localdit.scenes.scene import (
     COLOURS,
     PALETTE,
     SHAPES,
     SIZE_RADIUS,
+    SUPERSAMPLING,
     Scene,
     nearest_position,
+    outline,
     relation_between,
 )
 
@@ -26,8 +27,8 @@ ATTRIBUTES: tuple[str, ...] = (
 
 _CONTRAST = 40.0  # RGB distance from the background; the two nearest colours are 93 apart
 _LEAST_AREA = 0.006  # of the picture; a small shape covers 0.025
-_MOST_BLOBS = 6  # of those seen, how many are compared with the scene's objects
-_LEAST_OVERLAP = 0.7  # with the best template; less is no shape that we know
+_MOST_BLOBS = 6  # largest blobs that are compared with the objects of the scene
+_LEAST_OVERLAP = 0.7  # with the best template; below this the shape is unknown
 _PALETTE = np.array(list(PALETTE.values()), dtype=np.float64)
 
 
@@ -43,15 +44,15 @@ class SeenObject:
 
 
 def score_picture(picture: Image.Image | np.ndarray, expected: Scene) -> dict[str, float]:
-    """How much of a scene a picture shows.
+    """Return how much of a scene a picture shows.
 
     Args:
         picture: An RGB picture, or its values (height, width, 3) in 0..255.
-        expected: What should be seen.
+        expected: The scene that it should show.
 
     Returns:
-        For each of `ATTRIBUTES` that applies (position to one object, relation to two) the
-        share that is right, in [0, 1]: 0.5 for "shape" if one of two shapes is. "all" is 1.0 if
+        The share that is right, in [0, 1], for each of `ATTRIBUTES` that applies (position to one
+        object, relation to two): "shape" is 0.5 if one of two shapes is right. "all" is 1.0 if
         everything is right, otherwise 0.0.
     """
     background, seen = read_picture(picture)
@@ -59,7 +60,7 @@ def score_picture(picture: Image.Image | np.ndarray, expected: Scene) -> dict[st
         "background": float(background == expected.background),
         "count": float(len(seen) == len(expected.objects)),
     }
-    # Which blob is which object: the reading that gets most right, looks before relation.
+    # Match blobs with objects: the best match counts, by looks first, then by relation.
     number = len(expected.objects)
     candidates = [*seen[:_MOST_BLOBS], *[None] * number]
     readings = [_compare(chosen, expected) for chosen in permutations(candidates, number)]
@@ -70,7 +71,7 @@ def score_picture(picture: Image.Image | np.ndarray, expected: Scene) -> dict[st
 
 
 def mean_scores(scores: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Mean of each attribute over the pictures to which it applies."""
+    """Return the mean of each attribute over the pictures to which it applies."""
     collected: dict[str, list[float]] = {}
     for score in scores:
         for name, value in score.items():
@@ -79,10 +80,10 @@ def mean_scores(scores: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def read_picture(picture: Image.Image | np.ndarray) -> tuple[str, list[SeenObject]]:
-    """The background's colour and the objects on it, largest first.
+    """Return the colour of the background and the objects on it, largest first.
 
     Raises:
-        ValueError: The picture is not (height, width, 3).
+        ValueError: if the picture is not (height, width, 3).
     """
     pixels = np.asarray(picture, dtype=np.float64)  # (h, w, 3)
     if pixels.ndim != 3 or pixels.shape[2] != 3:
@@ -95,7 +96,7 @@ def read_picture(picture: Image.Image | np.ndarray) -> tuple[str, list[SeenObjec
 
 
 def connected_components(mask: np.ndarray) -> list[np.ndarray]:
-    """Splits a mask (h, w) into its 4-connected parts, each a mask (h, w)."""
+    """Split a mask (h, w) into its 4-connected parts, each a mask (h, w)."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # the largest label of each part spreads over the part
         spread = np.pad(labels, 1)
@@ -110,7 +111,7 @@ def connected_components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _background(pixels: np.ndarray) -> np.ndarray:
-    """Median of the border pixels that have the border's most frequent colour, (3,)."""
+    """Return the median of the border pixels of the most frequent colour, (3,)."""
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     border = np.concatenate([side.reshape(-1, 3) for side in sides])
     labels = np.linalg.norm(border[:, None] - _PALETTE, axis=-1).argmin(axis=1)
@@ -125,7 +126,7 @@ def _read_blob(pixels: np.ndarray, blob: np.ndarray, ground: np.ndarray) -> Seen
     height, width = blob.shape
     own = np.median(pixels[blob], axis=0)
     away = own - ground
-    # How much of each pixel the object covers; the rim of a blob is a mixture of two colours.
+    # The share of each pixel that the object covers; a rim pixel mixes two colours.
     rim = np.pad(blob, 1)
     near = blob | rim[:-2, 1:-1] | rim[2:, 1:-1] | rim[1:-1, :-2] | rim[1:-1, 2:]
     cover = np.clip((pixels - ground) @ away / (away @ away), 0.0, 1.0) * near  # (h, w)
@@ -143,12 +144,12 @@ def _read_blob(pixels: np.ndarray, blob: np.ndarray, ground: np.ndarray) -> Seen
 
 
 def _radius(cover: np.ndarray, shape: str) -> float:
-    """Radius in pixels of the given shape that has the blob's area."""
+    """Return the radius in pixels of a shape with the area of the blob."""
     return float(np.sqrt(cover.sum() / _area_and_centroid(outline(shape))[0]))
 
 
 def _area_and_centroid(corners: np.ndarray) -> tuple[float, np.ndarray]:
-    """Area and centroid (x, y) of a polygon of corners (n, 2)."""
+    """Return area and centroid (x, y) of a polygon with corners (n, 2)."""
     following = np.roll(corners, -1, axis=0)
     cross = corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1]
     area = cross.sum() / 2.0
@@ -156,7 +157,7 @@ def _area_and_centroid(corners: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def _overlap(cover: np.ndarray, shape: str) -> float:
-    """Intersection over union of a blob with a shape of its area on its centroid."""
+    """Return the intersection over union of a blob and a shape of its area and centroid."""
     height, width = cover.shape
     centroid = np.array([
         (cover.sum(axis=0) * (np.arange(width) + 0.5)).sum(),

@@ -10,7 +10,7 @@ import torch
 from localdit.core.conditions import size_conditions
 from localdit.core.parts import Encoders
 from localdit.core.text import pad_states
-from localdit.training.data.loading import Batch
+from localdit.training.data.batches import Batch
 
 
 class Inputs(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from localdit.commands.parsing import Parser
-from localdit.config import PIXEL_MULTIPLE, Config
+from localdit.config import Config
 from localdit.training.stages import STAGE_OPTIONS, make_stages, read_stages
 
 DESCRIPTION = """Train a LocalDiT on captioned pictures.
@@ -83,7 +83,8 @@ def add_data_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add("--data-format", choices=FORMATS, default="auto",
         help="what --data-root is, where it isn't told apart by itself")  # fmt: skip
     add("--image-size", type=int, default=512,
-        help="side in pixels of a square picture: a multiple of 16")  # fmt: skip
+        help="side of a square picture in pixels: a multiple of the pixels per token, which are 16 "
+        "with the released VAE")  # fmt: skip
     add("--crop", choices=["buckets", "center"], default="buckets",
         help="bring pictures to the nearest aspect ratio of about as many pixels, or cut all of "
         "them to the centre square")  # fmt: skip
@@ -304,15 +305,17 @@ def check_data_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"--num-workers is {options['num_workers']}; expected at least 0")
     if not options["max_aspect_ratio"] >= 1:
         raise ValueError(f"--max-aspect-ratio is {options['max_aspect_ratio']}; expected 1 or more")
-    size = options["image_size"]
-    if size % PIXEL_MULTIPLE:
-        nearest = max(1, round(size / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE
-        raise ValueError(
-            f"--image-size is {size}; expected a multiple of {PIXEL_MULTIPLE}, the nearest is "
-            f"{nearest}"
-        )
     if options["pretrained"] and not options["pretrained"].is_dir():
         raise ValueError(f"--pretrained {options['pretrained']} is no folder")
+
+
+def check_image_size(size: int, multiple: int) -> None:
+    """Raise ValueError if `--image-size` is not a multiple of a token's pixels."""
+    if size % multiple:
+        nearest = max(1, round(size / multiple)) * multiple
+        raise ValueError(
+            f"--image-size is {size}; expected a multiple of {multiple}, the nearest is {nearest}"
+        )
 
 
 def require_positive(options: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from localdit.training.data.loading import Batch, Draws
+from localdit.training.data.batches import Batch, Draws
+from localdit.training.data.dry_run import dry_run_report
 from localdit.training.data.order import Step
-from localdit.training.data.report import dry_run_report
 from localdit.training.data.stage_data import StageData, held_out_batches, stage_batches
 from localdit.training.methods import Method
 from localdit.training.optimizer import learning_rate

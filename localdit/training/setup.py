@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import ProjectConfiguration
 
+from localdit.config import Config
 from localdit.core.diffusion import Objective
-from localdit.core.latents import LatentFormat
+from localdit.core.latents import DEFAULT_PIXELS_PER_LATENT, LatentFormat
 from localdit.core.parts import (
     encoder_classes,
     encoder_folders,
     load_encoders,
+    locate_encoder,
+    vae_config,
     weights_fingerprint,
 )
 from localdit.training import adapters, initialization, processes, sharding
-from localdit.training.data.encoded import EncodedSet
+from localdit.training.data.batches import Draws, VisitDataset
+from localdit.training.data.encoded import EncodedSet, require_latent_statistics
 from localdit.training.data.finding import Found, find_samples
-from localdit.training.data.loading import Draws, VisitDataset
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.inputs import InputMaker
 from localdit.training.methods import Method
@@ -28,6 +31,7 @@ from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.methods.knowledge_distillation import KnowledgeDistillation
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
+from localdit.training.options import check_image_size
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder
 from localdit.training.shutdown import TrainingStopped
 from localdit.training.stages import Stage
@@ -68,16 +72,21 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
     Raises:
         ValueError, OSError: if a stage has nothing to train on.
     """
-    window_size = initialization.transformer_config(args).get("window_size", 4)
+    shape = initialization.transformer_config(args)
     found: dict[str, Found] = {}
     data = []
     for stage in args.stages:
         if stage.data_root not in found:
             found[stage.data_root] = find_samples(stage.data_root, args.data_format)
+        pixels_per_token = _pixels_per_latent(args, found[stage.data_root]) * shape.get(
+            "patch_size", 2
+        )
+        check_image_size(stage.image_size, pixels_per_token)
         prepared = prepare_data(
             found[stage.data_root],
             stage,
-            window_size,
+            shape.get("window_size", 4),
+            pixels_per_token,
             args.crop,
             args.max_aspect_ratio,
             args.max_upscale,
@@ -86,6 +95,16 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
         prepared.order(stage, 1, args.seed)  # refuses a stage without samples
         data.append(prepared)
     return data
+
+
+def _pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
+    """Return the pixels per latent of the data's autoencoder; only its configuration is read."""
+    if found.encoded is not None:
+        return found.encoded.manifest.vae_scale
+    source = initialization.encoder_sources(args)["vae"]
+    if source == str(Config.vae):  # known, so that a dry run fetches nothing
+        return DEFAULT_PIXELS_PER_LATENT
+    return LatentFormat.from_config(vae_config(locate_encoder("vae", source))).pixels_per_latent
 
 
 @dataclass
@@ -144,6 +163,9 @@ def load_models(
     sources = initialization.encoder_sources(args)
     if encoded is not None and not args.pretrained:
         sources = encoded.manifest.sources
+    if encoded is not None:
+        config = vae_config(locate_encoder("vae", sources["vae"]))
+        require_latent_statistics(encoded.folder, encoded.manifest, config)
     encoders = None
     if pictures_wait or args.validation_prompts:
         text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -158,7 +180,12 @@ def load_models(
         manifest = encoded.manifest
         text_width = manifest.text_width
         latents = LatentFormat(
-            manifest.latent_channels, manifest.vae_scale, manifest.scaling_factor
+            manifest.latent_channels,
+            manifest.vae_scale,
+            manifest.scaling_factor,
+            manifest.shift_factor or 0.0,
+            manifest.latents_mean,
+            manifest.latents_std,
         )
     transformer = initialization.load_transformer(args, text_width, latents.channels)
     teacher = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import sdpa_kernel
 
-from localdit.training.data.loading import Batch
+from localdit.training.data.batches import Batch
 from localdit.training.processes import loss_divisor
 from localdit.training.session import Session
 from localdit.training.shutdown import TrainingStopped

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from PIL import Image
@@ -16,30 +14,9 @@ from localdit.core.parts import Encoders
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.pipelines import LocalDiTPipeline
 from localdit.training.data.buckets import Size
+from localdit.training.data.order import stable_hash
 from localdit.training.inputs import Inputs
 from localdit.training.methods import noised_prediction
-
-
-def hold_out(ids: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
-    """Choose the samples that validate.
-
-    Those with the lowest hash of seed and id: the choice depends neither on the order of the
-    samples nor on anything but their ids, and hardly changes as samples come or go.
-
-    Returns:
-        `(count,)` int64: their indices, ascending.
-
-    Raises:
-        ValueError: if nothing would be left to train on.
-    """
-    if not 0 <= count < max(1, len(ids)):
-        raise ValueError(
-            f"{count:,} samples are to be held out for validation, of {len(ids):,}. Hold out fewer "
-            "than there are, and at least 0."
-        )
-    hashes = [_hash(seed, sample) for sample in ids]
-    chosen = sorted(range(len(ids)), key=lambda index: (hashes[index], index))[:count]
-    return np.array(sorted(chosen), dtype=np.int64)
 
 
 @dataclass
@@ -124,7 +101,7 @@ def _errors(
     latents = batch.inputs.latents
     noise, positions = [], []
     for sample in batch.ids:
-        generator = torch.Generator().manual_seed(_hash(seed, number, sample))
+        generator = torch.Generator().manual_seed(stable_hash(seed, number, sample))
         position = (number + torch.rand(1, generator=generator).item()) / num_bins
         positions.append(min(position, 1 - 2**-24))  # the highest below 1 in float32
         noise.append(torch.randn(latents.shape[1:], generator=generator))
@@ -153,12 +130,6 @@ def _named(sums: torch.Tensor, sizes: Sequence[Size], prefix: str) -> dict[str, 
             losses[f"{start}/loss"] = means.mean().item()
             losses |= {f"{start}/{end}": mean.item() for end, mean in zip(ends, means, strict=True)}
     return losses
-
-
-def _hash(*parts: int | str) -> int:
-    """A number of 63 bits, the same in every process and on every machine."""
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class PromptPictures:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel, T5Tokenizer
 
     from localdit.scenes import Caption
-    from localdit.scenes.captions import Said
+    from localdit.scenes.phrasing import Said
 
 MAX_TOKENS = 120
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?-'\"()/&"
@@ -123,7 +123,7 @@ def fields() -> dict[str, tuple[str | None, ...]]:
 
 def answers(caption: Caption) -> dict[str, str | None]:
     """The right answer for each of `fields`; fields without an object are left out."""
-    from localdit.scenes.captions import OPPOSITE
+    from localdit.scenes.phrasing import OPPOSITE
 
     objects: dict[str, Said] = dict(zip(("first", "second"), caption.objects, strict=False))
     if caption.relation is not None:

@@ -178,7 +178,7 @@ MISTAKES = [
     ("generate", ["a", "--lora", "gone.safetensors"], "--lora"),
     ("generate", ["a", "--model", "broken.safetensors"], "broken.safetensors"),
     ("edit", ["gone.png", "a"], "gone.png: there is no such image file"),
-    ("edit", ["empty.txt", "a"], "empty.txt is no image"),
+    ("edit", ["empty.txt", "a"], "empty.txt is not an image"),
     ("edit", ["photo.png"], "there is no prompt"),
     ("edit", ["photo.png", "a", "--strength", "2"], "--strength is 2.0"),
     ("inpaint", ["photo.png", "gone.png", "a"], "gone.png: there is no such image file"),

@@ -141,7 +141,7 @@ MISTAKES = [
     (["--prompt-file", "gone.txt"], "gone.txt"),
     (["--prompt-file", "empty.txt"], "empty.txt is empty"),
     (["--prompt-file", "latin.txt"], "latin.txt is no UTF-8 text"),
-    (["--image", "empty.txt"], "empty.txt is no image"),
+    (["--image", "empty.txt"], "empty.txt is not an image"),
     (["--image", "gone.png"], "there is no such image file"),
     (["--output", "empty.txt/pictures"], "can't write to the output folder"),
     (["--model", "gone.pt"], "--model: there is no gone.pt"),

@@ -152,3 +152,24 @@ def test_text_is_padded_to_few_lengths():
     assert mask.sum(dim=1).tolist() == [3, 9]
     assert torch.equal(padded, mask[..., None].expand(2, 16, 2).bfloat16())
     assert pad_states(states[:1])[0].shape == (1, 8, 2)
+
+
+def test_each_text_is_encoded_once_to_the_states_of_its_tokens(text, monkeypatch):
+    batches = []
+    encode = text.encode_batch
+
+    def spy(captions, max_length):
+        batches.append(list(captions))
+        return encode(captions, max_length)
+
+    monkeypatch.setattr(text, "encode_batch", spy)
+    captions = [f"a {'red ' * (number % 7)}cat {number}" for number in range(40)]
+    states = text.encode_unpadded([*captions, *captions[::-1]], 120)
+    assert [len(batch) for batch in batches] == [32, 8]
+    assert max(map(len, batches[0])) <= min(map(len, batches[1]))
+    assert set(states) == set(captions)
+    for caption in captions[::9]:
+        assert states[caption].dtype == torch.bfloat16
+        torch.testing.assert_close(
+            states[caption].float(), encode([caption], 120)[0][0], rtol=1e-2, atol=1e-2
+        )

@@ -3,8 +3,7 @@ from collections import Counter
 import numpy as np
 
 from localdit.scenes import Scene, SceneObject, is_held_out, sample_scene, sample_scenes
-from localdit.scenes.draw import coverage
-from localdit.scenes.scene import COLOURS, POSITIONS, RELATIONS, SHAPES
+from localdit.scenes.scene import COLOURS, POSITIONS, RELATIONS, SHAPES, coverage
 
 
 def triples(scene):

@@ -1,7 +1,7 @@
 """Manifests of encoded data to test with."""
 
 from localdit.training.data.buckets import Size
-from localdit.training.data.manifest import Manifest
+from localdit.training.data.encoded import Manifest
 
 
 def some_manifest(**changes) -> Manifest:

@@ -23,7 +23,6 @@ def test_defaults_are_those_of_config():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),
         (["--batch-size", "0"], "--batch-size is 0; expected more than 0"),
         (["--learning-rate", "nan"], "--learning-rate is nan"),
         (["--num-workers", "-1"], "--num-workers is -1; expected at least 0"),

@@ -4,7 +4,7 @@ import torch
 from localdit.core.diffusion import Objective
 from localdit.training.data.buckets import Size
 from localdit.training.inputs import Inputs
-from localdit.training.validation import ValidationBatch, hold_out, validation_losses
+from localdit.training.validation import ValidationBatch, validation_losses
 from tests.tiny import TEXT_WIDTH, tiny_components
 
 SQUARE, WIDE = Size(64, 64), Size(32, 96)
@@ -149,25 +149,3 @@ def test_the_model_goes_on_as_it_was(model):
         validation_losses(model.train(), Objective(), [make_batch("a", Size(64, 8))], [Size(64, 8)])
     assert model.training
     model.eval()
-
-
-def test_the_choice_of_samples_depends_on_their_ids_alone():
-    ids = [f"folder/{n}.png" for n in range(1000)]
-    chosen = hold_out(ids, 50)
-    assert len(set(chosen)) == 50
-    assert list(chosen) == sorted(chosen)
-    backwards = hold_out(ids[::-1], 50)
-    assert {ids[::-1][n] for n in backwards} == {ids[n] for n in chosen}
-    more = [*ids, *(f"new/{n}.png" for n in range(100))]
-    kept = {more[n] for n in hold_out(more, 50)} & {ids[n] for n in chosen}
-    assert len(kept) > 35
-    assert set(hold_out(ids, 50, seed=1)) != set(chosen)
-    assert set(hold_out(ids, 20)) < set(chosen)
-    assert len(hold_out(ids, 0)) == 0
-
-
-def test_no_more_is_held_out_than_leaves_something():
-    assert len(hold_out([], 0)) == 0
-    for count in (3, -1):
-        with pytest.raises(ValueError, match="Hold out fewer"):
-            hold_out(["a", "b", "c"], count)

@@ -1,1 +1,1 @@
-"""Training data: finding samples, telling broken ones, buckets, and the order of visits."""
+"""Training data: finding samples, recognising broken ones, buckets, and the order of visits."""

@@ -1,4 +1,4 @@
-"""Captions as they are stored, and the checks that each of them passes."""
+"""Captions as they are stored, and the checks on them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import json
 from typing import Any, NamedTuple
 
 from localdit.core.text import MAX_PROMPT_CHARACTERS
-from localdit.training.data.faults import BrokenSample
-from localdit.training.data.samples import Blob
+from localdit.training.data.samples import Blob, BrokenSample
 
-# Of several files beside a picture, or keys of a JSON object, the first of these is taken.
+# In order of preference, among the files beside a picture and the keys of a JSON object.
 CAPTION_SUFFIXES = ("txt", "caption", "json")
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
 MAX_FILE_BYTES = 1_000_000
 
 
 class CaptionFile(NamedTuple):
-    """Where a caption is stored, and how: "txt" and "caption" hold the text, "json" JSON."""
+    """A stored caption: the suffixes "txt" and "caption" stand for plain text, "json" for JSON."""
 
     suffix: str
     blob: Blob
 
 
 def read_captions(source: object) -> tuple[str, ...]:
-    """The captions of a picture.
+    """Return the captions of a picture.
 
     Args:
         source: a caption; a list of captions; an object with them under one of `CAPTION_KEYS`; or
-            a file that holds any of these.
+            a file with any of these.
 
     Returns:
-        At least one, each stripped, in their order; what comes twice is taken once.
+        At least one caption, each stripped, in their order, without duplicates.
 
     Raises:
         BrokenSample: "no caption" or "bad caption".
@@ -52,31 +51,31 @@ def _read_file(file: CaptionFile) -> Any:
     limit = MAX_FILE_BYTES + 1
     data = Blob(path, offset, limit if size is None else min(size, limit)).read()
     if len(data) == limit:
-        raise BrokenSample("bad caption", f"its file has more than {MAX_FILE_BYTES:,} bytes")
+        raise BrokenSample("bad caption", f"the file has more than {MAX_FILE_BYTES:,} bytes")
     try:
         text = data.decode("utf-8-sig")
         return json.loads(text) if file.suffix == "json" and text.strip() else text
     except UnicodeDecodeError as error:
         raise BrokenSample("bad caption", "it is not UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise BrokenSample("bad caption", f"its file is not JSON: {error}") from error
+        raise BrokenSample("bad caption", f"the file is not JSON: {error}") from error
 
 
 def _clean(text: object) -> str:
     if not isinstance(text, str):
-        raise BrokenSample("bad caption", f"it is of type {type(text).__name__}, expected a text")
+        raise BrokenSample("bad caption", f"it is of type {type(text).__name__}, expected text")
     text = text.strip()
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise BrokenSample(
-            "bad caption", f"it has {len(text):,} of at most {MAX_PROMPT_CHARACTERS:,} characters"
+            "bad caption", f"it has {len(text):,} characters, more than {MAX_PROMPT_CHARACTERS:,}"
         )
     if not is_unicode(text):
-        raise BrokenSample("bad caption", "it holds half of a surrogate pair")
+        raise BrokenSample("bad caption", "it has half of a surrogate pair")
     return text
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written down: half surrogate pairs, as JSON may hold, can't."""
+    """Return whether a text can be encoded; half surrogate pairs, which JSON may hold, can't."""
     try:
         text.encode()
     except UnicodeEncodeError:

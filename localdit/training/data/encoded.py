@@ -1,39 +1,199 @@
 """Encoded data: the latents and text states of pictures and captions, made ahead of training.
 
-A folder holds `encoded.json`, which says of what and how it was made, `empty.safetensors` with the
-text states of the empty caption, and the samples: tars `shard-00000.tar` and so on, as WebDataset
-readers take them, each with an index beside it, so that samples are read in any order without ever
-scanning a tar. `python -m localdit.training.encode` writes it.
+A folder holds `encoded.json`, the manifest, which describes the data, the encoders and the options;
+`empty.safetensors` with the text states of the empty caption; and the samples: tars
+`shard-00000.tar` and so on, as WebDataset readers take them. Each tar has an index beside it, so
+that samples are read in any order without scanning a tar. `python -m localdit.training.encode`
+writes such a folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from localdit.training.data.faults import BrokenSample, Fault, Faults
-from localdit.training.data.manifest import MANIFEST, Manifest, read_json, read_manifest
-from localdit.training.data.samples import Sample
+from localdit.training.data.buckets import Size
+from localdit.training.data.samples import BrokenSample, Fault, Faults, Sample
 
-if TYPE_CHECKING:
-    from localdit.training.data.finding import Found
-
+FORMAT = 1
+MANIFEST = "encoded.json"
 EMPTY_CAPTION = "empty.safetensors"
+NOTES = ("command", "sources", "too_small")  # fields that may differ when encoding is resumed
+# Fields added later: written only if they are not None, so that older sets keep their digest.
+STATISTICS = ("shift_factor", "latents_mean", "latents_std")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The data, the encoders and the options of an encoded set.
+
+    Attributes:
+        image_size, window_size, crop, max_aspect_ratio, max_upscale: the options of these names.
+        sizes: of the buckets, in pixels.
+        max_caption_length: number of text tokens after which captions are cut.
+        mixed_precision: precision in which the pictures were encoded.
+        latent_channels, vae_scale, scaling_factor: of the VAE; the scale is pixels per latent.
+        text_width: channels of the text states.
+        fingerprints: SHA-256 of tokenizer, text encoder and VAE.
+        samples, shards, samples_per_shard: planned numbers.
+        samples_digest: SHA-256 of the ids, captions and sizes of the samples, in their order.
+        sources: tokenizer, text encoder and VAE, as they were named in the options.
+        command: the command that writes the set and resumes it.
+        too_small: number of pictures left out because they would have been enlarged too much.
+        shift_factor, latents_mean, latents_std: of the VAE, if it has them. Versions that did not
+            apply them did not write them; see `require_latent_statistics`.
+    """
+
+    image_size: int
+    window_size: int
+    crop: str
+    max_aspect_ratio: float
+    max_upscale: float
+    sizes: tuple[Size, ...]
+    max_caption_length: int
+    mixed_precision: str
+    latent_channels: int
+    vae_scale: int
+    scaling_factor: float
+    text_width: int
+    fingerprints: dict[str, str]
+    samples: int
+    shards: int
+    samples_per_shard: int
+    samples_digest: str
+    sources: dict[str, str]
+    command: str
+    too_small: int
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as plain lists, texts and numbers."""
+        values = {"format": FORMAT, **asdict(self)}
+        for name in STATISTICS:
+            if values[name] is None:
+                del values[name]
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Manifest:
+        """Invert `to_json`.
+
+        Raises:
+            KeyError, TypeError: if it is not a manifest.
+        """
+        known = {field.name: values[field.name] for field in fields(cls)
+                 if field.name not in STATISTICS}  # fmt: skip
+        known["sizes"] = tuple(Size(*size) for size in values["sizes"])
+        return cls(**known | latent_statistics(values))
+
+    def differences(self, other: Manifest) -> list[str]:
+        """Return the reasons why samples of the other set can't be added to this one."""
+        ours, theirs = self._settings(), other._settings()
+        return [
+            f"another {name}"
+            for name, fingerprint in self.fingerprints.items()
+            if other.fingerprints.get(name) != fingerprint
+        ] + [
+            f"{name} {theirs.get(name)} instead of {ours.get(name)}"
+            for name in ours | theirs
+            if name != "fingerprints" and ours.get(name) != theirs.get(name)
+        ]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all but the notes; the index of each shard repeats it."""
+        return hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode()).hexdigest()
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in self.to_json().items() if name not in NOTES}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an encoded set.
+
+    Raises:
+        ValueError: if the folder has none, or it is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} has no encoded data: it has no {MANIFEST}.")
+    values = read_json(path)
+    if values.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {values.get('format')!r}, this version of LocalDiT reads {FORMAT}: "
+            "encode the data again, or use the version that encoded it."
+        )
+    try:
+        return Manifest.from_json(values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): encode the data again.") from None
+
+
+def latent_statistics(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `shift_factor`, `latents_mean` and `latents_std` of a VAE's configuration.
+
+    None stands for what has no effect: an absent value, or a shift of zero.
+    """
+    shift, mean, std = (config.get(name) for name in STATISTICS)
+    return {
+        "shift_factor": shift or None,
+        "latents_mean": None if mean is None else tuple(mean),
+        "latents_std": None if std is None else tuple(std),
+    }
+
+
+def require_latent_statistics(folder: Path, manifest: Manifest, config: Mapping[str, Any]) -> None:
+    """Refuse a set whose latents were not shifted and scaled as its VAE asks for.
+
+    Args:
+        folder: of the set.
+        manifest: of the set.
+        config: configuration of the VAE that encoded the set.
+
+    Raises:
+        ValueError: if the statistics of the two differ.
+    """
+    for name, value in latent_statistics(config).items():
+        if getattr(manifest, name) != value:
+            raise ValueError(
+                f"{folder} was encoded with {name} {getattr(manifest, name)}, but its VAE has "
+                f"{name} {value}. Versions before this one ignored {name}, so the latents are "
+                "wrong for this VAE: encode the data again, into a new folder."
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it is not a JSON object.")
+    return values
 
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """What training knows of its encoded data beside the samples.
+    """An encoded set, without its samples.
 
     Attributes:
-        folder: where it is.
-        manifest: of what and how it was made.
+        folder: of the set.
+        manifest: the data, the encoders and the options.
         empty_text: text states of the empty caption, (tokens, text width) bfloat16.
     """
 
@@ -51,32 +211,34 @@ class Member(NamedTuple):
     crc32: int
 
     def read(self) -> bytes:
-        """Its bytes, as they were written.
+        """Return its bytes.
 
         Raises:
-            BrokenSample: "damaged", if they are not.
+            BrokenSample: "damaged", if they are not the bytes that were written.
             OSError: if the tar can't be read.
         """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
         if zlib.crc32(data) != self.crc32:
-            raise BrokenSample("damaged", f"bytes of {self.path} are not those that were written")
+            raise BrokenSample(
+                "damaged", f"the bytes in {self.path} are not those that were written"
+            )
         return data
 
 
 def tar_path(folder: Path, shard: int) -> Path:
-    """Where a shard is."""
+    """Return the path of a shard."""
     return folder / f"shard-{shard:05d}.tar"
 
 
 def index_path(folder: Path, shard: int) -> Path:
-    """Where the index of a shard is."""
+    """Return the path of the index of a shard."""
     return folder / f"shard-{shard:05d}.json"
 
 
 def read_empty_text(folder: Path) -> torch.Tensor:
-    """Text states of the empty caption, (tokens, text width) bfloat16.
+    """Read the text states of the empty caption, (tokens, text width) bfloat16.
 
     Raises:
         ValueError: if they can't be read.
@@ -86,20 +248,20 @@ def read_empty_text(folder: Path) -> torch.Tensor:
         return load(path.read_bytes())["text"]
     except (OSError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"{path} can't be read ({error!r}): remove it, and run the command that encoded the "
-            f"data again; {MANIFEST} names it."
+            f"{path} can't be read ({error!r}). Remove it, and run again the command that encoded "
+            f"the data; {MANIFEST} names it."
         ) from None
 
 
 def unwritten_shards(folder: Path, manifest: Manifest) -> list[int]:
-    """The shards that are still to be encoded: those without an index."""
+    """Return the shards that are not yet encoded: those without an index."""
     return [shard for shard in range(manifest.shards) if not index_path(folder, shard).is_file()]
 
 
 def read_shard(
     folder: Path, shard: int, manifest: Manifest, digest: str
 ) -> tuple[list[Sample], list[Fault]]:
-    """The samples of a shard, and those that turned out to be broken when it was encoded.
+    """Read the samples of a shard, and those that turned out to be broken during encoding.
 
     Args:
         folder: of the set.
@@ -108,7 +270,8 @@ def read_shard(
         digest: of the manifest.
 
     Raises:
-        ValueError: if the index is damaged or of another set, or the tar is not as it was written.
+        ValueError: if the index is damaged or of another set, or the tar has another size than
+            when it was written.
     """
     tar, index = tar_path(folder, shard), index_path(folder, shard)
     again = f"Remove {index.name} and run again: {manifest.command}"
@@ -129,27 +292,28 @@ def read_shard(
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is damaged ({error}). {again}") from None
     if stored != digest:
-        raise ValueError(f"{index} is of another set than {folder / MANIFEST}. {again}")
+        raise ValueError(f"{index} belongs to another set than {folder / MANIFEST}. {again}")
     found = tar.stat().st_size if tar.is_file() else 0
     if found != size:
-        raise ValueError(f"{tar} has {found:,} bytes, {size:,} were written. {again}")
+        raise ValueError(f"{tar} has {found:,} bytes, but {size:,} were written. {again}")
     return samples, faults
 
 
-def open_encoded(folder: str | Path) -> Found:
-    """All samples of an encoded set; nothing of the tars is read.
+def open_encoded(folder: str | Path) -> tuple[list[Sample], Faults, EncodedSet]:
+    """Open an encoded set by its manifest and indices; the tars are not read.
+
+    Returns:
+        Its samples, those that turned out to be broken during encoding, and the set.
 
     Raises:
-        ValueError: if the folder holds no encoded set, an unfinished one, or a damaged one.
+        ValueError: if the folder has no encoded set, an unfinished one, or a damaged one.
     """
-    from localdit.training.data.finding import Found
-
     folder = Path(folder)
     manifest = read_manifest(folder)
     if missing := unwritten_shards(folder, manifest):
         raise ValueError(
-            f"{folder} is not complete: {len(missing):,} of {manifest.shards:,} shards are still "
-            f"to be encoded. Go on with: {manifest.command}"
+            f"{folder} is not complete: {len(missing):,} of {manifest.shards:,} shards are not yet "
+            f"encoded. Resume with: {manifest.command}"
         )
     digest = manifest.digest()
     samples, faults = [], Faults()
@@ -158,18 +322,17 @@ def open_encoded(folder: str | Path) -> Found:
         samples += healthy
         for fault in broken:
             faults.add(fault)
-    encoded = EncodedSet(folder, manifest, read_empty_text(folder))
-    return Found(format="encoded", samples=samples, faults=faults, encoded=encoded)
+    return samples, faults, EncodedSet(folder, manifest, read_empty_text(folder))
 
 
 def read_encoded(
     sample: Sample, caption: int | None = 0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The latents of an encoded sample, and the text states of one of its captions.
+    """Read the latents of an encoded sample, and the text states of one of its captions.
 
     Args:
-        sample: one that `open_encoded` found.
-        caption: which caption; None for none, as where it is dropped.
+        sample: from `open_encoded`.
+        caption: the number of the caption; None if it is dropped.
 
     Returns:
         Latents (C, h, w) float32, and states (tokens, text width) bfloat16 or None.

@@ -1,17 +1,19 @@
-"""From `--data-root` to samples: what kind of data it is, and what is in it."""
+"""From `--data-root` to samples: recognise the format, list the entries, examine each of them."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from localdit.training.data.candidates import Candidate, examine
-from localdit.training.data.captions import CAPTION_SUFFIXES
-from localdit.training.data.faults import Fault, Faults
+from tqdm import tqdm
+
+from localdit.progress import hidden
+from localdit.training.data.captions import CAPTION_SUFFIXES, read_captions
+from localdit.training.data.encoded import MANIFEST, EncodedSet, open_encoded
 from localdit.training.data.folders import (
     PICTURE_SUFFIXES,
     list_files,
@@ -19,32 +21,40 @@ from localdit.training.data.folders import (
     split_suffix,
 )
 from localdit.training.data.metadata import list_metadata, metadata_files
-from localdit.training.data.samples import Sample
+from localdit.training.data.pictures import inspect_picture
+from localdit.training.data.samples import (
+    BrokenSample,
+    Candidate,
+    Fault,
+    Faults,
+    Sample,
+    map_reads,
+)
+from localdit.training.data.saved import list_saved
 from localdit.training.data.tars import COMPRESSED_SUFFIXES, find_tars, list_tars
-
-if TYPE_CHECKING:
-    from localdit.training.data.encoded import EncodedSet
 
 FORMATS = {
     "folder": "pictures, each with a .txt, .caption or .json of its name beside it",
     "metadata": "pictures and a metadata.jsonl, metadata.csv or metadata.parquet that names them",
     "webdataset": "WebDataset tars",
-    "saved": "a Hugging Face dataset, as its save_to_disk writes it",
-    "encoded": "what python -m localdit.training.encode wrote",
+    "saved": "a Hugging Face dataset, written by its save_to_disk",
+    "encoded": "written by python -m localdit.training.encode",
 }
-# A command's output, or something on a network, as WebDataset itself takes them.
+# A command's output, or an address on a network, both of which WebDataset itself takes.
 STREAM = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+:/")
+CHUNK = 64  # candidates per task of a thread
+MANY = 5000  # candidates from which on a progress bar is shown
 
 
 @dataclass
 class Found:
-    """What there is to train on.
+    """The data to train on.
 
     Attributes:
         format: one of `FORMATS`.
         samples: in an order that is the same on every machine.
-        faults: broken ones.
-        encoded: what belongs to encoded samples.
+        faults: the broken samples.
+        encoded: the set that encoded samples belong to, otherwise None.
     """
 
     format: str
@@ -54,20 +64,20 @@ class Found:
 
 
 def find_samples(data_root: str | Path, data_format: str = "auto", progress: bool = True) -> Found:
-    """Find out what there is to train on.
+    """Find the samples to train on.
 
     Every caption is read and every picture's header; pictures are not decoded.
 
     Args:
-        data_root: a folder; or, of WebDataset tars, their path, with `*`, `?`, `[...]`,
-            `{000..123}` or `{a,b}` for several.
-        data_format: one of `FORMATS`, or "auto" to go by what is there.
+        data_root: a folder; or the path of WebDataset tars, with `*`, `?`, `[...]`, `{000..123}`
+            or `{a,b}` for several.
+        data_format: one of `FORMATS`, or "auto" to recognise it by the files.
         progress: show a progress bar if there are many samples.
 
     Raises:
-        FileNotFoundError: if there is nothing at `data_root`.
-        ValueError: if there is nothing of a known kind, or of several kinds, or what there is can't
-            be used as a whole. Broken samples are no error: they are counted in the result.
+        FileNotFoundError: if nothing exists at `data_root`.
+        ValueError: if there is no data of a known format, or data of several formats, or it can't
+            be used at all. Broken samples are no error: they are counted in the result.
     """
     if data_format not in ("auto", *FORMATS):
         raise ValueError(
@@ -76,42 +86,84 @@ def find_samples(data_root: str | Path, data_format: str = "auto", progress: boo
     if STREAM.match(str(data_root)):
         raise ValueError(
             f"--data-root {data_root}: commands and addresses are not read. Samples are visited in "
-            "any order, so the data has to be on a disk: download it, and give its path."
+            "any order, so the data must be on a disk: download it, and give its path."
         )
     root = Path(data_root)
     if not root.is_dir():
-        return _found("webdataset", _list_tars(str(data_root), data_format), progress)
+        return Found("webdataset", *examine(_list_tars(str(data_root), data_format), progress))
     if data_format == "auto":
         data_format = _marked_format(root) or "auto"
     if data_format == "encoded":
-        from localdit.training.data.encoded import open_encoded
-
-        return open_encoded(root)
+        return Found("encoded", *open_encoded(root))
     if data_format == "saved":
-        from localdit.training.data.saved import list_saved
+        return Found("saved", *examine(list_saved(root), progress))
+    data_format, listing = _list_folder(root, data_format)
+    return Found(data_format, *examine(listing, progress))
 
-        return _found("saved", list_saved(root), progress)
-    return _found(*_list_folder(root, data_format), progress)
+
+def examine(
+    listing: Sequence[Candidate | Fault], progress: bool = True
+) -> tuple[list[Sample], Faults]:
+    """Read the captions and the header of every candidate.
+
+    Returns:
+        The samples, in the order of the listing, and the broken ones.
+    """
+    chunks = [listing[start : start + CHUNK] for start in range(0, len(listing), CHUNK)]
+    samples: list[Sample] = []
+    faults = Faults()
+    bar = tqdm(
+        total=len(listing),
+        desc="Examining the data",
+        unit=" samples",
+        disable=hidden(not progress or len(listing) < MANY),
+    )
+    # Pillow warns of much that is odd but harmless, and of bombs, which are refused anyway.
+    with warnings.catch_warnings(), bar:
+        warnings.simplefilter("ignore")
+        for results in map_reads(_examine_all, chunks):
+            for result in results:
+                if isinstance(result, Sample):
+                    samples.append(result)
+                else:
+                    faults.add(result)
+            bar.update(len(results))
+    return samples, faults
+
+
+def _examine_all(listing: Sequence[Candidate | Fault]) -> list[Sample | Fault]:
+    return [entry if isinstance(entry, Fault) else _examine(entry) for entry in listing]
+
+
+def _examine(candidate: Candidate) -> Sample | Fault:
+    try:
+        height, width = inspect_picture(candidate.image)
+        captions = read_captions(candidate.captions)
+    except BrokenSample as broken:
+        return Fault(broken.kind, candidate.id, broken.detail)
+    except OSError as error:  # `inspect_picture` turns its own into BrokenSample
+        return Fault("unreadable", candidate.id, f"its caption: {error}")
+    return Sample(candidate.id, candidate.image, captions, height, width)
 
 
 def _list_tars(pattern: str, data_format: str) -> list[Candidate | Fault]:
-    """The samples of tars that are named by a path or a pattern."""
+    """List the samples of tars that a path or a pattern names."""
     if data_format not in ("auto", "webdataset"):
         raise FileNotFoundError(
-            f"--data-root {pattern} is no folder, as data of the format {data_format} has to be."
+            f"--data-root {pattern} is not a folder, but data of the format {data_format} must be."
         )
     tars = find_tars(pattern)
     others = [path for path in tars if not _is_tar(path)]
     if others:
         raise ValueError(
-            f"--data-root {pattern} stands for {others[0]}, which is no .tar. Give a folder, or "
+            f"--data-root {pattern} names {others[0]}, which is not a .tar. Give a folder or "
             "WebDataset tars."
         )
     return list_tars(tars)
 
 
 def _list_folder(root: Path, data_format: str) -> tuple[str, list[Candidate | Fault]]:
-    """The format of a folder, and what may become samples."""
+    """Return the format of a folder, and its candidates."""
     files = list_files(root)
     if data_format == "auto":
         data_format = _recognize(root, files)
@@ -123,27 +175,22 @@ def _list_folder(root: Path, data_format: str) -> tuple[str, list[Candidate | Fa
         listing = list_tars([str(root / file) for file in files if _is_tar(file)], root)
     if not listing:
         raise ValueError(
-            f"{root} holds nothing of the format {data_format} ({FORMATS[data_format]}). "
+            f"{root} has no data of the format {data_format} ({FORMATS[data_format]}). "
             f"{_contents(files)}"
         )
     return data_format, listing
 
 
-def _found(data_format: str, listing: Sequence[Candidate | Fault], progress: bool) -> Found:
-    samples, faults = examine(listing, progress)
-    return Found(data_format, samples, faults)
-
-
 def _marked_format(root: Path) -> str | None:
-    """The format of a folder that says so itself."""
-    if (root / "encoded.json").is_file():
+    """Return the format of a folder with a file that names it."""
+    if (root / MANIFEST).is_file():
         return "encoded"
     dataset = (root / "dataset_info.json").is_file() and (root / "state.json").is_file()
     return "saved" if dataset or (root / "dataset_dict.json").is_file() else None
 
 
 def _recognize(root: Path, files: Sequence[str]) -> str:
-    """The format of a folder, by the files in it; each must be of one kind only."""
+    """Return the format of a folder by its files, which must all be of one format."""
     captions = {split_suffix(file)[0] for file in files if _suffix(file) in CAPTION_SUFFIXES}
     pictures = [file for file in files if _suffix(file) in PICTURE_SUFFIXES]
     signs = {
@@ -155,19 +202,18 @@ def _recognize(root: Path, files: Sequence[str]) -> str:
     if len(found) > 1:
         kinds = " and ".join(f"{name} ({examples[0]})" for name, examples in found.items())
         raise ValueError(
-            f"{root} holds data of more than one format: {kinds}. Say which is meant with "
-            "--data-format."
+            f"{root} has data of more than one format: {kinds}. Choose one with --data-format."
         )
     if found:
         return next(iter(found))
     if pictures:
-        return "folder"  # all without captions, which is reported
+        return "folder"  # all without captions, which will be reported
     formats = "\n".join(f"  {name}: {meaning}" for name, meaning in FORMATS.items())
     hint = ""
     if any(_suffix(file) in ("parquet", "arrow") for file in files):
-        hint = " Tables with pictures in them: load them with datasets, and use save_to_disk."
+        hint = " If these tables hold pictures, load them with datasets and use save_to_disk."
     raise ValueError(
-        f"{root} holds nothing to train on. Looked for one of these:\n{formats}\n"
+        f"{root} has nothing to train on. These formats are known:\n{formats}\n"
         f"{_contents(files)}{hint}"
     )
 
@@ -181,7 +227,7 @@ def _is_tar(file: str) -> bool:
 
 
 def _contents(files: Sequence[str]) -> str:
-    """What was found instead of what was looked for."""
+    """Describe the files that were found instead."""
     suffixes = Counter(f".{_suffix(file)}" if _suffix(file) else "no suffix" for file in files)
     kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in suffixes.most_common(5))
     return f"Found {len(files):,} files" + (f": {kinds}." if files else ".")

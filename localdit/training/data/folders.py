@@ -1,4 +1,4 @@
-"""Folders of pictures with their captions beside them, one file each."""
+"""Folders of pictures, each with a caption file beside it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from localdit.training.data.candidates import Candidate
 from localdit.training.data.captions import CAPTION_SUFFIXES, CaptionFile
-from localdit.training.data.faults import Fault
-from localdit.training.data.samples import Blob
+from localdit.training.data.samples import Blob, Candidate, Fault
 
-# Of the formats that `images` reads.
+# Of the formats that `localdit.images` reads.
 PICTURE_SUFFIXES = frozenset(
     {"bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm"}
     | {"tif", "tiff", "webp"}
@@ -19,10 +17,10 @@ PICTURE_SUFFIXES = frozenset(
 
 
 def list_files(root: Path) -> list[str]:
-    """The files in a folder and below it, in an order that is the same on every machine.
+    """Return the files in a folder and below it, in an order that is the same on every machine.
 
-    Hidden files and folders, whose names begin with a dot, are left out. Links are followed, but
-    not to a folder that the link itself is in.
+    Hidden files and folders, whose names begin with a dot, are skipped. Links are followed, except
+    to a folder that contains the link.
 
     Returns:
         Their paths relative to `root`, with slashes, sorted by code points.
@@ -38,7 +36,7 @@ def _walk(root: str, folder: str) -> Iterator[str]:
                 continue
             name = folder + entry.name
             broken_link = entry.is_symlink() and not os.path.exists(entry.path)
-            if entry.is_file() or broken_link:  # the latter is reported when it is opened
+            if entry.is_file() or broken_link:  # a broken link is reported when it is opened
                 yield name
             elif entry.is_dir() and not (entry.is_symlink() and _leads_back(entry.path, here)):
                 yield from _walk(root, name + "/")
@@ -49,14 +47,14 @@ def _leads_back(link: str, folder: str) -> bool:
 
 
 def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
-    """The pictures among files, each with the caption file of its name.
+    """Return the pictures among files, each with the caption file of its name.
 
-    `a.png` takes its caption from `a.txt`, `a.caption` or `a.json`, the first of these that is
-    there. What has a caption but is no picture by its suffix, such as `a.heic`, is a fault.
+    `a.png` takes its caption from `a.txt`, `a.caption` or `a.json`, the first of these that
+    exists. A file with a caption but an unknown suffix, such as `a.heic`, is a fault.
 
     Args:
         root: the folder.
-        files: as from `list_files`.
+        files: the result of `list_files`.
     """
     suffixes: dict[str, list[str]] = {}
     for file in files:
@@ -76,11 +74,11 @@ def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
 
 
 def split_suffix(file: str) -> tuple[str, str]:
-    """The path of a file without its last suffix, and that suffix as it is written, no dot."""
+    """Split a path into the part before its last suffix, and the suffix without the dot."""
     suffix = PurePosixPath(file).suffix
     return file.removesuffix(suffix), suffix[1:]
 
 
 def printable(name: str) -> str:
-    """A file's name for reports: bytes that are not UTF-8 are written as escapes."""
+    """Return a file's name for reports: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

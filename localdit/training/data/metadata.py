@@ -1,8 +1,8 @@
-"""Folders whose pictures are named by `metadata.jsonl`, `metadata.csv` or `metadata.parquet`.
+"""Folders with a `metadata.jsonl`, `metadata.csv` or `metadata.parquet` that names the pictures.
 
-Each entry has a `file_name`, relative to the metadata's own folder, and a caption or, but for CSV,
-a list of captions, as `text` or another of `CAPTION_KEYS`: the image folder convention of Hugging
-Face datasets. Such files may lie in several folders of the data, as in `train/`.
+Each entry has a `file_name`, relative to the folder of the metadata, and a caption under `text` or
+another of `CAPTION_KEYS`: the image folder convention of Hugging Face datasets. JSON Lines and
+Parquet may also hold lists of captions. Several folders of the data may have such a file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from localdit.training.data.candidates import Candidate
 from localdit.training.data.captions import CAPTION_KEYS, is_unicode
-from localdit.training.data.faults import BrokenSample, Fault
 from localdit.training.data.folders import printable
-from localdit.training.data.samples import Blob
+from localdit.training.data.samples import Blob, BrokenSample, Candidate, Fault
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -27,28 +25,28 @@ Row = Mapping[str, Any] | BrokenSample
 
 
 def metadata_files(files: Sequence[str]) -> list[str]:
-    """The metadata files among files as from `folders.list_files`."""
+    """Return the metadata files among the result of `folders.list_files`."""
     return [file for file in files if posixpath.basename(file) in METADATA_NAMES]
 
 
 def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
-    """The pictures that metadata files name.
+    """Return the pictures that metadata files name.
 
-    A picture that is named several times gets all the captions. Names that lead out of `root` are
-    refused.
+    A picture that is named several times gets all of the captions. Names outside of `root` are
+    faults.
 
     Args:
         root: the folder of the data.
-        files: as from `folders.list_files`.
+        files: the result of `folders.list_files`.
 
     Raises:
-        ValueError: if a folder has several metadata files, or one can't be read as a whole or
-            lacks the columns.
+        ValueError: if a folder has several metadata files, or one can't be read at all or lacks the
+            columns.
     """
     metadata = metadata_files(files)
     folders = [posixpath.dirname(file) for file in metadata]
     if len({*folders}) < len(folders):
-        raise ValueError(f"Expected one metadata file in a folder, found {', '.join(metadata)}.")
+        raise ValueError(f"Expected one metadata file per folder, found {', '.join(metadata)}.")
     captions: dict[str, list[Any]] = {}
     faults: list[Fault] = []
     for file, folder in zip(metadata, folders, strict=True):
@@ -56,7 +54,7 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
             try:
                 name = posixpath.normpath(posixpath.join(folder, _file_name(row)))
                 if name == ".." or name.startswith("../"):
-                    raise BrokenSample("bad entry", f"{name} is outside of the data")
+                    raise BrokenSample("bad entry", f"{name} is outside of the data folder")
                 captions.setdefault(name, []).append(_caption(row))
             except BrokenSample as broken:
                 faults.append(Fault(broken.kind, f"{file}, entry {number}", broken.detail))
@@ -74,7 +72,9 @@ def _file_name(row: Row) -> str:
     if not isinstance(name, str) or not name:
         raise BrokenSample("bad entry", f"file_name is {name!r}, expected the path of a picture")
     if "\0" in name or not is_unicode(name) or posixpath.isabs(name):
-        raise BrokenSample("bad entry", f"file_name {name[:100]!r} is no path within the data")
+        raise BrokenSample(
+            "bad entry", f"file_name {name[:100]!r} is not a path within the data folder"
+        )
     return name
 
 
@@ -84,14 +84,14 @@ def _caption(row: Row) -> Any:
 
 
 def _joined(texts: list[Any]) -> Any:
-    """One value for the captions of a picture that is named once or several times."""
+    """Join the captions of a picture that is named once or several times."""
     if len(texts) == 1:
         return texts[0]
     return [one for text in texts for one in (text if isinstance(text, list) else [text])]
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """The entries of a metadata file, those that can't be understood as exceptions."""
+    """Yield the entries of a metadata file; an exception stands for one that can't be parsed."""
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     return readers[path.suffix](path)
 
@@ -106,7 +106,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
+                    raise ValueError("not a JSON object")
             except (ValueError, RecursionError) as error:
                 yield BrokenSample("bad entry", f"not a line of JSON: {error}")
                 continue
@@ -125,7 +125,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         try:
             columns = next(rows, [])
         except csv.Error as error:
-            raise ValueError(f"The first line of {path} is no CSV: {error}.") from error
+            raise ValueError(f"The first line of {path} is not CSV: {error}.") from error
         _require_columns(path, columns)
         while True:
             try:

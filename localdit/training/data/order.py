@@ -1,13 +1,14 @@
-"""In which order training visits the samples: pure functions of the seed, and a position in them.
+"""The order of visits to the samples, a pure function of the seed, and a position in it.
 
-A batch here is the *global* one: what all processes together see in one optimizer step. Its samples
-depend on the seed, the epoch and its size alone, not on how many processes share it out, and each
-sample comes exactly once in an epoch. Where a bucket runs out, its last batch is filled up with
-`NOTHING`, so that all batches have one size.
+A batch here is the *global* batch: the samples of all processes in one optimizer step. It depends
+only on the seed, the epoch and its size, not on the number of processes that share it. Each sample
+is visited exactly once per epoch. When a bucket runs out, its last batch is filled up with
+`NOTHING`, so that all batches have the same size.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ NOTHING = -1
 
 
 class Visit(NamedTuple):
-    """One sample (or `NOTHING`) in one epoch, brought to the size of a bucket."""
+    """One sample (or `NOTHING`) in one epoch, scaled to the size of a bucket."""
 
     sample: int
     epoch: int
@@ -27,24 +28,25 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Position:
-    """How far training has come in its data.
+    """The progress of training through its data.
 
     Attributes:
         epoch: the current one, from 0.
-        taken: what was taken of it: pairs of a global batch size and a number of batches. There is
-            more than one pair where a run went on with another global batch size within an epoch.
+        taken: the batches taken from it, as pairs of a global batch size and a number of batches.
+            There are several pairs if a run was resumed with another global batch size within an
+            epoch.
     """
 
     epoch: int = 0
     taken: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The position in plain lists and numbers."""
+        """Return the position as plain lists and numbers."""
         return {"epoch": self.epoch, "taken": [list(pair) for pair in self.taken]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Position:
-        """The inverse of `to_json`."""
+        """Invert `to_json`."""
         return cls(values["epoch"], tuple((size, count) for size, count in values["taken"]))
 
 
@@ -52,10 +54,10 @@ class Step(NamedTuple):
     """The samples of one optimizer step.
 
     Attributes:
-        samples: (global batch,) int64 indices, `NOTHING` where the bucket ran out.
-        bucket: the bucket they are all in.
-        epoch: the epoch that they belong to.
-        position: where training stands once the step is taken.
+        samples: (global batch,) int64 indices, `NOTHING` after the bucket ran out.
+        bucket: the bucket of all of them.
+        epoch: their epoch.
+        position: the position after the step.
     """
 
     samples: np.ndarray
@@ -64,9 +66,9 @@ class Step(NamedTuple):
     position: Position
 
     def share(self, rank: int, num_processes: int, batch_size: int) -> Iterator[list[Visit]]:
-        """The batches of one process, one for each accumulation of gradients.
+        """Yield the batches of one process, one for each accumulation of gradients.
 
-        The global batch is cut into accumulations, and these into the processes' parts.
+        The global batch is cut into accumulations, and each of these into one part per process.
         """
         parts = self.samples.reshape(-1, num_processes, batch_size)[:, rank]
         for part in parts.tolist():
@@ -79,10 +81,10 @@ def epoch_batches(
     """Shuffle samples into batches, each within one bucket.
 
     Args:
-        buckets: (N,) bucket of every sample.
-        samples: (M,) indices of those to visit.
+        buckets: (N,) bucket of each sample.
+        samples: (M,) indices of the samples to visit.
         batch_size: samples in a batch.
-        seed: what the order depends on.
+        seed: numbers that the order depends on.
 
     Returns:
         (number of batches, batch_size) int64, filled up with `NOTHING`.
@@ -99,12 +101,12 @@ def epoch_batches(
 
 
 class Order:
-    """The endless sequence of steps, from any position on.
+    """The endless sequence of steps, from any position.
 
     Args:
-        buckets: (N,) bucket of every sample; -1 for those that are never visited.
+        buckets: (N,) bucket of each sample; -1 for samples that are never visited.
         global_batch: samples in an optimizer step.
-        seed: numbers that the order depends on, the stage's among them.
+        seed: numbers that the order depends on, among them the number of the stage.
 
     Raises:
         ValueError: if there is no sample to visit.
@@ -119,10 +121,10 @@ class Order:
             raise ValueError("There is no sample to train on.")
 
     def steps(self, position: Position) -> Iterator[Step]:
-        """All steps after a position.
+        """Yield all steps after a position.
 
-        Batches of the current epoch that were taken at another size stay taken: what is left of
-        the epoch is cut into batches of the size that holds now.
+        Batches of the current epoch that were taken at another size stay taken. The rest of the
+        epoch is cut into batches of the present size.
         """
         epoch, taken = position.epoch, position.taken
         while True:
@@ -138,7 +140,7 @@ class Order:
             epoch, taken = epoch + 1, ()
 
     def _epoch(self, epoch: int, taken: tuple[tuple[int, int], ...]) -> tuple[int, np.ndarray]:
-        """How many batches of the last cut are taken, and all batches of that cut."""
+        """Return how many batches of the last cut are taken, and all batches of that cut."""
         left, done = self.samples, 0
         batches = np.empty((0, self.global_batch), dtype=np.int64)
         for cut, (batch_size, done) in enumerate(taken):
@@ -149,6 +151,34 @@ class Order:
         return done, batches
 
     def batches_per_epoch(self) -> int:
-        """Steps in a whole epoch."""
+        """Return the number of steps in a whole epoch."""
         counts = np.bincount(self.buckets[self.samples])
         return int((-(-counts // self.global_batch)).sum())
+
+
+def hold_out(ids: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
+    """Choose the samples to hold out for validation: those with the lowest hash of seed and id.
+
+    The choice depends only on the ids, not on their order, and hardly changes when samples are
+    added or removed.
+
+    Returns:
+        Their indices, ascending, (count,) int64.
+
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    if not 0 <= count < max(1, len(ids)):
+        raise ValueError(
+            f"{count:,} of {len(ids):,} samples are to be held out for validation. Hold out fewer "
+            "than there are, and at least 0."
+        )
+    hashes = [stable_hash(seed, sample) for sample in ids]
+    chosen = sorted(range(len(ids)), key=lambda index: (hashes[index], index))[:count]
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def stable_hash(*parts: int | str) -> int:
+    """Return a number of 63 bits that is the same in every process and on every machine."""
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,7 +1,7 @@
-"""Pictures of training data: what their files promise, and their pixels.
+"""Pictures of training data: their headers and their pixels.
 
-Scanning a million files must not decode them. `inspect_picture` reads the header, and looks at the
-end for signs that the file was cut off; what only decoding shows, `read_picture` raises later.
+Scanning a million files must not decode them. `inspect_picture` reads the header and checks the end
+of the file for signs that it was cut off. `read_picture` raises what only decoding shows.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from PIL import ExifTags, Image, ImageOps
 
 from localdit.images import ImageTooLarge, NotAnImage, fit_image, open_image, to_rgb
 from localdit.training.data.buckets import Size
-from localdit.training.data.faults import BrokenSample
-from localdit.training.data.samples import Blob, Readable
+from localdit.training.data.samples import Blob, BrokenSample, Readable
 
-# Bytes at the end of a file in which the mark of its end is looked for, first and after that.
+# Bytes at the end of a file that are searched for the end marker: at first, then if it is missing.
 TAIL, LONG_TAIL = 256, 256 * 1024
 JPEG_END = b"\xff\xd9"
 FOREIGN_TO_JPEG = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xda\xdb\xdd\xfe]")  # among pixels
-DRAFT = 2  # a JPEG is decoded at a smaller scale where that still leaves this many times the size
+DRAFT = 2  # a JPEG is decoded at a smaller scale if that leaves this many times the size
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -41,7 +40,7 @@ SIGNATURES = {
 
 
 def inspect_picture(image: Readable) -> tuple[int, int]:
-    """The size of a picture, from its header.
+    """Return the size of a picture, from its header.
 
     Args:
         image: where its bytes are; of files and tars, only a few kilobytes are read.
@@ -50,20 +49,19 @@ def inspect_picture(image: Readable) -> tuple[int, int]:
         Height and width in pixels, upright.
 
     Raises:
-        BrokenSample: if it is none that can be trained on, as far as header and end show. Of JPEG,
-            PNG, WebP and BMP files the end is looked at; others that are cut off are only found
-            out when decoded.
+        BrokenSample: if header or end show that it can't be used. Only JPEG, PNG, WebP and BMP
+            files have their ends checked. Other kinds that are cut off fail when decoded.
     """
     with _opened(image) as file:
         kind = _recognize(file)
         if _is_cut_off(kind, file):
-            raise BrokenSample("truncated", f"the end of the {kind} is not there")
+            raise BrokenSample("truncated", f"the end of the {kind} is missing")
         file.seek(0)
         with _broken_if_undecodable(kind, file), open_image(file, "the picture") as picture:
-            # Phones keep depth or brightness maps as further pictures (MPO) of a photograph.
+            # Phones store depth or brightness maps as further pictures (MPO) of a photograph.
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
                 raise BrokenSample("animated")
-            # Pillow decodes a PNG to look for EXIF data behind the pixels, where few have it.
+            # `picture.getexif` would decode a PNG, to look for EXIF data behind the pixels.
             exif = Image.Image.getexif(picture)
             turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             width, height = picture.size
@@ -73,7 +71,7 @@ def inspect_picture(image: Readable) -> tuple[int, int]:
 
 
 def read_picture(image: Readable, size: Size, flip: bool = False) -> torch.Tensor:
-    """Decode a picture, scale it to cover `size`, and cut two opposite edges.
+    """Decode a picture, scale it to cover `size`, and crop two opposite edges.
 
     Args:
         image: where its bytes are.
@@ -84,7 +82,7 @@ def read_picture(image: Readable, size: Size, flip: bool = False) -> torch.Tenso
         (3, height, width) uint8.
 
     Raises:
-        BrokenSample: if it is none, or can't be decoded.
+        BrokenSample: if it is not a picture, or can't be decoded.
     """
     with _opened(image) as file:
         kind = _recognize(file)
@@ -98,7 +96,7 @@ def read_picture(image: Readable, size: Size, flip: bool = False) -> torch.Tenso
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A part of a file, as a file object."""
 
     def __init__(self, blob: Blob) -> None:
         self._file = io.FileIO(blob.path)
@@ -130,7 +128,7 @@ class _Window(io.RawIOBase):
 
 @contextmanager
 def _opened(image: Readable) -> Iterator[BinaryIO]:
-    """A picture's bytes as a file; whatever keeps them from being read becomes a BrokenSample."""
+    """Open a picture's bytes as a file; an error of reading becomes a BrokenSample."""
     try:
         if isinstance(image, Blob):
             whole = image.offset == 0 and image.size is None
@@ -163,7 +161,7 @@ def _broken_if_undecodable(kind: str, file: BinaryIO) -> Iterator[None]:
 
 
 def _recognize(file: BinaryIO) -> str:
-    """What kind of picture a file is, by its first bytes; leaves the file at its start."""
+    """Return the kind of picture by its first bytes; the file is left at its start."""
     head = file.read(16)
     file.seek(0)
     if not head:
@@ -175,7 +173,7 @@ def _recognize(file: BinaryIO) -> str:
 
 
 def _is_cut_off(kind: str, file: BinaryIO) -> bool:
-    """Whether the end of a file is missing, for those kinds of which that can be told cheaply."""
+    """Return whether the end of a file is missing, for the kinds that allow a cheap check."""
     checks = {
         "BMP": _bmp_cut_off,
         "JPEG": _jpeg_cut_off,
@@ -188,8 +186,9 @@ def _is_cut_off(kind: str, file: BinaryIO) -> bool:
 def _jpeg_cut_off(file: BinaryIO) -> bool:
     if JPEG_END in _tail(file, TAIL):
         return False
-    # Phones append films to photographs. Pixels hold neither a mark of the end nor one foreign to
-    # JPEG; a film holds the latter. A small picture in the header may end too: it is passed over.
+    # Phones append films to photographs. Pixel data has no end marker and no marker foreign to
+    # JPEG; a film has the latter. A small picture in the header may have an end marker, too: the
+    # header is skipped.
     data = _tail(file, LONG_TAIL)
     at = 2 if data.startswith(b"\xff\xd8") else 0
     while at and data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":

@@ -1,16 +1,44 @@
-"""What training data is made of: samples, and the places their bytes are read from."""
+"""Samples: where their bytes are, how broken ones are counted, and reading many at a time."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
+
+KINDS = {
+    "missing": "the picture does not exist",
+    "unreadable": "the file can't be opened",
+    "empty": "zero bytes",
+    "wrong type": "not a supported kind of picture",
+    "truncated": "the picture's file ends too early",
+    "damaged": "the picture can't be decoded",
+    "too large": "the picture has too many pixels",
+    "animated": "more than one frame",
+    "no caption": "the caption is missing or empty",
+    "bad caption": "the caption is not text, or far too long",
+    "bad entry": "a line or row can't be parsed",
+    "half sample": "the tar ends within the sample, or holds only a part of it",
+    "duplicate": "another sample has the same name",
+}
+EXAMPLES = 5  # kept of each kind
+
+THREADS = 16
+PATIENCE = 2.0  # seconds of waiting per second of work above which threads pay
+NOTABLE = 0.1  # seconds; less waiting than this says nothing
+
+Entry = TypeVar("Entry")
+Result = TypeVar("Result")
 
 
 class Readable(Protocol):
     """Something stored: a file, a member of a tar, a cell of a table."""
 
     def read(self) -> bytes:
-        """All of its bytes.
+        """Return all of its bytes.
 
         Raises:
             OSError: if they can't be read.
@@ -18,25 +46,39 @@ class Readable(Protocol):
 
 
 class Blob(NamedTuple):
-    """Bytes of a file: all of it, or `size` of them from `offset`."""
+    """Bytes of a file: all of it, or `size` bytes from `offset`."""
 
     path: str
     offset: int = 0
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes; fewer than `size` where the file ends before."""
+        """Return the bytes; fewer than `size` if the file ends before."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A picture that is known to be there, with its captions, at least one.
+class Candidate(NamedTuple):
+    """An entry of a listing that may become a sample.
 
     Attributes:
-        id: what names it in reports: its path within the data, the same on every machine.
+        id: of the sample.
+        image: where the picture is.
+        captions: anything that `read_captions` takes.
+    """
+
+    id: str
+    image: Readable
+    captions: object
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A picture that exists, with at least one caption.
+
+    Attributes:
+        id: name in reports: the path within the data, the same on every machine.
         image: where its bytes are.
         captions: each visit draws one of them.
         height, width: in pixels, upright.
@@ -47,3 +89,96 @@ class Sample:
     captions: tuple[str, ...]
     height: int
     width: int
+
+
+class Fault(NamedTuple):
+    """A sample that can't be used for training, and the reason."""
+
+    kind: str
+    id: str
+    detail: str = ""
+
+
+class BrokenSample(Exception):
+    """Raised when a sample turns out to be broken."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        assert kind in KINDS, kind
+        super().__init__(detail or KINDS[kind])
+        self.kind, self.detail = kind, detail
+
+
+class Faults:
+    """Counts of broken samples by kind, with a few examples of each.
+
+    Attributes:
+        counts: number of broken samples of each kind.
+        examples: the first `EXAMPLES` of each kind.
+    """
+
+    def __init__(self, faults: Iterable[Fault] = ()) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[Fault]] = {}
+        for fault in faults:
+            self.add(fault)
+
+    def add(self, fault: Fault) -> None:
+        """Count one more."""
+        self.counts[fault.kind] += 1
+        examples = self.examples.setdefault(fault.kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(fault)
+
+    @property
+    def total(self) -> int:
+        """Number of broken samples of all kinds."""
+        return self.counts.total()
+
+    def __str__(self) -> str:
+        """Return a line for each kind: its count, its meaning, examples."""
+        lines = []
+        for kind, count in self.counts.most_common():
+            names = ", ".join(fault.id for fault in self.examples[kind][:3])
+            more = ", ..." if count > 3 else ""
+            lines.append(f"{count:,} {kind} ({KINDS[kind]}): {names}{more}")
+        return "\n".join(lines)
+
+
+def require_few(faults: Faults, healthy: int, allowed: float) -> None:
+    """Refuse data in which too large a share of the samples is broken.
+
+    Args:
+        faults: the broken samples.
+        healthy: number of samples that are not broken.
+        allowed: share of all samples, 0 to 1.
+
+    Raises:
+        ValueError: with the counts by kind and examples.
+    """
+    total = faults.total + healthy
+    if faults.total > allowed * total:
+        raise ValueError(
+            f"{faults.total:,} of {total:,} samples are broken, {faults.total / total:.1%}, more "
+            f"than the {allowed:.0%} that --max-broken allows:\n{faults}\nRepair or remove them, "
+            "or raise --max-broken."
+        )
+
+
+def map_reads(function: Callable[[Entry], Result], entries: Iterable[Entry]) -> Iterator[Result]:
+    """Apply a function to entries, in order; in threads once it has waited more than worked.
+
+    Threads hide the latency of network storage. With local files they would compete for the
+    interpreter and take twice as long as a single thread.
+    """
+    rest = iter(entries)
+    waited = worked = 0.0
+    for entry in rest:
+        start, cpu = time.perf_counter(), time.thread_time()
+        result = function(entry)
+        cpu = time.thread_time() - cpu
+        worked += cpu
+        waited += time.perf_counter() - start - cpu
+        yield result
+        if waited > max(NOTABLE, PATIENCE * worked):
+            with ThreadPoolExecutor(THREADS) as pool:
+                yield from pool.map(function, rest)

@@ -1,4 +1,4 @@
-"""Hugging Face datasets on disk, as `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write."""
+"""Hugging Face datasets on disk, as `save_to_disk` of `Dataset` or `DatasetDict` writes them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from localdit.training.data.candidates import Candidate
 from localdit.training.data.captions import CAPTION_KEYS
-from localdit.training.data.faults import BrokenSample, Fault
+from localdit.training.data.samples import BrokenSample, Candidate, Fault
 
 
 class Cell(NamedTuple):
     """The picture in a row of a saved dataset.
 
-    It is cheap to send to another process, which opens the dataset when it first reads from it.
+    Sending it to another process is cheap: that process opens the dataset on its first read.
     """
 
     folder: str
@@ -23,11 +22,11 @@ class Cell(NamedTuple):
     row: int
 
     def read(self) -> bytes:
-        """The bytes of its file, which the dataset holds or knows the path of.
+        """Return the bytes of the picture's file, which the dataset holds or knows the path of.
 
         Raises:
             OSError: if they can't be read.
-            BrokenSample: if there are none.
+            BrokenSample: if the cell is empty.
         """
         cell = _open_pictures(self.folder, self.split, self.column)[self.row][self.column]
         if cell and cell["bytes"] is not None:
@@ -38,7 +37,7 @@ class Cell(NamedTuple):
 
 
 def list_saved(root: Path) -> list[Candidate | Fault]:
-    """The rows of a saved dataset; of several splits, those of "train".
+    """Return the rows of a saved dataset; of several splits, those of "train".
 
     Raises:
         ValueError: if it can't be opened, or has no such split or columns.
@@ -58,7 +57,7 @@ def list_saved(root: Path) -> list[Candidate | Fault]:
 
 @lru_cache(maxsize=8)
 def _open_pictures(folder: str, split: str | None, column: str) -> Any:
-    """A dataset that gives the files of its pictures as they are."""
+    """Open a dataset that returns its pictures without decoding them."""
     from datasets import Image
 
     dataset, _ = _open(folder, split)
@@ -66,7 +65,7 @@ def _open_pictures(folder: str, split: str | None, column: str) -> Any:
 
 
 def _open(folder: str, split: str | None = None) -> tuple[Any, str | None]:
-    """A saved dataset, or the split of several that is trained on, and the name of the split."""
+    """Open a saved dataset; of several splits, the one to train on. Also return its name."""
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError as error:
@@ -83,14 +82,14 @@ def _open(folder: str, split: str | None = None) -> tuple[Any, str | None]:
     split = split or ("train" if len(names) != 1 else names[0])
     if split not in dataset:
         raise ValueError(
-            f"{folder} has the splits {', '.join(names) or '(none)'}, and none is called train. "
-            "Give the folder of one of them."
+            f"{folder} has the splits {', '.join(names) or '(none)'}, none of them called train. "
+            "Give the folder of one split."
         )
     return dataset[split], split
 
 
 def _columns(root: Path, dataset: Any) -> tuple[str, str]:
-    """The columns that hold pictures and captions."""
+    """Return the names of the columns with pictures and captions."""
     from datasets import Image
 
     images = [name for name, kind in dataset.features.items() if isinstance(kind, Image)]
@@ -99,8 +98,8 @@ def _columns(root: Path, dataset: Any) -> tuple[str, str]:
     if image not in images or caption is None:
         columns = ", ".join(f"{name} ({kind})" for name, kind in dataset.features.items())
         raise ValueError(
-            f"{root} has the columns {columns}. Expected one of type Image, or one of several "
-            f"called image, and captions in one called {', '.join(CAPTION_KEYS[:-1])} or "
+            f"{root} has the columns {columns}. Expected one column of type Image, "
+            f"or one called image among several, and captions in {', '.join(CAPTION_KEYS[:-1])} or "
             f"{CAPTION_KEYS[-1]}; see rename_column and cast_column of datasets."
         )
     return image, caption

@@ -1,4 +1,4 @@
-"""The data of one stage of a run: found, sorted into buckets, put in order."""
+"""The data of one stage of a run: found, sorted into buckets, and put in order."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localdit.training.data.buckets import Size, assign_buckets, bucket_sizes
-from localdit.training.data.faults import require_few
+from localdit.training.data.batches import Batch, VisitDataset, load_batches
+from localdit.training.data.buckets import Size, assign_buckets, crop_sizes
 from localdit.training.data.finding import Found
-from localdit.training.data.loading import Batch, VisitDataset, load_batches
-from localdit.training.data.order import Order, Position, Step, Visit, epoch_batches
+from localdit.training.data.order import (
+    Order,
+    Position,
+    Step,
+    Visit,
+    epoch_batches,
+    hold_out,
+)
+from localdit.training.data.samples import require_few
 from localdit.training.stages import Stage
-from localdit.training.validation import hold_out
 
 
 @dataclass
 class StageData:
-    """What a stage trains on.
+    """The data that a stage trains on.
 
     Attributes:
         found: the samples, and the broken ones.
         sizes: of the buckets, in pixels.
-        buckets: (N,) the bucket of each sample, -1 for those that are too small.
-        held_out: indices of the samples that are kept out of training, to measure the loss on.
+        buckets: (N,) the bucket of each sample, -1 for samples that are too small.
+        held_out: indices of the samples that are held out of training, to validate on.
     """
 
     found: Found
@@ -35,7 +41,7 @@ class StageData:
 
     @property
     def digest(self) -> str:
-        """A fingerprint of what a position in the data refers to."""
+        """Fingerprint of the data; a position is valid only for data with the same fingerprint."""
         digest = hashlib.sha256(repr((self.sizes, self.held_out)).encode())
         digest.update(self.buckets.tobytes())
         for sample in self.found.samples:
@@ -43,21 +49,21 @@ class StageData:
         return digest.hexdigest()
 
     def require_few_broken(self, allowed: float) -> None:
-        """Stop where too large a share of the samples is broken; see `require_few`."""
+        """Refuse data in which too large a share of the samples is broken; see `require_few`."""
         require_few(self.found.faults, len(self.found.samples), allowed)
 
     def order(self, stage: Stage, global_batch: int, seed: int) -> Order:
-        """The order in which the samples are visited.
+        """Return the order in which the samples are visited.
 
         Raises:
-            ValueError: if none is left to visit.
+            ValueError: if there is no sample to visit.
         """
         visited = self.buckets.copy()
         visited[self.held_out] = -1
         if not (visited >= 0).any():
             raise ValueError(
-                f"{stage.data_root} holds no picture to train on: {len(visited):,} samples, of "
-                f"which {int((self.buckets < 0).sum()):,} are too small for {stage.image_size} "
+                f"{stage.data_root} holds no picture to train on: of {len(visited):,} samples, "
+                f"{int((self.buckets < 0).sum()):,} are too small for {stage.image_size} "
                 f"pixels and {len(self.held_out):,} are held out. Lower --image-size or "
                 "--validation-samples, or raise --max-upscale."
             )
@@ -68,17 +74,25 @@ def prepare_data(
     found: Found,
     stage: Stage,
     window_size: int,
+    pixels_per_token: int,
     crop: str,
     max_aspect_ratio: float,
     max_upscale: float,
     validation_samples: int,
 ) -> StageData:
-    """Sort what was found into buckets.
+    """Sort the samples into buckets, and hold some of them out.
 
     Encoded samples keep the buckets that they were encoded for.
 
+    Args:
+        found: the samples.
+        stage: the stage that trains on them.
+        window_size: side of the model's windows, in tokens.
+        pixels_per_token: side of a token, in pixels: pixels per latent times the patch size.
+        crop, max_aspect_ratio, max_upscale, validation_samples: the options of these names.
+
     Raises:
-        ValueError: if samples were encoded for another size.
+        ValueError: if samples were encoded for another size or for other tokens.
     """
     shapes = [(sample.height, sample.width) for sample in found.samples]
     if found.encoded is not None:
@@ -89,12 +103,17 @@ def prepare_data(
                 f"{stage.image_size}. Make the two agree."
             )
         sizes = list(found.encoded.manifest.sizes)
+        uneven = [size for size in sizes if any(side % pixels_per_token for side in size)]
+        if uneven:
+            raise ValueError(
+                f"{stage.data_root} was encoded for sizes such as {uneven[0]}, but the model takes "
+                f"multiples of {pixels_per_token} pixels. Encode the data again, with the "
+                "--patch-size of the model."
+            )
         index = {tuple(size): number for number, size in enumerate(sizes)}
         buckets = np.array([index[shape] for shape in shapes], dtype=np.int64)
     else:
-        sizes = [Size(stage.image_size, stage.image_size)]
-        if crop == "buckets":
-            sizes = bucket_sizes(stage.image_size, window_size, max_aspect_ratio)
+        sizes = crop_sizes(crop, stage.image_size, window_size, pixels_per_token, max_aspect_ratio)
         buckets = assign_buckets(shapes, sizes, max_upscale)
     usable = np.flatnonzero(buckets >= 0)
     ids = [found.samples[index].id for index in usable]
@@ -112,7 +131,7 @@ def stage_batches(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[tuple[Step, list[Batch]]]:
-    """The steps after a position, each with this process's batches."""
+    """Yield the steps after a position, each with the batches of this process."""
 
     def visits() -> Iterator[list[Visit]]:
         for step in order.steps(position):
@@ -132,7 +151,7 @@ def held_out_batches(
     batch_size: int,
     num_workers: int,
 ) -> Iterator[Batch]:
-    """This process's share of the samples that are held out; all processes have as many batches."""
+    """Yield the held-out batches of this process; all processes have the same number of them."""
     rows = epoch_batches(
         data.buckets, np.array(data.held_out), num_processes * batch_size, seed=[0]
     )

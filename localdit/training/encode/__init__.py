@@ -1,1 +1,1 @@
-"""Encoding pictures and captions ahead of training: `python -m localdit.training.encode`."""
+"""Encode pictures and captions ahead of training: `python -m localdit.training.encode`."""

@@ -1,19 +1,30 @@
-"""Encoding ahead of training: `python -m localdit.training.encode --help` lists the options.
+"""Encode ahead of training: `python -m localdit.training.encode --help` lists the options.
 
-Latents and text states are written in shards. A shard appears whole or not at all, so that after an
-end of any kind the same command goes on where it was; and it depends on the data, the encoders and
-the options alone, so that any number of processes may share the work.
+Latents and text states are written in shards. A shard appears whole or not at all, so that the same
+command resumes after any kind of end. It depends only on the data, the encoders and the options, so
+that any number of processes may share the work. Heavy imports are inside of functions, so that
+`--help` answers at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localdit.training.encode.options import PROGRAM, parse_args
+from localdit.commands.parsing import Parser
+from localdit.config import Config
+from localdit.training.options import (
+    HelpFormatter,
+    add_data_options,
+    add_encoder_options,
+    check_data_options,
+    require_positive,
+)
 from localdit.training.shutdown import TrainingStopped, run_and_exit
 
 if TYPE_CHECKING:
@@ -21,19 +32,74 @@ if TYPE_CHECKING:
 
     from localdit.training.processes import Agreement
 
+PROGRAM = "python -m localdit.training.encode"
+DESCRIPTION = f"""Encode pictures and captions ahead of training, once for all epochs.
+
+    {PROGRAM} --data-root pictures --image-size 512 --output encoded
+    python train.py --data-root encoded --image-size 512
+
+Run the same command again to resume. With `accelerate launch` or `torchrun`, several processes
+share the work.
+"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the options; an invalid one ends the program with a message."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.num_workers is None:
+        args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
+    try:
+        check_data_options(vars(args))
+        require_positive(
+            vars(args), ("window_size", "patch_size", "samples_per_shard", "batch_size")
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def make_parser() -> Parser:
+    """Make the parser of all options, in groups."""
+    parser = Parser(prog=PROGRAM, description=DESCRIPTION, formatter_class=HelpFormatter)
+    defaults = Config()
+    add_data_options(parser.add_argument_group("data"), defaults)
+    add_encoder_options(parser.add_argument_group("encoders"), defaults)
+    _add_encoding_options(parser.add_argument_group("encoding"), defaults)
+    return parser
+
+
+def _add_encoding_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
+    add = group.add_argument
+    add("--output", type=Path, required=True,
+        help="folder to write to: new, empty, or begun by the same command")  # fmt: skip
+    add("--window-size", type=int, default=defaults.window_size,
+        help="side of the model's windows in tokens; buckets have whole windows if "
+        "possible")  # fmt: skip
+    add("--patch-size", type=int, default=2,
+        help="side of the model's tokens in latents; the sides of pictures are whole "
+        "tokens")  # fmt: skip
+    add("--samples-per-shard", type=int, default=1000, help="samples per tar")
+    add("--batch-size", type=int, default=8,
+        help="pictures per process and batch on a GPU; a CPU always takes 2, which is "
+        "fastest")  # fmt: skip
+    add("--mixed-precision", choices=["no", "bf16"], default="no",
+        help="precision in which pictures are encoded")  # fmt: skip
+    add("--dry-run", action="store_true",
+        help="report what would be encoded and the disk space it needs, and stop")  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Encode: look at the data, say what disk it takes, write the shards that are not there.
+    """Encode: examine the data, report the disk space it needs, write the missing shards.
 
     Returns:
-        The exit code: 0, or 1 if something was missing or wrong, which is told in a line.
+        The exit code: 0, or 1 after a message if something was missing or wrong.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
 
     from localdit.progress import hide_loading_bars
-    from localdit.training.encode.folder import check_folder, open_folder
-    from localdit.training.encode.job import encode, prepare, report
+    from localdit.training.encode.job import check_folder, encode, open_folder, prepare, report
     from localdit.training.processes import Agreement
 
     hide_loading_bars()
@@ -68,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start_processes() -> Accelerator:
-    """Join the processes that `accelerate launch` or `torchrun` started, if one did.
+    """Join the processes that `accelerate launch` or `torchrun` started, if any.
 
-    They wait for one another as long as a day: the last shard of one may take a while.
+    They wait for each other for up to a day: the last shard of one may take a while.
     """
     from datetime import timedelta
 
@@ -80,14 +146,14 @@ def _start_processes() -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         sys.exit(
-            f"{PROGRAM}: error: {started} processes were started, but they don't know of one "
-            "another. On CPUs, set ACCELERATE_USE_CPU=true."
+            f"{PROGRAM}: error: {started} processes were started, but they are not connected. "
+            "On CPUs, set ACCELERATE_USE_CPU=true."
         )
     return accelerator
 
 
 def _require_same(agreement: Agreement, digest: str) -> None:
-    """Make sure that all processes mean the same set."""
+    """Check that all processes have the same set."""
     if len(set(agreement.gathered([digest]))) > 1:
         raise TrainingStopped(
             "The processes see different data or encoders. Give all of them the same files."

@@ -1,43 +1,65 @@
-"""One job of encoding: the data, the encoders, the manifest of what they make, and the work."""
+"""One job of encoding: the data, the encoders, the manifest, the output folder, and the work."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from tqdm import tqdm
 
-from localdit.core.parts import Encoders, load_encoders
+from localdit.core.latents import LatentFormat
+from localdit.core.parts import (
+    Encoders,
+    load_encoders,
+    locate_encoder,
+    vae_config,
+)
+from localdit.files import whole_file
+from localdit.images import prepare_output_folder
 from localdit.progress import hidden
-from localdit.training.data.encoded import open_encoded, tar_path, unwritten_shards
-from localdit.training.data.faults import Faults, require_few
+from localdit.training.data.encoded import (
+    EMPTY_CAPTION,
+    MANIFEST,
+    Manifest,
+    latent_statistics,
+    open_encoded,
+    read_manifest,
+    require_latent_statistics,
+    tar_path,
+    unwritten_shards,
+)
 from localdit.training.data.finding import find_samples
-from localdit.training.data.manifest import Manifest
-from localdit.training.encode.folder import free_bytes
+from localdit.training.data.samples import Faults, require_few
 from localdit.training.encode.plan import DiskNeed, Plan, disk_need, make_plan
 from localdit.training.encode.shards import ShardEncoder, read_pictures
-from localdit.training.encoding import CaptionEncoder
 from localdit.training.initialization import encoder_sources
+from localdit.training.options import check_image_size
+
+UNFINISHED = ".*.tmp"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a command encodes, and with what.
+    """The samples that a command encodes, and the encoders.
 
     Attributes:
         plan: the samples.
-        faults: the broken ones among what was found.
-        manifest: of the set that will be.
-        need: the disk that it will take.
+        faults: the broken samples that were found.
+        manifest: of the set to write.
+        need: the disk space it needs.
         encoders: on the device.
-        captions: the text encoder, as it is used.
     """
 
     plan: Plan
@@ -45,90 +67,91 @@ class Job:
     manifest: Manifest
     need: DiskNeed
     encoders: Encoders
-    captions: CaptionEncoder
 
     def empty_text(self) -> torch.Tensor:
-        """Text states of the empty caption, (tokens, text width) bfloat16."""
-        states, mask = self.captions([""])
-        return states[mask.bool()].to("cpu", torch.bfloat16)
+        """Return the text states of the empty caption, (tokens, text width) bfloat16."""
+        length = self.manifest.max_caption_length
+        return self.encoders.text.encode_unpadded([""], length)[""]
 
     def bytes_of(self, shards: Sequence[int]) -> int:
-        """What some shards will take on the disk; a little more, never less."""
+        """Return the disk space that shards need, slightly overestimated."""
         samples = sum(self.need.total[self.plan.shard(shard)].sum() for shard in shards)
         return math.ceil(samples) + len(shards) * tarfile.RECORDSIZE  # tars end in whole records
 
     def describe(self, folder: Path) -> str:
-        """What is to be encoded into a folder, and the disk it takes."""
+        """Describe the samples to encode into a folder, and the disk space they need."""
         counts = Counter(self.plan.buckets.tolist())
         lines = [f"{len(self.plan.samples):,} samples to encode:"]
         lines += [
             f"  {count:,} of {self.plan.sizes[bucket]} pixels" for bucket, count in counts.items()
         ]
         if self.plan.too_small:
-            lines.append(f"{self.plan.too_small:,} more are too small and left out (--max-upscale)")
+            lines.append(
+                f"Left out because they are too small (--max-upscale): {self.plan.too_small:,}"
+            )
         if self.faults.total:
-            lines.append(f"{self.faults.total:,} more are broken and left out:\n{self.faults}")
+            lines.append(f"Left out because they are broken: {self.faults.total:,}\n{self.faults}")
         need, total = self.need, self.bytes_of(range(self.plan.num_shards))
         shards = unwritten_shards(folder, self.manifest)
         lines += [
             f"Disk: {human_size(total)}: latents {human_size(need.latents.sum())}, text "
-            f"{human_size(need.text.sum())} ({need.tokens_per_caption:.1f} tokens to a caption)",
+            f"{human_size(need.text.sum())} ({need.tokens_per_caption:.1f} tokens per caption)",
             f"Shards: {self.plan.num_shards:,}, of which {len(shards):,} are to be written: "
             f"{human_size(self.bytes_of(shards))}; {human_size(free_bytes(folder))} are free",
         ]
         return "\n".join(lines)
 
     def require_space(self, folder: Path) -> None:
-        """Stop where the disk is too small for what is still to be written.
+        """Check that the remaining shards fit on the disk.
 
         Raises:
-            ValueError: if it is.
+            ValueError: if they do not.
         """
         needed = self.bytes_of(unwritten_shards(folder, self.manifest))
         free = free_bytes(folder)
         if needed > free:
             raise ValueError(
-                f"Encoding takes {human_size(needed)} more, but where --output {folder} is, "
-                f"{human_size(free)} are free. Make room, or choose another place, fewer samples, "
+                f"Encoding needs {human_size(needed)} more, but on the disk of --output {folder} "
+                f"{human_size(free)} are free. Make room, or choose another disk, fewer samples, "
                 "a smaller --image-size or --max-caption-length."
             )
 
 
 def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet: bool) -> Job:
-    """Find the samples, load the encoders, and say what comes of them.
+    """Find the samples, load the encoders, and plan the work.
 
     Args:
         args: the options.
-        command: the whole command, to be told to who finds the work unfinished.
-        device: where the encoders are to be.
-        quiet: whether to show no progress.
+        command: the whole command, which the manifest names for resuming.
+        device: of the encoders.
+        quiet: whether to hide the progress.
 
     Raises:
-        OSError: if data or encoders are not there.
-        ValueError: if there is nothing to encode, or too much of it is broken.
+        OSError: if data or encoders are missing.
+        ValueError: if there is nothing to encode, too many samples are broken, or `--image-size`
+            is not a multiple of a token.
     """
+    sources = encoder_sources(args)
+    latents = LatentFormat.from_config(vae_config(locate_encoder("vae", sources["vae"])))
+    pixels_per_token = latents.pixels_per_latent * args.patch_size
+    check_image_size(args.image_size, pixels_per_token)
     found = find_samples(args.data_root, args.data_format, progress=not quiet)
     if found.encoded is not None:
-        raise ValueError(f"--data-root {args.data_root} is encoded already: give the pictures.")
+        raise ValueError(f"--data-root {args.data_root} is already encoded: give the pictures.")
     require_few(found.faults, len(found.samples), args.max_broken)
-    plan = make_plan(found.samples, args)
+    plan = make_plan(found.samples, args, pixels_per_token)
 
-    sources = encoder_sources(args)
     encoders = load_encoders(sources, torch.bfloat16 if device.type == "cuda" else torch.float32)
     manifest = _manifest(args, command, plan, sources, encoders)
     encoders.to(device)
-    captions = CaptionEncoder(encoders.tokenizer, encoders.text_encoder, args.max_caption_length)
-    need = disk_need(
-        plan, captions, manifest.latent_channels, manifest.vae_scale, manifest.text_width
-    )
-    return Job(plan, found.faults, manifest, need, encoders, captions)
+    return Job(plan, found.faults, manifest, disk_need(plan, encoders.text, manifest), encoders)
 
 
 def _manifest(
     args: argparse.Namespace, command: str, plan: Plan, sources: dict[str, str], encoders: Encoders
 ) -> Manifest:
-    """Of what and how a set is encoded."""
-    vae = encoders.vae.config
+    """Return the manifest of the set to write."""
+    latents = encoders.latents.format
     return Manifest(
         image_size=args.image_size,
         window_size=args.window_size,
@@ -138,9 +161,9 @@ def _manifest(
         sizes=tuple(plan.sizes),
         max_caption_length=args.max_caption_length,
         mixed_precision=args.mixed_precision,
-        latent_channels=vae.latent_channels,
-        vae_scale=encoders.latents.format.pixels_per_latent,
-        scaling_factor=vae.scaling_factor,
+        latent_channels=latents.channels,
+        vae_scale=latents.pixels_per_latent,
+        scaling_factor=latents.scaling_factor,
         text_width=encoders.text.width,
         fingerprints=encoders.fingerprints(),
         samples=len(plan.samples),
@@ -150,25 +173,100 @@ def _manifest(
         sources=sources,
         command=command,
         too_small=plan.too_small,
+        **latent_statistics(encoders.vae.config),
     )
 
 
+def check_folder(folder: Path, manifest: Manifest) -> None:
+    """Check that a folder may take the shards of a set.
+
+    Raises:
+        ValueError: if it has other files, or a set with other settings.
+    """
+    if (folder / MANIFEST).is_file():
+        existing = read_manifest(folder)
+        if existing.fingerprints.get("vae") == manifest.fingerprints["vae"]:
+            require_latent_statistics(folder, existing, asdict(manifest))
+        if differences := existing.differences(manifest):
+            raise ValueError(
+                f"--output {folder} has data that was encoded with other settings; now there is "
+                f"{'; '.join(differences)}. Choose another folder, or the same settings."
+            )
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is not a folder.")
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(
+            f"--output {folder} is not empty and has no encoded data. Choose another folder, or "
+            "empty it."
+        )
+
+
+def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> list[int]:
+    """Make a folder ready for its shards, and return the numbers of those to be written.
+
+    Raises:
+        OSError: if it can't be written to.
+        ValueError: if another command is writing to it.
+    """
+    prepare_output_folder(folder)
+    lock_folder(folder)
+    for path in folder.glob(UNFINISHED):
+        path.unlink()
+    if not (folder / MANIFEST).is_file():
+        with whole_file(folder / MANIFEST) as file:
+            file.write((json.dumps(manifest.to_json(), indent=2) + "\n").encode())
+    if not (folder / EMPTY_CAPTION).is_file():
+        with whole_file(folder / EMPTY_CAPTION) as file:
+            file.write(save({"text": empty_text}))
+    return unwritten_shards(folder, manifest)
+
+
+def lock_folder(folder: Path) -> None:
+    """Lock the folder against other commands until this process ends.
+
+    Raises:
+        ValueError: if another command has locked it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    # It stays open, because closing it unlocks.
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"Another command is encoding into {folder}. To share the work between processes, "
+            "start them together with accelerate launch or torchrun."
+        ) from None
+    except OSError:  # some network file systems have no locks
+        os.close(descriptor)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free space for a folder, existing or not; its unfinished files count as free."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    unfinished = sum(path.stat().st_size for path in folder.glob(UNFINISHED))
+    return shutil.disk_usage(existing).free + unfinished
+
+
 def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: bool) -> None:
-    """Write shards, one after the other; each one is safe once it is done.
+    """Write shards, one after the other; each is safe once it is written.
 
     Args:
         args: the options.
-        job: what is encoded.
-        shards: this process's.
-        quiet: whether to show no progress.
+        job: the samples and encoders.
+        shards: the numbers of this process's shards.
+        quiet: whether to hide the progress.
 
     Raises:
         OSError: if they can't be written.
         ValueError: if too many samples turn out to be broken.
     """
-    plan, vae = job.plan, job.encoders.vae
-    # On a CPU the activations of a few pictures fit its caches; those of many do not.
-    batch_size = 2 if vae.device.type == "cpu" else args.batch_size
+    plan = job.plan
+    # The activations of few pictures fit the caches of a CPU; those of many do not.
+    batch_size = 2 if job.encoders.vae.device.type == "cpu" else args.batch_size
     pictures = read_pictures(plan, shards, batch_size, args.num_workers)
     total, broken = sum(len(plan.shard(shard)) for shard in shards), 0
     faults = deepcopy(job.faults)
@@ -177,8 +275,8 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
             args.output,
             plan,
             job.manifest.digest(),
-            vae,
-            job.captions,
+            job.encoders,
+            args.max_caption_length,
             batch_size,
             bf16=args.mixed_precision == "bf16",
             progress=progress.update,
@@ -191,25 +289,25 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
 
 
 def report(args: argparse.Namespace, job: Job) -> str:
-    """What there is, once all shards are written.
+    """Open the finished set and describe it.
 
     Raises:
-        ValueError: if it can't be read back, or too many samples were broken.
+        ValueError: if it can't be opened, or too many samples were broken.
     """
-    found = open_encoded(args.output)
+    samples, faults, _ = open_encoded(args.output)
     tars = [tar_path(args.output, shard) for shard in range(job.plan.num_shards)]
     size = human_size(sum(path.stat().st_size for path in tars))
-    lines = [f"{len(found.samples):,} samples are encoded in {args.output}, {size}."]
-    if found.faults.total:
-        lines.append(f"{found.faults.total:,} more are broken and left out:\n{found.faults}")
-        require_few(found.faults, len(found.samples), args.max_broken)
+    lines = [f"{len(samples):,} samples are encoded in {args.output}, {size}."]
+    if faults.total:
+        lines.append(f"Left out because they are broken: {faults.total:,}\n{faults}")
+        require_few(faults, len(samples), args.max_broken)
     size = f"--image-size {args.image_size}"
     lines.append(f"Train with: python train.py --data-root {args.output} {size}")
     return "\n".join(lines)
 
 
 def human_size(size: float) -> str:
-    """Bytes in the unit that suits: `1.2 GB`."""
+    """Format a number of bytes with a suitable unit: `1.2 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"

@@ -1,43 +1,40 @@
-"""Encoding shards: pictures and captions in, a tar and its index out, whole or not at all."""
+"""Encode shards: from pictures and captions to a tar and its index, whole or not at all."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
-from localdit.core.latents import LatentSpace
-from localdit.training.checkpointing import flush_entry
-from localdit.training.data.encoded import index_path, tar_path
-from localdit.training.data.faults import BrokenSample, Fault
-from localdit.training.data.manifest import FORMAT
+from localdit.core.parts import Encoders
+from localdit.files import whole_file
+from localdit.training.data.encoded import FORMAT, index_path, tar_path
 from localdit.training.data.pictures import read_picture
-from localdit.training.encode.plan import BLOCK, Plan
-from localdit.training.encoding import CaptionEncoder, encode_captions
+from localdit.training.data.samples import BrokenSample, Fault
+from localdit.training.data.tars import BLOCK
+from localdit.training.encode.plan import Plan
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    pass
 
 
 class PictureBatch(NamedTuple):
     """Pictures of one size, and those of the batch that turned out to be broken.
 
     Attributes:
-        indices: of the pictures that are there.
-        pixels: (B, 3, H, W) uint8; None if none is.
-        faults: the others.
+        indices: of the healthy pictures.
+        pixels: (B, 3, H, W) uint8; None if all are broken.
+        faults: the broken pictures.
     """
 
     indices: list[int]
@@ -61,7 +58,7 @@ class PlannedPictures(Dataset[tuple[int, torch.Tensor | Fault]]):
 
 def read_pictures(plan: Plan, shards: Sequence[int], batch_size: int,
                   num_workers: int) -> Iterator[PictureBatch]:  # fmt: skip
-    """The pictures of some shards, in order: as many batches as `Plan.batches` makes."""
+    """Yield the pictures of shards, in order, in the batches of `Plan.batches`."""
     loader = DataLoader(
         PlannedPictures(plan),
         batch_sampler=[
@@ -90,36 +87,37 @@ class ShardEncoder:
     """Writes shards.
 
     Attributes:
-        folder: where to.
-        plan: what is to be encoded.
-        digest: of the set's manifest.
-        vae, captions: the encoders.
+        folder: of the set.
+        plan: the samples.
+        digest: of the manifest.
+        encoders: of pictures and captions.
+        max_caption_length: text tokens that a caption is cut at.
+        batch_size: pictures per batch.
         bf16: whether pictures are encoded in bfloat16.
-        batch_size: pictures at a time.
-        progress: called with the number of samples done, again and again.
+        progress: called after each batch with its number of samples.
     """
 
     folder: Path
     plan: Plan
     digest: str
-    vae: AutoencoderKL
-    captions: CaptionEncoder
+    encoders: Encoders
+    max_caption_length: int
     batch_size: int
     bf16: bool = False
     progress: Callable[[int], Any] = field(default=lambda samples: None)
 
     def write(self, shard: int, pictures: Iterator[PictureBatch]) -> list[Fault]:
-        """Write the tar of a shard, then its index, which says that the tar is complete.
+        """Write the tar of a shard, then its index, which marks the tar as complete.
 
         Args:
             shard: its number.
-            pictures: where the next batches are those of the shard.
+            pictures: an iterator whose next batches are those of the shard.
 
         Returns:
             The samples that turned out to be broken.
 
         Raises:
-            OSError: if they can't be written; then nothing is left of what was not complete.
+            OSError: if they can't be written; then no incomplete file is left.
         """
         entries, faults = [], []
         with whole_file(tar_path(self.folder, shard)) as file:
@@ -138,39 +136,40 @@ class ShardEncoder:
     def _encode_pictures(
         self, chunk: range, pictures: Iterator[PictureBatch]
     ) -> tuple[dict[int, torch.Tensor], list[Fault]]:
-        """The latents (C, h, w) float16 of a chunk's healthy pictures by index, and the others."""
+        """Return the latents (C, h, w) float16 of healthy pictures by index, and the faults."""
         latents: dict[int, torch.Tensor] = {}
         faults: list[Fault] = []
         for planned in self.plan.batches(chunk, self.batch_size):
             indices, pixels, broken = next(pictures)
             faults += broken
             if pixels is not None:
-                encoded = LatentSpace(self.vae).encode_pixels(pixels, self.bf16)
+                encoded = self.encoders.latents.encode_pixels(pixels, self.bf16)
                 encoded = encoded.to("cpu", torch.float16)
                 latents |= dict(zip(indices, encoded, strict=True))
             self.progress(len(planned))
         for index in [index for index, values in latents.items() if not values.isfinite().all()]:
             del latents[index]
-            detail = "its latents are not finite: is the VAE made for --mixed-precision bf16?"
+            detail = "its latents are not finite: does the VAE support --mixed-precision bf16?"
             faults.append(Fault("damaged", self.plan.samples[index].id, detail))
         return latents, faults
 
     def _write_chunk(self, tar: tarfile.TarFile, latents: dict[int, torch.Tensor]) -> list[dict]:
-        """Encode the captions that belong to latents, write both; the entries of the index."""
+        """Encode the captions that belong to latents, write both, and return the index entries."""
         samples = {index: self.plan.samples[index] for index in latents}
-        text = encode_captions(
-            self.captions, [caption for sample in samples.values() for caption in sample.captions]
+        text = self.encoders.text.encode_unpadded(
+            [caption for sample in samples.values() for caption in sample.captions],
+            self.max_caption_length,
         )
         entries = []
         for index, sample in samples.items():
             tensors = {"latents": latents[index].clone(memory_format=torch.contiguous_format)}
             for number, caption in enumerate(sample.captions):
-                # A caption that comes twice would be one tensor under two names.
+                # Safetensors refuses one tensor under two names, as repeated captions would be.
                 tensors[f"text_{number}"] = text[caption].clone()
             size = self.plan.size(index)
             described = {"id": sample.id, "captions": sample.captions, **size._asdict()}
             original = {"original_height": sample.height, "original_width": sample.width}
-            key = f"{index:09d}"  # no dots: WebDataset takes what follows the first for the type
+            key = f"{index:09d}"  # no dots: for WebDataset the suffix begins at the first
             data = save(tensors)
             place = {"offset": add_member(tar, f"{key}.safetensors", data), "size": len(data)}
             add_member(tar, f"{key}.json", json.dumps(described | original).encode())
@@ -179,31 +178,12 @@ class ShardEncoder:
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a file to a tar, with neither date nor owner, so that the same data give the same tar.
+    """Append a file without date or owner to a tar, so that equal data make equal tars.
 
     Returns:
-        Where its bytes begin.
+        The position of its first byte.
     """
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
     return tar.offset - math.ceil(len(data) / BLOCK) * BLOCK
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears at `path` once all of it is on the disk, or not at all.
-
-    Raises:
-        OSError: if it can't be written; then nothing is left of it.
-    """
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        flush_entry(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from localdit.training.data.buckets import Size
-from localdit.training.data.candidates import Candidate, _examine
 from localdit.training.data.captions import CaptionFile
-from localdit.training.data.faults import BrokenSample
-from localdit.training.data.finding import find_samples
+from localdit.training.data.finding import _examine, find_samples
 from localdit.training.data.folders import list_files, list_pictures
 from localdit.training.data.pictures import read_picture
+from localdit.training.data.samples import BrokenSample, Candidate
 from localdit.training.data.tars import list_tars
 from tests.training.data.drawn import (
     animation,

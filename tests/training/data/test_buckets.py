@@ -7,15 +7,17 @@ from hypothesis import strategies as st
 
 from localdit.training.data.buckets import Size, assign_buckets, bucket_sizes
 
-image_sizes = st.integers(2, 80).map(lambda tokens: tokens * 16)
+token_counts = st.integers(2, 80)
+token_sides = st.sampled_from([8, 16, 32, 64])
 windows = st.sampled_from([1, 2, 4, 8, 16])
 aspects = st.floats(1, 4)
 
 
-@given(image_sizes, windows, aspects)
-def test_sizes(image_size, window, aspect):
-    sizes = bucket_sizes(image_size, window, aspect)
-    side = 16 * window if image_size % (16 * window) == 0 else 16
+@given(token_counts, windows, token_sides, aspects)
+def test_sizes(tokens, window, pixels, aspect):
+    image_size = tokens * pixels
+    sizes = bucket_sizes(image_size, window, pixels, aspect)
+    side = pixels * window if tokens % window == 0 else pixels
     assert Size(image_size, image_size) in sizes
     assert len({*sizes}) == len(sizes)
     for height, width in sizes:
@@ -30,22 +32,23 @@ def test_sizes(image_size, window, aspect):
 
 
 def test_sizes_of_the_released_resolutions():
-    assert bucket_sizes(512, 8) == [(640, 384), (512, 512), (384, 640)]
-    assert bucket_sizes(512, 8, max_aspect_ratio=1.0) == [(512, 512)]
-    assert len(bucket_sizes(1024, 8)) > 3
+    assert bucket_sizes(512, 8, 16) == [(640, 384), (512, 512), (384, 640)]
+    assert bucket_sizes(512, 8, 16, max_aspect_ratio=1.0) == [(512, 512)]
+    assert len(bucket_sizes(1024, 8, 16)) > 3
     assert str(Size(384, 640)) == "384 x 640"
 
 
 @given(
     st.lists(st.tuples(st.integers(16, 4000), st.integers(16, 4000)), max_size=8),
-    image_sizes,
+    token_counts,
     windows,
+    token_sides,
     st.floats(0.5, 4),
 )
 def test_a_picture_goes_to_the_nearest_aspect_ratio_unless_it_is_too_small(
-    shapes, image_size, window, max_upscale
+    shapes, tokens, window, pixels, max_upscale
 ):
-    sizes = bucket_sizes(image_size, window)
+    sizes = bucket_sizes(tokens * pixels, window, pixels)
     buckets = assign_buckets(shapes, sizes, max_upscale)
     assert buckets.shape == (len(shapes),)
     assert buckets.dtype == np.int64

@@ -6,8 +6,7 @@ import pytest
 
 from localdit.core.text import MAX_PROMPT_CHARACTERS
 from localdit.training.data.captions import MAX_FILE_BYTES, CaptionFile, read_captions
-from localdit.training.data.faults import BrokenSample
-from localdit.training.data.samples import Blob
+from localdit.training.data.samples import Blob, BrokenSample
 
 
 def caption_file(tmp_path, suffix, content):

@@ -6,23 +6,26 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from localdit.core.parts import Encoders
+from localdit.core.text import TextSpace
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import (
+    NOTES,
+    Manifest,
     Member,
     index_path,
     open_encoded,
     read_encoded,
     read_manifest,
+    require_latent_statistics,
     tar_path,
     unwritten_shards,
 )
-from localdit.training.data.faults import BrokenSample
-from localdit.training.data.manifest import NOTES
-from localdit.training.data.samples import Blob, Sample
-from localdit.training.encode.folder import open_folder
+from localdit.training.data.finding import find_samples
+from localdit.training.data.samples import Blob, BrokenSample, Sample
+from localdit.training.encode.job import open_folder
 from localdit.training.encode.plan import Plan
 from localdit.training.encode.shards import ShardEncoder, read_pictures
-from localdit.training.encoding import CaptionEncoder
 from tests.tiny import TEXT_WIDTH, tiny_components
 from tests.training.manifests import some_manifest
 
@@ -45,11 +48,11 @@ def folder(parts, tmp_path):
         samples.append(Sample(f"{colour}.png", Blob(str(path)), captions, 70, 40))
     (tmp_path / "green.png").write_bytes(b"")
     plan = Plan(samples, torch.tensor([0, 0, 0, 1]).numpy(), SIZES, samples_per_shard=2)
-    encode = CaptionEncoder(parts["tokenizer"], parts["text_encoder"], max_length=120)
+    encoders = Encoders(parts["tokenizer"], parts["text_encoder"], parts["vae"])
     manifest = some_manifest(sizes=tuple(SIZES), samples=4, shards=2, samples_per_shard=2)
     folder = tmp_path / "encoded"
     shards = open_folder(folder, manifest, torch.ones(1, TEXT_WIDTH, dtype=torch.bfloat16))
-    encoder = ShardEncoder(folder, plan, manifest.digest(), parts["vae"], encode, batch_size=2)
+    encoder = ShardEncoder(folder, plan, manifest.digest(), encoders, 120, batch_size=2)
     pictures = read_pictures(plan, shards, batch_size=2, num_workers=0)
     for shard in shards:
         encoder.write(shard, pictures)
@@ -57,7 +60,7 @@ def folder(parts, tmp_path):
 
 
 def test_what_was_encoded_is_found(folder):
-    found = open_encoded(folder)
+    found = find_samples(folder)
     assert found.format == "encoded"
     assert [sample.id for sample in found.samples] == ["red.png", "blue.png", "white.png"]
     assert [(s.height, s.width) for s in found.samples] == [(64, 32), (64, 32), (32, 64)]
@@ -70,20 +73,21 @@ def test_what_was_encoded_is_found(folder):
 
 
 def test_a_sample_is_read_with_any_of_its_captions(folder, parts):
-    encode = CaptionEncoder(parts["tokenizer"], parts["text_encoder"], max_length=120)
-    sample = open_encoded(folder).samples[2]
+    text_space = TextSpace(parts["tokenizer"], parts["text_encoder"])
+    sample = find_samples(folder).samples[2]
     for number, caption in enumerate(sample.captions):
         latents, text = read_encoded(sample, number)
         assert latents.shape == (4, 4, 8)
         assert latents.dtype == torch.float32
         assert text.dtype == torch.bfloat16
-        torch.testing.assert_close(text.float(), encode([caption])[0][0], rtol=1e-2, atol=1e-2)
+        expected = text_space.encode_batch([caption], 120)[0][0]
+        torch.testing.assert_close(text.float(), expected, rtol=1e-2, atol=1e-2)
     assert read_encoded(sample, None)[1] is None
 
 
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.9])
 def test_a_single_flipped_bit_is_noticed(folder, place):
-    sample = open_encoded(folder).samples[0]
+    sample = find_samples(folder).samples[0]
     tar = tar_path(folder, 0)
     data = bytearray(tar.read_bytes())
     data[sample.image.offset + int(place * sample.image.size)] ^= 4
@@ -94,7 +98,7 @@ def test_a_single_flipped_bit_is_noticed(folder, place):
 
 
 def test_a_tar_that_is_gone_is_noticed(folder):
-    sample = open_encoded(folder).samples[0]
+    sample = find_samples(folder).samples[0]
     tar_path(folder, 0).unlink()
     with pytest.raises(BrokenSample) as broken:
         read_encoded(sample, 0)
@@ -121,12 +125,12 @@ def test_what_is_no_encoded_sample_is_damaged(tmp_path, data):
 def test_an_unfinished_set_says_how_to_go_on(folder):
     index_path(folder, 1).unlink()
     assert unwritten_shards(folder, read_manifest(folder)) == [1]
-    with pytest.raises(ValueError, match="1 of 2 shards .* Go on with: python -m the command"):
+    with pytest.raises(ValueError, match="1 of 2 shards .* Resume with: python -m the command"):
         open_encoded(folder)
 
 
 def test_other_folders_and_versions_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no encoded\.json"):
+    with pytest.raises(ValueError, match=r"it has no encoded\.json"):
         open_encoded(tmp_path)
     manifest = json.loads((folder / "encoded.json").read_text())
     (folder / "encoded.json").write_text(json.dumps(manifest | {"format": 7}))
@@ -176,3 +180,42 @@ def test_manifests_differ_in_all_but_their_notes():
             assert manifest.digest() != other.digest()
     other = some_manifest(fingerprints=manifest.fingerprints | {"vae": "another"})
     assert manifest.differences(other) == ["another vae"]
+
+
+# Of `some_manifest()`, as the version without latent statistics computed it.
+EARLIER_DIGEST = "5e17ecded0025d8bbdee8889c40c4b06b27d58b27be705ecdae4c30dc4c0f61a"
+
+
+def test_a_manifest_without_latent_statistics_is_that_of_earlier_versions(tmp_path):
+    manifest = some_manifest()
+    assert manifest.digest() == EARLIER_DIGEST
+    assert not {"shift_factor", "latents_mean", "latents_std"} & {*manifest.to_json()}
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+STATISTICS = {"shift_factor": 0.5, "latents_mean": (0.1, -0.2), "latents_std": (1.5, 2.0)}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_latent_statistics_are_recorded_and_compared(tmp_path, name):
+    manifest, changed = some_manifest(), some_manifest(**{name: STATISTICS[name]})
+    assert Manifest.from_json(json.loads(json.dumps(changed.to_json()))) == changed
+    assert changed.digest() != manifest.digest()
+    assert manifest.differences(changed)[0].startswith(f"{name} ")
+    assert changed.differences(manifest)[0].endswith("None instead of " + (
+        "0.5" if name == "shift_factor" else str(list(STATISTICS[name]))
+    ))  # fmt: skip
+
+
+def test_a_set_that_ignored_the_statistics_of_its_vae_is_refused(tmp_path):
+    old, new = some_manifest(), some_manifest(**STATISTICS)
+    require_latent_statistics(tmp_path, old, {})
+    require_latent_statistics(tmp_path, old, dict.fromkeys(STATISTICS) | {"shift_factor": 0.0})
+    as_json = STATISTICS | {"latents_mean": [0.1, -0.2]}
+    require_latent_statistics(tmp_path, new, as_json)
+    with pytest.raises(
+        ValueError, match=r"shift_factor None, .* shift_factor 0\.5.*encode the data"
+    ):
+        require_latent_statistics(tmp_path, old, as_json)
+    with pytest.raises(ValueError, match="latents_mean .*into a new folder"):
+        require_latent_statistics(tmp_path, some_manifest(shift_factor=0.5), as_json)

@@ -1,12 +1,19 @@
 """Formats that are recognised, formats that are not, and what is said then."""
 
 import json
+import sys
+import warnings
 
 import pytest
+import torch
 
-from localdit.training.data.finding import FORMATS, Found, find_samples
-from localdit.training.data.samples import Blob
-from tests.training.data.drawn import picture_bytes, tar_bytes, write_files
+from localdit.training.data import finding
+from localdit.training.data.captions import CaptionFile
+from localdit.training.data.encoded import EncodedSet
+from localdit.training.data.finding import CHUNK, FORMATS, MANY, Found, examine, find_samples
+from localdit.training.data.samples import Blob, Candidate, Fault, Faults, Sample
+from tests.training.data.drawn import picture_bytes, png_claiming, tar_bytes, write_files
+from tests.training.manifests import some_manifest
 
 PICTURE = picture_bytes(height=20, width=30)
 BESIDE = {"a.jpg": PICTURE, "a.txt": "of a"}
@@ -59,15 +66,13 @@ def test_a_saved_dataset(tmp_path):
 
 
 def test_encoded_data_is_opened_by_its_own_reader(tmp_path, monkeypatch):
-    from localdit.training.data import encoded
-
     write_files(tmp_path, {"encoded.json": "{}", **TARS})
-    opened = Found("encoded", [])
+    opened = [], Faults(), EncodedSet(tmp_path, some_manifest(), torch.zeros(1, 4))
     monkeypatch.setattr(
-        encoded, "open_encoded", lambda folder: opened if folder == tmp_path else None
+        finding, "open_encoded", lambda folder: opened if folder == tmp_path else None
     )
-    assert find_samples(tmp_path) is opened
-    assert find_samples(str(tmp_path), "encoded") is opened
+    assert find_samples(tmp_path) == Found("encoded", *opened)
+    assert find_samples(str(tmp_path), "encoded") == Found("encoded", *opened)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_where_nothing_fits_it_says_what_was_looked_for_and_what_is_there(tmp_pa
     assert all(meaning in str(raised.value) for meaning in FORMATS.values())
     assert "Found 4 files: 2 with .mp4, 1 with no suffix, 1 with .parquet." in str(raised.value)
     assert "save_to_disk" in str(raised.value)
-    with pytest.raises(ValueError, match=r"nothing of the format webdataset .*2 with \.mp4"):
+    with pytest.raises(ValueError, match=r"no data of the format webdataset .*2 with \.mp4"):
         find_samples(tmp_path, "webdataset")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="Found 0 files"):
@@ -115,7 +120,7 @@ def test_what_is_not_there_or_no_data(tmp_path):
     for data_format in ("auto", "folder"):
         with pytest.raises(FileNotFoundError, match="nowhere"):
             find_samples(tmp_path / "nowhere", data_format)
-    with pytest.raises(ValueError, match=r"a\.jpg, which is no \.tar"):
+    with pytest.raises(ValueError, match=r"a\.jpg, which is not a \.tar"):
         find_samples(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="expected auto or one of folder, metadata"):
         find_samples(tmp_path, "tars")
@@ -133,3 +138,54 @@ def test_what_is_not_there_or_no_data(tmp_path):
 def test_commands_and_addresses_are_refused(root):
     with pytest.raises(ValueError, match="commands and addresses are not read"):
         find_samples(root)
+
+
+def test_order_is_kept_and_faults_are_counted(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(picture_bytes(height=20, width=30))
+    picture, gone = Blob(str(path)), Blob(str(tmp_path / "gone"))
+    listing = []
+    for number in range(3 * CHUNK):
+        listing += [
+            Candidate(f"{number}", picture, f"caption {number}"),
+            Candidate(f"{number} missing", gone, "a"),
+            Candidate(f"{number} silent", picture, ""),
+            Candidate(f"{number} unreadable", picture, CaptionFile("txt", gone)),
+            Fault("duplicate", f"{number} again"),
+        ]
+    samples, faults = examine(listing)
+    assert samples == [
+        Sample(f"{number}", picture, (f"caption {number}",), 20, 30) for number in range(3 * CHUNK)
+    ]
+    kinds = ("missing", "no caption", "unreadable", "duplicate")
+    assert faults.counts == dict.fromkeys(kinds, 3 * CHUNK)
+    assert [fault.id for fault in faults.examples["missing"]][:2] == ["0 missing", "1 missing"]
+
+
+def test_nothing():
+    samples, faults = examine([])
+    assert (samples, faults.total) == ([], 0)
+
+
+def test_no_warnings_of_large_pictures(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_claiming(10_000, 10_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, faults = examine([Candidate("a", Blob(str(tmp_path / "a.png")), "a")])
+    assert faults.counts == {"too large": 1}
+
+
+@pytest.mark.parametrize(
+    ("number", "progress", "shown"),
+    [
+        (MANY, True, True),
+        (MANY, False, False),
+        (MANY - 1, True, False),
+    ],
+)
+def test_a_progress_bar_where_there_are_many(number, progress, shown, capsys, monkeypatch):
+    monkeypatch.setattr(finding, "_examine", lambda candidate: Fault("empty", candidate.id))
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
+        examine([Candidate("a", Blob("a"), "a")] * number, progress)
+        assert ("Examining the data" in capsys.readouterr().err) == (shown and terminal)

@@ -4,11 +4,9 @@ import os
 
 import pytest
 
-from localdit.training.data.candidates import Candidate
 from localdit.training.data.captions import CaptionFile, read_captions
-from localdit.training.data.faults import Fault
 from localdit.training.data.folders import list_files, list_pictures, printable, split_suffix
-from localdit.training.data.samples import Blob
+from localdit.training.data.samples import Blob, Candidate, Fault
 from tests.training.data.drawn import write_files
 
 

@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from localdit.training.data.candidates import Candidate
 from localdit.training.data.captions import read_captions
 from localdit.training.data.folders import list_files
 from localdit.training.data.metadata import list_metadata, metadata_files
-from localdit.training.data.samples import Blob
+from localdit.training.data.samples import Blob, Candidate
 from tests.training.data.drawn import write_files
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localdit.training.data.order import NOTHING, Order, Position, Visit, epoch_batches
+from localdit.training.data.order import NOTHING, Order, Position, Visit, epoch_batches, hold_out
 
 buckets = st.lists(st.integers(-1, 3), min_size=1, max_size=40).map(np.array)
 buckets = buckets.filter(lambda values: (values >= 0).any())
@@ -99,3 +99,25 @@ def test_only_given_samples_are_cut_into_batches():
 def test_nothing_to_visit_is_refused():
     with pytest.raises(ValueError, match="no sample"):
         Order(np.array([-1, -1]), 2, [0])
+
+
+def test_the_choice_of_samples_depends_on_their_ids_alone():
+    ids = [f"folder/{n}.png" for n in range(1000)]
+    chosen = hold_out(ids, 50)
+    assert len(set(chosen)) == 50
+    assert list(chosen) == sorted(chosen)
+    backwards = hold_out(ids[::-1], 50)
+    assert {ids[::-1][n] for n in backwards} == {ids[n] for n in chosen}
+    more = [*ids, *(f"new/{n}.png" for n in range(100))]
+    kept = {more[n] for n in hold_out(more, 50)} & {ids[n] for n in chosen}
+    assert len(kept) > 35
+    assert set(hold_out(ids, 50, seed=1)) != set(chosen)
+    assert set(hold_out(ids, 20)) < set(chosen)
+    assert len(hold_out(ids, 0)) == 0
+
+
+def test_no_more_is_held_out_than_leaves_something():
+    assert len(hold_out([], 0)) == 0
+    for count in (3, -1):
+        with pytest.raises(ValueError, match="Hold out fewer"):
+            hold_out(["a", "b", "c"], count)

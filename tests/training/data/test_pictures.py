@@ -10,9 +10,8 @@ from PIL import Image, ImageDraw
 
 from localdit.images import load_image
 from localdit.training.data.buckets import Size
-from localdit.training.data.faults import BrokenSample
 from localdit.training.data.pictures import LONG_TAIL, inspect_picture, read_picture
-from localdit.training.data.samples import Blob
+from localdit.training.data.samples import Blob, BrokenSample
 from tests.training.data.drawn import (
     animation,
     damaged_png,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from localdit.training.data.candidates import examine
+from localdit.training.data.finding import examine
 from localdit.training.data.saved import list_saved
 from tests.training.data.drawn import damaged_png, picture_bytes
 
@@ -84,7 +84,7 @@ def test_splits(tmp_path):
     assert (id, image.read(), captions) == ("train row 0", picture_bytes(), "a")
     [(id, image, captions)] = list_saved(tmp_path / "one")
     assert (id, image.read(), captions) == ("validation row 0", picture_bytes(), "b")
-    with pytest.raises(ValueError, match="has the splits x, y, and none is called train"):
+    with pytest.raises(ValueError, match="has the splits x, y, none of them called train"):
         list_saved(tmp_path / "neither")
 
 

@@ -19,11 +19,11 @@ from localdit.core.latents import LatentSpace
 from localdit.core.parts import load_encoders
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import open_encoded, read_encoded
+from localdit.training.data.finding import find_samples
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import Blob
 from localdit.training.encode import job
 from localdit.training.encode.__main__ import main
-from localdit.training.encoding import CaptionEncoder
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).parents[3]
@@ -79,8 +79,7 @@ def test_latents_and_text_are_what_the_encoders_give(workplace):
     encoders = load_encoders(
         {"tokenizer": pipeline, "text_encoder": pipeline, "vae": pipeline}, torch.float32
     )
-    encode = CaptionEncoder(encoders.tokenizer, encoders.text_encoder, 120)
-    found = open_encoded(workplace / "encoded")
+    found = find_samples(workplace / "encoded")
     assert len(found.samples) == 11
     assert found.encoded.manifest.sources["vae"] == pipeline
     for sample in found.samples:
@@ -90,14 +89,14 @@ def test_latents_and_text_are_what_the_encoders_give(workplace):
         for number, caption in enumerate(sample.captions):
             latents, text = read_encoded(sample, number)
             torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
-            states = encode([caption])[0][0]
+            states = encoders.text.encode_batch([caption], 120)[0][0]
             torch.testing.assert_close(text.float(), states, rtol=1e-2, atol=1e-2)
-    empty = encode([""])[0][0]
+    empty = encoders.text.encode_batch([""], 120)[0][0]
     torch.testing.assert_close(found.encoded.empty_text.float(), empty, rtol=1e-2, atol=1e-2)
 
 
 def test_samples_come_bucket_by_bucket(workplace):
-    samples = open_encoded(workplace / "encoded").samples
+    samples = find_samples(workplace / "encoded").samples
     assert [sample.id for sample in samples] == [
         f"{number}.png" for number in (1, 2, 4, 5, 7, 8, 10, 0, 3, 6, 9)
     ]
@@ -111,7 +110,7 @@ def test_webdataset_reads_the_shards(workplace):
     webdataset = pytest.importorskip("webdataset")
     urls = [str(path) for path in sorted((workplace / "encoded").glob("*.tar"))]
     read = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
-    found = open_encoded(workplace / "encoded").samples
+    found = find_samples(workplace / "encoded").samples
     assert [json.loads(sample["json"])["id"] for sample in read] == [s.id for s in found]
     assert [sample["safetensors"] for sample in read] == [s.image.read() for s in found]
     first = json.loads(read[0]["json"])
@@ -122,7 +121,7 @@ def test_the_disk_it_takes_is_said_before(workplace, tmp_path, capsys):
     main(options(workplace, tmp_path / "new", "--dry-run"))
     assert not (tmp_path / "new").exists()
     said = capsys.readouterr().out
-    found = open_encoded(workplace / "encoded")
+    found = find_samples(workplace / "encoded")
     latents = sum(2 * read_encoded(sample)[0].numel() for sample in found.samples)
     assert f"latents {job.human_size(latents)}," in said
     assert "11 samples to encode:\n  7 of 64 x 64 pixels\n" in said
@@ -186,12 +185,12 @@ def test_the_same_encoders_elsewhere_are_the_same(workplace, tmp_path, capsys):
 
 def test_other_folders_are_left_alone(workplace, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("a thesis")
-    assert "is not empty and holds no encoded data" in stopped(options(workplace, tmp_path))
+    assert "is not empty and has no encoded data" in stopped(options(workplace, tmp_path))
     file = tmp_path / "thesis.txt"
-    assert "is no folder" in stopped(options(workplace, file))
+    assert "is not a folder" in stopped(options(workplace, file))
     encoded = f"{workplace}/encoded"
     argv = options(workplace, tmp_path / "new", "--data-root", encoded)
-    assert "is encoded already" in stopped(argv)
+    assert "is already encoded" in stopped(argv)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -214,7 +213,7 @@ def test_a_folder_takes_one_command_at_a_time(workplace, tmp_path, capsys):
     holder.communicate()
     assert "Another command is encoding into" in message
     main(options(workplace, folder))
-    assert len(open_encoded(folder).samples) == 11
+    assert len(find_samples(folder).samples) == 11
 
 
 def test_broken_pictures_are_left_out_and_counted(workplace, tmp_path, capsys, monkeypatch):
@@ -224,13 +223,13 @@ def test_broken_pictures_are_left_out_and_counted(workplace, tmp_path, capsys, m
     (tmp_path / "pictures" / "4.png").write_bytes(damaged)
     argv = options(workplace, tmp_path / "encoded", "--data-root", f"{tmp_path}/pictures")
     main(argv)
-    assert "1 more are broken and left out:\n1 damaged" in capsys.readouterr().out
-    found = open_encoded(tmp_path / "encoded")
+    assert "Left out because they are broken: 1\n1 damaged" in capsys.readouterr().out
+    found = find_samples(tmp_path / "encoded")
     assert "4.png" not in [sample.id for sample in found.samples]
     assert len(found.samples) == 10
     assert found.faults.examples["damaged"][0].id == "4.png"
     for sample in found.samples:
-        whole = next(s for s in open_encoded(workplace / "encoded").samples if s.id == sample.id)
+        whole = next(s for s in find_samples(workplace / "encoded").samples if s.id == sample.id)
         torch.testing.assert_close(
             read_encoded(sample)[0], read_encoded(whole)[0], rtol=1e-3, atol=1e-3
         )
@@ -252,13 +251,64 @@ def test_latents_that_are_not_finite_are_not_written(workplace, tmp_path, monkey
     assert "damaged" in message
 
 
+def test_sizes_are_multiples_of_a_token_of_the_model(workplace, tmp_path, monkeypatch, capsys):
+    more = ("--image-size", "96", "--max-upscale", "4", "--patch-size", "4", "--dry-run")
+    main(options(workplace, tmp_path / "new", *more))
+    assert "4 of 64 x 128 pixels" in capsys.readouterr().out  # 32 pixels per token
+    monkeypatch.setattr(job, "load_encoders", lambda *args: pytest.fail("loaded the weights"))
+    message = stopped(options(workplace, tmp_path / "new", "--patch-size", "3"))
+    assert "--image-size is 64; expected a multiple of 24, the nearest is 72" in message
+    message = stopped(options(workplace, tmp_path / "new", "--image-size", "50"))
+    assert "--image-size is 50; expected a multiple of 16, the nearest is 48" in message
+
+
+def with_vae_config(workplace, folder, **changes):
+    """A copy of the pipeline whose VAE has the same weights and another configuration."""
+    shutil.copytree(workplace / "pipeline", folder)
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return f"{folder}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"shift_factor": 0.5}, lambda latents, scale: latents - 0.5 * scale),
+        (
+            {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [2.0] * 4},
+            lambda latents, scale: (
+                (latents - scale * torch.tensor([0.1, 0.2, 0.3, 0.4]).view(4, 1, 1)) / 2
+            ),
+        ),
+    ],
+)
+def test_latents_are_shifted_and_scaled_as_the_vae_asks(
+    workplace, tmp_path, capsys, changes, expected
+):
+    pipeline = with_vae_config(workplace, tmp_path / "pipeline", **changes)
+    folder = tmp_path / "encoded"
+    main(options(workplace, folder, "--pretrained", pipeline))
+    plain, shifted = find_samples(workplace / "encoded"), find_samples(folder)
+    for name, value in changes.items():
+        recorded = getattr(shifted.encoded.manifest, name)
+        assert (list(recorded) if isinstance(value, list) else recorded) == value
+    scale = shifted.encoded.manifest.scaling_factor
+    for before, after in zip(plain.samples, shifted.samples, strict=True):
+        wanted = expected(read_encoded(before)[0], scale)
+        torch.testing.assert_close(read_encoded(after)[0], wanted, rtol=2e-3, atol=2e-3)
+    # A set of an earlier version, which ignored these values, is not resumed.
+    message = stopped(options(workplace, workplace / "encoded", "--pretrained", pipeline))
+    assert f"its VAE has {next(iter(changes))}" in message
+    assert "encode the data again, into a new folder" in message
+
+
 def test_small_pictures_are_left_out(workplace, tmp_path, capsys):
     main(options(workplace, tmp_path / "some", "--max-upscale", "1.25"))
     assert "4 samples to encode" in (said := capsys.readouterr().out)
-    assert "7 more are too small and left out (--max-upscale)" in said
-    assert len(open_encoded(tmp_path / "some").samples) == 4
+    assert "Left out because they are too small (--max-upscale): 7" in said
+    assert len(find_samples(tmp_path / "some").samples) == 4
     message = stopped(options(workplace, tmp_path / "none", "--max-upscale", "1.1"))
-    assert "All 11 pictures are too small: none comes to about 64 x 64 pixels" in message
+    assert "All 11 pictures are too small: for 64 x 64 pixels, each" in message
 
 
 def test_a_full_disk_ends_it_with_a_message(workplace, tmp_path, monkeypatch, capsys):
@@ -320,7 +370,7 @@ def test_two_processes_share_the_work(workplace, tmp_path):
     said = lost.communicate()[0].decode()
     assert lost.returncode != 0
     if not torch.cuda.is_available():
-        assert "2 processes were started, but they don't know of one another" in said
+        assert "2 processes were started, but they are not connected" in said
 
 
 @pytest.mark.slow
@@ -337,7 +387,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_shards(workplace, tmp_path)
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
         assert run.returncode == -signal.SIGKILL
-        with pytest.raises(ValueError, match="Go on with: python -m localdit.training.encode"):
+        with pytest.raises(ValueError, match="Resume with: python -m localdit.training.encode"):
             open_encoded(folder)
     last = start(tmp_path, folder)
     assert last.wait() == 0

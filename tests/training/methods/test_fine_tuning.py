@@ -1,11 +1,11 @@
 import pytest
 import torch
+from localdit.training.objective import Objective
 from torch import nn
 
 from localdit.training.inputs import Inputs
 from localdit.training.methods import noised_prediction
 from localdit.training.methods.fine_tuning import FineTuning
-from localdit.training.objective import Objective
 from tests.tiny import TEXT_WIDTH, tiny_components
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from localdit.scenes import Scene, SceneObject, describe, describe_often, sample_scenes
-from localdit.scenes.captions import OPPOSITE, SYNONYMS
+from localdit.scenes.phrasing import OPPOSITE, SYNONYMS
 
 ONE = Scene("blue", (SceneObject("circle", "red", "large", 0.25, 0.25),))
 TWO = Scene(

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from localdit.training.data.batches import Draws, VisitDataset, load_batches
 from localdit.training.data.buckets import Size
-from localdit.training.data.loading import Draws, VisitDataset, load_batches
 from localdit.training.data.order import NOTHING, Order, Position, Visit
 from localdit.training.data.samples import Blob, Sample
 from localdit.training.data.stage_data import stage_batches
@@ -31,7 +31,9 @@ def samples(tmp_path):
 
 
 def dataset(samples, **draws):
-    return VisitDataset(samples, SIZES, Draws((0, 0), **draws), latent_channels=4, vae_scale=8)
+    return VisitDataset(
+        samples, SIZES, Draws((0, 0), **draws), latent_channels=4, pixels_per_latent=8
+    )
 
 
 def visit(sample, epoch=0):

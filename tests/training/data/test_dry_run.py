@@ -3,10 +3,9 @@
 import numpy as np
 
 from localdit.training.data.buckets import Size
-from localdit.training.data.faults import Fault, Faults
+from localdit.training.data.dry_run import dry_run_report
 from localdit.training.data.finding import Found
-from localdit.training.data.report import dry_run_report
-from localdit.training.data.samples import Blob, Sample
+from localdit.training.data.samples import Blob, Fault, Faults, Sample
 
 
 def sample(number, height, width, *captions):
@@ -29,13 +28,14 @@ def test_everything_is_counted():
     assert "Resolutions: 3, from 8 x 8 to 64 x 64 (height x width)" in lines
     assert "  most frequent: 64 x 64 (5), 8 x 8 (1), 96 x 32 (1)" in lines
     # 6 samples in 3 batches of 4
-    assert ("Buckets: 2 of 3 in use; 50.0% of the places in an epoch's batches stay empty") in lines
+    assert (
+        "Buckets: 2 of 3 in use; 50.0% of the places in the batches of an epoch stay empty"
+    ) in lines
     table = [line.split() for line in lines]
     assert ["96", "x", "32", "1", "1", "1", "of", "4"] in table
     assert ["64", "x", "64", "5", "2", "1", "of", "4"] in table
     assert (
-        "Captions: 9, 1 to 3 to a picture; 3 to 500 characters long, 6 in the median; "
-        "pictures without: 1"
+        "Captions: 9, 1 to 3 per picture; 3 to 500 characters long (median 6); pictures without: 1"
     ) in lines
     assert "  2 empty (zero bytes): e.png, f.png" in lines
     examples = lines[lines.index("Examples:") + 1 :]
@@ -57,4 +57,4 @@ def test_nothing_usable():
     assert "0 to train on, 0 too small, 1 broken (100.0% of 1)" in report
     assert "1 empty (zero bytes): a.tar" in report
     small = Found("folder", [sample(0, 8, 8)])
-    assert "nothing to put into them" in dry_run_report(small, [Size(64, 64)], np.array([-1]), 4)
+    assert "Buckets: none in use" in dry_run_report(small, [Size(64, 64)], np.array([-1]), 4)

@@ -1,4 +1,4 @@
-"""Scene to English: many phrasings, complete or with some of the attributes left out."""
+"""Captions of scenes in English: many phrasings, complete or with attributes left out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from localdit.scenes.scene import Scene, SceneObject
 
-# Each word of a scene and the ways to say it; the first is said half of the time.
+# Each word of a scene and its synonyms; the first is used half of the time.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "small": ("small", "little", "tiny"),
     "large": ("large", "big"),
@@ -50,7 +50,7 @@ _NO_BACKGROUNDS: tuple[str, ...] = ("{core}", "{core}", "a picture of {core}", "
 
 @dataclass(frozen=True)
 class Said:
-    """What a caption says of one object; None where it says nothing."""
+    """The attributes of one object that a caption mentions; None for the others."""
 
     shape: str | None
     colour: str | None
@@ -59,14 +59,15 @@ class Said:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and what it says.
+    """A caption and the attributes that it mentions.
 
     Args:
         text: Lower-case English.
-        background: The background's colour, None if left out.
-        objects: The objects in the order in which the text mentions them.
-        position: Of a single object; None if left out or with two objects.
-        relation: Of the object mentioned first to the other; None if left out or with one object.
+        background: Colour of the background; None if left out.
+        objects: Objects in the order in which the text mentions them.
+        position: Position of a single object; None if left out, or for two objects.
+        relation: Relation of the object mentioned first to the other; None if left out, or for one
+            object.
     """
 
     text: str
@@ -81,13 +82,13 @@ _Clause = tuple[str, tuple[Said, ...], str | None]
 
 
 def describe(scene: Scene, rng: np.random.Generator, complete: bool = True) -> Caption:
-    """Says a scene in one of many phrasings.
+    """Describe a scene in one of many phrasings.
 
     Args:
         scene: The scene.
         rng: Chooses phrasing and synonyms.
-        complete: Whether every attribute is said. If not, each may be left out; sizes,
-            background, position and relation often, colours and shapes at times.
+        complete: Mention every attribute. Otherwise each may be left out: sizes, background,
+            position and relation often, colours and shapes sometimes.
     """
     things = tuple(_look(thing, rng, complete) for thing in scene.objects)
     background = scene.background if complete or rng.random() < 0.6 else None
@@ -105,13 +106,13 @@ def describe(scene: Scene, rng: np.random.Generator, complete: bool = True) -> C
 def describe_often(
     scene: Scene, rng: np.random.Generator, count: int = 4, complete_share: float = 0.75
 ) -> list[Caption]:
-    """`count` captions of different wording, the given share of them complete (rounded).
+    """Return `count` captions of different wording, of which the given share is complete (rounded).
 
     Raises:
-        ValueError: `count` is not within 1 to 16.
+        ValueError: if `count` is not from 1 to 16.
     """
     if not 1 <= count <= 16:
-        raise ValueError(f"count must be within 1 to 16, got {count}")
+        raise ValueError(f"count must be from 1 to 16, got {count}")
     captions: dict[str, Caption] = {}
     while len(captions) < count:
         caption = describe(scene, rng, complete=len(captions) < round(count * complete_share))
@@ -147,7 +148,7 @@ def _noun(thing: Said, rng: np.random.Generator) -> str:
 
 
 def _place(position: str, rng: np.random.Generator) -> tuple[str, str]:
-    """A position as an adverbial and as bare words."""
+    """Return a position as an adverbial and as bare words."""
     if position == "centre":
         word = _pick(rng, ("centre", "center", "middle"))
         return f"in the {word}", word

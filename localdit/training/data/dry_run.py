@@ -1,4 +1,4 @@
-"""What `train.py --dry-run` tells of the data."""
+"""The report on the data that `train.py --dry-run` prints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from localdit.training.data.buckets import Size
-from localdit.training.data.faults import EXAMPLES
 from localdit.training.data.finding import FORMATS, Found
+from localdit.training.data.samples import EXAMPLES
 
 FREQUENT = 5  # resolutions that are listed
 CAPTION_CHARACTERS = 100  # of a caption that is quoted
@@ -18,13 +18,13 @@ CAPTION_CHARACTERS = 100  # of a caption that is quoted
 def dry_run_report(
     found: Found, sizes: Sequence[Size], buckets: np.ndarray, global_batch: int
 ) -> str:
-    """What was found, and how it falls into buckets and batches; several lines of text.
+    """Describe the data, its buckets and its batches in several lines of text.
 
     Args:
         found: the data.
         sizes: of the buckets.
         buckets: the index of each sample's bucket, -1 for samples that are too small.
-        global_batch: samples to an optimizer step, of all processes together.
+        global_batch: samples per optimizer step, of all processes together.
     """
     too_small = int((buckets < 0).sum())
     broken, total = found.faults.total, len(found.samples) + found.faults.total
@@ -68,13 +68,13 @@ def _buckets(sizes: Sequence[Size], buckets: np.ndarray, global_batch: int) -> s
             last = count - (batches - 1) * global_batch
             rows.append((str(size), f"{count:,}", f"{batches:,}", f"{last:,} of {global_batch:,}"))
     if len(rows) == 1:
-        return "Buckets: nothing to put into them"
+        return "Buckets: none in use"
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     empty = 1 - int((buckets >= 0).sum()) / places
     title = (
-        f"Buckets: {len(rows) - 1:,} of {len(sizes):,} in use; {empty:.1%} of the places in an "
-        "epoch's batches stay empty"
+        f"Buckets: {len(rows) - 1:,} of {len(sizes):,} in use; {empty:.1%} of the places in the "
+        "batches of an epoch stay empty"
     )
     return title + "\n" + _indented("\n".join(lines))
 
@@ -84,8 +84,8 @@ def _captions(found: Found) -> str:
     lengths = [len(caption) for sample in found.samples for caption in sample.captions]
     missing = found.faults.counts["no caption"]
     return (
-        f"Captions: {sum(numbers):,}, {_range(numbers)} to a picture; {_range(lengths)} "
-        f"characters long, {np.median(lengths):,.0f} in the median; pictures without: {missing:,}"
+        f"Captions: {sum(numbers):,}, {_range(numbers)} per picture; {_range(lengths)} "
+        f"characters long (median {np.median(lengths):,.0f}); pictures without: {missing:,}"
     )
 
 
@@ -95,7 +95,7 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def _examples(found: Found, sizes: Sequence[Size], buckets: np.ndarray) -> str:
-    """Samples from all over the data, with their first captions."""
+    """Describe samples from all over the data, with their first captions."""
     count = min(EXAMPLES, len(found.samples))
     lines = []
     for index in np.linspace(0, len(found.samples) - 1, count).astype(int):

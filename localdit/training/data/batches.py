@@ -1,8 +1,8 @@
-"""From visits to batches: reading, decoding, and every random choice that a visit makes.
+"""From visits to batches: reading, decoding, and every random choice of a visit.
 
-What is random about a visit (its caption, dropout, flip, noise and timestep) depends on the seed,
-the stage, the epoch and the sample alone. So it is the same whichever process or worker comes to
-it, and a run that goes on needs nothing but its position.
+The random choices of a visit (caption, dropout, flip, noise and timestep) depend only on the seed,
+the stage, the epoch and the sample. So they are the same in any process or worker, and a run needs
+only its position to resume.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 from localdit.core.diffusion import TimestepSampling, sample_position
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import EncodedSet, read_encoded
-from localdit.training.data.faults import BrokenSample, Fault
 from localdit.training.data.order import NOTHING, Visit
 from localdit.training.data.pictures import read_picture
-from localdit.training.data.samples import Sample
+from localdit.training.data.samples import BrokenSample, Fault, Sample
 
 
 @dataclass(frozen=True)
 class Item:
     """A visited sample; `weight` is 0 for a placeholder.
 
-    Either `pixels` (3, H, W) uint8 and `caption`, or, of encoded data, `latents` (C, h, w) and
-    `text` (tokens, channels).
+    It has either `pixels` (3, H, W) uint8 and `caption`, or, from encoded data, `latents` (C, h, w)
+    and `text` (tokens, channels).
     """
 
     id: str
@@ -45,7 +44,7 @@ class Item:
 
 @dataclass
 class Batch:
-    """What one process sees at a time.
+    """The samples that one process sees at a time.
 
     Attributes:
         size: of the pictures, in pixels.
@@ -55,7 +54,7 @@ class Batch:
         positions: (B,) of the timesteps, in [0, 1).
         pixels, captions: (B, 3, H, W) uint8 and their texts; or
         latents, text: (B, C, h, w) and the states of each caption, (tokens, channels).
-        faults: samples that turned out to be broken.
+        faults: the samples that turned out to be broken.
     """
 
     size: Size
@@ -75,9 +74,9 @@ class Draws:
     """The random choices of visits.
 
     Attributes:
-        seed: numbers that everything depends on, the stage's among them.
-        token_dropout: share of captions replaced by the empty one, which teaches the unconditional
-            prediction of classifier-free guidance (Ho & Salimans, 2022, algorithm 1).
+        seed: numbers that all choices depend on, among them the number of the stage.
+        token_dropout: share of captions replaced by the empty caption, which teaches the
+            unconditional prediction of classifier-free guidance (Ho & Salimans, 2022, algorithm 1).
         flip: share of pictures mirrored.
         timestep_sampling: distribution of the timesteps.
     """
@@ -88,14 +87,14 @@ class Draws:
     timestep_sampling: TimestepSampling = "uniform"
 
     def choices(self, visit: Visit, num_captions: int) -> tuple[int | None, bool]:
-        """Which caption to take, None for the empty one; and whether to mirror the picture."""
+        """Return the number of the caption, None for the empty one; and whether to mirror."""
         rng = np.random.default_rng([*self.seed, visit.epoch, visit.sample])
         dropped = rng.random() < self.token_dropout
         caption = int(rng.integers(num_captions))
         return None if dropped else caption, bool(rng.random() < self.flip)
 
     def noise(self, visit: Visit, shape: Sequence[int]) -> tuple[torch.Tensor, float]:
-        """The noise that is added, and the position of its timestep in [0, 1)."""
+        """Return the noise to add, and the position of its timestep in [0, 1)."""
         sequence = np.random.SeedSequence([*self.seed, visit.epoch, visit.sample, 1])
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         position = sample_position(generator, self.timestep_sampling)
@@ -103,15 +102,15 @@ class Draws:
 
 
 class VisitDataset(Dataset[Item]):
-    """Samples by visit: pictures with captions, or what was made of them by encoding ahead.
+    """Samples by visit: pictures with captions, or their latents and text states, encoded ahead.
 
     Args:
         samples: all samples.
         sizes: of the buckets, in pixels.
         draws: the random choices.
         latent_channels: of the VAE.
-        vae_scale: pixels to a latent, along each side.
-        encoded: the encoded set that the samples are of, if they are.
+        pixels_per_latent: pixels per latent, along each side.
+        encoded: the set that encoded samples belong to, otherwise None.
     """
 
     def __init__(
@@ -120,19 +119,19 @@ class VisitDataset(Dataset[Item]):
         sizes: Sequence[Size],
         draws: Draws,
         latent_channels: int,
-        vae_scale: int,
+        pixels_per_latent: int,
         encoded: EncodedSet | None = None,
     ) -> None:
         self.samples = samples
         self.sizes = sizes
         self.draws = draws
         self.latent_channels = latent_channels
-        self.vae_scale = vae_scale
+        self.pixels_per_latent = pixels_per_latent
         self.encoded = encoded
 
     def __getitem__(self, visit: Visit) -> Item:
         size = self.sizes[visit.bucket]
-        shape = [self.latent_channels, *(side // self.vae_scale for side in size)]
+        shape = [self.latent_channels, *(side // self.pixels_per_latent for side in size)]
         if visit.sample == NOTHING:
             return self._placeholder(size, shape)
         sample = self.samples[visit.sample]
@@ -150,7 +149,7 @@ class VisitDataset(Dataset[Item]):
             return self._placeholder(size, shape, Fault(broken.kind, sample.id, broken.detail))
 
     def _placeholder(self, size: Size, shape: Sequence[int], fault: Fault | None = None) -> Item:
-        """A black picture of no weight, with the empty caption."""
+        """Return a black picture of weight 0, with the empty caption."""
         noise = torch.zeros(*shape)
         if self.encoded is None:
             pixels = torch.zeros(3, *size, dtype=torch.uint8)
@@ -158,12 +157,12 @@ class VisitDataset(Dataset[Item]):
         return Item("", 0.0, noise, 0.0, latents=noise, text=self.encoded.empty_text, fault=fault)
 
     def batch(self, items: Sequence[Item]) -> Batch:
-        """Put items of one size together."""
+        """Collate items of one size."""
         *_, height, width = items[0].noise.shape
         pixels = [item.pixels for item in items if item.pixels is not None]
         latents = [item.latents for item in items if item.latents is not None]
         return Batch(
-            size=Size(height * self.vae_scale, width * self.vae_scale),
+            size=Size(height * self.pixels_per_latent, width * self.pixels_per_latent),
             ids=[item.id for item in items],
             weights=torch.tensor([item.weight for item in items]),
             noise=torch.stack([item.noise for item in items]),
@@ -182,7 +181,7 @@ def load_batches(
     num_workers: int,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """The batches of a sequence of visits, in its order, read ahead by `num_workers` processes."""
+    """Yield the batches of visits, in their order, read ahead by `num_workers` processes."""
     loader = DataLoader(
         dataset,
         batch_sampler=visits,
@@ -190,13 +189,13 @@ def load_batches(
         collate_fn=dataset.batch,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals if num_workers else None,
-        generator=torch.Generator(),  # its own, for a new loader would draw from the global one
+        generator=torch.Generator(),  # or the loader would draw from the global generator
     )
     return iter(loader)
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave it to the training process to end on a signal that reaches the whole group."""
+    """Leave signals that reach the whole process group to the training process."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,0 +1,135 @@
+"""Files and folders that appear complete or not at all.
+
+Each is written under a temporary name beside its place (`.NAME.RANDOM.tmp`), flushed to the disk,
+and renamed. After a crash or a power cut, whatever has its final name is therefore complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def whole_file(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears at `path` once all of it is on the disk, or not at all.
+
+    A library that needs a path can write to the file's `name` instead.
+
+    Args:
+        path: the final name. Its folder must exist.
+        overwrite: replace an existing file. If False, a file that another process creates
+            meanwhile is kept as well.
+
+    Raises:
+        FileExistsError: if the file exists and `overwrite` is False.
+        OSError: if it can't be written. Nothing of it is left, and an existing file is unchanged.
+    """
+    unfinished = _beside(path)
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+        flush_file(unfinished)
+        _rename(unfinished, path, overwrite)
+        flush_entries(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that appears at `path` once all of it is on the disk, or not at all.
+
+    An existing folder is replaced. Missing parents are created.
+
+    Raises:
+        OSError: if something can't be written. Nothing of it is left, and an existing folder is
+            unchanged.
+    """
+    unfinished = _beside(path)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        flush_folder(unfinished)
+        _replace_folder(unfinished, path)
+        flush_entries(path.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder. It is renamed first, so that no half-deleted folder has its name."""
+    doomed = _beside(path)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until all files in a folder and below it are on the disk; links are not followed."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not (Path(parent) / name).is_symlink():
+                flush_file(Path(parent) / name)
+        flush_entries(Path(parent))
+
+
+def flush_file(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk."""
+    _flush(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+
+
+def flush_entries(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, on systems that support it."""
+    if os.name == "nt":  # folders can't be opened there
+        return
+    try:
+        _flush(folder, os.O_RDONLY)
+    except OSError as error:  # some network file systems can't flush folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    """Return a temporary name in the same folder, different in every process and on every call."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _rename(source: Path, target: Path, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            os.link(source, target)  # fails if the target exists, also if it appeared just now
+            return
+        except FileExistsError:
+            raise FileExistsError(f"{target} already exists") from None
+        except OSError:  # a file system without links
+            if target.exists():
+                raise FileExistsError(f"{target} already exists") from None
+    os.replace(source, target)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(source, target)
+        return
+    old = _beside(target)
+    os.replace(target, old)
+    try:
+        os.replace(source, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
