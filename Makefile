@@ -21,6 +21,6 @@ bench:
 docs:
 	$(PYTHON) -m mkdocs build --strict
 
-# Wheel and sdist: contents, and an installation with libraries of its own (gigabytes).
+# Check the contents of wheel and sdist, and install them with all dependencies (gigabytes).
 release-check:
 	RELEASE_CHECK=1 $(PYTHON) -m pytest -m "slow or not slow" tests/test_release.py

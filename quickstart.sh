@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets LocalDiT up in .venv and makes pictures with the model in the box, or runs the tests.
+# Sets up LocalDiT in .venv and generates images with the model in the box, or runs the tests.
 #
-#   ./quickstart.sh         set up, then make pictures
+#   ./quickstart.sh         set up, then generate images
 #   ./quickstart.sh test    set up, then run the tests
 #
-# Run it as often as you like: what is there already is kept.
-# PYTHON names the interpreter (default: python3), TORCH the PyTorch to install.
+# You can run it again at any time: it keeps what is already installed.
+# PYTHON names the Python interpreter (default: python3), TORCH the PyTorch requirement.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -16,8 +16,8 @@ CPU_INDEX=https://download.pytorch.org/whl/cpu
 say() { printf '\n==> %s\n' "$*"; }
 fail() { printf 'quickstart.sh: %s\n' "$*" >&2; exit 1; }
 
-# On Linux the default build of PyTorch brings gigabytes for NVIDIA cards: without a card, take the
-# build without them, if its index can be reached.
+# On Linux the default build of PyTorch installs gigabytes of CUDA libraries. Without an NVIDIA card,
+# use the CPU build, if its index can be reached.
 torch_options() {
   [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null || return 0
   .venv/bin/python - "$CPU_INDEX/torch/" <<'PY' >/dev/null 2>&1 || return 0
@@ -27,11 +27,11 @@ PY
   echo "--index-url $CPU_INDEX"
 }
 
-set_up() { # set_up REQUIREMENT: a virtual environment with PyTorch and this package
+set_up() { # set_up REQUIREMENT: create the virtual environment, install PyTorch and this package
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-    fail "$PYTHON is not Python 3.10 or newer; name one: PYTHON=/path/to/python ./quickstart.sh"
+    fail "$PYTHON is not Python 3.10 or newer; name one with PYTHON=/path/to/python ./quickstart.sh"
   if [ ! -x .venv/bin/python ]; then
-    say "Making a virtual environment in .venv"
+    say "Creating a virtual environment in .venv"
     "$PYTHON" -m venv .venv
   fi
   if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
@@ -46,9 +46,9 @@ set_up() { # set_up REQUIREMENT: a virtual environment with PyTorch and this pac
 case "${1:-}" in
   "")
     set_up .
-    say "Making pictures with the model in the box"
+    say "Generating images with the model in the box"
     .venv/bin/python infer_t2i.py --model localdit/box --grid
-    say "Done: the pictures are in $PWD/output"
+    say "Done: the images are in $PWD/output"
     ;;
   test)
     set_up ".[dev]"

@@ -1,3 +1,6 @@
-"""What LocalDiT costs beside diffusers' PixArt (`benchmarks.denoiser`), where the time goes of its
-blocks (`benchmarks.breakdown`), and the window kernel by itself (`benchmarks.window_kernel`).
+"""Measure time and memory.
+
+`benchmarks.denoiser` compares LocalDiT with Diffusers' PixArt, `benchmarks.breakdown` times the
+parts of a block, `benchmarks.pipeline` the parts of a pipeline and its options, and
+`benchmarks.window_kernel` the window attention kernel on a GPU.
 """

@@ -1,8 +1,8 @@
-"""Where the time of a LocalDiT block goes in inference.
+"""Time the parts of a LocalDiT block in inference.
 
     python -m benchmarks.breakdown --pixels 512 1024 --dtype float32 bfloat16
 
-The parts are timed where they run, within whole forward passes of a model of random weights.
+The parts are timed within whole forward passes of a model with random weights.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import options, report
-from .cases import LOCALDIT, Case, make_model, make_run
-from .machine import circumstances, describe, sentence
+from . import command_line, tables
+from .cases import LOCALDIT, Case
+from .provenance import circumstances, describe, sentence
+from .runs import make_model, make_run
 from .worker import ROOT, encode
 
 WINDOWS, TEXT, LINEARS = "window attention", "attention to the text", "linears"
 ACTIVATION, REST = "feed-forward activation", "norms and the rest"
 PARTS = (WINDOWS, LINEARS, TEXT, ACTIVATION, REST)
 COLUMNS = ("pixels", "precision", "context", "ms per block", *(f"{part}, %" for part in PARTS))
-LAYERS = 4  # one of each shift
+LAYERS = 4  # one per shift
 
 
 class Clock:
-    """Sums the time of nested parts: each part's own, without that of the parts within it.
+    """Sum the time of nested parts, each without the parts inside it.
 
-    Window attention alone keeps what runs within it.
+    Only window attention includes the parts inside it.
 
     Attributes:
-        seconds: of each part since `reset`.
+        seconds: seconds of each part since `reset`.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -44,22 +45,22 @@ class Clock:
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     def reset(self) -> None:
-        """Forget all times."""
+        """Reset all times to 0."""
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     def enter(self, part: str) -> None:
-        """A part begins, or goes on."""
+        """Start or continue a part."""
         self._turn()
         self._open.append(WINDOWS if WINDOWS in self._open else part)
 
     def leave(self) -> None:
-        """The part that began last ends."""
+        """End the part that started last."""
         self._turn()
         self._open.pop()
 
     @contextlib.contextmanager
     def part(self, part: str) -> Iterator[None]:
-        """A part from beginning to end."""
+        """Time a part as a context."""
         self.enter(part)
         try:
             yield
@@ -75,10 +76,10 @@ class Clock:
 
 
 def time_parts(block: Any, clock: Clock) -> None:
-    """Have a `LocalDiTBlock` tell a clock what it is at.
+    """Make a `LocalDiTBlock` report its parts to a clock.
 
-    Window attention is all between the projection to queries, keys and values and the output
-    projection: the call of the processor, the linears of a global context included.
+    Window attention is everything between the projection to queries, keys and values and the
+    output projection: the call of the processor, including the linear layers of a global context.
     """
     from torch import nn
 
@@ -97,7 +98,7 @@ def time_parts(block: Any, clock: Clock) -> None:
 
 
 def timed(processor: Any, clock: Clock, part: str) -> Any:
-    """A processor that is the same but for telling the clock of its calls."""
+    """Return a copy of a processor that also reports its calls to the clock."""
     cls = type(processor)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,11 +111,11 @@ def timed(processor: Any, clock: Clock, part: str) -> Any:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds of each part of the blocks of each pass that counts, and their shares.
+    """Measure the seconds and the share of each part of a block.
 
     Returns:
-        "seconds", for each part of each pass, per block; "block_seconds", the median of their sum;
-        "percent" of each part, medians.
+        "seconds": for each counted pass, the seconds of each part per block. "block_seconds": the
+        median of their sum. "percent": the median share of each part.
     """
     import torch
 
@@ -138,11 +139,11 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
-    parser = options.Parser(
-        prog="benchmarks.breakdown", description="Where the time of a LocalDiT block goes."
+    """Return the parser of the command line."""
+    parser = command_line.Parser(
+        prog="benchmarks.breakdown", description="Time the parts of a LocalDiT block in inference."
     )
-    options.add_shared(parser, sides=[1024], repeats=5)
+    command_line.add_shared(parser, sides=[1024], repeats=5)
     return parser
 
 
@@ -150,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure every case, print and save.
 
     Returns:
-        The exit status: 0; 2 for a mistake in the command; 130 when interrupted.
+        The exit status: 0; 2 for an error in the command; 130 if interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
-    stem = options.prepare_output(parser, args.output, "breakdown")
+    stem = command_line.prepare_output(parser, args.output, "breakdown")
     about = describe(args.device)
     if "error" in about:
         parser.error(about["error"])
@@ -188,23 +189,23 @@ def _cases(args: argparse.Namespace, device: str) -> list[Case]:
 
 
 def measure_all(cases: Sequence[Case], about: dict[str, Any], stem: Path) -> None:
-    """Measure cases one after the other; print and save as it goes."""
+    """Measure the cases one by one; print and save after each."""
     from diffusers.utils import logging
 
-    logging.set_verbosity_error()  # it advises about loading weights, and there are none
+    logging.set_verbosity_error()  # its advice about loading weights does not apply
     records: list[dict[str, Any]] = []
-    lines = [report.head(COLUMNS)]
+    lines = [tables.head(COLUMNS)]
     print(lines[0], flush=True)
     for case in cases:
         record = {"case": encode(case), **measure(case)}
         records.append(record)
         shares = [f"{record['percent'][part]:.1f}" for part in PARTS]
         size = f"{case.pixels} x {case.pixels}"
-        milliseconds = report.seconds(1000 * record["block_seconds"])
-        lines.append(report.line([size, case.dtype, case.contexts[0], milliseconds, *shares]))
+        milliseconds = tables.seconds(1000 * record["block_seconds"])
+        lines.append(tables.line([size, case.dtype, case.contexts[0], milliseconds, *shares]))
         print(lines[-1], flush=True)
         page = "\n".join([*lines, "", sentence(about), ""])
-        report.save_as(stem, {"about": about, "cases": records}, page)
+        tables.save_as(stem, {"about": about, "cases": records}, page)
     print(f"\n{sentence(about)}\n\nsaved as {stem}.json and .md")
 
 

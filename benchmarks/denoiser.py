@@ -1,10 +1,10 @@
-"""Time and memory of LocalDiT beside diffusers' PixArt.
+"""Compare time and memory of LocalDiT with Diffusers' PixArt.
 
     python -m benchmarks.denoiser --pixels 512 1024 2048 --task inference training
     python -m benchmarks.denoiser --pixels 512 1024 2048 4096 --depth own
 
-Runs of the models take turns in one process. The peak memory of each is measured in a process of
-its own. Results are saved after each case, as a table, a picture and JSON that holds every time.
+The models run in turns in one process. Peak memory is measured in a separate process for each
+model. Results are saved after each case as a table, a plot, and JSON with every time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import options, report
+from . import command_line, tables
 from .cases import Case
-from .machine import circumstances
+from .provenance import circumstances
 from .results import summary
 from .worker import ROOT, WorkerError, encode, in_own_process
 
@@ -27,45 +27,45 @@ FULL = "full"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
-    parser = options.Parser(
+    """Return the parser of the command line."""
+    parser = command_line.Parser(
         prog="benchmarks.denoiser",
-        description="Time and memory of LocalDiT beside diffusers' PixArtTransformer2DModel, of "
-        "the same width and with random weights.",
+        description="Compare time and memory of LocalDiT with Diffusers' PixArtTransformer2DModel "
+        "of the same width, both with random weights.",
     )
-    options.add_shared(parser, sides=[512, 1024], repeats=5)
+    command_line.add_shared(parser, sides=[512, 1024], repeats=5)
     add = parser.add_argument
     add("--task", nargs="+", choices=["inference", "training"], default=["inference"],
-        help="a forward pass; forward, backward and AdamW (default: inference)")  # fmt: skip
+        help="a forward pass, or forward, backward and AdamW (default: inference)")  # fmt: skip
     add("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"],
-        help="as they are, or each block compiled (default: eager)")  # fmt: skip
+        help="eager, or with each block compiled (default: eager)")  # fmt: skip
     add("--depth", nargs="+", choices=["equal", "own"], default=["equal"],
         help="equal: --layers each; own: LocalDiT 18, PixArt 28 (default: equal)")  # fmt: skip
-    add("--layers", metavar="N", type=options.positive, default=2,
-        help="for equal depth (default: 2; LocalDiT's windows shift in turns of 4)")  # fmt: skip
+    add("--layers", metavar="N", type=command_line.positive, default=2,
+        help="for equal depth (default: 2; LocalDiT's shifts repeat every 4)")  # fmt: skip
     add("--measured-layers", metavar="N", type=_measured, default=1,
         help="for own depth: derive it from models of 0 and N layers, in training of 1 and 1 + N, "
-        f"with N a multiple of 4 for LocalDiT (default: 1); {FULL}: measure all")  # fmt: skip
+        f"N rounded up to a multiple of 4 for LocalDiT (default: 1); {FULL}: all")  # fmt: skip
     return parser
 
 
 def _measured(text: str) -> int | None:
-    return None if text == FULL else options.positive(text)
+    return None if text == FULL else command_line.positive(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every case.
 
     Returns:
-        The exit status: 0; 2 for a mistake in the command; 1 if a case failed; 130 when
-        interrupted, with what is known until then saved.
+        The exit status: 0; 2 for an error in the command; 1 if a case failed; 130 if
+        interrupted, with the results so far saved.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
-    stem = options.prepare_output(parser, args.output, "denoiser")
+    stem = command_line.prepare_output(parser, args.output, "denoiser")
     try:
-        about = in_own_process("machine:describe", device=args.device)
+        about = in_own_process("provenance:describe", device=args.device)
         if "error" in about:
             parser.error(about["error"])
         about |= circumstances("benchmarks.denoiser", argv, ROOT)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_cases(args: argparse.Namespace, device: str) -> list[Case]:
-    """What the options ask for, small pictures first."""
+    """Return the cases that the options select, small images first."""
     kinds = itertools.product(args.dtype, args.task, args.mode, args.depth, args.pixels)
     return [
         Case(
@@ -99,24 +99,24 @@ def make_cases(args: argparse.Namespace, device: str) -> list[Case]:
 
 
 def measure_all(cases: Sequence[Case], about: dict[str, Any], stem: Path) -> int:
-    """Measure cases one after the other; print and save as it goes."""
+    """Measure the cases one by one; print and save after each."""
     records: list[dict[str, Any]] = []
-    print(report.head(report.COLUMNS), flush=True)
+    print(tables.head(tables.COLUMNS), flush=True)
     for number, case in enumerate(cases, start=1):
-        print(f"{number} of {len(cases)}: {report.what(encode(case))}", file=sys.stderr)
+        print(f"{number} of {len(cases)}: {tables.what(encode(case))}", file=sys.stderr)
         record = measure(case)
         records.append(record)
-        print("\n".join(report.rows(record)), flush=True)
-        report.save(stem, about, records)
+        print("\n".join(tables.rows(record)), flush=True)
+        tables.save(stem, about, records)
         _draw(records, stem.with_suffix(".png"))
-    growth = report.exponent_table(records)
-    print("\n".join(["", *([growth, ""] if growth else []), report.notes(about, records), ""]))
-    print(f"saved as {stem}.json, .md and, where it could be drawn, .png")
+    growth = tables.exponent_table(records)
+    print("\n".join(["", *([growth, ""] if growth else []), tables.notes(about, records), ""]))
+    print(f"saved as {stem}.json, .md and, if it could be drawn, .png")
     return 1 if any("error" in record for record in records) else 0
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Times and memory of one case, each in processes of their own; "error" if one fails."""
+    """Measure times and memory of one case in separate processes; "error" if one fails."""
     record: dict[str, Any] = {"case": encode(case), "tokens": case.tokens}
     try:
         results = in_own_process("worker:times", case=encode(case))
@@ -141,10 +141,12 @@ def _draw(records: Sequence[dict[str, Any]], png: Path) -> None:
     try:
         draw(records, png)
     except ModuleNotFoundError as error:
-        if len(records) == 1:  # once is enough
+        if len(records) == 1:  # say it once
             print(f"benchmarks.denoiser: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a child would stay behind
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # or a child process would keep running
     sys.exit(main())

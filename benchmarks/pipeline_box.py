@@ -1,4 +1,4 @@
-"""The model in the box, and pictures of held-out captions."""
+"""Load the model in the box, and generate images for held-out captions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GUIDANCE, SIDE = 2.0, 128
 
 
 def load_box(dtype: str = "float32") -> Any:
-    """The pipeline in the box, silent."""
+    """Load the pipeline in the box, without progress bars."""
     import torch
 
     from localdit.pipelines import LocalDiTPipeline
@@ -21,7 +21,7 @@ def load_box(dtype: str = "float32") -> Any:
 
 
 def held_out(count: int, seed: int = 0) -> tuple[list[Any], list[str]]:
-    """Scenes of combinations that training never showed, and their captions."""
+    """Return scenes with combinations that training never showed, and their captions."""
     import numpy as np
 
     from localdit.scenes import describe, sample_scenes
@@ -34,7 +34,7 @@ def held_out(count: int, seed: int = 0) -> tuple[list[Any], list[str]]:
 def draw(
     pipe: Any, captions: list[str], first_seed: int = 0, **arguments: Any
 ) -> tuple[Any, float]:
-    """Pictures of captions, each with its seed, and the seconds they took."""
+    """Generate images for captions, one seed each; return them and the seconds taken."""
     import torch
 
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(captions))]

@@ -1,4 +1,4 @@
-"""What compiling the blocks costs once, and what it saves each time, on the model in the box."""
+"""Measure compile time and run time of compiled blocks, on the model in the box."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .pipeline_box import draw, held_out, load_box
 
 
 def measure(args: Namespace) -> dict[str, Any]:
-    """A pipeline as it is and one with compiled blocks, in turn."""
+    """Time a pipeline without and with compiled blocks, in turns."""
     import numpy as np
 
     _, captions = held_out(args.batch_size)
@@ -24,13 +24,13 @@ def measure(args: Namespace) -> dict[str, Any]:
     return {
         "columns": ["", "first call, s", "later calls, s", "speed-up"],
         "rows": [
-            ["as it is", f"{first_plain:.1f}", f"{eager:.2f}", "1.00"],
+            ["not compiled", f"{first_plain:.1f}", f"{eager:.2f}", "1.00"],
             ["compiled blocks", f"{first:.1f}", f"{run:.2f}", f"{speedup:.2f}"],
         ],
         "notes": [
-            f"Calls for {args.batch_size} pictures of 128 x 128 pixels, 20 guided steps; medians "
-            f"of {args.repeats} calls in turn. Compiling took {first - run:.1f} s, the first call "
-            "less a later one. Largest difference of a pixel, in [0, 1]: "
+            f"Calls for {args.batch_size} images of 128 x 128 pixels, 20 guided steps; medians "
+            f"of {args.repeats} calls in turn. Compiling took {first - run:.1f} s: the first call "
+            "minus a later one. Largest difference of a pixel, in [0, 1]: "
             f"{np.abs(result - expected).max():.1e}."
         ],
     }

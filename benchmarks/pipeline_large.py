@@ -1,4 +1,4 @@
-"""A picture far larger than the model was trained for, in bounded memory."""
+"""Generate an image far larger than the training size, in bounded memory."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from .report import gibibytes
+from .tables import gibibytes
 from .worker import in_own_process
 
 CAPTION = "a large red circle at the top left on a blue background"
 
 
 def measure(args: Namespace) -> dict[str, Any]:
-    """Draw it in a process of its own, keep it, and say what it took."""
-    pixels, steps = args.pixels or 4096, args.steps or 4
+    """Generate and save the image in a separate process; return time and memory."""
+    pixels, steps = args.pixels or 4096, args.num_inference_steps or 4
     args.output.mkdir(parents=True, exist_ok=True)
     path = (args.output / f"large_{pixels}.png").resolve()
     result = in_own_process("pipeline_large:draw_large", pixels=pixels, steps=steps, path=str(path))
@@ -26,15 +26,15 @@ def measure(args: Namespace) -> dict[str, Any]:
             f"{pixels} x {pixels}", steps, f"{result['denoising']:.0f}",
             f"{result['decoding']:.0f}", gibibytes(result["before"]), gibibytes(result["peak"]),
         ]],
-        "notes": [f"The model in the box in float32, guidance scale 2. The picture: {path.name}."],
+        "notes": [f"The model in the box in float32, guidance scale 2. The image: {path.name}."],
     }  # fmt: skip
 
 
 def draw_large(pixels: int, steps: int, path: str) -> dict[str, Any]:
-    """Draw one large picture, write it and a small copy of it, and say how long it took."""
+    """Generate and save one large image and a small copy; return time and memory."""
     import torch
 
-    from .memory import peak_bytes
+    from .peak_memory import peak_bytes
     from .pipeline_box import GUIDANCE, load_box
 
     pipe = load_box()

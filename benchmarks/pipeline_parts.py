@@ -1,4 +1,4 @@
-"""Time and memory of the parts of a picture at full size, each in a process of its own."""
+"""Measure time and memory of each full-size part of a pipeline, in separate processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from .memory import peak_bytes, resident_bytes
-from .report import gibibytes
+from .peak_memory import peak_bytes, resident_bytes
+from .tables import gibibytes
 from .worker import in_own_process
 
 T5_LAYERS, STEPS, TOKENS = 24, 20, 120
@@ -28,8 +28,8 @@ SDXL_VAE = {
 
 
 def measure(args: Namespace) -> dict[str, Any]:
-    """A row for each part, and what dropping the text encoder gives back."""
-    pixels, steps = args.pixels or 1024, args.steps or 1
+    """Return a row per part, and the memory freed by releasing the text encoder."""
+    pixels, steps = args.pixels or 1024, args.num_inference_steps or 1
     dtype = args.dtype
     text = in_own_process("pipeline_parts:encode_text", dtype=dtype)
     denoiser = in_own_process("pipeline_parts:denoise", dtype=dtype, pixels=pixels, steps=steps)
@@ -53,25 +53,25 @@ def measure(args: Namespace) -> dict[str, Any]:
         "columns": ["part", "how", "seconds", "weights, GiB", "peak of the process, GiB"],
         "rows": rows,
         "notes": [
-            f"A picture of {pixels} x {pixels} pixels in {args.dtype}, {TOKENS} text tokens, "
-            "models of random weights. The text encoder's weights are those of all layers, its "
-            "peak that of a process with one. `release_text_encoder()` gave "
-            f"{gibibytes(given_back)} GiB of that one's {gibibytes(dropped)} GiB back to the "
-            f"system ({given_back / dropped:.0%})."
+            f"An image of {pixels} x {pixels} pixels in {args.dtype}, {TOKENS} text tokens, "
+            "models with random weights. The text encoder's weights are those of all layers, its "
+            "peak that of a process with one layer. `release_text_encoder()` returned "
+            f"{gibibytes(given_back)} GiB to the system, of that layer's {gibibytes(dropped)} GiB "
+            f"({given_back / dropped:.0%})."
         ],
         "measured": {name: part for name, _, part in cells},
     }
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """How long a call takes."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def encode_text(dtype: str) -> dict[str, Any]:
-    """A text encoder of one layer: seconds of all layers for two prompts, and its release."""
+    """Measure a one-layer text encoder: time scaled to all layers, and memory on release."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -86,9 +86,9 @@ def encode_text(dtype: str) -> dict[str, Any]:
     nothing: Any = None
     pipe = LocalDiTPipeline(nothing, encoder, nothing, nothing, nothing)
     ids = torch.randint(2, 1000, (1, TOKENS))
-    del encoder  # the pipeline alone holds it
+    del encoder  # now only the pipeline holds it
     with torch.no_grad():
-        pipe.text_encoder(ids)  # not counted: the first call prepares
+        pipe.text_encoder(ids)  # warm-up, not counted
         layer = min(seconds(lambda: pipe.text_encoder(ids)) for _ in range(3))
     before = resident_bytes()
     pipe.release_text_encoder()
@@ -102,7 +102,7 @@ def encode_text(dtype: str) -> dict[str, Any]:
 
 
 def denoise(dtype: str, pixels: int, steps: int) -> dict[str, Any]:
-    """`steps` guided steps of the denoiser, scaled to all."""
+    """Time `steps` guided steps of the denoiser, scaled to all steps."""
     import torch
 
     from localdit.models import LocalDiTTransformer2DModel
@@ -120,7 +120,7 @@ def denoise(dtype: str, pixels: int, steps: int) -> dict[str, Any]:
     }
     latents = torch.randn(2, 4, pixels // 8, pixels // 8, dtype=number)
     with torch.no_grad():
-        model(latents[..., :32, :32], **arguments)  # not counted: the first call prepares
+        model(latents[..., :32, :32], **arguments)  # warm-up, not counted
         taken = [seconds(lambda: model(latents, **arguments)) for _ in range(steps)]
     weights = sum(p.nbytes for p in model.parameters())
     return {
@@ -132,7 +132,7 @@ def denoise(dtype: str, pixels: int, steps: int) -> dict[str, Any]:
 
 
 def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
-    """One picture through an autoencoder of the SDXL one's shape, at once or in tiles."""
+    """Decode one image with an autoencoder of SDXL's shape, at once or in tiles."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -146,7 +146,7 @@ def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
         return vae.decode(z, return_dict=False)[0]
 
     with torch.no_grad():
-        run(latents[..., :8, :8])  # not counted: the first call prepares
+        run(latents[..., :8, :8])  # warm-up, not counted
         if tile is None:
             taken = seconds(lambda: run(latents))
         else:
@@ -158,7 +158,7 @@ def decode(dtype: str, pixels: int, tile: int | None) -> dict[str, Any]:
 
 
 def random_weights(build: Callable[[], Any], dtype: str) -> Any:
-    """A model of small random weights, made at once in its dtype."""
+    """Return a model with small random weights, created in its dtype."""
     import torch
 
     before = torch.get_default_dtype()

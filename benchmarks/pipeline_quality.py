@@ -1,4 +1,4 @@
-"""Speed and quality of each option that changes the picture, on the model in the box."""
+"""Measure speed and quality of each option that changes the image, on the model in the box."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from .pipeline_box import draw, held_out, load_box
 
 @dataclass
 class Option:
-    """One way to draw: arguments of the call, a step cache, a dtype."""
+    """One way to generate: arguments of the call, a step cache, a dtype."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
-    cache: Callable[[Any], Any] | None = None  # from the pipeline to a configuration
+    cache: Callable[[Any], Any] | None = None  # makes a configuration for the pipeline
     dtype: str = "float32"
 
 
 @dataclass
 class Drawn:
-    """What an option drew."""
+    """Times and images of an option."""
 
-    seconds: list[float] = field(default_factory=list)  # of each batch
+    seconds: list[float] = field(default_factory=list)  # per image, one value per batch
     pictures: list[Any] = field(default_factory=list)
 
 
 def measure(args: Namespace) -> dict[str, Any]:
-    """Draw every caption in every way, batch by batch and in turn, and compare."""
-
+    """Generate every caption with every option, batch by batch in turns, and compare."""
     pipes = {dtype: load_box(dtype) for dtype in ("float32", "bfloat16")}
     options = list_options()
     scenes, captions = held_out(args.captions)
     drawn = {option.name: Drawn() for option in options}
     for pipe in pipes.values():
-        draw(pipe, captions[: args.batch_size])  # not counted: the first call prepares
+        draw(pipe, captions[: args.batch_size])  # warm-up, not counted
     for start in range(0, len(captions), args.batch_size):
         batch = captions[start : start + args.batch_size]
         for option in options:
@@ -53,14 +52,14 @@ def measure(args: Namespace) -> dict[str, Any]:
         "notes": [
             f"{args.captions} held-out captions, batches of {args.batch_size} in turn, 128 x 128 "
             "pixels, guidance scale 2. Speed-up: median over the batches of default : option. "
-            "All right: share of pictures in which the scene reader finds everything right. RMSE: "
-            "mean over the pictures, to the default's of the same seed."
+            "All right: share of images in which the scene reader finds everything right. RMSE: "
+            "mean over the images, to the default's image of the same seed."
         ],
     }
 
 
 def list_options() -> list[Option]:
-    """The default first. Step caches that this version of Diffusers lacks are left out."""
+    """Return the options, default first, without step caches that this Diffusers lacks."""
     import torch
     from diffusers import hooks
 
@@ -112,7 +111,7 @@ def _first_block_cache(threshold: float, _: Any) -> Any:
 
 
 def draw_with(option: Option, pipe: Any, captions: list[str], seed: int) -> tuple[Any, float]:
-    """`draw`, with the option's step cache switched on for as long."""
+    """Call `draw` with the option's step cache enabled."""
     if option.cache is None:
         return draw(pipe, captions, seed, **option.arguments)
     pipe.transformer.enable_cache(option.cache(pipe))
@@ -123,7 +122,7 @@ def draw_with(option: Option, pipe: Any, captions: list[str], seed: int) -> tupl
 
 
 def row(option: Option, drawn: Drawn, reference: Drawn, scenes: list[Any]) -> list[str]:
-    """A line of the table."""
+    """Return a row of the table."""
     import numpy as np
 
     from localdit.scenes.score import score_picture

@@ -1,4 +1,4 @@
-"""Decoding in tiles beside decoding at once: how far off, and whether a seam shows."""
+"""Compare decoding in tiles with decoding at once: errors, and visibility of seams."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-STRIP = 0.4  # of the picture's height: sky, under which the ground changes from left to right
+STRIP = 0.4  # share of the image's height that is sky, above ground that changes across
 
 
 def measure(args: Namespace) -> dict[str, Any]:
-    """The autoencoder in the box, and an untrained one of the SDXL one's shape."""
+    """Compare on the autoencoder in the box, and on an untrained one of SDXL's shape."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -41,16 +41,16 @@ def measure(args: Namespace) -> dict[str, Any]:
         ],
         "rows": rows,
         "notes": [
-            "Errors against decoding at once, in 255ths of the range of its values. Near borders: "
-            "where two tiles are faded into each other, along the width. Drift: between the "
-            f"columns whose upper {100 * STRIP:.0f} % of pixels are most and least off in the "
-            "mean, which is what a seam in an even sky looks like."
+            "Errors compared with decoding at once, in 255ths of the range of its values. Near "
+            "borders: where two tiles blend, along the width. Drift: the largest difference, "
+            f"between columns, in the mean error of the upper {100 * STRIP:.0f} % of their pixels, "
+            "which is what a seam in an even sky looks like."
         ],
     }  # fmt: skip
 
 
 def compare(label: str, vae: Any, picture: Any) -> list[list[str]]:
-    """Three lines of the table: at once, Diffusers' tiles, tiles with shared statistics."""
+    """Return three rows: at once, Diffusers' tiles, tiles with shared statistics."""
     from localdit.core.tiling import CROP, in_tiles
 
     latents = vae.encode(picture).latent_dist.mode()
@@ -73,13 +73,13 @@ def compare(label: str, vae: Any, picture: Any) -> list[list[str]]:
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """A call's result, and its seconds."""
+    """Return a call's result and its seconds."""
     start = time.perf_counter()
     return call(), time.perf_counter() - start
 
 
 def errors(decoded: Any, reference: Any, vae: Any) -> list[str]:
-    """Cells: the largest and the mean error, near borders and elsewhere, and the drift."""
+    """Return cells: largest and mean error, near borders and elsewhere, and drift."""
     import torch
 
     error = (decoded - reference)[0] / (reference.max() - reference.min()) * 255
@@ -96,7 +96,7 @@ def errors(decoded: Any, reference: Any, vae: Any) -> list[str]:
 
 
 def landscape(pixels: int) -> tuple[str, Any]:
-    """A smooth sky, with rough ground under its right half."""
+    """Return a smooth sky with rough ground under its right half."""
     import numpy as np
     import torch
 
@@ -108,7 +108,7 @@ def landscape(pixels: int) -> tuple[str, Any]:
 
 
 def scene(pixels: int) -> tuple[str, Any]:
-    """A drawn scene."""
+    """Return a drawn scene."""
     import numpy as np
     import torch
 

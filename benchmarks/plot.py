@@ -1,4 +1,4 @@
-"""Costs against tokens as a picture."""
+"""Plot costs against tokens."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ STYLES = {
 
 
 def draw(records: Sequence[Mapping[str, Any]], png: Path) -> bool:
-    """Draw time and peak memory of each model against tokens, a row for each group of cases.
+    """Plot time and peak memory of each model against tokens, one row per group of cases.
 
     Returns:
-        Whether there was anything to draw; the file is written whole or not at all.
+        True if there was anything to plot. The file is written atomically.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The plot is left out: it is drawn with matplotlib "
-            "(pip install -r requirements-train.txt)"
+            "The plot is left out: it needs matplotlib (pip install -r requirements-train.txt)"
         ) from error
 
     found = groups(records)
     if not found:
         return False
     figure = Figure(figsize=(11, 4.2 * len(found)), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and no state shared with other figures
+    FigureCanvasAgg(figure)  # needs no display and shares no state with other figures
     panels = figure.subplots(len(found), 2, squeeze=False)
     for (group, members), (left, right) in zip(found.items(), panels, strict=True):
         title = _title(dict(zip(GROUP, group, strict=True)), members)
@@ -61,7 +60,7 @@ def draw(records: Sequence[Mapping[str, Any]], png: Path) -> bool:
 
 
 def _title(group: Mapping[str, str], members: Sequence[Mapping[str, Any]]) -> str:
-    """What a row of panels shows."""
+    """Return the title of a row of panels."""
     costs = members[0]["summary"]["models"]
     layers = {name: cost["layers"] for name, cost in costs.items()}
     if group["depth"] == "equal":
@@ -76,7 +75,7 @@ def _title(group: Mapping[str, str], members: Sequence[Mapping[str, Any]]) -> st
 def _draw_costs(
     axes: Axes, members: Sequence[Mapping[str, Any]], what: str, part: str, unit: float
 ) -> None:
-    """The curve of each model; times with a bar from the lowest to the highest."""
+    """Plot the curve of each model, and for times a bar from lowest to highest."""
     from matplotlib.ticker import LogLocator
 
     sizes = set()
@@ -103,7 +102,7 @@ def _draw_costs(
     axes.margins(y=0.15)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,g}")
-    axes.set_xlabel("image tokens (side of the picture in pixels)")
+    axes.set_xlabel("image tokens (side of the image in pixels)")
     axes.grid(alpha=0.3, which="both")
     if sizes:
         axes.legend()

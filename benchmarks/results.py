@@ -1,4 +1,4 @@
-"""From what was measured in a case to what it says: costs at a depth, ratios, exponents."""
+"""Turn the measurements of a case into costs at a depth, ratios and exponents."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from localdit.measuring import Spread
 from .cases import PIXART, Case, Denoiser
 from .timing import at_depth, exponent, paired_ratios, times_at_depth
 
-# What tells one curve over sizes from another.
+# The fields that distinguish one curve over sizes from another.
 GROUP = ("dtype", "task", "mode", "depth")
 
 
 def summary(case: Case, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The costs of each denoiser of a case, and how many times PixArt's they are.
+    """Return the costs of each denoiser in a case, and PixArt's time relative to LocalDiT's.
 
     Args:
-        results: what `timing.measure_times` returned, with "memory" added to each run.
+        results: the result of `timing.measure_times`, with "memory" added to each run.
 
     Returns:
-        "models", the `cost` of each by name; and "ratios", for each LocalDiT that has one, the
-        spread of PixArt's seconds divided by its seconds in the same turn.
+        "models": the `cost` of each denoiser by name. "ratios": for each LocalDiT with known times,
+        the spread of PixArt's seconds divided by LocalDiT's seconds in the same turn.
     """
     ratios = {}
     times = {}
@@ -41,12 +41,12 @@ def summary(case: Case, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cost(case: Case, denoiser: Denoiser, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a denoiser costs at the depth that is asked for.
+    """Return the cost of a denoiser at the target depth.
 
     Returns:
-        "layers"; "obtained", which says whether the costs are measured or derived; "seconds", a
-        spread; "compile_seconds", by how much the first call of the deepest model that was run took
-        longer than the median one; "memory"; "error". None in place of what is not known.
+        "layers"; "obtained", either measured or derived; "seconds", a spread; "compile_seconds",
+        the first call of the deepest model minus its median call; "memory"; "error". Unknown
+        values are None.
     """
     layers = case.target_layers(denoiser)
     seconds = times_at_depth(runs, layers)
@@ -68,20 +68,20 @@ def _compile_seconds(run: Mapping[str, Any]) -> float | None:
 def _memory(
     case: Case, runs: Sequence[Mapping[str, Any]], layers: int
 ) -> dict[str, int | str] | None:
-    """Bytes of the weights, of what is held beside them at the peak, and in total."""
+    """Return the bytes of the weights, the peak bytes beside them, and the total."""
     found = {run["layers"]: run.get("memory") or {} for run in runs}
     for memory in found.values():
         if "beside" not in memory:
             return {"error": memory["error"]} if "error" in memory else None
     weights = at_depth({depth: memory["weights"] for depth, memory in found.items()}, layers)
     beside = {depth: memory["beside"] for depth, memory in found.items()}
-    # In inference layers follow each other and leave nothing behind.
+    # In inference, a layer's memory is free again when it ends.
     peak = at_depth(beside, layers) if case.task == "training" else max(beside.values())
     return {"total": round(weights + peak), "weights": round(weights), "beside": round(peak)}
 
 
 def groups(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
-    """Records of cases that differ in size alone, by what else they are (`GROUP`)."""
+    """Group the records whose cases differ only in size, by the other fields (`GROUP`)."""
     found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for record in records:
         if "models" in record.get("summary", {}):
@@ -92,10 +92,10 @@ def groups(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], list[M
 def curve(
     records: Iterable[Mapping[str, Any]], name: str, what: str, part: str
 ) -> list[tuple[int, float]]:
-    """(tokens, cost) of a denoiser over the sizes of a group, where the cost is known.
+    """Return (tokens, cost) of a denoiser for each size of a group whose cost is known.
 
     Args:
-        what, part: as `cost` names them: "seconds" and "median", or "memory" and "beside".
+        what, part: keys of `cost`: "seconds" and "median", or "memory" and "beside".
     """
     points = []
     for record in records:
@@ -106,16 +106,16 @@ def curve(
 
 
 def names_of(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The denoisers of some cases, in order."""
+    """Return the names of the denoisers in some cases, in order."""
     return list(dict.fromkeys(name for record in records for name in record["summary"]["models"]))
 
 
 def exponents(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How the time and the memory beside the weights of each denoiser grow with the tokens.
+    """Return the growth of time, and of memory beside the weights, with the number of tokens.
 
     Returns:
-        For each group and denoiser of which two sizes are known: what it is, the "pixels", and
-        the exponents "seconds" and "beside" (None if not known).
+        For each group and denoiser with at least two known sizes: the fields of the group, the
+        "model", the "tokens", and the exponents "seconds" and "beside" (None if unknown).
     """
     rows = []
     for group, members in groups(records).items():

@@ -1,4 +1,4 @@
-"""Times: taken in turns, and what follows from them."""
+"""Measure times in turns, and derive costs at other depths, ratios and exponents."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from localdit.measuring import OUT_OF_MEMORY, Spread, take_turns
 
-from .cases import Case, Denoiser, make_model, make_run
+from .attention_kernels import attention_of
+from .cases import Case, Denoiser
+from .runs import make_model, make_run
 
 
 def measure_times(case: Case) -> dict[str, Any]:
-    """Seconds of the runs of each denoiser of a case, in turns, in this process.
+    """Time the denoisers of a case in turns, in this process.
 
     Returns:
-        For each denoiser, by its name: "attention" (kernels) and "attention_choice" (in words);
-        and for each depth that was run, under "runs": "layers", "weight_bytes", "first_call"
-        (seconds) and "seconds" (of those that count), or "error".
+        For each denoiser, by name: "attention" (kernels) and "attention_choice" (in words);
+        and "runs", with for each depth "layers", "first_call" (seconds) and "seconds" (of the
+        counted runs), or "error".
     """
-    from .backends import attention_of
-
     results: dict[str, Any] = {}
     runs: list[tuple[Callable[[], None], dict[str, Any]]] = []
     for denoiser in case.denoisers:
@@ -41,7 +41,7 @@ def measure_times(case: Case) -> dict[str, Any]:
 def _made(
     denoiser: Denoiser, layers: int, case: Case, attention: list[str], record: dict[str, Any]
 ) -> Callable[[], None] | None:
-    """A run of a new model; None where there is no memory for it."""
+    """Return a run of a new model; None if there is not enough memory."""
     import torch
 
     try:
@@ -52,10 +52,10 @@ def _made(
 
 
 def at_depth(costs: Mapping[int, float], layers: int) -> float:
-    """The cost of a model of `layers` blocks, from those of models of other depths.
+    """Return the cost of a model with `layers` blocks, from the costs at one or two depths.
 
-    From one depth, which has to be the one asked for, it is that cost. From two it is
-    `cost(a) + (layers - a) * (cost(b) - cost(a)) / (b - a)`: blocks cost the same each.
+    A single depth must be `layers` itself. From two depths a and b it is
+    `cost(a) + (layers - a) * (cost(b) - cost(a)) / (b - a)`, since all blocks cost the same.
     """
     if len(costs) == 1:
         assert layers in costs
@@ -65,19 +65,19 @@ def at_depth(costs: Mapping[int, float], layers: int) -> float:
 
 
 def times_at_depth(runs: Sequence[Mapping[str, Any]], layers: int) -> list[float]:
-    """Seconds at a depth, turn by turn, from the records of `measure_times`."""
+    """Return the seconds at a depth, turn by turn, from the records of `measure_times`."""
     depths = [run["layers"] for run in runs]
     turns = zip(*(run["seconds"] for run in runs), strict=True)
     return [at_depth(dict(zip(depths, seconds, strict=True)), layers) for seconds in turns]
 
 
 def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """How many times one is the other, turn by turn."""
+    """Return the spread of the ratios, turn by turn."""
     return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
-    """The slope of `log cost` against `log size` by least squares; None for less than two sizes.
+    """Return the least-squares slope of log cost over log size; None for fewer than two sizes.
 
     1 is linear growth, 2 quadratic.
     """

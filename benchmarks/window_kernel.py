@@ -1,13 +1,13 @@
-"""Time of attention within windows on a GPU: the Triton kernel beside PyTorch's operations.
+"""Time window attention on a GPU: the Triton kernel and PyTorch's operations.
 
     python -m benchmarks.window_kernel --tokens 4096 16384 65536 --dtype bfloat16
     python -m benchmarks.window_kernel --sweep
 
-Heads of the released model: 16 of 72 channels. The bound is the time in which the device copies as
-many bytes as have to be read and written: forward, queries, keys and values in and what they attend
-to out; backward, the former and a gradient in and three gradients out. Calls run from a CUDA graph,
-so that the time to launch them does not count, and take turns on more inputs than the device's
-cache holds. Prints a Markdown table; `--sweep` prints one of the launch settings to choose from.
+The heads are those of the released model: 16 of 72 channels. The bound is the time in which the
+device copies as many bytes as the kernel must read and write. Forward, it reads queries, keys and
+values and writes the output. Backward, it reads those and a gradient and writes three gradients.
+Calls run from a CUDA graph, so launch time does not count, and cycle through more inputs than fit
+into the device's cache. The result is a Markdown table; `--sweep` prints one of launch settings.
 """
 
 from __future__ import annotations
@@ -59,20 +59,27 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description="Time of attention within windows on a GPU.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Time window attention on a GPU.")
     add = parser.add_argument
-    add("--tokens", type=int, nargs="+", default=[4096, 16384, 65536], help="of square maps")
-    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    add("--sweep", action="store_true", help="try launch settings of the kernel")
+    add(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[4096, 16384, 65536],
+        help="numbers of tokens of square maps (default: 4096 16384 65536)",
+    )
+    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+        help="precision (default: bfloat16)")  # fmt: skip
+    add("--sweep", action="store_true", help="compare launch settings of the kernel instead")
     args = parser.parse_args()
     if any(math.isqrt(tokens) ** 2 != tokens for tokens in args.tokens):
-        parser.error("--tokens expects squares")
+        parser.error("--tokens expects square numbers")
     return args
 
 
 def compare(sizes: list[int], dtype: torch.dtype, bandwidth: float) -> None:
-    """Print the time of each backend, and how many times the bound it is."""
+    """Print the time of each backend, and its ratio to the bound."""
     print("| tokens | pass | bound, µs | Triton, µs | : bound | PyTorch, µs | : bound |")
     print("|---|---|---|---|---|---|---|")
     for tokens, backward in itertools.product(sizes, (False, True)):
@@ -85,7 +92,7 @@ def compare(sizes: list[int], dtype: torch.dtype, bandwidth: float) -> None:
 
 
 def sweep(sizes: list[int], dtype: torch.dtype, bandwidth: float) -> None:
-    """Print the kernel's time for launch settings that one might choose."""
+    """Print the kernel's time for several launch settings."""
     print("| tokens | pass | warps | stages | programs | µs | : bound |")
     print("|---|---|---|---|---|---|---|")
     settings = [(False, warps, 1, kernel.PROGRAMS) for warps in (1, 2, 4)]
@@ -101,7 +108,7 @@ def sweep(sizes: list[int], dtype: torch.dtype, bandwidth: float) -> None:
 
 @contextlib.contextmanager
 def launched_with(warps: int, stages: int, programs: int, backward: bool) -> Iterator[None]:
-    """Launch one of the passes with other settings; the other keeps its own."""
+    """Launch one of the two passes with other settings; the other keeps its own."""
     own = kernel._launch
 
     def choice(slots: int, half: str, of_backward: bool) -> dict[str, int]:
@@ -117,15 +124,15 @@ def launched_with(warps: int, stages: int, programs: int, backward: bool) -> Ite
 
 
 def bound_of(tokens: int, dtype: torch.dtype, bandwidth: float, backward: bool) -> float:
-    """Seconds in which the device copies what has to be read and written."""
-    maps = 4 + 7 * backward  # of C channels
+    """Return the seconds in which the device copies all bytes to be read and written."""
+    maps = 4 + 7 * backward  # maps of C channels read or written
     return maps * tokens * CHANNELS * dtype.itemsize / bandwidth
 
 
 def time_of(
     attend: Callable[..., torch.Tensor], tokens: int, dtype: torch.dtype, backward: bool
 ) -> float:
-    """Seconds of one call; with its backward pass, where `backward`."""
+    """Return the seconds of one call, including its backward pass if `backward`."""
     side = math.isqrt(tokens)
     grid = WindowGrid(side, side, WINDOW, 1, 1)
     norms = RMSNorm(HEAD_DIM, 1e-10).cuda(), RMSNorm(HEAD_DIM, 1e-10).cuda()
@@ -152,7 +159,7 @@ def time_of(
 
 
 def seconds(function: Callable[[], Any], repeats: int = 20) -> float:
-    """Median seconds of the function, replayed from a CUDA graph."""
+    """Return the median seconds of the function, replayed from a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -174,19 +181,19 @@ def seconds(function: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes that the device reads and writes in a second of copying, 1 GiB at a time."""
+    """Return the bytes per second that the device reads and writes when copying 1 GiB."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source))
 
 
 def micro(time: float) -> str:
-    """Microseconds."""
+    """Format seconds as microseconds."""
     return f"{1e6 * time:.1f}"
 
 
 def describe(args: argparse.Namespace, bandwidth: float) -> str:
-    """What was measured, where, when and how."""
+    """Return a sentence with the setting, device, versions, date and command."""
     import triton
 
     command = shlex.join(["python", "-m", "benchmarks.window_kernel", *sys.argv[1:]])

@@ -1,8 +1,8 @@
-"""Measuring in a process of its own, which starts with nothing loaded and may be killed.
+"""Run a measurement in a separate process, which starts with nothing loaded and may be killed.
 
     python -m benchmarks.worker MODULE:FUNCTION JSON
 
-is what `in_own_process` starts: it prints what the function returns as its last line of JSON.
+`in_own_process` starts this command. Its last line of output is the function's result as JSON.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class WorkerError(Exception):
-    """A process that ended without a result."""
+    """A worker process ended without a result."""
 
 
 def in_own_process(name: str, **arguments: Any) -> Any:
-    """What a function of this package returns, called in a process of its own.
+    """Call a function of this package in a separate process and return its result.
 
     Args:
         name: "module:function".
-        **arguments: of the function, such as JSON can hold.
+        **arguments: the function's arguments, as types that JSON supports.
 
     Raises:
-        WorkerError: if the process fails; what it printed is on stderr.
+        WorkerError: if the process fails; its own error message is on stderr.
     """
     command = [sys.executable, "-m", "benchmarks.worker", name, json.dumps(arguments)]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode < 0:
-        raise WorkerError(f"killed by signal {-result.returncode}; out of memory, if by 9")
+        raise WorkerError(f"killed by signal {-result.returncode}; signal 9 means out of memory")
     if result.returncode:
         raise WorkerError(f"failed with status {result.returncode}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def encode(case: Case) -> dict[str, Any]:
-    """A case as JSON can hold it."""
+    """Return a case as types that JSON supports."""
     return asdict(case)
 
 
 def decode(values: Mapping[str, Any]) -> Case:
-    """The case that `encode` was given."""
+    """Return the case that `encode` was given."""
     return Case(**{**values, "contexts": tuple(values["contexts"])})
 
 
 def times(case: dict[str, Any]) -> dict[str, Any]:
-    """See `timing.measure_times`."""
+    """Call `timing.measure_times` with an encoded case."""
     from .timing import measure_times
 
     return measure_times(decode(case))
@@ -64,12 +64,12 @@ def times(case: dict[str, Any]) -> dict[str, Any]:
 def memory(
     case: dict[str, Any], denoiser: str, layers: int, attention: list[str]
 ) -> dict[str, Any]:
-    """See `memory.measure_memory`; "error" where there is not enough."""
+    """Call `peak_memory.measure_memory`; return "error" if memory runs out."""
     import torch
 
     from localdit.measuring import OUT_OF_MEMORY
 
-    from .memory import measure_memory
+    from .peak_memory import measure_memory
 
     try:
         return dict(measure_memory(decode(case), DENOISERS[denoiser], layers, attention))
@@ -78,12 +78,12 @@ def memory(
 
 
 def main() -> None:
-    """Call what the command line names and print what it returns."""
+    """Call the function that the command line names and print its result."""
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(f"benchmarks.{module}"), name)
     from diffusers.utils import logging
 
-    logging.set_verbosity_error()  # it advises about loading weights, and there are none
+    logging.set_verbosity_error()  # its advice about loading weights does not apply
     print(json.dumps(function(**json.loads(sys.argv[2]))))
 
 

@@ -1,4 +1,4 @@
-"""A small SVG canvas for the drawings of the docs: a card, for light and for dark pages."""
+"""A small SVG canvas for the docs' drawings: a card for light and dark pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WINDOWS = ["blue", "yellow", "green", "red", "violet", "teal", "orange", "pink",
 
 
 class Drawing:
-    """Shapes on a card of `width x height` units; a colour is a name of `COLOURS`."""
+    """Shapes on a card of `width x height` units; colours are names in `COLOURS`."""
 
     def __init__(self, width: int, height: int, description: str) -> None:
         self.width, self.height = width, height
@@ -38,7 +38,7 @@ class Drawing:
     def square(
         self, x: float, y: float, size: float, fill: str, stroke: str = "card", thick: float = 1.5
     ) -> None:
-        """A square with its upper left corner at (x, y)."""
+        """Draw a square with its upper left corner at (x, y)."""
         self.box(x, y, size, size, fill, stroke, thick, corner=2.5)
 
     def box(
@@ -52,21 +52,21 @@ class Drawing:
         thick: float = 1.5,
         corner: float = 6,
     ) -> None:
-        """A rectangle with round corners."""
+        """Draw a rectangle with round corners."""
         self.parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
             f'rx="{corner}" stroke-width="{thick}" class="f-{fill} s-{stroke}"/>'
         )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str, thick: float) -> None:
-        """A straight line."""
+        """Draw a straight line."""
         self.parts.append(
             f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke-width="{thick}" '
             f'class="f-none s-{stroke}"/>'
         )
 
     def arrow(self, points: list[tuple[float, float]], stroke: str = "soft") -> None:
-        """A line through points with a head at its end."""
+        """Draw a line through points with an arrowhead at its end."""
         (x1, y1), (x2, y2) = points[-2:]
         angle = math.atan2(y2 - y1, x2 - x1)
         head = [
@@ -80,7 +80,7 @@ class Drawing:
         )
 
     def circle(self, x: float, y: float, radius: float, fill: str, stroke: str = "none") -> None:
-        """A circle around (x, y)."""
+        """Draw a circle around (x, y)."""
         self.parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" class="f-{fill} s-{stroke}"/>'
         )
@@ -95,7 +95,7 @@ class Drawing:
         anchor: str = "middle",
         weight: int = 400,
     ) -> None:
-        """Words on the baseline y."""
+        """Draw text on the baseline y."""
         words = words.replace("&", "&amp;").replace("<", "&lt;")
         self.parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" '
@@ -107,7 +107,7 @@ class Drawing:
         path.write_text(self.svg(), encoding="utf-8")
 
     def svg(self) -> str:
-        """The drawing as SVG, whose colours follow the reader's choice of light or dark."""
+        """Return the drawing as SVG; its colours follow the reader's light or dark mode."""
         light, dark = (
             "".join(
                 f".f-{name}{{fill:{shades[i]}}}.s-{name}{{stroke:{shades[i]}}}"

@@ -1,6 +1,6 @@
-"""Draws docs/images/*.svg: `python docs/make_drawings.py`.
+"""Draw docs/images/*.svg: `python docs/make_drawings.py`.
 
-What is drawn of windows is read off the library's own functions.
+The drawn windows come from the library's own functions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def who_sees_whom(grid: WindowGrid) -> torch.Tensor:
-    """`(N, N)` bool: whether token i attends to token j of the (row-major) map."""
+    """Return an `(N, N)` bool tensor: True if token i attends to token j (row-major map)."""
     layout = window_layout(grid, CPU)
     slots = grid.window_size**2
     window, place = layout.inverse // slots, layout.inverse % slots
@@ -32,7 +32,7 @@ def who_sees_whom(grid: WindowGrid) -> torch.Tensor:
 
 
 def regions(grid: WindowGrid) -> list[int]:
-    """For each token a number that it shares with those it sees, counted from the top left."""
+    """Return a number per token, shared by tokens that attend to each other, from the top left."""
     first_seen = who_sees_whom(grid).int().argmax(dim=1).tolist()
     numbers: dict[int, int] = {}
     return [numbers.setdefault(token, len(numbers)) for token in first_seen]
@@ -41,14 +41,14 @@ def regions(grid: WindowGrid) -> list[int]:
 def tokens(
     drawing: Drawing, x: float, y: float, size: float, columns: int, fills: list[str]
 ) -> None:
-    """A map of tokens with a colour each."""
+    """Draw a map of tokens, each in its colour."""
     for token, fill in enumerate(fills):
         row, column = divmod(token, columns)
         drawing.square(x + column * size, y + row * size, size, fill)
 
 
 def borders(drawing: Drawing, x: float, y: float, size: float, side: int, group: list[int]) -> None:
-    """Lines between neighbours of different groups on a square map, and around it."""
+    """Draw lines between neighbours of different groups on a square map, and around it."""
     drawing.box(x, y, side * size, side * size, "none", "soft", 2, corner=2)
     for token, number in enumerate(group):
         row, column = divmod(token, side)
@@ -60,8 +60,8 @@ def borders(drawing: Drawing, x: float, y: float, size: float, side: int, group:
 
 
 def windows() -> Drawing:
-    """Full attention and windows: what one token looks at."""
-    drawing = Drawing(760, 350, "One token looks at all tokens, or at the 16 of its window")
+    """Draw the tokens that one token attends to, with full attention and with windows."""
+    drawing = Drawing(760, 350, "One token attends to all tokens, or to the 16 of its window")
     side, size, marked = 12, 22, 12 * 5 + 6
     group = regions(WindowGrid(side, side, 4))
     seen = {
@@ -75,38 +75,40 @@ def windows() -> Drawing:
             borders(drawing, x, 50, size, side, group)
         row, column = divmod(marked, side)
         drawing.circle(x + (column + 0.5) * size, 50 + (row + 0.5) * size, 6, "deepblue")
-        words = f"looks at {sum(sees)} tokens, whatever the size of the map"
+        words = f"attends to {sum(sees)} tokens, at any map size"
         if all(sees):
-            words = f"looks at all {side**2} tokens of this map"
+            words = f"attends to all {side**2} tokens of this map"
         drawing.text(x + side * size / 2, 338, words, "soft", 13)
     return drawing
 
 
 def shifts() -> Drawing:
-    """Four layers, each with its shift, and how far a token has heard after each."""
-    drawing = Drawing(760, 262, "Windows move from layer to layer: what a token knows spreads")
+    """Draw four layers with their shifts, and how far information has spread after each."""
+    drawing = Drawing(760, 262, "Windows move from layer to layer, so information spreads")
     side, size, marked = 16, 10.5, 16 * 8 + 8
-    heard = torch.eye(side**2, dtype=torch.bool)[marked]
+    reached = torch.eye(side**2, dtype=torch.bool)[marked]
     for layer, shift in enumerate(shift_sizes(4, 4, "cyclic")):
         grid = WindowGrid(side, side, 4, shift, shift)
         sees = who_sees_whom(grid)
-        heard = sees[heard].any(dim=0)  # windows are symmetric: who is seen, and by whom
+        reached = sees[reached].any(dim=0)  # windows are symmetric
         x = 17 + layer * 186
         drawing.text(x + side * size / 2, 30, f"layer {layer}: shift {shift}", weight=600)
-        tokens(drawing, x, 44, size, side, ["blue" if h else "empty" for h in heard.tolist()])
+        tokens(drawing, x, 44, size, side, ["blue" if h else "empty" for h in reached.tolist()])
         borders(drawing, x, 44, size, side, regions(grid))
         row, column = divmod(marked, side)
         drawing.circle(x + (column + 0.5) * size, 44 + (row + 0.5) * size, 4, "deepblue")
-        words = f"{int(heard.sum())} tokens"
+        words = f"{int(reached.sum())} tokens"
         drawing.text(x + side * size / 2, 234, words, "soft", 13)
-    words = "that what is known at the dot has reached after the layer"
+    words = "that information from the dot has reached after the layer"
     drawing.text(380, 254, words, "soft", 13)
     return drawing
 
 
 def cyclic_shift() -> Drawing:
-    """The roll that turns moved windows into whole ones, and the mask that goes with it."""
-    drawing = Drawing(760, 314, "The map is rolled and cut; a mask keeps strangers apart")
+    """Draw the roll that turns shifted windows into whole ones, and its mask."""
+    drawing = Drawing(
+        760, 314, "The map is rolled and cut into windows; a mask separates the pieces"
+    )
     side, size, top = 8, 25, 62
     grid = WindowGrid(side, side, 4, 2, 2)
     group = regions(grid)
@@ -117,7 +119,7 @@ def cyclic_shift() -> Drawing:
         row, column = divmod(token, side)
         rolled[(row - 2) % side * side + (column - 2) % side] = token
 
-    drawing.text(130, 30, "Windows moved by 2", weight=600)
+    drawing.text(130, 30, "Windows shifted by 2", weight=600)
     drawing.text(130, 49, "nine pieces, one of them whole", "soft", 13)
     tokens(drawing, 30, top, size, side, fills)
     borders(drawing, 30, top, size, side, group)
@@ -138,14 +140,14 @@ def cyclic_shift() -> Drawing:
         for key, hidden in enumerate(row):
             fill = "empty" if hidden else fills[last[key]]
             drawing.square(550 + key * 12, top + 4 + query * 12, 12, fill, thick=1)
-    words = "Pieces that the roll brought together from opposite edges do not see each other."
+    words = "Pieces from opposite edges share a window, but do not attend to each other."
     drawing.text(380, 296, words, "soft", 13)
     return drawing
 
 
 def rope() -> Drawing:
-    """Hands that turn with the column and the row."""
-    drawing = Drawing(760, 310, "Queries and keys turn with their column and row")
+    """Draw clock hands that rotate with the column and the row."""
+    drawing = Drawing(760, 310, "Queries and keys rotate with their column and row")
     columns, rows, size = 7, 4, 60
     for row in range(rows):
         for column in range(columns):
@@ -170,14 +172,14 @@ def rope() -> Drawing:
     drawing.arrow([(105, 26), (390, 26)], "deepblue")
     drawing.arrow([(496, 94), (496, 240)], "deepred")
     notes = [
-        ("Half of the channels turn", "deepblue"),
+        ("Half of the channels rotate", "deepblue"),
         ("with the column,", "deepblue"),
         ("half with the row.", "deepred"),
         ("Pairs of tokens that are one", "soft"),
         ("row and two columns apart", "soft"),
-        ("differ by the same turns", "soft"),
-        ("wherever they are, and that", "soft"),
-        ("is what attention sees.", "soft"),
+        ("differ by the same angles", "soft"),
+        ("wherever they are. Attention", "soft"),
+        ("sees only this difference.", "soft"),
     ]
     for i, (words, colour) in enumerate(notes):
         drawing.text(545, 104 + 20 * i + 10 * (i > 2), words, colour, 14, "start")
@@ -187,15 +189,15 @@ def rope() -> Drawing:
 def step(
     drawing: Drawing, x: float, y: float, width: float, title: str, words: str, fill: str = "card"
 ) -> None:
-    """A box of 58 units in height with a title and a line below it."""
+    """Draw a box of 58 units in height with a title and a line below it."""
     drawing.box(x, y, width, 58, fill, "soft")
     drawing.text(x + width / 2, y + 25, title, weight=600)
     drawing.text(x + width / 2, y + 44, words, "ink" if fill != "card" else "soft", 12)
 
 
 def global_context() -> Drawing:
-    """What a window learns of the rest of the map."""
-    drawing = Drawing(760, 316, "Features of the whole map are asked about the keys of a window")
+    """Draw how a window uses information from the whole map."""
+    drawing = Drawing(760, 316, "Features of the whole map attend to the keys of a window")
     inside = [column // 4 == 1 and row // 4 == 0 for row in range(8) for column in range(8)]
 
     def small_map(x: float, y: float, title: str, on: str, off: str) -> None:
@@ -208,26 +210,26 @@ def global_context() -> Drawing:
     drawing.arrow([(372, 88), (394, 88)])
     small_map(400, 44, "features of the map", "blue", "teal")
     drawing.arrow([(494, 88), (516, 88)])
-    step(drawing, 522, 59, 220, "attention in the window", "features ask, new keys answer")
+    step(drawing, 522, 59, 220, "attention in the window", "features as queries, new keys")
 
     small_map(20, 186, "keys", "orange", "empty")
     drawing.arrow([(114, 230), (136, 230)])
-    step(drawing, 142, 201, 226, "one linear layer", "makes keys and values anew")
+    step(drawing, 142, 201, 226, "one linear layer", "computes new keys and values")
     drawing.arrow([(372, 230), (560, 230), (560, 124)])
     drawing.text(466, 222, "of the same window", "soft", 12)
     drawing.arrow([(666, 124), (666, 196)])
     step(drawing, 590, 201, 152, "mean of both", "this and plain attention")
-    words = "Windows ask with features of the whole map; half of the answer is plain attention."
+    words = "Queries are features of the whole map; half of the output is plain attention."
     drawing.text(380, 302, words, "soft", 13)
     return drawing
 
 
 def model() -> Drawing:
-    """From a prompt and noise to a picture."""
-    drawing = Drawing(760, 392, "From a prompt and noise to a picture, through 18 blocks")
+    """Draw the way from a prompt and noise to an image."""
+    drawing = Drawing(760, 392, "From a prompt and noise to an image, through 18 blocks")
     step(drawing, 20, 24, 150, "prompt", '"a red circle ..."')
     drawing.arrow([(174, 53), (204, 53)])
-    step(drawing, 210, 24, 190, "text encoder (T5)", "reads it once")
+    step(drawing, 210, 24, 190, "text encoder (T5)", "encodes it once")
 
     step(drawing, 20, 192, 110, "noise", "4 x H/8 x W/8")
     drawing.arrow([(134, 221), (156, 221)])
@@ -237,10 +239,10 @@ def model() -> Drawing:
     drawing.box(318, 116, 246, 222, "empty", "line")
     drawing.text(441, 138, "18 blocks", weight=600)
     step(drawing, 332, 150, 218, "window attention", "shifted by block mod 4", "blue")
-    step(drawing, 332, 212, 218, "attention to the text", "every token to every word", "yellow")
-    step(drawing, 332, 274, 218, "feed-forward", "each token for itself", "green")
+    step(drawing, 332, 212, 218, "cross-attention", "every token to the text", "yellow")
+    step(drawing, 332, 274, 218, "feed-forward", "each token separately", "green")
     drawing.arrow([(404, 53), (590, 53), (590, 241), (554, 241)])
-    step(drawing, 162, 286, 118, "time step", "scales, gates")
+    step(drawing, 162, 286, 118, "timestep", "scales, gates")
     drawing.arrow([(284, 315), (312, 315)])
 
     drawing.arrow([(568, 303), (608, 303)])
@@ -251,7 +253,7 @@ def model() -> Drawing:
     drawing.text(690, 262, "last", "soft", 12, "start")
     step(drawing, 614, 180, 126, "autoencoder", "from latents")
     drawing.arrow([(677, 176), (677, 148)])
-    step(drawing, 614, 86, 126, "picture", "3 x H x W", "violet")
+    step(drawing, 614, 86, 126, "image", "3 x H x W", "violet")
     return drawing
 
 

@@ -1,4 +1,4 @@
-"""Writes training-options.md from the command lines: `python docs/make_options.py`."""
+"""Write training-options.md from the command lines: `python docs/make_options.py`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from localdit.training import options
 from localdit.training.encode import options as encode_options
 
 PAGE = Path(__file__).with_name("training-options.md")
-INTRODUCTION = """# Options of training
+INTRODUCTION = """# Training options
 
-Written by `python docs/make_options.py` from the command lines themselves;
-[Train](guides/train.md) shows the options at work. An empty default is explained beside it.
+`python docs/make_options.py` generates this page from the command lines.
+[Training](guides/train.md) shows the options in use. If the default is empty, the description explains it.
 """
 
 
 def page() -> str:
-    """The text of the page."""
+    """Return the text of the page."""
     commands = [
         ("`train.py`", options.make_parser()),
         ("`python -m localdit.training.encode`", encode_options.make_parser()),
@@ -47,7 +47,7 @@ def _names(option: argparse.Action) -> str:
 
 
 def _kind(option: argparse.Action) -> Iterator[str]:
-    """What may be given: the choices, or that there may be several values."""
+    """Yield the choices, or a note that several values are allowed."""
     if option.choices:
         yield "<br>" + ", ".join(f"`{choice}`" for choice in option.choices)
     elif option.nargs == "+":

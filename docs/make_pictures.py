@@ -1,4 +1,4 @@
-"""Draws the pictures of the guides with the model in the box: `python docs/make_pictures.py`."""
+"""Generate the guides' images with the model in the box: `python docs/make_pictures.py`."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SETTINGS = {"guidance_scale": 2.0}
 
 
 def main() -> None:
-    """Draw circle.png, strengths.png and inpaint.png."""
+    """Generate circle.png, strengths.png and inpaint.png."""
     pipe = LocalDiTPipeline.from_pretrained(model_in_the_box())
     draw_strengths(pipe)
     draw_inpainting(pipe)
 
 
 def first_seed() -> torch.Generator:
-    """A generator of seed 0."""
+    """Return a generator with seed 0."""
     return torch.Generator().manual_seed(0)
 
 
 def draw_strengths(pipe: LocalDiTPipeline) -> None:
-    """Draw a picture, and change it more and more."""
+    """Generate an image, and change it with growing strength."""
     edit = LocalDiTImg2ImgPipeline.from_pipe(pipe)
     circle = pipe(CIRCLE, generator=first_seed(), **SETTINGS).images[0]
     circle.save(IMAGES / "circle.png")
@@ -49,7 +49,7 @@ def draw_strengths(pipe: LocalDiTPipeline) -> None:
 
 
 def draw_inpainting(pipe: LocalDiTPipeline) -> None:
-    """Draw a picture, and paint something more into it."""
+    """Generate an image, and inpaint another object."""
     inpaint = LocalDiTInpaintPipeline.from_pipe(pipe)
     picture = pipe(ON_THE_LEFT, generator=first_seed(), **SETTINGS).images[0]
     mask = Image.new("L", picture.size, "black")

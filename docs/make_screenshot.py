@@ -1,4 +1,4 @@
-"""Photographs the page of `localdit demo` as images/demo.png: `python docs/make_screenshot.py`.
+"""Take a screenshot of `localdit demo` as images/demo.png: `python docs/make_screenshot.py`.
 
 Needs Playwright's Python package and Debian's chromium.
 """
@@ -24,12 +24,12 @@ PROMPTS = [
 
 
 def main() -> None:
-    """Serve the page, draw three pictures in it, and take its picture."""
+    """Serve the page, generate three images in it, and take a screenshot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", nargs="?", type=Path, default=IMAGE, help="a PNG")
-    parser.add_argument("--width", type=int, default=1200, help="of the window, in pixels")
-    parser.add_argument("--dark", action="store_true", help="as browsers in dark mode show it")
-    parser.add_argument("--inpaint", action="store_true", help="the editor instead of the prompt")
+    parser.add_argument("output", nargs="?", type=Path, default=IMAGE, help="PNG to write")
+    parser.add_argument("--width", type=int, default=1200, help="width of the window in pixels")
+    parser.add_argument("--dark", action="store_true", help="use dark mode")
+    parser.add_argument("--inpaint", action="store_true", help="show the inpainting editor")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         job = opening.planned(build_parser().parse_args(["--model", "box"]), Path(name))

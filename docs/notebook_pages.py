@@ -1,4 +1,4 @@
-"""A hook of MkDocs: notebooks are pages of the site, with the outputs that they were saved with."""
+"""A MkDocs hook that turns notebooks into pages of the site, with their saved outputs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from mkdocs.structure.files import File, Files
 
 
 class NotebookPage(File):
-    """A notebook in the place of a page of Markdown."""
+    """A notebook used as a Markdown page."""
 
     def is_documentation_page(self) -> bool:
-        """It is one."""
+        """Return True."""
         return True
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Turn notebooks into pages before MkDocs looks at the pages."""
+    """Turn notebooks into pages before MkDocs reads the pages."""
     for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
         files.remove(file)
         assert file.abs_src_path
@@ -43,5 +43,5 @@ def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
         png = "".join(data["image/png"]).replace("\n", "")
-        return f"![what the cell shows](data:image/png;base64,{png})"
+        return f"![output of the cell](data:image/png;base64,{png})"
     return f"```text\n{''.join(data.get('text/plain', ''))}\n```"

@@ -1,4 +1,4 @@
-"""Runs the notebooks and keeps what they show, without noise: `python docs/run_notebooks.py`."""
+"""Run the notebooks and save their outputs without noise: `python docs/run_notebooks.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOTEBOOKS = Path(__file__).with_name("notebooks")
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what changes from run to run: times, identities, progress bars and warnings."""
+    """Remove what changes from run to run: times, ids, progress bars and warnings."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -36,7 +36,7 @@ def _simplify(output: nbformat.NotebookNode) -> None:
 
 
 def main() -> None:
-    """Run all notebooks, each in a kernel of its own."""
+    """Run all notebooks, each in a new kernel."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=600).execute()

@@ -1,9 +1,9 @@
-"""The code in a page of the docs: finding it, and running it in the order in which it is read.
+"""Find the code blocks of a docs page, and run them in the order of the page.
 
-An HTML comment on the line before a block says what is special about it:
+An HTML comment on the line before a block changes how it is tested:
 
-    <!-- not run: needs the released weights -->     its syntax is checked, no more
-    <!-- slow -->                                    run by `pytest -m slow` only
+    <!-- not run: needs the released weights -->     only its syntax is checked
+    <!-- slow -->                                    only `pytest -m slow` runs it
 """
 
 import json
@@ -25,13 +25,13 @@ class Block:
 
     language: str
     code: str
-    line: int  # of the page, on which the code begins
+    line: int  # line of the page where the code begins
     slow: bool = False
     not_run: str = ""  # the reason
 
 
 def find_blocks(text: str) -> list[Block]:
-    """The fenced blocks of a page, in their order."""
+    """Return the fenced blocks of a page, in order."""
     blocks = []
     for match in FENCE.finditer(text):
         mark = MARK.search(text[: match.start()])
@@ -43,7 +43,7 @@ def find_blocks(text: str) -> list[Block]:
 
 
 def check_syntax(block: Block) -> None:
-    """Raise SyntaxError, ValueError or CalledProcessError if the code of a block is none."""
+    """Raise SyntaxError, ValueError or CalledProcessError if a block is not valid code."""
     if block.language == "python":
         compile(block.code, f"line {block.line}", "exec")
     elif block.language == "bash":
@@ -53,7 +53,7 @@ def check_syntax(block: Block) -> None:
 
 
 def run_page(blocks: list[Block], page: str) -> None:
-    """Run blocks here: Python's in one namespace, as one module that has them all."""
+    """Run blocks in the current folder, all Python blocks in one namespace."""
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         print(f"{page}:{block.line}", flush=True)
@@ -71,6 +71,6 @@ def save(blocks: list[Block], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = ""  # the folder that the page is run in, as `python` has it
+    sys.path[0] = ""  # the current folder, as `python` sets it
     stored = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     run_page([Block(**fields) for fields in stored], sys.argv[2])

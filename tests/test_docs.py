@@ -1,4 +1,4 @@
-"""What the documentation says can be done, and does not go stale."""
+"""The docs: links, code blocks, generated pages and the reference are correct and up to date."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("reci
 CODE_PAGES = [page for page in PAGES if "```" in page.read_text(encoding="utf-8")]
 LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
 
-# What makes a block small: the box for the released model, few pictures, few steps.
+# Replacements that make a block fast: the model in the box, few images, few steps.
 SMALL = {
     "python": {
         r"\bConfig\(\)": "Config(ckpt_path='localdit/box', height=128, width=128)",
@@ -44,7 +44,7 @@ def names(page: Path) -> str:
 
 
 def runnable(page: Path) -> list[Block]:
-    """What of a page is run: its blocks, and calls within lines, on small pictures."""
+    """Return the code of a page that is run: blocks, and inline calls with small images."""
     text = page.read_text(encoding="utf-8")
     blocks = find_blocks(text)
     calls = re.findall(r"`(pipe\(prompt, .*?)\)`", text)
@@ -61,24 +61,28 @@ def has_slow(page: Path) -> bool:
     return any(block.slow for block in runnable(page))
 
 
-def test_the_table_of_options_is_that_of_the_command_lines():
+def test_the_options_page_matches_the_command_lines():
     written = (ROOT / "docs/training-options.md").read_text(encoding="utf-8")
-    assert written == load_script("make_options").page(), "write it anew: docs/make_options.py"
+    assert written == load_script("make_options").page(), (
+        "regenerate it: python docs/make_options.py"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
-def test_links_lead_to_files_that_are_there(page):
+def test_links_lead_to_existing_files(page):
     for target, _ in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
 
-def test_tests_that_the_guarantee_names_are_there():
-    text = (ROOT / "docs/guarantee.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["guarantee", "how-it-is-tested"])
+def test_tests_that_a_page_names_exist(page):
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
     commands = re.findall(r"`pytest ([^`]+)`", text)
     assert commands
     for command in commands:
-        path = next(word for word in command.split() if word.startswith("tests/"))
-        source = (ROOT / path).read_text(encoding="utf-8")
+        path = ROOT / next(word for word in command.split() if word.startswith("tests/"))
+        files = path.glob("**/*.py") if path.is_dir() else [path]
+        source = "\n".join(file.read_text(encoding="utf-8") for file in files)
         for words in re.findall(r"-k (?:\"([^\"]+)\"|(\S+))", command):
             assert re.search(f"def test_\\w*{''.join(words)}", source), command
 
@@ -87,17 +91,23 @@ def test_tests_that_the_guarantee_names_are_there():
 
 
 @pytest.mark.parametrize("page", CODE_PAGES, ids=names)
-def test_every_block_of_code_is_one_that_is_run_or_says_why_not(page):
+def test_every_code_block_is_run_or_says_why_not(page):
     text = page.read_text(encoding="utf-8")
     blocks = find_blocks(text)
-    assert 2 * len(blocks) == len(re.findall(r"^ *```", text, re.MULTILINE)), "a fence is open"
-    assert not re.search(r"\n\n    (?![-*\d])", FENCE.sub("", text)), "an indented block: fence it"
+    assert 2 * len(blocks) == len(re.findall(r"^ *```", text, re.MULTILINE)), (
+        "a fence is not closed"
+    )
+    assert not re.search(r"\n\n    (?![-*\d])", FENCE.sub("", text)), (
+        "an indented code block: use a fence"
+    )
     for block in blocks:
         assert block.language in RUN | READ, f"{page}:{block.line}: language {block.language!r}"
         assert not (block.not_run and block.language not in RUN), f"{page}:{block.line}"
         check_syntax(block)
     installs = r"\b(pip install|quickstart\.sh|git clone|wget|curl)\b"
-    assert not any(re.search(installs, block.code) for block in runnable(page)), "not in a test"
+    assert not any(re.search(installs, block.code) for block in runnable(page)), (
+        "a test must not install or download anything"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +117,7 @@ def environment():
 
 
 def run_blocks(page, blocks, folder, environment):
-    """Run blocks where the files of the repository are, with an output folder of their own."""
+    """Run blocks beside links to the repository's files, with an empty output folder."""
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in ("output", "runs", "build", "dist"):
             (folder / path.name).symlink_to(path)
@@ -122,7 +132,7 @@ def run_blocks(page, blocks, folder, environment):
 
 
 def make_small(block):
-    """The code of a block, made to take seconds instead of minutes."""
+    """Return the code of a block, changed to take seconds instead of minutes."""
     code = block.code
     for pattern, small in SMALL[block.language].items():
         code = re.sub(pattern, small, code)
@@ -130,20 +140,20 @@ def make_small(block):
 
 
 @pytest.mark.parametrize("page", [page for page in CODE_PAGES if quick(page)], ids=names)
-def test_code_runs_as_it_stands(page, tmp_path, environment):
-    """In the order of the page, on fewer pictures and for fewer steps."""
+def test_code_runs(page, tmp_path, environment):
+    """Blocks run in the order of the page, with fewer images and fewer steps."""
     run_blocks(page, quick(page), tmp_path, environment)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in CODE_PAGES if has_slow(page)], ids=names)
-def test_slow_code_runs_as_it_stands(page, tmp_path, environment):
+def test_slow_code_runs(page, tmp_path, environment):
     run_blocks(page, runnable(page), tmp_path, environment)
 
 
-def test_messages_that_the_docs_explain_are_those_of_the_code():
+def test_messages_in_troubleshooting_exist_in_the_code():
     code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("localdit/**/*.py"))
-    code = re.sub(r'"\s*\n\s*(?:\+ )?f?"', "", code)  # strings that go on in the next line
+    code = re.sub(r'"\s*\n\s*(?:\+ )?f?"', "", code)  # strings that continue on the next line
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(messages) > 20
@@ -151,17 +161,17 @@ def test_messages_that_the_docs_explain_are_those_of_the_code():
         for part in message.replace("of 16 pixels", "of").split("..."):
             part = part.strip(" .;")
             known = part in code or message == "No module named 'config'"
-            assert known, f"no error says {part!r}"
+            assert known, f"no error message contains {part!r}"
 
 
-def test_the_file_tree_of_the_readme_names_what_is_there():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_file_tree_names_existing_files():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     tree = text.split("## The files\n\n```text\n")[1].split("```")[0]
     folders: list[str] = []
     for line in tree.splitlines():
         indent = (len(line) - len(line.lstrip())) // 2
         if indent > 5:
-            continue  # a comment that has a line of its own
+            continue  # a comment on a separate line
         names = re.match(r"\s*((?:[\w./]+, )*[\w./]+)", line)[1].split(", ")
         folders = folders[:indent]
         for name in names:
@@ -169,27 +179,27 @@ def test_the_file_tree_of_the_readme_names_what_is_there():
         folders.append(names[0].rstrip("/"))
 
 
-# What scripts made
+# Generated files
 
 
 def load_script(name):
-    """A script of docs/, as a module."""
+    """Import a script in docs/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_drawings_are_those_of_the_script():
+def test_drawings_are_up_to_date():
     drawings = load_script("make_drawings").DRAWINGS
     assert {path.stem for path in ROOT.glob("docs/images/*.svg")} == set(drawings)
     for name, draw in drawings.items():
         kept = (ROOT / f"docs/images/{name}.svg").read_text(encoding="utf-8")
-        assert kept == draw().svg(), "draw them anew: python docs/make_drawings.py"
+        assert kept == draw().svg(), "regenerate them: python docs/make_drawings.py"
 
 
-def test_what_is_drawn_of_windows_is_so():
-    """By hand: token 0 of a 4 x 4 map of shifted windows of 2 is alone; in the middle are four."""
+def test_drawn_windows_match_a_computation_by_hand():
+    """A 4 x 4 map with shifted windows of 2: token 0 is alone, four tokens share the middle."""
     from localdit.models.windows import WindowGrid
 
     script = load_script("make_drawings")
@@ -211,8 +221,8 @@ PUBLIC = {
 }
 
 
-def test_the_table_of_public_names_has_each_module_that_names_some():
-    """But for commands: of these the command lines are public."""
+def test_the_table_of_public_names_has_every_module_with_an_all():
+    """Commands and the demo are left out: their public interface is the command line."""
     modules = set()
     for path in ROOT.glob("localdit/**/*.py"):
         statements = ast.parse(path.read_text(encoding="utf-8")).body
@@ -224,7 +234,7 @@ def test_the_table_of_public_names_has_each_module_that_names_some():
 
 
 @pytest.mark.parametrize("module", PUBLIC)
-def test_each_public_name_is_documented_and_in_the_reference(module):
+def test_every_public_name_has_a_docstring_and_is_in_the_reference(module):
     names = importlib.import_module(module).__all__
     assert sorted(PUBLIC[module]) == sorted(names)
     pages = "".join(path.read_text("utf-8") for path in ROOT.glob("docs/reference/*.md"))
@@ -238,7 +248,7 @@ def test_each_public_name_is_documented_and_in_the_reference(module):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The built site; a warning is an error."""
+    """Build the site; a warning is an error."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -259,7 +269,7 @@ def test_the_site_has_every_public_name_and_every_page(site):
 
 
 @pytest.mark.slow
-def test_the_site_loads_nothing_from_elsewhere(site):
+def test_the_site_loads_nothing_from_other_servers(site):
     for path in site.glob("**/*.html"):
         page = path.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]+src=\"?(https?:[^\" >]+)", page)

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are kept without noise."""
+"""The notebooks run from top to bottom, and are saved without noise."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def environment():
 
 
 def kernel(environment, folder):
-    """A manager of kernels that fork from the warm `python`."""
+    """Return a manager of kernels that fork from the warm `python`."""
     python = Path(environment["PATH"].split(":")[0]) / "python"
     spec = {
         "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
@@ -40,7 +40,7 @@ def kernel(environment, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path, environment, tmp_path):
+def test_the_notebook_runs(path, environment, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         cell.source = cell.source.replace("--max-train-steps 80", "--max-train-steps 6")
@@ -52,7 +52,7 @@ def test_it_runs(path, environment, tmp_path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_is_kept_without_noise_and_shows_its_pictures(path):
+def test_the_saved_notebook_has_no_noise_and_shows_its_images(path):
     spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "docs/run_notebooks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,5 +61,5 @@ def test_it_is_kept_without_noise_and_shows_its_pictures(path):
     assert path.stat().st_size < MOST_BYTES
     assert "image/png" in path.read_text("utf-8")
     shown = json.dumps([cell.get("outputs") for cell in kept.cells])
-    assert not re.search(r"/(?:tmp|home|root|work)/", shown), "a path of the machine"
+    assert not re.search(r"/(?:tmp|home|root|work)/", shown), "a path of this machine"
     nbformat.validate(kept)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rebuilds the model in the box from nothing, into output/box and localdit/box; see README.md.
+# Rebuilds the model in the box from scratch, into output/box and localdit/box; see README.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,9 +1,9 @@
-"""Draws captioned scenes into a folder to train on.
+"""Draw captioned scenes into a folder, as training data.
 
     python recipes/box/draw_scenes.py --output output/box/scenes --count 40000
 
 The folder gets `images/000000.png` and so on, and `metadata.jsonl` with one line per picture:
-`file_name`, `text` (a list of different captions of the picture) and `scene` (what is in it).
+`file_name`, `text` (a list of different captions) and `scene` (its contents).
 """
 
 from __future__ import annotations

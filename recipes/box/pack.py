@@ -1,9 +1,9 @@
-"""Packs the pipeline that training left into the package, with weights of 16 bits.
+"""Pack a trained pipeline into the package, with 16-bit weights.
 
     python recipes/box/pack.py --pipeline output/box/run/final --output localdit/box
 
-Where the files were made is left out of them, and the tokenizer is named so that Transformers 4 and
-5 both find it.
+Local paths are removed from the files, and the tokenizer's class name is one that both Transformers
+4 and 5 find.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-# What Transformers writes of the tokenizer's latest call, and Transformers 4 may not read.
+# Settings of the tokenizer's latest call that Transformers writes and Transformers 4 may not read.
 CALL_SETTINGS = (
     "backend", "extra_special_tokens", "is_local", "local_files_only", "max_length",
     "pad_to_multiple_of", "pad_token_type_id", "padding_side", "stride", "truncation_side",
@@ -27,7 +27,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, replaced")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write; it is replaced"
+    )
     return parser.parse_args()
 
 
@@ -54,10 +56,12 @@ def main() -> None:
     new = args.output.with_name(args.output.name + ".new")
     pipe.save_pretrained(new)
 
-    (new / "README.md").unlink()  # it would name the folder, and the box is loaded by its function
+    (
+        new / "README.md"
+    ).unlink()  # its example would name this folder, but users load the box by a function
     for config in new.glob("*/config.json"):
         edit_json(config, _name_or_path=None)
-    # Transformers loads in the dtype that stands here, Diffusers in float32.
+    # Transformers loads in the dtype given here, Diffusers in float32.
     edit_json(new / "text_encoder" / "config.json", dtype="float32")
     tokenizer = "T5TokenizerFast"
     edit_json(new / "model_index.json", _name_or_path=None, tokenizer=["transformers", tokenizer])

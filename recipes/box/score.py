@@ -1,10 +1,10 @@
-"""Scores pictures that a pipeline draws for held-out captions, from their pixels.
+"""Score the images that a pipeline generates for held-out captions, from their pixels.
 
     python recipes/box/score.py --pipeline localdit/box --output output/box/score
 
-Writes `score.json`, `score.md` (a table) and `samples.png` (the first pictures) into the folder.
-With `--vae` the pictures are the true drawings passed through an autoencoder instead: the upper
-bound of what a transformer in its latents can reach.
+Writes `score.json`, `score.md` (a table) and `samples.png` (the first images) into the folder.
+With `--vae` the images are the true drawings passed through an autoencoder: an upper bound for any
+transformer in its latents.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
     parser.add_argument("--trained-on", action="store_true",
-                        help="captions of combinations seen in training instead")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=20, help="inference steps")
+                        help="use combinations seen in training instead")  # fmt: skip
+    parser.add_argument("--num-inference-steps", "--steps", type=int, default=20,
+                        help="number of inference steps")  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="weight of the caption")
     parser.add_argument("--batch-size", type=int, default=10, help="captions per call")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
-    parser.add_argument("--device", default="cpu", help="device to draw on")
+    parser.add_argument("--device", default="cpu", help="device to generate on")
     return parser.parse_args()
 
 
 def prompts(count: int, seed: int, held_out: bool) -> tuple[list[Scene], list[str]]:
-    """Scenes, apart from those that training draws with the same seed, and full captions."""
+    """Return scenes with another seed than training's, and their complete captions."""
     import numpy as np
 
     from localdit.scenes import describe, sample_scenes
@@ -54,7 +55,7 @@ def prompts(count: int, seed: int, held_out: bool) -> tuple[list[Scene], list[st
 
 
 def generate(texts: list[str], args: argparse.Namespace) -> list[Image.Image]:
-    """One picture per caption; picture i depends on `seed` and i, not on the batches."""
+    """Generate one image per caption; image i depends on `seed` and i, not on the batches."""
     import torch
 
     from localdit.pipelines import LocalDiTPipeline
@@ -67,14 +68,14 @@ def generate(texts: list[str], args: argparse.Namespace) -> list[Image.Image]:
         seeds = range(args.seed + start, args.seed + start + len(batch))
         generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pictures += pipe(
-            batch, height=SIDE, width=SIDE, num_inference_steps=args.steps,
+            batch, height=SIDE, width=SIDE, num_inference_steps=args.num_inference_steps,
             generator=generator, guidance_scale=args.guidance_scale,
         ).images  # fmt: skip
     return pictures
 
 
 def reconstruct(scenes: list[Scene], folder: Path) -> list[Image.Image]:
-    """The true drawings, encoded and decoded."""
+    """Encode and decode the true drawings."""
     import numpy as np
     import torch
     from diffusers import AutoencoderKL
@@ -94,7 +95,7 @@ def reconstruct(scenes: list[Scene], folder: Path) -> list[Image.Image]:
 
 
 def contact_sheet(pictures: list[Image.Image], columns: int = 8, rows: int = 6) -> Image.Image:
-    """The first pictures in rows, from left to right."""
+    """Arrange the first images in rows, from left to right."""
     from PIL import Image
 
     shown = pictures[: columns * rows]
@@ -105,7 +106,7 @@ def contact_sheet(pictures: list[Image.Image], columns: int = 8, rows: int = 6) 
 
 
 def group_means(scenes: list[Scene], scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean scores of the scenes with one object, and of those with two."""
+    """Return the mean scores of scenes with one object, and of scenes with two."""
     from localdit.scenes.score import mean_scores
 
     groups: dict[str, list[dict[str, float]]] = {"one object": [], "two objects": []}
@@ -115,7 +116,7 @@ def group_means(scenes: list[Scene], scores: list[dict[str, float]]) -> dict[str
 
 
 def table(means: dict[str, dict[str, float]]) -> str:
-    """A Markdown table, a column for each group."""
+    """Return a Markdown table with a column per group."""
     from localdit.scenes.score import ATTRIBUTES
 
     lines = [f"| right, of captions with | {' | '.join(means)} |", "|---" * (len(means) + 1) + "|"]
@@ -150,7 +151,7 @@ def main() -> None:
     (args.output / "score.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     (args.output / "score.md").write_text(table(means), "utf-8")
     contact_sheet(pictures).save(args.output / "samples.png")
-    print(table(means) + f"\n{seconds / args.count:.2f} s per picture")
+    print(table(means) + f"\n{seconds / args.count:.2f} s per image")
 
 
 if __name__ == "__main__":

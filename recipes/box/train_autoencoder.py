@@ -1,9 +1,9 @@
-"""Trains the small autoencoder of the model in the box on drawn scenes.
+"""Train the small autoencoder of the model in the box on drawn scenes.
 
     python recipes/box/train_autoencoder.py --output output/box/vae
 
-Writes a folder that `diffusers.AutoencoderKL.from_pretrained` reads, with 16-bit weights, and
-next to it `reconstructions.png`: held-out scenes above their reconstructions.
+Writes a folder with 16-bit weights for `diffusers.AutoencoderKL.from_pretrained`, and in it
+`reconstructions.png`: held-out scenes above their reconstructions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LATENT_CHANNELS = 4
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training: up to which share of the steps, on crops of which size."""
+    """A stage of training: its end as a share of the steps, its crop size and batch size."""
 
     until: float
     crop: int
@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise")
     parser.add_argument("--steps", type=int, default=4_000, help="optimizer steps")
-    parser.add_argument("--scenes", type=int, default=6_000, help="pictures to train on")
+    parser.add_argument("--scenes", type=int, default=6_000, help="number of training images")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--latent-noise", type=float, default=0.12, help="largest added noise, "
                         "in standard deviations of the latents")  # fmt: skip
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """8x downsampling in four levels of convolutions; 1.6M parameters."""
+    """Build an autoencoder with 8x downsampling in four convolutional levels; 1.6M parameters."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -69,13 +69,13 @@ def build_autoencoder() -> AutoencoderKL:
         sample_size=128,
         scaling_factor=1.0,
     )
-    with torch.no_grad():  # start with little posterior noise, or nothing is learnt for a while
+    with torch.no_grad():  # with much posterior noise, learning would start late
         vae.quant_conv.bias[LATENT_CHANNELS:] = -6.0
     return vae.to(memory_format=torch.channels_last)
 
 
 def draw_pictures(count: int, seed: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (n, 128, 128, 3) as uint8, and one object's centre (x, y) in pixels for each."""
+    """Return images (n, 128, 128, 3) as uint8, and one object centre (x, y) in pixels per image."""
     import numpy as np
 
     from localdit.scenes import draw_scene, sample_scenes
@@ -87,7 +87,7 @@ def draw_pictures(count: int, seed: int, held_out: bool) -> tuple[np.ndarray, np
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """(b, h, w, 3) uint8 to (b, 3, h, w) in [-1, 1]."""
+    """Convert (b, h, w, 3) uint8 to (b, 3, h, w) in [-1, 1]."""
     import torch
 
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
@@ -97,7 +97,7 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 def random_crops(
     pictures: np.ndarray, centres: np.ndarray, stage: Stage, rng: np.random.Generator
 ) -> torch.Tensor:
-    """A batch of crops that see (a part of) an object: (b, 3, crop, crop) in [-1, 1]."""
+    """Return a batch of crops that show (a part of) an object: (b, 3, crop, crop) in [-1, 1]."""
     import numpy as np
 
     chosen = rng.integers(len(pictures), size=stage.batch_size)
@@ -113,7 +113,7 @@ def random_crops(
 
 
 def reconstruction_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 + MSE + L1 of the finite differences, which asks for sharp edges; (b, 3, h, w) each."""
+    """Return L1 + MSE + L1 of finite differences for sharp edges; (b, 3, h, w) each."""
     error = predicted - target
     across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
     return error.abs().mean() + 2.0 * error.square().mean() + 0.5 * (across + down)
@@ -126,7 +126,7 @@ def training_loss(
 
     with torch.autocast("cpu", torch.bfloat16):
         posterior = vae.encode(pixels).latent_dist
-        # Noise beyond the posterior's own, so that a denoiser's small errors stay small.
+        # Extra noise beyond the posterior's, so that small errors of a denoiser stay small.
         level = latent_noise * torch.rand(len(pixels), 1, 1, 1)
         spread = posterior.mean.detach().float().std(dim=(0, 2, 3), keepdim=True)
         latents = posterior.sample() + level * spread * torch.randn(posterior.mean.shape)
@@ -137,12 +137,12 @@ def training_loss(
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over the first hundredth, then a cosine to zero; `progress` in [0, 1]."""
+    """Return the rate: warm-up over the first 1 %, then cosine to 0; `progress` in [0, 1]."""
     return peak * min(1.0, progress / 0.01 + 0.01) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Encodes and decodes (b, 3, h, w) without noise; clipped to [-1, 1]."""
+    """Encode and decode (b, 3, h, w) without noise; clipped to [-1, 1]."""
     import torch
 
     with torch.no_grad():
@@ -151,15 +151,15 @@ def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(predicted: torch.Tensor, target: torch.Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB; values in [-1, 1]."""
+    """Return the mean peak signal-to-noise ratio in dB; values in [-1, 1]."""
     mse = (predicted - target).square().mean(dim=(1, 2, 3)) / 4.0
     return float((-10.0 * mse.clamp_min(1e-10).log10()).mean())
 
 
 def standardise_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    """Folds mean and deviation of each latent channel into the two 1x1 convolutions around it.
+    """Fold the mean and deviation of each latent channel into the 1x1 convolutions around it.
 
-    Exact: the pictures stay the same, the latents get mean 0 and deviation 1.
+    This is exact: the images stay the same, the latents get mean 0 and deviation 1.
     """
     import torch
 
@@ -175,7 +175,7 @@ def standardise_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
 
 
 def save_comparison(path: Path, originals: torch.Tensor, decoded: torch.Tensor) -> None:
-    """Rows of originals, each above its reconstruction; (16, 3, 128, 128) each."""
+    """Save rows of originals above their reconstructions; (16, 3, 128, 128) each."""
     import torch
     from PIL import Image
 
@@ -237,7 +237,7 @@ def main() -> None:
 
     standardise_latents(average, to_tensor(pictures[:512]))
     average.half().save_pretrained(args.output)
-    average.float()  # evaluates what was rounded to 16 bits
+    average.float()  # evaluate the weights rounded to 16 bits
     decoded = reconstruct(average, held_out)
     save_comparison(args.output / "reconstructions.png", held_out[:16], decoded[:16])
     print(f"held-out PSNR {psnr(decoded, held_out):.2f} dB, "

@@ -1,11 +1,11 @@
-"""Makes the tokenizer and trains the small T5 encoder of the model in the box.
+"""Build the tokenizer and train the small T5 encoder of the model in the box.
 
     python recipes/box/train_text_encoder.py --output output/box
 
 Writes `text_encoder` (read by `transformers.T5EncoderModel`) and `tokenizer` (read by
-`transformers.T5TokenizerFast`) into the folder. The encoder learns to tell from a caption what is
-in the scene: which attributes the first and the second object in the text have, how they lie, and
-what lies on each side of a pair. The probes that read this off are thrown away.
+`transformers.T5TokenizerFast`) into the folder. The encoder learns to recognise the scene in a
+caption: the attributes of the first and the second object in the text, their relation, and the
+object on each side of a pair. The probes that predict these are discarded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_captions(count: int, seed: int, held_out: bool, per_scene: int) -> list[Caption]:
-    """Captions of random scenes, `per_scene` each, two thirds of them complete."""
+    """Return captions of random scenes, `per_scene` each, two thirds of them complete."""
     import numpy as np
 
     from localdit.scenes import describe_often, sample_scenes
@@ -57,10 +57,10 @@ def make_captions(count: int, seed: int, held_out: bool, per_scene: int) -> list
 
 
 def build_tokenizer(texts: list[str]) -> T5Tokenizer:
-    """A unigram tokenizer in which each word of the texts is one token.
+    """Build a unigram tokenizer in which each word of the texts is one token.
 
-    Other words fall apart into characters, and what is not in `CHARACTERS` becomes `<unk>`; so do
-    capital letters, which the pipeline lowers before it calls a tokenizer.
+    Other words are split into characters. Characters outside `CHARACTERS` become `<unk>`, including
+    capital letters, which the pipeline lower-cases before it calls a tokenizer.
     """
     from transformers import T5Tokenizer
 
@@ -77,7 +77,7 @@ def _mark(text: str) -> str:
 
 
 def build_encoder(vocabulary: int) -> T5EncoderModel:
-    """A T5 encoder of 0.5M parameters whose heads start by looking at their neighbours."""
+    """Build a T5 encoder of 0.5M parameters whose heads initially attend to neighbours."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -106,7 +106,7 @@ def build_encoder(vocabulary: int) -> T5EncoderModel:
 
 
 def fields() -> dict[str, tuple[str | None, ...]]:
-    """What the probes must tell, and the words each may answer; None is "not said"."""
+    """Return the fields that the probes predict, and their possible values; None is "not said"."""
     from localdit.scenes.scene import COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES
 
     words: dict[str, tuple[str | None, ...]] = {
@@ -122,7 +122,7 @@ def fields() -> dict[str, tuple[str | None, ...]]:
 
 
 def answers(caption: Caption) -> dict[str, str | None]:
-    """The right answer for each of `fields`; fields without an object are left out."""
+    """Return the right value of each of `fields`; fields without an object are left out."""
     from localdit.scenes.phrasing import OPPOSITE
 
     objects: dict[str, Said] = dict(zip(("first", "second"), caption.objects, strict=False))
@@ -142,7 +142,7 @@ def answers(caption: Caption) -> dict[str, str | None]:
 
 
 def encode_answers(captions: list[Caption]) -> torch.Tensor:
-    """Class of each field for each caption, (captions, fields)."""
+    """Return the class of each field for each caption, (captions, fields)."""
     import torch
 
     words = fields()
@@ -154,7 +154,7 @@ def encode_answers(captions: list[Caption]) -> torch.Tensor:
 
 
 def build_probes() -> torch.nn.ModuleDict:
-    """One query that pools the tokens, and one classifier, for each field."""
+    """Build one query that pools the tokens, and one classifier, per field."""
     from torch import nn
 
     sizes = [len(options) for options in fields().values()]
@@ -166,7 +166,7 @@ def build_probes() -> torch.nn.ModuleDict:
 def probe(
     probes: torch.nn.ModuleDict, states: torch.Tensor, mask: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Logits of each field, from states (b, tokens, width) and mask (b, tokens)."""
+    """Return the logits of each field, from states (b, tokens, width) and mask (b, tokens)."""
     heads: Iterable[torch.nn.Module] = probes["heads"].children()
     scores = probes["queries"](states).masked_fill(mask[:, :, None] == 0, float("-inf"))
     pooled = scores.softmax(dim=1).transpose(1, 2) @ states  # (b, fields, width)
@@ -179,7 +179,7 @@ def measure(
     tokens: dict[str, torch.Tensor],
     targets: torch.Tensor,
 ) -> tuple[torch.Tensor, float]:
-    """Accuracy of each field, and the share of captions read without any mistake."""
+    """Return the accuracy of each field, and the share of captions without any mistake."""
     import torch
 
     right = []
@@ -207,7 +207,7 @@ def training_loss(
     tokens: dict[str, torch.Tensor],
     targets: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean cross entropy of the fields, for one padded batch."""
+    """Return the mean cross entropy of the fields for one padded batch."""
     import torch
     import torch.nn.functional as F
 
@@ -223,7 +223,7 @@ def training_loss(
 def report(
     encoder: T5EncoderModel, probes: torch.nn.ModuleDict, tokenizer: T5Tokenizer, seed: int
 ) -> None:
-    """Prints how well held-out captions are read."""
+    """Print the accuracy on held-out captions."""
     captions = make_captions(1_000, seed, held_out=True, per_scene=3)
     tokens = dict(tokenizer([c.text for c in captions], padding=True, return_tensors="pt"))
     accuracy, flawless = measure(encoder, probes, tokens, encode_answers(captions))
@@ -269,7 +269,7 @@ def main() -> None:
             print(f"step {step} loss {loss.item():.4f} after {seconds:.0f} s", flush=True)
 
     encoder.half().save_pretrained(args.output / "text_encoder")
-    report(encoder.float(), probes, tokenizer, args.seed)  # what was rounded to 16 bits
+    report(encoder.float(), probes, tokenizer, args.seed)  # the weights rounded to 16 bits
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 

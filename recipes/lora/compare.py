@@ -1,12 +1,12 @@
-"""Draws the same captions without and with a LoRA of frames, and counts what is right.
+"""Generate images without and with a LoRA of frames, and count what is right.
 
     python recipes/lora/compare.py --lora runs/frames/final --output output/frames-compared
 
-The captions have one object and are of combinations that the model in the box was never trained
-on. Writes `sheet.png`, the first pictures with the LoRA at weights 0, 0.5 and 1 below one another,
-and prints in how many there is a frame of the object's colour, and in how many the background and
-the object's shape, colour, size and position are right. The same comes first for true drawings
-passed through the autoencoder: no LoRA can do better than that.
+The captions have one object each, in combinations that the model in the box was never trained on.
+Writes `sheet.png`, the first images with the LoRA at weights 0, 0.5 and 1 below each other. Prints
+how many images have a frame in the object's colour, and in how many the background and the
+object's shape, colour, size and position are right. The first line of the output is for true
+drawings passed through the autoencoder: no LoRA can do better than that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SIDE, EDGE, SHOWN = 128, 8, 8
 SCORED = ("background", "shape", "colour", "size", "position")
 WEIGHTS = (0.0, 0.5, 1.0)
-SEEDS = 20_000_003  # apart from what training draws
+SEEDS = 20_000_003  # differs from the seeds of training
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def captions(count: int) -> tuple[list[Scene], list[str]]:
-    """Scenes of one object that are held out of training, and full captions of them."""
+    """Return held-out scenes with one object, and their complete captions."""
     import numpy as np
 
     from localdit.scenes import describe, sample_scenes
@@ -51,7 +51,7 @@ def captions(count: int) -> tuple[list[Scene], list[str]]:
 
 
 def draw(pipe: LocalDiTPipeline, texts: list[str], guidance_scale: float) -> list[Image.Image]:
-    """A picture of each caption; the i-th from noise of seed i."""
+    """Generate an image per caption; image i starts from the noise of seed i."""
     import torch
 
     pictures: list[Image.Image] = []
@@ -63,7 +63,7 @@ def draw(pipe: LocalDiTPipeline, texts: list[str], guidance_scale: float) -> lis
 
 
 def reconstruct(pipe: LocalDiTPipeline, scenes: list[Scene]) -> list[Image.Image]:
-    """True drawings with frames, as the autoencoder renders them."""
+    """Encode and decode true drawings with frames."""
     import torch
     from draw_frames import framed
 
@@ -74,7 +74,7 @@ def reconstruct(pipe: LocalDiTPipeline, scenes: list[Scene]) -> list[Image.Image
 
 
 def count_right(pictures: list[Image.Image], scenes: list[Scene]) -> str:
-    """How many are framed, and in how many the scene is right, in words."""
+    """Return a sentence with the number of framed images and of right scenes."""
     import numpy as np
 
     pixels = [np.asarray(picture).astype(int) for picture in pictures]
@@ -85,7 +85,7 @@ def count_right(pictures: list[Image.Image], scenes: list[Scene]) -> str:
 
 
 def is_framed(pixels: np.ndarray, colour: str) -> bool:
-    """Whether nine in ten pixels of the border are nearest to a colour."""
+    """Return True if nine in ten pixels of the border are nearest to a colour."""
     import numpy as np
 
     from localdit.scenes.scene import COLOURS, PALETTE
@@ -97,9 +97,9 @@ def is_framed(pixels: np.ndarray, colour: str) -> bool:
 
 
 def is_right_within(pixels: np.ndarray, scene: Scene) -> bool:
-    """Whether what is within the border is the scene.
+    """Return True if the area inside the border shows the scene.
 
-    Smudges are not counted: the autoencoder leaves some where an object comes close to the frame.
+    Smudges do not count: the autoencoder leaves some where an object is close to the frame.
     """
     import numpy as np
 

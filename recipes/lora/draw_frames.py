@@ -1,9 +1,9 @@
-"""Draws framed scenes, a style that the model in the box does not know, into a folder to train on.
+"""Draw framed scenes, a style that the model in the box does not know, as training data.
 
     python recipes/lora/draw_frames.py --output output/frames --count 300
 
-Each picture has one object and a frame of the object's colour. The captions say nothing of frames.
-The folder gets `000000.png`, `000000.json` with its captions, and so on.
+Each image has one object and a frame in the object's colour. The captions do not mention frames.
+Writes `000000.png`, `000000.json` with its captions, and so on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from localdit.scenes import Scene
 
-FRAME = 1 / 16  # of the side
+FRAME = 1 / 16  # share of the side
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,14 +27,14 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=int, default=300, help="number of pictures")
+    parser.add_argument("--count", type=int, default=300, help="number of images")
     parser.add_argument("--side", type=int, default=128, help="width and height in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and captions")
     return parser.parse_args()
 
 
 def framed(scene: Scene, side: int) -> Image.Image:
-    """The picture of a scene in a frame of its object's colour."""
+    """Draw a scene in a frame of its object's colour."""
     from localdit.scenes import draw_scene
     from localdit.scenes.scene import PALETTE
 
@@ -64,7 +64,7 @@ def main() -> None:
         framed(scene, args.side).save(args.output / f"{index:06d}.png")
         text = json.dumps({"caption": captions})
         (args.output / f"{index:06d}.json").write_text(text, encoding="utf-8")
-    print(f"{args.count} pictures in {args.output}")
+    print(f"{args.count} images in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Collects real photographs to train on, with captions, and drawn scenes beside them.
+"""Collect real photographs with captions, and drawn scenes, as training data.
 
     python recipes/photographs/collect.py --output output/photographs
 
-The photographs ship inside scikit-image and scikit-learn, so nothing is downloaded. The folder gets
-`images/` with the files as they are in the packages, `images/scene-000.png` and so on, and
-`metadata.jsonl` with one line per picture: `file_name` and `text`, a list of captions.
+The photographs ship with scikit-image and scikit-learn, so nothing is downloaded. Writes the
+photographs to `images/` unchanged, the scenes to `images/scene-000.png` and so on, and
+`metadata.jsonl` with one line per image: `file_name` and `text`, a list of captions.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def find_folders() -> dict[str, Path]:
-    """The folder of each package that holds its photographs.
+    """Return the folder with the photographs of each package.
 
     Raises:
         FileNotFoundError: if a package is not installed.
     """
-    # The packages are looked up, not imported: that would take seconds and is not needed.
+    # Finding a package does not import it, which would take seconds.
     specs = {package: importlib.util.find_spec(package) for package in FOLDERS}
     found = {
         package: Path(spec.submodule_search_locations[0]) / FOLDERS[package]
@@ -111,7 +111,7 @@ def find_folders() -> dict[str, Path]:
 
 
 def copy_photographs(output: Path) -> list[dict[str, Any]]:
-    """Copies the photographs that the installed packages have; returns their metadata.
+    """Copy the photographs of the installed packages and return their metadata.
 
     Raises:
         FileNotFoundError: if a package is not installed.
@@ -128,7 +128,7 @@ def copy_photographs(output: Path) -> list[dict[str, Any]]:
 
 
 def draw_scenes(output: Path, count: int, side: int, seed: int) -> list[dict[str, Any]]:
-    """Draws scenes with two captions each; returns their metadata."""
+    """Draw scenes with two captions each and return their metadata."""
     import numpy as np
 
     from localdit.scenes import describe_often, draw_scene, sample_scene

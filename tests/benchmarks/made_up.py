@@ -1,4 +1,4 @@
-"""Results of cases as a process would have measured them, by rules that are easily checked."""
+"""Made-up measurements that follow simple rules, to check what is derived from them."""
 
 from dataclasses import replace
 
@@ -10,12 +10,12 @@ GROWTH = {"LocalDiT": 1.0, "LocalDiT with global context": 1.0, "PixArt": 2.0}
 
 
 def seconds(denoiser: Denoiser, layers: int, case: Case, turn: int) -> float:
-    """Half a second outside of blocks, and in each what grows with the tokens."""
+    """Return half a second outside the blocks, plus a time per block that grows with tokens."""
     return 0.5 + layers * (case.tokens / 256) ** GROWTH[denoiser.name] * (1 + turn / 10)
 
 
 def times(case: Case) -> dict:
-    """Like `timing.measure_times`."""
+    """Return times in the format of `timing.measure_times`."""
     return {
         denoiser.name: {
             "attention": [],
@@ -34,12 +34,12 @@ def times(case: Case) -> dict:
 
 
 def memory(layers: int) -> dict:
-    """Like `memory.measure_memory`."""
+    """Return memory in the format of `peak_memory.measure_memory`."""
     return {"weights": 1000 + 200 * layers, "beside": 300 + 50 * layers}
 
 
 def record(case: Case) -> dict:
-    """Like `denoiser.measure`."""
+    """Return a record in the format of `denoiser.measure`."""
     results = times(case)
     for result in results.values():
         for run in result["runs"]:
@@ -53,5 +53,5 @@ def record(case: Case) -> dict:
 
 
 def records(case: Case, pixels: list[int]) -> list[dict]:
-    """One for each size."""
+    """Return one record per size."""
     return [record(replace(case, pixels=side)) for side in pixels]

@@ -5,19 +5,20 @@ import torch
 
 from benchmarks import breakdown
 from benchmarks.breakdown import LINEARS, PARTS, REST, TEXT, WINDOWS, Clock, time_parts, timed
-from benchmarks.cases import LOCALDIT, Case, make_inputs, make_model
+from benchmarks.cases import LOCALDIT, Case
+from benchmarks.runs import make_inputs, make_model
 from localdit.models import LocalAttnProcessor
 
 
 @pytest.fixture
 def at(monkeypatch):
-    """Sets what the clock of the process shows."""
+    """Set the time that the process clock returns."""
     now = [0.0]
     monkeypatch.setattr(breakdown.time, "perf_counter", lambda: now[0])
     return lambda seconds: now.__setitem__(0, seconds)
 
 
-def test_a_part_does_not_count_the_parts_within_it(at):
+def test_a_part_does_not_count_the_parts_inside_it(at):
     clock = Clock()
     clock.enter(REST)
     at(1)
@@ -32,7 +33,7 @@ def test_a_part_does_not_count_the_parts_within_it(at):
     assert clock.seconds == dict.fromkeys(PARTS, 0.0) | expected
 
 
-def test_window_attention_keeps_what_runs_within_it(at):
+def test_window_attention_includes_the_parts_inside_it(at):
     clock = Clock()
     with clock.part(WINDOWS):
         at(1)
@@ -42,7 +43,7 @@ def test_window_attention_keeps_what_runs_within_it(at):
     assert clock.seconds == dict.fromkeys(PARTS, 0.0) | {WINDOWS: 7.0}
 
 
-def test_a_timed_processor_is_still_what_it_was():
+def test_a_timed_processor_keeps_its_class_and_attributes():
     processor = LocalAttnProcessor()
     processor._attention_backend = "native"
     twin = timed(processor, Clock(), WINDOWS)
@@ -51,7 +52,7 @@ def test_a_timed_processor_is_still_what_it_was():
 
 
 @pytest.mark.parametrize("context", [*LOCALDIT])
-def test_timing_changes_no_value_and_finds_every_part(context):
+def test_timing_changes_no_output_and_finds_every_part(context):
     case = Case(pixels=64, text_tokens=8)
     model, inputs = make_model(LOCALDIT[context], 2, case), make_inputs(case)
     clock = Clock()
@@ -64,7 +65,7 @@ def test_timing_changes_no_value_and_finds_every_part(context):
     assert all(clock.seconds[part] > 0 for part in PARTS)
 
 
-def test_shares_make_a_whole(tmp_path, capsys):
+def test_shares_sum_to_100_percent(tmp_path, capsys):
     command = "--pixels 64 --text-tokens 8 --repeats 1 --warm-up 1 --device cpu --output"
     assert breakdown.main([*command.split(), str(tmp_path)]) == 0
     (record,) = json.loads((tmp_path / "breakdown_000.json").read_text())["cases"]

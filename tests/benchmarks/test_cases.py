@@ -2,27 +2,19 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from benchmarks.cases import (
-    LOCALDIT,
-    PIXART,
-    Case,
-    compile_blocks,
-    make_inputs,
-    make_model,
-    make_run,
-    weight_bytes,
-)
+from benchmarks.cases import LOCALDIT, PIXART, Case
+from benchmarks.runs import compile_blocks, make_inputs, make_model, make_run, weight_bytes
 from localdit.models import LocalDiTTransformer2DModel
 
 
-def test_equal_depth_is_measured_as_it_is():
+def test_equal_depth_is_measured_directly():
     case = Case(pixels=64, layers=3)
     for denoiser in case.denoisers:
         assert case.measured_layers(denoiser) == [3] == [case.target_layers(denoiser)]
 
 
-def test_own_depth_is_derived_from_blocks_of_every_kind():
-    """LocalDiT's windows shift in turns of four: fewer blocks would not be like the others."""
+def test_own_depth_is_derived_from_every_kind_of_block():
+    """LocalDiT's window shifts repeat every four blocks, so it needs a multiple of four."""
     case = Case(pixels=64, depth="own", layers=1)
     assert [case.target_layers(denoiser) for denoiser in case.denoisers] == [18, 28]
     assert case.measured_layers(LOCALDIT["local"]) == [0, 4]
@@ -41,12 +33,12 @@ def test_own_depth_can_be_measured_in_full():
     assert [case.measured_layers(denoiser) for denoiser in case.denoisers] == [[18], [28]]
 
 
-def test_tokens_are_16_pixels_wide():
+def test_a_token_is_16_pixels_wide():
     assert [Case(pixels=pixels).tokens for pixels in (512, 4096)] == [1024, 65536]
 
 
 @pytest.mark.parametrize("denoiser", [*LOCALDIT.values(), PIXART], ids=lambda d: d.name)
-def test_a_model_without_blocks_can_be_run(denoiser):
+def test_a_model_without_blocks_runs(denoiser):
     case = Case(pixels=64)
     model = make_model(denoiser, 0, case)
     with torch.inference_mode():
@@ -55,18 +47,18 @@ def test_a_model_without_blocks_can_be_run(denoiser):
     assert out.isfinite().all()
 
 
-def test_weights_have_the_bytes_of_the_model():
+def test_weight_bytes_count_parameters_and_positions():
     case = Case(pixels=64)
     model = make_model(PIXART, 1, case)
     count = sum(p.numel() for p in model.parameters())
-    positions = 16 * 1152  # of 4 x 4 tokens
+    positions = 16 * 1152  # for 4 x 4 tokens
     assert weight_bytes(model) == 4 * (count + positions)
     assert weight_bytes(make_model(PIXART, 1, Case(64, "bfloat16"))) == 2 * (count + positions)
     mixed = make_model(PIXART, 1, Case(64, "bfloat16", task="training"))
     assert weight_bytes(mixed) == 4 * (count + positions)
 
 
-def test_the_models_are_those_of_the_case():
+def test_a_case_makes_its_models():
     case = Case(pixels=64, contexts=("local", "global"))
     models = [make_model(denoiser, 1, case) for denoiser in case.denoisers]
     assert [type(model) for model in models] == [
@@ -93,7 +85,7 @@ def test_a_training_step_changes_the_weights():
 
 
 def test_one_block_is_enough_for_every_weight_to_be_trained():
-    """Own depths in training are derived from one block on: with none, some would do nothing."""
+    """Own depths in training need at least one block: with none, some weights get no gradient."""
     case = Case(pixels=64, task="training")
     for layers, trained in ((0, False), (1, True)):
         model = make_model(PIXART, layers, case)

@@ -14,19 +14,19 @@ MACHINE = {"device": "cpu", "machine": "a processor", "versions": {"torch": "2.1
 
 @pytest.fixture
 def workers(monkeypatch):
-    """The processes that would have been started; they measure nothing."""
+    """Record the worker processes instead of starting them, and return made-up results."""
     started = []
 
     def start(name, **arguments):
         started.append(name)
-        if name == "machine:describe":
+        if name == "provenance:describe":
             return dict(MACHINE)
         if name == "worker:times":
             return made_up.times(decode(arguments["case"]))
         return made_up.memory(arguments["layers"])
 
     monkeypatch.setattr(denoiser, "in_own_process", start)
-    monkeypatch.setattr("benchmarks.plot.draw", lambda records, png: png.touch())  # takes long
+    monkeypatch.setattr("benchmarks.plot.draw", lambda records, png: png.touch())  # slow
     return started
 
 
@@ -53,14 +53,14 @@ def test_every_combination_is_measured(workers, tmp_path, capsys):
     assert page.split("\n\n")[0] in capsys.readouterr().out
 
 
-def test_both_contexts_share_the_turns_of_pixart(workers, tmp_path):
+def test_both_contexts_share_pixarts_turns(workers, tmp_path):
     denoiser.main(["--pixels", "64", "--context", "local", "global", "--output", str(tmp_path)])
     (record,) = load(tmp_path)["cases"]
     assert list(record["results"]) == ["LocalDiT", "LocalDiT with global context", "PixArt"]
     assert len(record["summary"]["ratios"]) == 2
 
 
-def test_an_interrupted_run_keeps_what_it_has(workers, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_keeps_its_results(workers, tmp_path, monkeypatch, capsys):
     start = denoiser.in_own_process
 
     def interrupted(name, **arguments):
@@ -74,7 +74,7 @@ def test_an_interrupted_run_keeps_what_it_has(workers, tmp_path, monkeypatch, ca
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_case_that_fails_leaves_the_others(workers, tmp_path, monkeypatch):
+def test_a_failed_case_does_not_stop_the_others(workers, tmp_path, monkeypatch):
     start = denoiser.in_own_process
 
     def killed(name, **arguments):
@@ -88,7 +88,7 @@ def test_a_case_that_fails_leaves_the_others(workers, tmp_path, monkeypatch):
     assert errors == [None, "killed by signal 9", None]
 
 
-def test_no_results_are_written_over(workers, tmp_path):
+def test_results_are_never_overwritten(workers, tmp_path):
     for _ in range(2):
         denoiser.main(["--pixels", "64", "--output", str(tmp_path)])
     assert {path.name for path in tmp_path.glob("*.json")} == {
@@ -98,7 +98,7 @@ def test_no_results_are_written_over(workers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--pixels", "100"], "100 given; expected a multiple of 16"),
         (["--pixels", "many"], "'many' given; expected a whole number"),
@@ -107,12 +107,12 @@ def test_no_results_are_written_over(workers, tmp_path):
         (["--output", "/dev/null/folder"], "can't write to the output folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(options, told, workers, capsys):
+def test_an_error_in_the_command_is_one_line_and_status_2(options, message, workers, capsys):
     with pytest.raises(SystemExit) as exit:
         denoiser.main(options)
     assert exit.value.code == 2
     out, error = capsys.readouterr()
-    assert told in error and error.count("\n") == 1 and not out
+    assert message in error and error.count("\n") == 1 and not out
     assert not workers
 
 

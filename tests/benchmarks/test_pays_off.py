@@ -1,4 +1,4 @@
-"""Window attention goes on paying off: ratios of processor time in one run, with wide margins."""
+"""Window attention stays faster than full attention: processor times in one run, wide margins."""
 
 import time
 
@@ -20,7 +20,7 @@ SHAPE = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():  # threads that wait for each other count as processor time
+def one_thread():  # waiting threads would count as processor time
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,7 +28,7 @@ def one_thread():  # threads that wait for each other count as processor time
 
 
 def forward(model_class, pixels, **changes):
-    """A forward pass of a model of one layer, to be called again and again."""
+    """Return a function that runs a forward pass of a one-layer model."""
     torch.manual_seed(0)
     model = model_class(**SHAPE, sample_size=pixels // 8, **changes).eval()
     latents, text = torch.randn(1, 4, pixels // 8, pixels // 8), torch.randn(1, 120, 288)
@@ -42,7 +42,7 @@ def forward(model_class, pixels, **changes):
 
 
 def shortest(*runs, repeats=3):
-    """The least processor time of each, taken in turns after one that does not count."""
+    """Return the shortest processor time of each run, in turns, after one uncounted turn."""
     times = [[] for _ in runs]
     for repeat in range(repeats + 1):
         for run, taken in zip(runs, times, strict=True):
@@ -54,7 +54,7 @@ def shortest(*runs, repeats=3):
 
 
 def test_windows_beat_full_attention_at_1024_pixels():
-    """2.8 and 1.9 when this was written; it is less with wider layers, where products take more."""
+    """2.8 and 1.9 when this was written; less with wider layers, where products take more time."""
     local, with_context, pixart = shortest(
         forward(LocalDiTTransformer2DModel, 1024),
         forward(LocalDiTTransformer2DModel, 1024, use_global=True),
@@ -64,7 +64,7 @@ def test_windows_beat_full_attention_at_1024_pixels():
     assert pixart / with_context > 1.4
 
 
-def test_the_cost_of_a_token_does_not_grow():
+def test_the_cost_per_token_is_constant():
     """4.1 when this was written: four times the tokens."""
     small, large = shortest(
         forward(LocalDiTTransformer2DModel, 512), forward(LocalDiTTransformer2DModel, 1024)
@@ -72,7 +72,7 @@ def test_the_cost_of_a_token_does_not_grow():
     assert large / small < 4.8
 
 
-def test_windows_take_little_of_a_block():
+def test_window_attention_is_a_small_part_of_a_block():
     """0.08 when this was written, and a quarter of that in layers four times as wide."""
     block = LocalDiTTransformer2DModel(**SHAPE, sample_size=128).eval().transformer_blocks[0]
     grid = block.attn1.grid(64, 64)

@@ -1,4 +1,4 @@
-"""The command that measures pipelines."""
+"""Tests of `python -m benchmarks.pipeline`."""
 
 import json
 import subprocess
@@ -33,10 +33,10 @@ def test_help_is_quick_and_wrong_values_are_named():
     assert "--captions: 0 given; expected at least 1" in run("quality", "--captions", "0").stderr
 
 
-def test_a_report_holds_the_table_and_what_it_takes_to_measure_it_again(tmp_path, monkeypatch):
+def test_a_report_has_the_table_and_the_command(tmp_path, monkeypatch):
     measured = {"columns": ["a", "b"], "rows": [[1, "x"]], "notes": ["As it was."]}
     monkeypatch.setattr(pipeline_seams, "measure", lambda args: measured)
-    for number in range(2):  # nothing is written over
+    for number in range(2):  # results are not overwritten
         assert pipeline.main(["seams", "--output", str(tmp_path)]) == 0
         page = (tmp_path / f"pipeline_seams_00{number}.md").read_text()
         assert page.startswith("| a | b |\n|---|---|\n| 1 | x |\n\nAs it was.\n")
@@ -47,7 +47,7 @@ def test_a_report_holds_the_table_and_what_it_takes_to_measure_it_again(tmp_path
 
 
 @pytest.mark.slow
-def test_a_process_of_its_own_tells_its_peak():
+def test_a_separate_process_reports_its_peak():
     sizes = [
         in_own_process("pipeline_parts:decode", dtype="float32", pixels=pixels, tile=None)
         for pixels in (64, 256)
@@ -56,7 +56,7 @@ def test_a_process_of_its_own_tells_its_peak():
     assert sizes[0]["peak"] + 2**26 < sizes[1]["peak"]  # 8 layers of 256 x 256 x 128
 
 
-def test_a_row_compares_with_the_default_of_the_same_seed():
+def test_a_row_compares_with_the_default_at_the_same_seed():
     scenes = list(sample_scenes(2, 0, False))
     right = [draw_scene(scene, 128) for scene in scenes]
     wrong = [right[0], Image.fromarray(255 - np.asarray(right[1]))]

@@ -9,7 +9,7 @@ from benchmarks.plot import draw
 from . import made_up
 
 
-def test_every_group_has_its_panels(tmp_path):
+def test_every_group_has_a_row_of_panels(tmp_path):
     pytest.importorskip("matplotlib")
     one = made_up.records(Case(pixels=512, contexts=("local", "global")), [512, 1024, 2048])
     own = made_up.records(Case(pixels=512, depth="own"), [512, 1024])
@@ -19,7 +19,7 @@ def test_every_group_has_its_panels(tmp_path):
     assert heights[1] == 2 * heights[0]
 
 
-def test_nothing_known_is_no_picture(tmp_path):
+def test_without_results_there_is_no_plot(tmp_path):
     pytest.importorskip("matplotlib")
     failed = {"case": {}, "tokens": 256, "error": "killed"}
     assert not draw([failed], tmp_path / "none.png")

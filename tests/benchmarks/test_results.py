@@ -8,7 +8,7 @@ from . import made_up
 CASE = Case(pixels=512, layers=2, repeats=3)
 
 
-def test_costs_at_equal_depth_are_those_that_were_measured():
+def test_costs_at_equal_depth_are_the_measured_ones():
     found = made_up.record(CASE)["summary"]["models"]["PixArt"]
     blocks = [2 * 4.0**2 * (1 + turn / 10) for turn in range(3)]
     assert found["obtained"] == "measured"
@@ -28,7 +28,7 @@ def test_costs_at_own_depth_are_derived_and_say_so():
     assert models["LocalDiT"]["seconds"]["median"] == pytest.approx(0.5 + 18)
 
 
-def test_own_depth_holds_the_weights_of_all_blocks_and_the_activations_of_one():
+def test_inference_holds_all_weights_and_the_activations_of_one_block():
     case = Case(pixels=256, depth="own", layers=1, repeats=1)
     memory = made_up.record(case)["summary"]["models"]["PixArt"]["memory"]
     assert memory == {"total": 6600 + 350, "weights": 1000 + 28 * 200, "beside": 300 + 50}
@@ -40,7 +40,7 @@ def test_training_holds_the_activations_of_all_blocks():
     assert memory["beside"] == 300 + 28 * 50
 
 
-def test_ratios_can_be_told_from_the_raw_times():
+def test_ratios_follow_from_the_raw_times():
     record = made_up.record(CASE)
     raw = {name: result["runs"][0]["seconds"] for name, result in record["results"].items()}
     ratios = sorted(a / b for a, b in zip(raw["PixArt"], raw["LocalDiT"], strict=True))
@@ -49,7 +49,7 @@ def test_ratios_can_be_told_from_the_raw_times():
     }
 
 
-def test_compiling_is_what_the_first_call_takes_longer():
+def test_compile_time_is_the_first_call_minus_the_median():
     assert made_up.record(CASE)["summary"]["models"]["PixArt"]["compile_seconds"] is None
     compiled = made_up.record(Case(pixels=512, mode="compiled", repeats=3))
     assert compiled["summary"]["models"]["PixArt"]["compile_seconds"] == pytest.approx(10)
@@ -65,12 +65,12 @@ def test_a_model_that_ran_out_of_memory_has_no_costs():
     assert found["models"]["LocalDiT"]["seconds"]["median"] > 0
 
 
-def test_memory_that_was_not_there_is_told():
+def test_running_out_of_memory_is_reported():
     run = {"layers": 2, "seconds": [1.0], "first_call": 1.0, "memory": {"error": "out of memory"}}
     assert cost(CASE, PIXART, [run])["memory"] == {"error": "out of memory"}
 
 
-def test_curves_join_cases_that_differ_in_size_alone():
+def test_curves_join_cases_that_differ_only_in_size():
     sizes = made_up.records(CASE, [512, 256])
     other = made_up.record(Case(pixels=256, dtype="bfloat16"))
     found = groups([*sizes, other, {"case": {}, "error": "killed"}])
@@ -79,7 +79,7 @@ def test_curves_join_cases_that_differ_in_size_alone():
     assert points == [(256, 0.5 + 2), (1024, 0.5 + 2 * 4)]
 
 
-def test_exponents_are_those_of_the_growth():
+def test_exponents_match_the_growth():
     linear, quadratic = exponents(made_up.records(CASE, [2048, 4096]))
     assert (linear["model"], quadratic["model"]) == ("LocalDiT", "PixArt")
     assert linear["seconds"] == pytest.approx(1, abs=0.02)

@@ -13,24 +13,24 @@ def test_the_exponent_is_the_slope_of_a_power_law():
     assert exponent(sizes, [0.25] * 4) == pytest.approx(0)
 
 
-def test_an_exponent_takes_two_sizes():
+def test_an_exponent_needs_two_sizes():
     assert exponent([1024, 1024], [1.0, 2.0]) is None
     assert exponent([], []) is None
 
 
 def test_costs_at_a_depth_follow_the_line_through_two_depths():
-    costs = {0: 0.5, 4: 2.5}  # 0.5 outside of blocks, 0.5 a block
+    costs = {0: 0.5, 4: 2.5}  # 0.5 outside the blocks, 0.5 per block
     assert at_depth(costs, 28) == pytest.approx(0.5 + 28 * 0.5)
     assert at_depth(costs, 4) == pytest.approx(2.5)
     assert at_depth({2: 7.0}, 2) == 7.0
 
 
-def test_a_single_depth_says_nothing_of_another():
+def test_a_single_depth_gives_no_cost_at_another():
     with pytest.raises(AssertionError):
         at_depth({2: 7.0}, 28)
 
 
-def test_ratios_are_those_of_pairs():
+def test_ratios_are_taken_pair_by_pair():
     ratios = paired_ratios([4.0, 9.0, 30.0], [2.0, 3.0, 6.0])
     assert ratios == Spread(median=3.0, lowest=2.0, highest=5.0)
 

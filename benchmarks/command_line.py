@@ -1,4 +1,4 @@
-"""The options that the commands share."""
+"""Options that the commands share."""
 
 from __future__ import annotations
 
@@ -13,36 +13,43 @@ OUTPUT = Path("output/benchmarks")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2."""
+        """Print the error and exit with status 2."""
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def add_shared(parser: argparse.ArgumentParser, sides: list[int], repeats: int) -> None:
-    """Add the options that every command has."""
+    """Add the options that several commands have."""
     add = parser.add_argument
     add("--pixels", metavar="N", type=pixels, nargs="+", default=sides,
-        help=f"sides of the square pictures (default: {_listed(sides)})")  # fmt: skip
+        help=f"sides of the square images (default: {_listed(sides)})")  # fmt: skip
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"],
-        help="in inference of all; in training bfloat16 is mixed (default: float32)")  # fmt: skip
+        help="precision; in training, bfloat16 is mixed precision (default: float32)")  # fmt: skip
     add("--context", nargs="+", choices=[*LOCALDIT], default=["local"],
-        help="LocalDiT without and with global context (default: local)")  # fmt: skip
-    add("--batch-size", metavar="N", type=positive, default=1, help="default: 1")
-    add("--text-tokens", metavar="N", type=positive, default=120, help="default: 120")
+        help="LocalDiT without or with global context (default: local)")  # fmt: skip
+    add("--batch-size", metavar="N", type=positive, default=1, help="images at once (default: 1)")
+    add(
+        "--text-tokens",
+        metavar="N",
+        type=positive,
+        default=120,
+        help="text tokens per image (default: 120)",
+    )
     add("--repeats", metavar="N", type=positive, default=repeats,
-        help=f"runs of each that count (default: {repeats})")  # fmt: skip
+        help=f"counted runs of each model (default: {repeats})")  # fmt: skip
     add("--warm-up", metavar="N", type=_not_negative, default=2,
-        help="runs of each before those that count (default: 2)")  # fmt: skip
+        help="uncounted runs of each model before them (default: 2)")  # fmt: skip
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-        help="default: auto, cuda where there is one")  # fmt: skip
-    add("--output", metavar="FOLDER", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")
+        help="device; auto takes cuda if there is one (default: auto)")  # fmt: skip
+    add("--output", metavar="FOLDER", type=Path, default=OUTPUT,
+        help=f"folder for the results (default: {OUTPUT})")  # fmt: skip
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} given; expected at least 1")
@@ -57,7 +64,7 @@ def _not_negative(text: str) -> int:
 
 
 def pixels(text: str) -> int:
-    """The side of a picture that is made of whole tokens."""
+    """Parse the side of an image, a multiple of a token's side."""
     number = _whole(text)
     if number < PIXELS_PER_TOKEN or number % PIXELS_PER_TOKEN:
         raise argparse.ArgumentTypeError(f"{text} given; expected a multiple of {PIXELS_PER_TOKEN}")
@@ -76,9 +83,9 @@ def _listed(numbers: list[int]) -> str:
 
 
 def prepare_output(parser: argparse.ArgumentParser, folder: Path, stem: str) -> Path:
-    """Create the folder, and name a file in it that is not there yet, without its suffix.
+    """Create the folder, and return the path of a new file in it, without a suffix.
 
-    A folder that can't be created or written to is a mistake in the command.
+    Exit with status 2 if the folder can't be created or written to.
     """
     from localdit.images import prepare_output_folder
 

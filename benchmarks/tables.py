@@ -1,4 +1,4 @@
-"""Results as Markdown and JSON."""
+"""Write results as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import HEAD_DIM, HEADS, PIXART
-from .machine import sentence
+from .provenance import sentence
 from .results import exponents
 
 COLUMNS = (
@@ -24,17 +24,17 @@ UNKNOWN = "–"
 
 
 def line(cells: Iterable[str]) -> str:
-    """A row of a Markdown table."""
+    """Return a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def head(columns: Sequence[str]) -> str:
-    """The first two rows of a Markdown table."""
+    """Return the first two rows of a Markdown table."""
     return f"{line(columns)}\n|{'---|' * len(columns)}"
 
 
 def rows(record: Mapping[str, Any]) -> list[str]:
-    """A case as rows of a table, one for each denoiser."""
+    """Return a case as rows of a table, one per denoiser."""
     case = record["case"]
     first = [f"{case['pixels']} x {case['pixels']}"]
     first += [case[name] for name in ("dtype", "task", "mode", "depth")]
@@ -48,7 +48,7 @@ def rows(record: Mapping[str, Any]) -> list[str]:
 
 
 def _cells(cost: Mapping[str, Any], ratio: Mapping[str, float] | None, name: str) -> list[str]:
-    """What a denoiser costs, for the columns from "layers" on."""
+    """Return the cells of a denoiser, from the column "layers" on."""
     obtained = "" if cost["obtained"] == "measured" else f", {cost['obtained']}"
     unknown = cost["error"] or UNKNOWN
     memory = cost["memory"] or {}
@@ -70,7 +70,7 @@ def _spread(spread: Mapping[str, float], shown: Any) -> str:
 
 
 def seconds(value: float) -> str:
-    """Three digits, and no power of ten."""
+    """Format seconds with three digits, without a power of ten."""
     for digits in range(5):
         if value >= 100 / 10**digits:
             return f"{value:.{digits}f}"
@@ -78,12 +78,12 @@ def seconds(value: float) -> str:
 
 
 def gibibytes(count: int | None) -> str:
-    """Bytes in GiB."""
+    """Format bytes as GiB."""
     return UNKNOWN if count is None else f"{count / 2**30:.2f}"
 
 
 def markdown(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """All cases, exponents and circumstances as a page."""
+    """Return the page with all cases, the exponents and the notes."""
     parts = ["\n".join([head(COLUMNS), *(row for record in records for row in rows(record))])]
     growth = exponent_table(records)
     if growth:
@@ -93,7 +93,7 @@ def markdown(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> 
 
 
 def exponent_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Exponents of cost against tokens; empty where there is one size alone."""
+    """Return the table of exponents; empty if there is only one size."""
     found = exponents(records)
     if not found:
         return ""
@@ -110,20 +110,20 @@ def exponent_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def what(case: Mapping[str, Any]) -> str:
-    """A case in a few words."""
+    """Return a short description of a case."""
     return f"{case['pixels']} {case['dtype']} {case['task']} {case['mode']} {case['depth']}"
 
 
 def notes(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """What the numbers are, which attention kernels ran, and the circumstances."""
+    """Return the notes below the table: units, attention kernels, machine and command."""
     options = about["options"]
     lines = [
         f"Blocks of {HEADS} heads x {HEAD_DIM} channels, random weights, batches of "
         f"{options['batch_size']}, {options['text_tokens']} text tokens. Medians of "
-        f"{options['repeats']} runs each, taken in turns after {options['warm_up']} that do not "
-        "count; the ratio is the median of those of the turns. Compiling: how much longer than the "
-        "median the first call took. Peak: weights and all that is held beside them, "
-        "in a process of its own, without libraries. An exponent of 1 is linear growth, 2 "
+        f"{options['repeats']} runs each, in turns, after {options['warm_up']} uncounted runs; the "
+        "ratio is the median of the ratios of the turns. Compiling: the first call minus the "
+        "median call. Peak: the weights and everything held beside them, "
+        "in a separate process, without libraries. An exponent of 1 is linear growth, 2 "
         "quadratic."
     ]
     kernels: dict[tuple[str, str], list[str]] = {}
@@ -138,7 +138,7 @@ def notes(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or as it was before."""
+    """Write a file atomically: on failure the old content stays."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -148,7 +148,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def save(stem: Path, about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     content = {"about": about, "cases": records, "exponents": exponents(records)}
     save_as(stem, content, markdown(about, records))
 

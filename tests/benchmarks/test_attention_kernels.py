@@ -1,14 +1,14 @@
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks import backends
+from benchmarks import attention_kernels
 from benchmarks.cases import LOCALDIT, PIXART, Case
 
 
 def choose(monkeypatch, times, case):
-    """What PixArt gets where its kernels take these seconds; the others do not run."""
-    monkeypatch.setattr(backends, "_seconds", lambda names, *_, **__: times.get(names[0]))
-    return backends.attention_of(PIXART, case)
+    """Return PixArt's kernels if they take these times and no others run."""
+    monkeypatch.setattr(attention_kernels, "_seconds", lambda names, *_, **__: times.get(names[0]))
+    return attention_kernels.attention_of(PIXART, case)
 
 
 def test_the_fastest_kernel_goes_first(monkeypatch):
@@ -18,7 +18,7 @@ def test_the_fastest_kernel_goes_first(monkeypatch):
     assert choice.startswith("CUDNN_ATTENTION, the fastest of FLASH_ATTENTION 0.3 s")
 
 
-def test_plain_products_are_not_tried_on_large_pictures(monkeypatch):
+def test_the_math_kernel_is_not_timed_on_large_images(monkeypatch):
     times = {"FLASH_ATTENTION": 0.3, "MATH": 0.1}
     assert choose(monkeypatch, times, Case(pixels=1024))[0] == ["MATH"]
     names, choice = choose(monkeypatch, times, Case(pixels=1040))
@@ -26,19 +26,19 @@ def test_plain_products_are_not_tried_on_large_pictures(monkeypatch):
     assert choice == "FLASH_ATTENTION, the only usable one"
 
 
-def test_kernels_that_the_cpu_lacks_are_found_out():
+def test_kernels_that_the_cpu_lacks_are_detected():
     case = Case(pixels=64)
-    assert backends._seconds(["CUDNN_ATTENTION"], case, 16) is None
-    assert backends._seconds(["FLASH_ATTENTION"], case, 16) > 0
+    assert attention_kernels._seconds(["CUDNN_ATTENTION"], case, 16) is None
+    assert attention_kernels._seconds(["FLASH_ATTENTION"], case, 16) > 0
 
 
-def test_localdit_trains_on_the_kernels_that_train_py_chooses():
+def test_localdit_trains_with_the_kernels_that_train_py_chooses():
     mixed = Case(pixels=64, dtype="bfloat16", task="training")
-    assert backends.attention_of(LOCALDIT["local"], mixed)[0] == ["MATH"]
-    assert backends.attention_of(LOCALDIT["local"], Case(pixels=64))[0] == []
+    assert attention_kernels.attention_of(LOCALDIT["local"], mixed)[0] == ["MATH"]
+    assert attention_kernels.attention_of(LOCALDIT["local"], Case(pixels=64))[0] == []
 
 
-def test_kernels_are_those_that_are_named():
-    with backends.kernels(["MATH"], "cpu"):
+def test_only_the_named_kernels_are_allowed():
+    with attention_kernels.kernels(["MATH"], "cpu"):
         allowed = torch.nn.attention._cur_sdpa_kernel_backends()
     assert allowed == [SDPBackend.MATH]

@@ -1,4 +1,4 @@
-"""The most memory that one model takes, in a process of its own."""
+"""Measure the peak memory of one model, in a separate process."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .cases import Case, Denoiser, make_model, make_run, weight_bytes
+from .cases import Case, Denoiser
+from .runs import make_model, make_run, weight_bytes
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # to clear_refs: the peak is the present size (Linux, proc(5))
+RESET_PEAK = "5"  # written to clear_refs, resets the peak to the present size (Linux, proc(5))
 
 
 def measure_memory(
     case: Case, denoiser: Denoiser, layers: int, attention: list[str]
 ) -> dict[str, int]:
-    """Bytes of a model's weights, and the most that its runs hold beside them.
+    """Return the bytes of a model's weights, and the peak bytes beside them.
 
-    What is beside the weights are activations and, in training, gradients and AdamW's state too.
-    Memory for making the model and for compiling it does not count, nor do libraries.
+    Beside the weights are activations and, in training, gradients and AdamW's state.
+    Memory for creating and compiling the model, and for libraries, does not count.
     """
     _load_libraries(case, denoiser, attention)
     model = make_model(denoiser, layers, case)
@@ -43,38 +44,38 @@ def measure_memory(
     reset_peak()
     run()
     if case.task == "training":
-        run()  # the first with all of AdamW's state in memory from the start
+        run()  # the first step that starts with all of AdamW's state in memory
     return {"weights": weights, "beside": max(0, peak_bytes() - before)}
 
 
 def _load_libraries(case: Case, denoiser: Denoiser, attention: list[str]) -> None:
-    """Load what is loaded at a first run, so that it does not count as the model's."""
+    """Load what a first run loads, so that it does not count as the model's memory."""
     tiny = replace(case, pixels=64, text_tokens=1, batch_size=1)
     make_run(make_model(denoiser, 1, tiny), tiny, attention)()
     if case.mode == "compiled":
         import torch
 
-        torch.compiler.reset()  # else the model's shapes would count as changed ones
+        torch.compiler.reset()  # or the model's shapes would count as changed
 
 
 def resident_bytes() -> int:
-    """The memory that this process holds."""
+    """Return the memory that this process holds."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most memory that this process held since `reset_peak`, or ever where that failed."""
+    """Return this process's peak memory since `reset_peak`, or since its start if that failed."""
     return _status("VmHWM")
 
 
 def reset_peak() -> None:
-    """Count the peak from now on, where the system can."""
+    """Reset the peak to the present size, if the system supports it."""
     with contextlib.suppress(OSError):
         CLEAR.write_text(RESET_PEAK, encoding="ascii")
 
 
 def _status(field: str) -> int:
-    """A line of this process's status in bytes; elsewhere than on Linux the peak until now."""
+    """Return a field of this process's status in bytes; outside Linux, the peak so far."""
     try:
         for line in STATUS.read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(":")
@@ -82,15 +83,15 @@ def _status(field: str) -> int:
                 return int(value.split()[0]) * 1024
     except OSError:
         pass
-    # Not this one on Linux: a child begins with its parent's.
+    # Not used on Linux: a child process starts with its parent's value.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def give_back_unused() -> None:
-    """Have the allocator return what is free, where it can be asked to (glibc).
+    """Make the allocator return free memory to the system, if it can (glibc).
 
-    Else what was freed before could be taken again without the process growing.
+    Otherwise freed memory could be reused without the process growing.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Where, when and with what it was measured."""
+"""Record the machine, versions, command, commit and date of a measurement."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from localdit.machine import device_name, versions
 
 
 def describe(device: str) -> dict[str, Any]:
-    """The machine and the versions, and the device that "auto" stands for.
+    """Return the machine, the versions and the device that "auto" selects.
 
     Returns:
-        "device", "machine" and "versions"; or "error" where there is no such device.
+        "device", "machine" and "versions"; or "error" if the device does not exist.
     """
     import torch
 
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
         return {"error": "--device is cuda, but PyTorch finds none here; use --device cpu"}
-    device = device if device != "auto" else "cuda" if there else "cpu"
+    device = device if device != "auto" else "cuda" if available else "cpu"
     return {
         "device": device,
         "machine": device_name(torch.device(device)),
@@ -32,7 +32,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def commit(root: Path) -> str | None:
-    """The commit that is checked out, and whether files differ from it; None outside of git."""
+    """Return the checked-out commit and whether files differ from it; None outside git."""
     try:
         name = _git(root, "rev-parse", "--short=10", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")
@@ -47,7 +47,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def circumstances(module: str, argv: Sequence[str], root: Path) -> dict[str, Any]:
-    """The command, the day and the commit of a measurement."""
+    """Return the command, the date and the commit of a measurement."""
     return {
         "command": shlex.join(["python", "-m", module, *argv]),
         "date": datetime.date.today().isoformat(),
@@ -56,7 +56,7 @@ def circumstances(module: str, argv: Sequence[str], root: Path) -> dict[str, Any
 
 
 def sentence(about: Mapping[str, Any]) -> str:
-    """What `describe` and `circumstances` say, as a line below a table."""
+    """Return the values of `describe` and `circumstances` as a line below a table."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     commit = f"commit {about['commit']}, " if about["commit"] else ""
     return f"`{about['command']}`; {about['machine']}; {versions}; {commit}{about['date']}."

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks import report
+from benchmarks import tables
 from benchmarks.cases import Case
 from benchmarks.worker import encode
 
@@ -22,25 +22,25 @@ def cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_a_case_is_a_row_for_each_model():
-    rows = report.rows(made_up.record(Case(pixels=256, layers=2, repeats=3)))
-    localdit, pixart = (dict(zip(report.COLUMNS, cells(row), strict=True)) for row in rows)
+def test_a_case_has_a_row_per_model():
+    rows = tables.rows(made_up.record(Case(pixels=256, layers=2, repeats=3)))
+    localdit, pixart = (dict(zip(tables.COLUMNS, cells(row), strict=True)) for row in rows)
     assert localdit["pixels"] == "256 x 256"
     assert localdit["seconds (lowest to highest)"] == "2.70 (2.50 to 2.90)"
     assert localdit["PixArt : LocalDiT"] == "1.00 (1.00 to 1.00)"
     assert (pixart["model"], pixart["PixArt : LocalDiT"]) == ("PixArt", "1")
 
 
-def test_what_is_derived_says_so():
-    rows = report.rows(made_up.record(Case(pixels=256, depth="own", layers=1, repeats=3)))
+def test_derived_costs_say_so():
+    rows = tables.rows(made_up.record(Case(pixels=256, depth="own", layers=1, repeats=3)))
     assert cells(rows[0])[6] == "18, derived from 0 and 4 layers"
     assert cells(rows[1])[6] == "28, derived from 0 and 1 layers"
 
 
-def test_a_case_that_failed_is_a_row_with_its_error():
+def test_a_failed_case_is_a_row_with_its_error():
     case = Case(pixels=256)
-    (row,) = report.rows({"case": encode(case), "tokens": 256, "error": "killed by signal 9"})
-    assert len(cells(row)) == len(report.COLUMNS)
+    (row,) = tables.rows({"case": encode(case), "tokens": 256, "error": "killed by signal 9"})
+    assert len(cells(row)) == len(tables.COLUMNS)
     assert "killed by signal 9" in row
 
 
@@ -49,15 +49,15 @@ def test_a_case_that_failed_is_a_row_with_its_error():
     [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.01234, "0.0123")],
 )
 def test_seconds_have_three_digits(value, shown):
-    assert report.seconds(value) == shown
+    assert tables.seconds(value) == shown
 
 
-def test_the_page_states_the_circumstances(tmp_path):
+def test_the_page_states_machine_versions_commit_and_date(tmp_path):
     records = made_up.records(Case(pixels=256, repeats=3), [256, 512])
-    report.save(tmp_path / "denoiser_000", ABOUT, records)
+    tables.save(tmp_path / "denoiser_000", ABOUT, records)
     page = (tmp_path / "denoiser_000.md").read_text(encoding="utf-8")
-    for told in (ABOUT["command"], ABOUT["machine"], "torch 2.13.0", "0123456789", "2026-11-24"):
-        assert told in page
+    for stated in (ABOUT["command"], ABOUT["machine"], "torch 2.13.0", "0123456789", "2026-11-24"):
+        assert stated in page
     assert "Attention kernel of PixArt: made up" in page
     content = json.loads((tmp_path / "denoiser_000.json").read_text(encoding="utf-8"))
     assert content["about"] == ABOUT and len(content["cases"]) == 2

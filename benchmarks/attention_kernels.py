@@ -1,8 +1,7 @@
-"""Which of PyTorch's attention kernels the models run on.
+"""Choose the PyTorch attention kernels for each model.
 
-Diffusers' PixArt calls `scaled_dot_product_attention` itself and not through the dispatcher of
-attention backends, so that the kernels of PyTorch are all it can choose from. It is given the
-fastest.
+Diffusers' PixArt calls `scaled_dot_product_attention` directly, not through Diffusers' attention
+dispatcher, so it can only use PyTorch's kernels. The benchmarks give it the fastest.
 """
 
 from __future__ import annotations
@@ -14,28 +13,27 @@ from typing import Any
 from .cases import HEAD_DIM, HEADS, Case, Denoiser
 
 KERNELS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
-MATH_UP_TO = 1024  # pixels; beyond, it would hold all pairs of tokens and take gigabytes
+MATH_UP_TO = 1024  # pixels; above, it holds all pairs of tokens and takes gigabytes
 OWN_CHOICE = "PyTorch's own choice"
 
 
 def kernels(names: list[str], device: str) -> AbstractContextManager[Any]:
-    """Attention runs on the first of `names` that can, within this context."""
+    """Return a context in which attention uses the first of `names` that works."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # Where the order counts for nothing, on the CPU, plain products are the last resort.
+    # The CPU ignores the order and uses plain products only as a last resort.
     priority = device == "cuda"
     return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=priority)
 
 
 def attention_of(denoiser: Denoiser, case: Case) -> tuple[list[str], str]:
-    """The kernels that a denoiser runs on, none for PyTorch's own choice; and in words."""
+    """Return the kernels of a denoiser (empty for PyTorch's own choice) and a description."""
     return pixart_kernels(case) if denoiser.use_global is None else localdit_kernels(case)
 
 
 def localdit_kernels(case: Case) -> tuple[list[str], str]:
-    """LocalDiT's: in training those that train.py chooses, in inference what PyTorch does."""
+    """Return LocalDiT's kernels: train.py's choice in training, PyTorch's in inference."""
     import torch
-
     from localdit.training.components import attention_kernels
 
     if case.task == "training":
@@ -47,12 +45,12 @@ def localdit_kernels(case: Case) -> tuple[list[str], str]:
 
 
 def pixart_kernels(case: Case) -> tuple[list[str], str]:
-    """PixArt's: the kernel that is fastest at self-attention of this size, then the others.
+    """Return PixArt's kernels: the fastest for self-attention of this size, then the others.
 
-    The others are there for attention to the text, whose mask not every kernel takes.
+    Cross-attention needs the others, because not every kernel accepts its mask.
 
     Returns:
-        The names in order, and how the first was chosen.
+        The names in order of preference, and how the first was chosen.
     """
     usable = [name for name in KERNELS if _seconds([name], case, tokens=64) is not None]
     rivals = [name for name in usable if name != "MATH" or case.pixels <= MATH_UP_TO]
@@ -65,19 +63,19 @@ def pixart_kernels(case: Case) -> tuple[list[str], str]:
     if not known:
         return [], OWN_CHOICE
     best = min(known, key=known.__getitem__)
-    told = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in known.items())
-    return _with_others(best, usable, case), f"{best}, the fastest of {told}"
+    compared = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in known.items())
+    return _with_others(best, usable, case), f"{best}, the fastest of {compared}"
 
 
 def _with_others(first: str, usable: list[str], case: Case) -> list[str]:
-    """`first`, then what may stand in for it."""
+    """Return `first`, then its substitutes."""
     if case.device != "cuda" and first == "MATH":
-        return [first]  # on the CPU any other that is allowed would go before it
+        return [first]  # on the CPU any other allowed kernel would take precedence
     return [first, *(name for name in usable if name != first)]
 
 
 def _seconds(names: list[str], case: Case, tokens: int, repeats: int = 1) -> float | None:
-    """Seconds of self-attention over `tokens`, the best of a few; None where it does not run."""
+    """Return the shortest time of self-attention over `tokens`; None if it does not run."""
     import torch
 
     training = case.task == "training"
@@ -92,7 +90,7 @@ def _seconds(names: list[str], case: Case, tokens: int, repeats: int = 1) -> flo
     )
     times = []
     try:
-        for _ in range(1 + repeats):  # the first warms up
+        for _ in range(1 + repeats):  # the first is a warm-up
             start = time.perf_counter()
             with kernels(names, case.device):
                 out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
@@ -101,6 +99,6 @@ def _seconds(names: list[str], case: Case, tokens: int, repeats: int = 1) -> flo
             if case.device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    except RuntimeError:  # not for this device, dtype or size of head; or out of memory
+    except RuntimeError:  # unsupported device, dtype or head size; or out of memory
         return None
     return min(times[1:])
