@@ -1,4 +1,4 @@
-"""Trains a LocalDiT on captioned pictures; `python train.py --help` lists the options."""
+"""Train a LocalDiT on captioned pictures; `python train.py --help` lists the options."""
 
 from localdit.training.leaving import run_and_leave
 from localdit.training.loop import main

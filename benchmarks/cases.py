@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from localdit.measuring import with_random_weights
+from localdit.machine import with_random_weights
 
 Task = Literal["inference", "training"]
 Mode = Literal["eager", "compiled"]

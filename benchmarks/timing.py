@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from localdit.measuring import OUT_OF_MEMORY, Spread, take_turns
+from localdit.machine import OUT_OF_MEMORY, Spread, take_turns
 
 from .cases import Case, Denoiser, make_model, make_run
 

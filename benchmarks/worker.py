@@ -67,7 +67,7 @@ def memory(
     """See `memory.measure_memory`; "error" where there is not enough."""
     import torch
 
-    from localdit.measuring import OUT_OF_MEMORY
+    from localdit.machine import OUT_OF_MEMORY
 
     from .memory import measure_memory
 

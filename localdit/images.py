@@ -33,7 +33,7 @@ class ImageTooLarge(ValueError):
     """Raised for images of more than `MAX_PIXELS` pixels, before anything is decoded."""
 
 
-def load_image(source: str | Path | Image.Image) -> Image.Image:
+def load_image(source: str | Path | Image.Image, name: object = None) -> Image.Image:
     """Read a picture as 8-bit RGB, upright.
 
     Palettes, CMYK (without colour management) and greyscale are converted, transparency is laid
@@ -43,6 +43,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     Args:
         source: path of a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or an image, which is left as
             it is.
+        name: what errors call it, by default the path.
 
     Raises:
         FileNotFoundError: if the file is not there.
@@ -50,14 +51,15 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
             `MAX_PIXELS` pixels (`ImageTooLarge`).
     """
     if isinstance(source, Image.Image):
-        return to_rgb(source, "the image")
+        return to_rgb(source, name or "the image")
+    name = name or source
     if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: there is no such image file")
+        raise FileNotFoundError(f"{name}: there is no such image file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        opened = open_image(source, source)
+        opened = open_image(source, name)
     with opened:
-        return to_rgb(opened, source)
+        return to_rgb(opened, name)
 
 
 def load_mask(source: str | Path | Image.Image, size: tuple[int, int] | None = None) -> Image.Image:

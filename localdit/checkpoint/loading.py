@@ -13,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from ..errors import Field, FieldValueError
 from ..models import LocalDiTTransformer2DModel
 from ..models.attention import GlobalContext
 from .layout import Layout, Route, name_is_of_processor, read_layout
@@ -105,9 +106,11 @@ def make_plan(
     layout = read_layout(file.infos, str(path))
     released = not file.config and not any(layout.layer_types)
     if drawn and not released:
-        raise ValueError(
-            f"{path} tells its attention by 'attn1.processor.*' tensors or by its configuration, "
-            "so there is no global context to draw. Leave `global_context` out."
+        raise FieldValueError(
+            "{path} describes its attention by 'attn1.processor.*' tensors or by its "
+            "configuration, so there is no global context to draw. Leave {field} out.",
+            path=path,
+            field=Field("global_context", "`global_context`"),
         )
     stored = {name: value for name, value in file.config.items() if name in known}
     model = empty_model(_settle(layout, stored, overrides, drawn, str(path)))
@@ -138,9 +141,17 @@ def _require_sound_arguments(
     known: list[str], global_context: str, seed: int | None, overrides: dict[str, Any]
 ) -> None:
     if global_context not in ("fold", "draw"):
-        raise ValueError(f"`global_context` is {global_context!r}; choose 'fold' or 'draw'.")
+        raise FieldValueError(
+            "{field} is {value!r}; choose 'fold' or 'draw'.",
+            field=Field("global_context", "`global_context`"),
+            value=global_context,
+        )
     if (global_context == "draw") != (seed is not None):
-        raise ValueError("`seed` goes with `global_context='draw'`: give both, or neither.")
+        raise FieldValueError(
+            "{seed} goes with {global_context} 'draw': give both, or neither.",
+            seed=Field("seed", "`seed`"),
+            global_context=Field("global_context", "`global_context`"),
+        )
     unknown = [name for name in overrides if name not in known]
     if unknown:
         raise TypeError(f"Unknown arguments {few(unknown)}; the model takes {', '.join(known)}.")
@@ -233,11 +244,15 @@ def read_state(
             rows = _part(state[route.target], route.target_part)
             rows.copy_(_part(tensor, route.source_part))
             if not _is_finite(rows):
-                as_dtype = f" as {dtype}" if _is_finite(tensor) else ""
-                raise ValueError(
-                    f"{file.path}: {name!r} has values that are not finite{as_dtype}. Expected "
-                    "finite ones: the file is damaged, or the training went astray"
-                    + (", or a wider `torch_dtype` is needed." if as_dtype else ".")
+                narrow = _is_finite(tensor)
+                raise FieldValueError(
+                    "{path}: {name!r} has values that are not finite{as_dtype}. The file is "
+                    "damaged, or the training diverged"
+                    + (", or a wider {field} is needed." if narrow else "."),
+                    path=file.path,
+                    name=name,
+                    as_dtype=f" as {dtype}" if narrow else "",
+                    field=Field("torch_dtype", "`torch_dtype`"),
                 )
     return state
 
@@ -287,7 +302,12 @@ def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
 def require_float(dtype: torch.dtype | None) -> None:
     """Refuse a dtype that weights are not kept in."""
     if dtype is not None and dtype not in FLOATS:
-        raise ValueError(f"`torch_dtype` is {dtype}; choose one of {_listed(FLOATS)}.")
+        raise FieldValueError(
+            "{field} is {dtype}; choose one of {known}.",
+            field=Field("torch_dtype", "`torch_dtype`"),
+            dtype=dtype,
+            known=_listed(FLOATS),
+        )
 
 
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -184,7 +184,7 @@ class PromptEncodingMixin:
         `ValueError` from then on, until `text_encoder` is set again. Memory comes back only when
         nothing else holds the encoder: another pipeline of the same components, or a variable.
         """
-        from .memory import give_memory_back
+        from ..machine import give_memory_back
 
         self.text_encoder = None
         # Offloading holds each model in the hook of the next one; this sets the hooks up anew.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend
 
+from localdit.errors import FieldError, Vocabulary
 from localdit.sources import TEXT_ENCODER, TOKENIZER, VAE, Part, locate
 from localdit.training.initialization import initialize_weights
 from localdit.training.pixart import is_pixart, start_from_pixart
@@ -98,7 +99,11 @@ def tokenizer_class(sources: dict[str, str]) -> str:
 
 def _locate(name: str, source: str) -> dict[str, str]:
     part: Part = PARTS[name]
-    return locate(part, source, option=f"--{name.replace('_', '-')}")
+    try:
+        return locate(part, source)
+    except FieldError as error:
+        options = {part.field: f"--{name.replace('_', '-')}"}
+        raise OSError(error.worded(Vocabulary(options, "give {name} {value}"))) from error
 
 
 def transformer_config(args: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     stop = StopRequest()
     stop.listen()
 
-    from localdit.progress import hide_loading_bars
+    from localdit.machine import hide_loading_bars
     from localdit.training.agreement import TrainingStopped
     from localdit.training.session import set_up
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from localdit.progress import hidden
+from localdit.machine import hidden
 from localdit.training.data.faults import Fault
 from localdit.training.data.stage_data import StageData
 from localdit.training.run import RunFolder

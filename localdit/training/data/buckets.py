@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from localdit.config import PIXEL_MULTIPLE
+PIXEL_MULTIPLE = 16  # 8 pixels per latent, 2 latents per token
 
 
 class Size(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from localdit.progress import hidden
+from localdit.machine import hidden
 from localdit.training.data.captions import read_captions
 from localdit.training.data.faults import BrokenSample, Fault, Faults
 from localdit.training.data.parallel import map_reads

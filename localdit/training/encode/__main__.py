@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
 
-    from localdit.progress import hide_loading_bars
+    from localdit.machine import hide_loading_bars
     from localdit.training.agreement import Agreement, TrainingStopped
     from localdit.training.encode.folder import check_folder, open_folder
     from localdit.training.encode.job import encode, prepare, report

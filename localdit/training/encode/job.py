@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from localdit.progress import hidden
+from localdit.machine import hidden
 from localdit.training.components import Encoders, encoder_sources, load_encoders
 from localdit.training.data.encoded import open_encoded, tar_path, unwritten_shards
 from localdit.training.data.faults import Faults, require_few

@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from localdit.commands.parsing import Parser
 from localdit.config import Config
+from localdit.parsing import Parser
 from localdit.training.options import (
     HelpFormatter,
     add_data_options,
