@@ -119,7 +119,8 @@ def check_size(field: Field, value: Any, multiple: int) -> None:
     if integer and value > 0 and value % multiple == 0:
         return
     nearest = ""
-    if isinstance(value, Real) and math.isfinite(value):
+    finite = isinstance(value, Real) and math.isfinite(value)
+    if finite:
         below = int(value // multiple) * multiple
         sizes = [multiple] if below <= 0 else [below, below + multiple]
         nearest = f"; the nearest that work: {' or '.join(map(str, sizes))}"

@@ -246,8 +246,8 @@ def read_state(
             if not _is_finite(rows):
                 narrow = _is_finite(tensor)
                 raise FieldValueError(
-                    "{path}: {name!r} has values that are not finite{as_dtype}. The file is "
-                    "damaged, or the training diverged"
+                    "{path}: {name!r} has values that are not finite{as_dtype}. Expected "
+                    "finite ones: the file is damaged, or the training diverged"
                     + (", or a wider {field} is needed." if narrow else "."),
                     path=file.path,
                     name=name,

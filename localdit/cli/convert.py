@@ -14,8 +14,6 @@ from .options import COMMAND_LINE, usage_errors
 if TYPE_CHECKING:
     from ..checkpoint import CheckpointReport
 
-MODULE = "python -m localdit.checkpoint"  # the command's other name
-
 
 def build_parser(prog: str = "localdit convert") -> Parser:
     """Return the parser."""
@@ -44,9 +42,9 @@ def build_parser(prog: str = "localdit convert") -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command as `python -m localdit.checkpoint` and return the exit status."""
-    return run(build_parser(MODULE), argv, convert, COMMAND_LINE)
+def main(argv: Sequence[str] | None = None, prog: str = "localdit convert") -> int:
+    """Run the command under the name `prog` and return the exit status."""
+    return run(build_parser(prog), argv, convert, COMMAND_LINE)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -121,8 +121,10 @@ def saving(
 ) -> Callable[[Image.Image, Settings], Path]:
     """Return a function that saves a picture with its settings and returns its path in `folder`.
 
-    The path is never in `keep`: visitors of the page could then read the other files there.
+    `folder` is created if it is missing. The path is never in `keep`: visitors of the page could
+    then read the other files there.
     """
+    folder.mkdir(parents=True, exist_ok=True)
 
     def save(picture: Image.Image, settings: Settings) -> Path:
         config = settings.configure(model.config)

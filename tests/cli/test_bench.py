@@ -56,9 +56,9 @@ def test_rows_compare_the_fastest():
 def test_a_busy_machine_is_told():
     results = [{"seconds": {"windows": [1.0, 1.2], "full attention": []}}]
     assert "busy" not in bench._notes(results, load=0.1)
-    assert "7.5 processes to a core" in bench._notes(results, load=7.5)
+    assert "7.5 processes per core" in bench._notes(results, load=7.5)
     results += [{"seconds": {"windows": [1.0, 3.0]}}]
-    assert "up to 3.0 times as" in bench._notes(results, load=0.1)
+    assert "3.0 times as long" in bench._notes(results, load=0.1)
 
 
 @pytest.mark.parametrize(

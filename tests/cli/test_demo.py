@@ -14,6 +14,7 @@ from PIL import Image
 from localdit.cli import demo, main
 from localdit.cli.options import ModelOptions
 from localdit.images import read_metadata
+from tests.demo.conftest import artist, asked, config  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +65,7 @@ def test_a_busy_port_is_a_mistake(monkeypatch, capsys):
     assert "is taken; give another --port" in capsys.readouterr().err
 
 
-def test_saved_pictures_carry_the_settings_of_the_command_line(artist, asked, tmp_path):
+def test_saved_pictures_carry_the_settings_of_the_command_line(artist, asked, tmp_path):  # noqa: F811
     folder, keep = tmp_path / "page", tmp_path / "kept"
     keep.mkdir()
     model = demo.page_model(ModelOptions(model="box"))
