@@ -3,7 +3,7 @@
 import sys
 
 from config import Config
-from localdit.commands.scripts import main
+from localdit.cli.draw import run_script
 
 if __name__ == "__main__":
-    sys.exit(main("i2i", Config()))
+    sys.exit(run_script("i2i", Config()))

@@ -1,9 +1,9 @@
-"""Make pictures from prompts: `python infer_t2i.py --help`."""
+"""Draw pictures from prompts: `python infer_t2i.py --help`."""
 
 import sys
 
 from config import Config
-from localdit.commands.scripts import main
+from localdit.cli.draw import run_script
 
 if __name__ == "__main__":
-    sys.exit(main("t2i", Config()))
+    sys.exit(run_script("t2i", Config()))

@@ -1,4 +1,4 @@
-"""Packaging of LocalDiT. Tool settings stand in pyproject.toml."""
+"""Packaging of LocalDiT. The settings of tools are in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ TRAIN = [
 LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
 DEMO = ["gradio>=6.20"]
-DOCS = [  # the site, and the notebooks as tests run them
+DOCS = [  # builds the site and runs the notebooks in tests
     "ipykernel>=6.20",
     "mkdocs-material>=9.5",
     "mkdocstrings[python]>=0.26",
@@ -25,17 +25,17 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").rea
 setup(
     name="localdit",
     version=VERSION,
-    description="Text and image to image with a diffusion transformer of local, shifted windows",
+    description="Text-to-image and image-to-image diffusion with shifted window attention",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     author="The LocalDiT authors",
     keywords="diffusion transformer text-to-image diffusers window-attention",
     python_requires=">=3.10",
-    # The package alone: `config.py` and the scripts beside it stay out of a user's environment.
+    # Only the package: `config.py` and the scripts beside it are not installed.
     packages=find_packages(include=["localdit", "localdit.*"]),
     package_data={"localdit": ["py.typed", "checkpoint/*.pyi", "box/**/*", "demo/*.css"]},
-    entry_points={"console_scripts": ["localdit=localdit.commands:main"]},
+    entry_points={"console_scripts": ["localdit=localdit.cli:main"]},
     install_requires=[
         "torch>=2.6",  # before, `weights_only=True` could be bypassed
         "diffusers>=0.36",
@@ -59,7 +59,7 @@ setup(
             *TRAIN,
             *DEMO,
             *DOCS,
-            *TRITON,  # tests interpret its kernels
+            *TRITON,  # tests run its kernels in interpreter mode
             "build>=1.0",
             "hypothesis>=6.100",
             "mypy>=1.10",
@@ -68,7 +68,7 @@ setup(
             "ruff>=0.6",
             "setuptools>=68",
             "twine>=5.0",
-            "webdataset>=0.2",  # reads what encoding ahead writes, in a test
+            "webdataset>=0.2",  # a test reads an encoded set with it
         ],
     },
     classifiers=[

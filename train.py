@@ -1,4 +1,4 @@
-"""Trains a LocalDiT on captioned pictures; `python train.py --help` lists the options."""
+"""Train a LocalDiT on captioned pictures; `python train.py --help` lists the options."""
 
 from localdit.training.__main__ import main
 from localdit.training.shutdown import run_and_exit

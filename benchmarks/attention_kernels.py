@@ -34,7 +34,7 @@ def attention_of(denoiser: Denoiser, case: Case) -> tuple[list[str], str]:
 def localdit_kernels(case: Case) -> tuple[list[str], str]:
     """Return LocalDiT's kernels: train.py's choice in training, PyTorch's in inference."""
     import torch
-    from localdit.training.components import attention_kernels
+    from localdit.training.processes import attention_kernels
 
     if case.task == "training":
         precision = "bf16" if case.dtype == "bfloat16" else "no"

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from localdit.measuring import Spread
+from localdit.machine import Spread
 
 from .cases import PIXART, Case, Denoiser
 from .timing import at_depth, exponent, paired_ratios, times_at_depth

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from localdit.measuring import with_random_weights
+from localdit.machine import with_random_weights
 
 from .attention_kernels import kernels
 from .cases import HEAD_DIM, HEADS, TEXT_CHANNELS, Case, Denoiser

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from localdit.measuring import OUT_OF_MEMORY, Spread, take_turns
+from localdit.machine import OUT_OF_MEMORY, Spread, take_turns
 
 from .attention_kernels import attention_of
 from .cases import Case, Denoiser

@@ -67,7 +67,7 @@ def memory(
     """Call `peak_memory.measure_memory`; return "error" if memory runs out."""
     import torch
 
-    from localdit.measuring import OUT_OF_MEMORY
+    from localdit.machine import OUT_OF_MEMORY
 
     from .peak_memory import measure_memory
 

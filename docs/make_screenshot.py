@@ -12,7 +12,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from localdit.demo import build_parser, opening
+from localdit.cli.demo import make_page, page_model
+from localdit.cli.draw import load
+from localdit.cli.options import ModelOptions
 from localdit.demo.serving import launch
 
 IMAGE = Path(__file__).with_name("images") / "demo.png"
@@ -32,8 +34,8 @@ def main() -> None:
     parser.add_argument("--inpaint", action="store_true", help="show the inpainting editor")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
-        job = opening.planned(build_parser().parse_args(["--model", "box"]), Path(name))
-        page = opening.open_page(opening.load(job), job)
+        model = page_model(ModelOptions(model="box"))
+        page = make_page(load(model), model, Path(name))
         chromium = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )

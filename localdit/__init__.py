@@ -1,19 +1,18 @@
-"""LocalDiT: pictures from text with a diffusion transformer whose attention looks at small windows.
+"""LocalDiT: text to image with a diffusion transformer that attends within small windows.
 
-Public are the names in `__all__` here and in `checkpoint`, `config`, `images`, `inference`,
-`models`, `pipelines`, `scenes` and `utils`, and the command line; docs/reference has them all.
-Everything else may change without notice.
+The public interface is the command line and the names in `__all__` here and in `checkpoint`,
+`config`, `images`, `inference`, `models`, `pipelines`, `scenes` and `utils`; docs/reference lists
+them. Everything else may change without notice.
 
-The names below are imported when they are first used, so that `import localdit` costs nothing.
-Diffusers' own classes, such as `DiffusionPipeline` and `AutoPipelineForInpainting`, know them too.
+The names below are imported on first use, which keeps `import localdit` cheap. Diffusers' own
+classes, such as `DiffusionPipeline` and `AutoPipelineForInpainting`, know them too.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .lazy import lazy_names
-from .registration import register
+from .registration import lazy_names, register
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from localdit.commands import main
+from localdit.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,20 +1,24 @@
-"""`Config`: one place for the model's sizes and the settings of inference and training.
+"""`Config`: the model's sizes and the settings of inference and training in one place.
 
-The class only describes: it loads nothing and imports neither PyTorch nor Diffusers, so command
-lines can read its defaults at no cost.
+The class only describes. It loads nothing and imports neither PyTorch nor Diffusers, so that the
+command line reads its defaults at no cost.
 """
 
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from .errors import Field, FieldTypeError, FieldValueError
+
 __all__ = ["Config"]
 
-PIXEL_MULTIPLE = 16  # 8 pixels to a latent, 2 latents to a token
+# Standard names of the settings that `Config` has always called otherwise.
+STANDARD_NAMES = {"denoising_steps": "num_inference_steps", "denoising_strength": "strength"}
+OWN_NAMES = {standard: own for own, standard in STANDARD_NAMES.items()}
 
 
 def _ranged(
@@ -24,24 +28,22 @@ def _ranged(
     *,
     above: bool = False,
     below: bool = False,
-    multiple_of: int | None = None,
 ) -> Any:
-    """A number in [minimum, maximum]; `above` / `below` leave that end out of the range."""
-    metadata = {"range": (minimum, maximum, above, below), "multiple_of": multiple_of}
-    return field(default=default, metadata=metadata)
+    """Declare a number in [minimum, maximum]; `above` and `below` exclude that end."""
+    return field(default=default, metadata={"range": (minimum, maximum, above, below)})
 
 
 @dataclass(kw_only=True)
 class Config:
     """The model's architecture and the settings of inference and training.
 
-    Every value is checked when the object is made and again whenever a field is assigned. A derived
-    class may change defaults and add fields; types and ranges of the fields below stay.
+    Every value is checked when the object is constructed and whenever a field is assigned. A
+    derived class may change defaults and add fields; the types and ranges of the fields below stay.
 
     Raises:
-        TypeError: for a name that is no field (the closest field is named) or a value of the wrong
+        TypeError: for an unknown name (the message names the closest field) or a value of the wrong
             type.
-        ValueError: for a value outside its range, naming the field, the value and the range.
+        ValueError: for a value outside its range.
     """
 
     # Architecture of the transformer
@@ -59,25 +61,25 @@ class Config:
     do_rope: bool = True
     use_global: bool = False  # global context beside the windows
     shift_schedule: Literal["cyclic", "alternating"] = "cyclic"
-    sample_size: int = _ranged(128, 1)  # latents along a side that positions are scaled to
-    eps: float = _ranged(1e-10, 0, 1, above=True)  # of the q / k RMSNorms
+    sample_size: int = _ranged(128, 1)  # latents along a side of the native size
+    eps: float = _ranged(1e-10, 0, 1, above=True)  # of the RMSNorms of queries and keys
     dropout: float = _ranged(0.0, 0, 1, below=True)
 
     # Inference
     max_length: int = _ranged(120, 1)  # text tokens
-    height: int = _ranged(768, PIXEL_MULTIPLE, multiple_of=PIXEL_MULTIPLE)  # pixels
-    width: int = _ranged(1024, PIXEL_MULTIPLE, multiple_of=PIXEL_MULTIPLE)  # pixels
+    height: int = _ranged(768, 1)  # pixels; a multiple of the model's pixels per token
+    width: int = _ranged(1024, 1)  # pixels
     denoising_steps: int = _ranged(20, 1, 1000)
-    denoising_strength: float = _ranged(0.8, 0, 1)  # image to image: 0 keeps, 1 forgets the image
+    denoising_strength: float = _ranged(0.8, 0, 1)  # 0 keeps the given image, 1 ignores it
     guidance_scale: float = _ranged(7.0, 0)  # 1 or less: no guidance
-    batch_size: int = _ranged(1, 1)  # pictures made at once; in training, samples per process
+    batch_size: int = _ranged(1, 1)  # pictures per pass; in training, samples per process
 
-    # Where `localdit.utils.load_model` finds the parts: local paths, or repositories of the hub
+    # Where `localdit.utils.load_model` finds the parts: local paths or hub names
     ckpt_path: str | Path = "output/LocalDiT-1024.pt"
     text_encoder: str | Path = "google/flan-t5-xxl"  # with its tokenizer
     vae: str | Path = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
     scheduler: str | Path = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
-    offload: Literal["model", "sequential"] | None = None  # parts wait in CPU memory
+    offload: Literal["model", "sequential"] | None = None  # idle parts stay in CPU memory
     text_encoder_quantization: Literal["8bit", "4bit"] | None = None  # needs bitsandbytes
 
     # Training
@@ -101,7 +103,7 @@ class Config:
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field to a value that its type and range allow."""
+        """Set a field, having checked its type and range."""
         if name not in self.__dataclass_fields__:
             raise TypeError(_unknown(type(self), name))
         if declared := Config.__dataclass_fields__.get(name):
@@ -113,26 +115,49 @@ class Config:
         """Check the fields that depend on one another."""
         inner = self.num_attention_heads * self.attention_head_dim
         if self.cross_attention_dim != inner:
-            raise ValueError(
-                f"Config.cross_attention_dim is {self.cross_attention_dim}; expected "
-                f"num_attention_heads x attention_head_dim = {self.num_attention_heads} x "
-                f"{self.attention_head_dim} = {inner}"
+            raise FieldValueError(
+                "{field} is {value}; expected num_attention_heads x attention_head_dim = {product}",
+                field=config_field("cross_attention_dim"),
+                value=self.cross_attention_dim,
+                product=f"{self.num_attention_heads} x {self.attention_head_dim} = {inner}",
             )
         if self.do_rope and self.attention_head_dim % 4:
-            raise ValueError(
-                f"Config.attention_head_dim is {self.attention_head_dim}; expected a multiple "
-                "of 4, which 2D RoPE needs (or do_rope=False)"
+            raise FieldValueError(
+                "{field} is {value}; expected a multiple of 4, which 2D RoPE needs (or "
+                "do_rope=False)",
+                field=config_field("attention_head_dim"),
+                value=self.attention_head_dim,
             )
 
     def transformer_kwargs(self) -> dict[str, Any]:
-        """The architecture as keyword arguments of `LocalDiTTransformer2DModel`."""
+        """Return the architecture as keyword arguments of `LocalDiTTransformer2DModel`."""
         names = list(Config.__dataclass_fields__)
         values = {name: getattr(self, name) for name in names[: names.index("eps")]}
         return values | {"qk_norm_eps": self.eps, "dropout": self.dropout}
 
 
+def config_field(name: str) -> Field:
+    """Return a field of `Config` for a message, under its standard name."""
+    return Field(STANDARD_NAMES.get(name, name), f"Config.{name}")
+
+
+def inference_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of drawing by their standard names, as the pipelines take them."""
+    own = ("height", "width", "denoising_steps", "denoising_strength", "guidance_scale")
+    return {STANDARD_NAMES.get(name, name): getattr(config, name) for name in own}
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return a copy of `config` with other settings, given by their standard names.
+
+    Raises:
+        TypeError, ValueError: as `Config` does.
+    """
+    return replace(config, **{OWN_NAMES.get(name, name): settings[name] for name in settings})
+
+
 def _options(hint: Any) -> list[Any]:
-    """The types and literal values that a type hint allows."""
+    """Return the types and literal values that a type hint allows."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     return [option for part in get_args(hint) for option in _options(part)] or [hint]
@@ -145,19 +170,28 @@ def _unknown(cls: type[Config], name: str) -> str:
 
 
 def _check_type(name: str, value: Any, options: list[Any]) -> None:
-    """Raise TypeError, or ValueError where the field is a choice between literal values."""
+    """Raise TypeError, or ValueError if the field is a choice between literal values."""
     types = tuple(option for option in options if isinstance(option, type))
     choices = [option for option in options if option not in types]
     if choices:
         if value not in choices and not isinstance(value, types):
             allowed = " or ".join(map(repr, choices)) + (" or None" if NoneType in types else "")
-            raise ValueError(f"Config.{name} is {value!r}; expected {allowed}")
+            raise FieldValueError(
+                "{field} is {value!r}; expected {allowed}",
+                field=config_field(name),
+                value=value,
+                allowed=allowed,
+            )
         return
     accepted = (*types, int) if float in types else types
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join(t.__name__ for t in types)
-        given = type(value).__name__
-        raise TypeError(f"Config.{name} is {value!r} of type {given}; expected {wanted}")
+        raise FieldTypeError(
+            "{field} is {value!r} of type {given}; expected {wanted}",
+            field=config_field(name),
+            value=value,
+            given=type(value).__name__,
+            wanted=" or ".join(t.__name__ for t in types),
+        )
 
 
 def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
@@ -171,10 +205,9 @@ def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         lower = f"more than {minimum}" if above else f"at least {minimum}"
         upper = f"less than {maximum}" if below else f"at most {maximum}"
         limits = f"{lower} and finite" if maximum == math.inf else f"{lower} and {upper}"
-        raise ValueError(f"Config.{name} is {value!r}; expected {limits}")
-    multiple = metadata["multiple_of"]
-    if multiple and value % multiple:
-        nearest = max(multiple, multiple * round(value / multiple))
-        raise ValueError(
-            f"Config.{name} is {value}; expected a multiple of {multiple}, the nearest is {nearest}"
+        raise FieldValueError(
+            "{field} is {value!r}; expected {limits}",
+            field=config_field(name),
+            value=value,
+            limits=limits,
         )

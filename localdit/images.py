@@ -35,7 +35,7 @@ class ImageTooLarge(ValueError):
     """Raised for an image of more than `MAX_PIXELS` pixels, before it is decoded."""
 
 
-def load_image(source: str | Path | Image.Image) -> Image.Image:
+def load_image(source: str | Path | Image.Image, name: object = None) -> Image.Image:
     """Read a picture as 8-bit RGB, upright.
 
     Palettes, CMYK (without colour management) and greyscale are converted, transparency is laid
@@ -45,6 +45,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     Args:
         source: path of a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or an image, which is not
             changed.
+        name: the picture's name in errors, by default the path.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -52,14 +53,15 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
             `MAX_PIXELS` pixels (`ImageTooLarge`).
     """
     if isinstance(source, Image.Image):
-        return to_rgb(source, "the image")
+        return to_rgb(source, name or "the image")
+    name = name or source
     if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: there is no such image file")
+        raise FileNotFoundError(f"{name}: there is no such image file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        opened = open_image(source, source)
+        opened = open_image(source, name)
     with opened:
-        return to_rgb(opened, source)
+        return to_rgb(opened, name)
 
 
 def load_mask(source: str | Path | Image.Image, size: tuple[int, int] | None = None) -> Image.Image:

@@ -1,4 +1,4 @@
-"""`inference`: pictures from prompts, from pictures, and with masks, as a `Config` says."""
+"""`inference`: pictures from prompts, pictures and masks, with the settings of a `Config`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .config import config_field, inference_settings
 from .core.text import check_prompts
 from .images import fit_image, load_image, load_mask
+from .sizes import check_size
 
 __all__ = ["inference", "inference_batches"]
 
@@ -37,27 +39,27 @@ def inference(
     latents: torch.Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """Make one picture for each prompt.
+    """Draw one picture per prompt.
 
     `config` gives height, width, denoising_steps, guidance_scale, max_length and batch_size, the
-    number of pictures made at once; with an image also denoising_strength.
+    number of pictures that are drawn at once; with an image also denoising_strength.
 
     Args:
-        pipe: what `load_model` returned.
+        pipe: the pipeline that `load_model` returned.
         prompts: one prompt or a list of them.
-        neg_prompts: what to steer away from: one for all (a string) or a list with one for each;
-            None turns guidance off, whatever `config.guidance_scale` is.
+        neg_prompts: what the pictures should not show: a string for all of them or a list with one
+            per prompt; None turns guidance off, whatever `config.guidance_scale` is.
         image: turns text to image into image to image: one image (PIL, or a path) for all prompts,
-            or a list with one for each. It is read as `localdit.images.load_image` does, then
-            scaled to height x width, keeping its proportions and cutting what stands over.
+            or a list with one per prompt. It is read as by `localdit.images.load_image`, then
+            scaled to cover height x width and cropped to it.
         mask: turns image to image into inpainting: one mask for all prompts, or a list with one
-            for each, of the image's size; white is repainted, black kept.
-        padding_mask_crop: with a mask, work on its surroundings alone, so many pixels wide: they
-            are scaled to height x width, and the picture keeps its size.
-        seed: picture i is drawn from seed + i, whatever the batch size; None draws new ones.
-        generator: instead of a seed, one for all pictures or a list with one for each.
-        latents: `(N, C, height / 8, width / 8)` standard normal noise to start from (with an
-            image: to add to it).
+            per prompt, of the image's size; white is repainted, black is kept.
+        padding_mask_crop: with a mask, draw only the mask and so many pixels around it: they are
+            scaled to height x width, and the picture keeps its size.
+        seed: picture i is drawn from seed + i, whatever the batch size; None chooses new seeds.
+        generator: instead of a seed, one for all pictures or a list with one per picture.
+        latents: standard normal noise to start from (with an image: to add to it), `(N, C, h, w)`
+            in latents, with h = height / pixels per latent.
         progress: called as `progress(step, total)` after each denoising step, counted over all
             batches.
 
@@ -65,8 +67,8 @@ def inference(
         The pictures, in the order of the prompts.
 
     Raises:
-        ValueError: for no prompts, numbers that don't match, arguments that exclude each other, or
-            a mask that does not fit its image.
+        ValueError: a size that the model can't draw, no prompts, lists of different lengths,
+            arguments that exclude each other, or a mask that does not fit its image.
     """
     batches = inference_batches(
         pipe,
@@ -99,27 +101,28 @@ def inference_batches(
     progress: Callable[[int, int], None] | None = None,
     callback_on_step_end: StepCallback | None = None,
 ) -> Iterator[list[Image.Image]]:
-    """As `inference`, but hand out each batch of pictures as soon as it is done.
+    """Return an iterator over batches of pictures, which draws each when it is asked for.
 
-    Everything is checked in this call, before the first picture is asked for.
-    `callback_on_step_end` is that of the pipelines.
+    The arguments are those of `inference`, and are checked in this call. `callback_on_step_end` is
+    that of the pipelines.
     """
+    for side in ("height", "width"):
+        multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+        check_size(config_field(side), getattr(config, side), multiple)
     prompts = check_prompts(prompts if isinstance(prompts, str) else list(prompts), "prompts")
     count = len(prompts)
-    settings: dict[str, Any] = {
-        "height": config.height,
-        "width": config.width,
-        "num_inference_steps": config.denoising_steps,
-        "guidance_scale": 1.0 if neg_prompts is None else config.guidance_scale,
-        "max_sequence_length": config.max_length,
-    }
-    each: dict[str, list[Any]] = {"prompt": prompts}  # one entry for each picture
-    if neg_prompts is not None:
+    settings = inference_settings(config)
+    settings["max_sequence_length"] = config.max_length
+    strength = settings.pop("strength")
+    each: dict[str, list[Any]] = {"prompt": prompts}  # one entry per picture
+    if neg_prompts is None:
+        settings["guidance_scale"] = 1.0
+    else:
         negatives = _one_each("neg_prompts", neg_prompts, count)
         each["negative_prompt"] = check_prompts(negatives, "neg_prompts")
     if image is not None:
         pipe = _sibling(pipe, "Img2Img" if mask is None else "Inpaint")
-        settings["strength"] = config.denoising_strength
+        settings["strength"] = strength
         each["image"] = [load_image(one) for one in _one_each("image", image, count)]
     if mask is not None:
         if image is None:
@@ -129,7 +132,7 @@ def inference_batches(
         settings["padding_mask_crop"] = padding_mask_crop
     elif padding_mask_crop is not None:
         raise ValueError("padding_mask_crop is given without a mask; expected the mask, too")
-    if padding_mask_crop is None:  # else the pipeline scales what surrounds the mask
+    if padding_mask_crop is None:  # otherwise the pipeline scales the surroundings of the mask
         for name in each.keys() & {"image", "mask_image"}:
             each[name] = [fit_image(one, config.height, config.width) for one in each[name]]
     if latents is not None:
@@ -170,7 +173,7 @@ def _run(
 def _step_callback(
     progress: Callable[[int, int], None], batch: int, batches: int, then: StepCallback | None
 ) -> StepCallback:
-    """The pipeline's kind of callback, counting the steps of all batches; `then` comes next."""
+    """Return a callback that counts the steps of all batches and then calls `then`."""
 
     def on_step_end(
         pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
@@ -182,7 +185,7 @@ def _step_callback(
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:
-    """A list with one entry for each picture; what is no sequence serves all of them."""
+    """Return a list with one entry per picture; a single value is used for all of them."""
     if isinstance(given, str) or not isinstance(given, Sequence):
         return [given] * count
     if len(given) != count:
@@ -191,14 +194,14 @@ def _one_each(name: str, given: Any, count: int) -> list[Any]:
 
 
 def _seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU, so that a seed means the same picture on every device."""
+    """Return a generator on the CPU, so that a seed gives the same picture on every device."""
     import torch
 
     return torch.Generator("cpu").manual_seed(seed)
 
 
 def _sibling(pipe: Any, task: str) -> Any:
-    """The pipeline of another task with the same loaded components, offloaded likewise."""
+    """Return the pipeline of another task with the same components and the same offloading."""
     from . import pipelines
 
     kind = getattr(pipelines, f"LocalDiT{task}Pipeline")

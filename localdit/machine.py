@@ -1,12 +1,22 @@
-"""What computes here: processor, GPU, versions; and by which path window attention is computed."""
+"""This machine: processor, GPU and versions; time and memory; progress bars.
+
+Nothing heavy is imported with this module.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib.metadata
 import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 
@@ -14,10 +24,15 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ("torch", "diffusers", "triton")
+OUT_OF_MEMORY = "out of memory"
+SMALL = 0.02  # bound of random weights
+
+
+# Names and versions
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that matter, where they are installed."""
+    """Return the versions of Python, LocalDiT and the installed ones of `PACKAGES`."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -26,7 +41,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -35,7 +50,7 @@ def processor() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the threads that PyTorch computes on."""
+    """Return the name of the GPU, or of the processor with the number of PyTorch's threads."""
     import torch
 
     if device.type == "cuda":
@@ -46,26 +61,118 @@ def device_name(device: torch.device) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''} of {processor()}"
 
 
-def window_attention_path(
-    device: torch.device, dtype: torch.dtype, window_size: int, num_heads: int, head_dim: int
-) -> tuple[str, str]:
-    """By what the backend "auto" computes attention within windows, and why.
+# Memory
 
-    On a GPU that Triton's kernel could run on, it is tried there, once in a process.
 
-    Returns:
-        "triton" or "torch"; and the reason, in words.
+def give_memory_back() -> None:
+    """Return freed memory to the system: PyTorch's caches, and what malloc keeps."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if sys.platform == "linux":
+        # glibc keeps freed memory for later; other C libraries lack this function.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+# Progress bars
+
+
+def hide_loading_bars() -> None:
+    """Let Diffusers and Transformers show progress bars of loading on terminals only."""
+    if sys.stderr.isatty():
+        return
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def hidden(hide: bool = False) -> bool | None:
+    """Return tqdm's `disable`: True to hide the bar, None to show it on terminals only."""
+    return True if hide else None
+
+
+# Time
+
+
+def with_random_weights(
+    make: Callable[[], Any], dtype: torch.dtype, device: str | torch.device
+) -> Any:
+    """Return a model with small random weights; its own initialisation, which is slow, is skipped.
+
+    Args:
+        make: constructs the model.
+        dtype: of the weights.
+        device: where the weights are.
     """
     import torch
 
-    from .models.backends import why_not_triton, why_not_trusted
-    from .models.windows import WindowGrid
+    with torch.device("meta"):
+        model = make()
+    # `Module.to`: that of Diffusers' models warns of a cast after loading, and nothing was loaded.
+    model = torch.nn.Module.to(model, dtype).to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            assert tensor.is_floating_point(), "only floating-point tensors can be random"
+            tensor.uniform_(-SMALL, SMALL)
+    return model
 
-    qkv = torch.empty(1, window_size**2, 3 * num_heads * head_dim, device=device, dtype=dtype)
-    grid = WindowGrid(window_size, window_size, window_size)
-    reason = why_not_triton(qkv, grid, num_heads)
-    if reason is None and device.type == "cuda":
-        reason = why_not_trusted(qkv.device, dtype, window_size, num_heads, head_dim)
-    if reason is None and device.type == "cuda":
-        return "triton", "it agrees with PyTorch's operations on this device"
-    return "torch", f"Triton's kernel is not used: {reason or 'it runs on CUDA devices'}"
+
+def take_turns(
+    runs: Sequence[tuple[Callable[[], None], dict[str, Any]]], warm_up: int, repeats: int
+) -> None:
+    """Call each function in turn, several times, and note the seconds of each call in its record.
+
+    A function that runs out of the device's memory is left out from then on, and its record says
+    so.
+
+    Args:
+        runs: functions, each with its record. `record["first_call"]` gets the seconds of the first
+            call, the list `record["seconds"]` those of the calls after the warm-up.
+        warm_up: turns that are not counted.
+        repeats: turns that are counted.
+    """
+    import torch
+
+    for turn in range(warm_up + repeats):
+        for run, record in runs:
+            if "error" in record:
+                continue
+            start = time.perf_counter()
+            try:
+                run()
+            except torch.OutOfMemoryError:
+                record["error"] = OUT_OF_MEMORY
+                record["seconds"] = []
+                torch.cuda.empty_cache()
+                continue
+            seconds = time.perf_counter() - start
+            if turn == 0:
+                record["first_call"] = seconds
+            if turn >= warm_up:
+                record["seconds"].append(seconds)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median, the lowest and the highest of some values."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of `values`."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the three as a dict, for JSON."""
+        return asdict(self)

@@ -1,8 +1,16 @@
-"""Diffusers' own entry points find our classes, whichever of the two is imported first.
+"""Names that are imported on first use, and the registration of our classes with Diffusers.
 
-`DiffusionPipeline.from_pretrained` looks pipelines and models up by name in the module `diffusers`,
-and the `AutoPipelineFor...` classes in dictionaries. Neither is imported here: that would take
-seconds. What has to be added is added at once if they are there, or else when they come.
+`DiffusionPipeline.from_pretrained` looks up pipelines and models by name in the module `diffusers`,
+and the `AutoPipelineFor...` classes look them up in dictionaries. Neither module is imported here,
+since that takes seconds. Our classes are added at once if the module is loaded, or else as soon as
+it is imported.
+
+Hidden state, all of it from `import localdit`:
+
+- `sys.meta_path` holds one import hook per module that is not loaded yet. It is removed when the
+  module has been imported.
+- `diffusers.__getattr__` is replaced by a function that also knows our names.
+- The three dictionaries of `diffusers.pipelines.auto_pipeline` get the key "localdit".
 """
 
 from __future__ import annotations
@@ -21,14 +29,30 @@ PIPELINES = {
 NAMES = (*PIPELINES.values(), "LocalDiTTransformer2DModel")
 
 
+def lazy_names(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
+    """Return a `__getattr__` that imports the public names of a package on first use.
+
+    Args:
+        package: the package's `__name__`.
+        homes: the module of the package in which each name is defined.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{homes[name]}", package), name)
+
+    return getattribute
+
+
 def register() -> None:
-    """Make our classes known to Diffusers, now or when it is imported."""
+    """Add our classes to Diffusers, now or when it is imported."""
     after_import("diffusers", _add_names)
     after_import("diffusers.pipelines.auto_pipeline", _add_to_auto_pipelines)
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:
-    """Do something once the module `name` has been imported: now, if it has been already."""
+    """Call `action` after the module `name` is imported, at once if it already is."""
     if name in sys.modules:
         action()
     else:
@@ -36,14 +60,14 @@ def after_import(name: str, action: Callable[[], None]) -> None:
 
 
 class _AfterImport:
-    """A finder (PEP 451) of one module: the others find it, and an action follows its execution."""
+    """An import hook (PEP 451) that calls `action` after one module has been executed."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name = name
         self.action = action
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The module's spec as another finder gives it."""
+        """Return the spec that another finder returns, with a loader that calls the action."""
         if name != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -63,8 +87,8 @@ class _AfterImport:
 
 
 def _add_names() -> None:
-    """Let `diffusers.LocalDiTPipeline` and so on be found, imported when they are first used."""
-    diffusers = sys.modules["diffusers"]  # it replaces itself while it is executed
+    """Add `diffusers.LocalDiTPipeline` and the others, imported on first use."""
+    diffusers = sys.modules["diffusers"]  # Diffusers replaces this module while executing it
     known = vars(diffusers).get("__getattr__")
 
     def find(name: str) -> Any:
@@ -74,11 +98,12 @@ def _add_names() -> None:
             return known(name)
         raise AttributeError(f"module 'diffusers' has no attribute {name!r}")
 
-    # A module's own `__getattr__` (PEP 562) is asked before that of its class.
+    # The `__getattr__` of a module (PEP 562) comes before that of its class.
     diffusers.__getattr__ = find  # type: ignore[method-assign]
 
 
 def _add_to_auto_pipelines() -> None:
+    """Add our pipelines to the dictionaries of the `AutoPipelineFor...` classes."""
     mappings = sys.modules["diffusers.pipelines.auto_pipeline"]
     for mapping, name in PIPELINES.items():
         getattr(mappings, mapping)["localdit"] = getattr(importlib.import_module(__package__), name)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .config import config_field
+from .errors import FieldNotFoundError, FieldOSError, Setting
+
 
 @dataclass(frozen=True)
 class Part:
@@ -41,9 +44,7 @@ def _wanted(part: Part, folder: str) -> str:
     return " and ".join([f"{folder}/{part.config}".lstrip("/"), *filter(None, weights)])
 
 
-def locate(
-    part: Part, source: str | Path, option: str | None = None, local_files_only: bool = False
-) -> dict[str, Any]:
+def locate(part: Part, source: str | Path, local_files_only: bool = False) -> dict[str, Any]:
     """Where a part is, as arguments of `from_pretrained`, having made sure that it is there.
 
     Of a repository on the hub its configuration is fetched for that, a few hundred bytes.
@@ -51,10 +52,12 @@ def locate(
     Args:
         part: what is looked for.
         source: a folder here, or a repository of the hub.
-        option: what the user calls the source, for messages; by default the field of `Config`.
         local_files_only: take files of the hub from the cache, and fetch nothing.
+
+    Raises:
+        FileNotFoundError: a local source lacks files, or is missing; a `FieldError`.
+        OSError: a repository of the hub can't be reached; a `FieldError`.
     """
-    option = option or f"Config.{part.field}"
     local = Path(source).expanduser()
     if local.is_dir():
         for folder in part.folders:
@@ -63,11 +66,18 @@ def locate(
             if (files / part.config).is_file() and (weights or not part.weights):
                 return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
         layouts = "; or ".join(_wanted(part, folder) for folder in part.folders)
-        raise FileNotFoundError(f"{option}: {local} lacks files; expected {layouts}")
+        raise FieldNotFoundError(
+            "{field}: {folder} lacks files; expected {layouts}",
+            field=config_field(part.field),
+            folder=local,
+            layouts=layouts,
+        )
     if not is_hub_name(source):
-        raise FileNotFoundError(f"{option}: there is no folder {source}")
+        raise FieldNotFoundError(
+            "{field}: there is no folder {source}", field=config_field(part.field), source=source
+        )
     folder = part.folders[0]
-    with fetching(part, source, option):
+    with fetching(part, source):
         from huggingface_hub import hf_hub_download
 
         hf_hub_download(
@@ -91,21 +101,28 @@ def is_hub_name(source: str | Path) -> bool:
 
 
 @contextmanager
-def fetching(part: Part, source: str | Path, option: str | None = None) -> Iterator[None]:
-    """Turn the many errors of the hub's clients into one that helps; `option` is as in `locate`."""
+def fetching(part: Part, source: str | Path) -> Iterator[None]:
+    """Turn the many errors of the hub's clients into one that says what to do.
+
+    Raises:
+        OSError: the source can't be fetched; a `FieldError`.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
         if Path(source).expanduser().is_dir():
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise OSError(
-            f"{source} could not be fetched from the Hugging Face hub: {reason} "
-            f"({type(error).__name__}). Wanted from it: {_wanted(part, part.folders[0])}. "
-            "Without a connection, copy these files to a folder here, under the same names, and "
-            + (
-                f"give {option} /path/to/that/folder"
-                if option and option.startswith("--")
-                else f"set Config({part.field}='/path/to/that/folder')"
-            )
+        raise FieldOSError(
+            "{source} could not be fetched from the Hugging Face hub: {reason}. It needs {files}. "
+            "Without a connection, copy these files to a local folder under the same names and "
+            "{advice}",
+            source=source,
+            reason=f"{reason} ({type(error).__name__})",
+            files=_wanted(part, part.folders[0]),
+            advice=Setting(
+                part.field,
+                "/path/to/that/folder",
+                f"set Config({part.field}='/path/to/that/folder')",
+            ),
         ) from error

@@ -7,7 +7,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import config_field
 from .core.parts import load_parts, load_text_encoder, locate_parts
+from .errors import Field, FieldImportError, FieldNotFoundError, FieldValueError
 from .sources import TEXT_ENCODER, locate
 
 __all__ = ["load_model", "model_in_the_box"]
@@ -100,15 +102,21 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps'"
+        raise FieldValueError(
+            "{field} is {device!r}; expected 'cpu', 'cuda', 'cuda:1' or 'mps'",
+            field=Field("device"),
+            device=device,
         ) from error
     missing = {
         "cuda": not torch.cuda.is_available(),
         "mps": not torch.backends.mps.is_available(),
     }
     if missing.get(resolved.type):
-        raise ValueError(f"device is {str(resolved)!r}, but PyTorch finds none here; try 'cpu'")
+        raise FieldValueError(
+            "{field} is {device!r}, but PyTorch finds no such device; try 'cpu'",
+            field=Field("device"),
+            device=str(resolved),
+        )
     return resolved
 
 
@@ -126,7 +134,11 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.float32 if device.type == "cpu" else torch.float16
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if resolved not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype is {dtype!r}; expected 'float32', 'bfloat16' or 'float16'")
+        raise FieldValueError(
+            "{field} is {dtype!r}; expected 'float32', 'bfloat16' or 'float16'",
+            field=Field("dtype"),
+            dtype=dtype,
+        )
     return resolved
 
 
@@ -138,20 +150,25 @@ def check_options(config: Config, device: torch.device) -> None:
         ValueError: for offloading without a GPU, or one that quantization rules out.
     """
     if config.offload and device.type == "cpu":
-        raise ValueError(
-            f"Config.offload is {config.offload!r}, which moves parts to a GPU and back, but the "
-            "device is the CPU; set it to None"
+        raise FieldValueError(
+            "{field} is {value!r}, which moves parts to a GPU and back, but the device is the CPU; "
+            "leave it out",
+            field=config_field("offload"),
+            value=config.offload,
         )
     if config.text_encoder_quantization is None:
         return
     if config.offload == "sequential":
-        raise ValueError(
-            "Config.offload='sequential' can't move a quantized text encoder; use 'model' or None"
+        raise FieldValueError(
+            "{field} is 'sequential', which can't move a quantized text encoder; use 'model' or "
+            "leave it out",
+            field=config_field("offload"),
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"Config.text_encoder_quantization={config.text_encoder_quantization!r} needs "
-            "bitsandbytes: pip install bitsandbytes"
+        raise FieldImportError(
+            "{field}: {value!r} needs bitsandbytes: pip install bitsandbytes",
+            field=config_field("text_encoder_quantization"),
+            value=config.text_encoder_quantization,
         )
 
 
@@ -166,15 +183,20 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     checkpoint = Path(path).expanduser()
     if not checkpoint.exists():
-        raise FileNotFoundError(
-            f"Config.ckpt_path: there is no {checkpoint}. Set it to a checkpoint or a Diffusers "
-            f"folder, or fetch the released weights with: {DOWNLOAD_COMMAND}"
+        raise FieldNotFoundError(
+            "{field}: there is no {checkpoint}. Name a checkpoint or a Diffusers folder, or "
+            "download the released weights: {command}",
+            field=config_field("ckpt_path"),
+            checkpoint=checkpoint,
+            command=DOWNLOAD_COMMAND,
         )
     known = ("model_index.json", "config.json")
     if checkpoint.is_dir() and not any((checkpoint / name).is_file() for name in known):
-        raise FileNotFoundError(
-            f"Config.ckpt_path: the folder {checkpoint} holds neither model_index.json (a "
-            "Diffusers pipeline) nor config.json (a transformer)"
+        raise FieldNotFoundError(
+            "{field}: the folder {checkpoint} holds neither model_index.json (a Diffusers "
+            "pipeline) nor config.json (a transformer)",
+            field=config_field("ckpt_path"),
+            checkpoint=checkpoint,
         )
     return checkpoint
 

@@ -205,6 +205,13 @@ def test_bad_input_is_found_before_sampling(pipe, config, spy, tmp_path):
     assert not spy
 
 
+def test_a_size_that_the_model_cannot_draw_is_found_before_sampling(pipe, config, spy):
+    config.height = 770
+    with pytest.raises(ValueError, match=r"Config\.height must be .* got 770; .*: 768 or 784"):
+        inference_batches(pipe, PROMPTS, None, config)
+    assert not spy
+
+
 def test_offloading_is_carried_over_to_image_to_image(pipe, config, monkeypatch):
     moved = []
     monkeypatch.setattr(

@@ -122,7 +122,7 @@ def test_the_metadata_is_complete(wheel):
         entries = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     for field in ("Name", "Version", "Summary", "Author", "License-File", "Requires-Python"):
         assert metadata[field], field
-    assert "localdit = localdit.commands:main" in entries
+    assert "localdit = localdit.cli:main" in entries
     assert {"train", "docs", "dev"} <= set(metadata.get_all("Provides-Extra"))
     assert "Typing :: Typed" in metadata.get_all("Classifier")
 

@@ -7,7 +7,7 @@ command's `--help` costs nothing. `__init__.pyi` declares them for type checkers
 
 from __future__ import annotations
 
-from ..lazy import lazy_names
+from ..registration import lazy_names
 
 _HOMES = {
     "CheckpointReport": "loading",

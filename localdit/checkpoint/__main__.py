@@ -2,7 +2,7 @@
 
 import sys
 
-from localdit.commands.convert import main
+from localdit.cli.convert import main
 
 if __name__ == "__main__":
     sys.exit(main(prog="python -m localdit.checkpoint"))

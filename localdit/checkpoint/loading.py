@@ -17,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from ..errors import Field, FieldValueError
 from .layout import Layout, Route, name_is_of_processor, read_layout
 from .reading import CheckpointFile, few
 
@@ -139,9 +140,11 @@ def plan_loading(
     layout = read_layout(file.infos, str(path))
     released = not file.config and not any(layout.layer_types)
     if drawn and not released:
-        raise ValueError(
-            f"{path} has 'attn1.processor.*' tensors or a configuration, which settle its "
-            "attention, so there is no global context to draw. Leave `global_context` out."
+        raise FieldValueError(
+            "{path} has 'attn1.processor.*' tensors or a configuration, which settle its "
+            "attention, so there is no global context to draw. Leave {field} out.",
+            path=path,
+            field=Field("global_context", "`global_context`"),
         )
     stored = {name: value for name, value in file.config.items() if name in known}
     config = _resolve_config(layout, stored, overrides, drawn, str(path))
@@ -173,9 +176,17 @@ def _require_sound_arguments(
     known: list[str], global_context: str, seed: int | None, overrides: dict[str, Any]
 ) -> None:
     if global_context not in ("fold", "draw"):
-        raise ValueError(f"`global_context` is {global_context!r}; choose 'fold' or 'draw'.")
+        raise FieldValueError(
+            "{field} is {value!r}; choose 'fold' or 'draw'.",
+            field=Field("global_context", "`global_context`"),
+            value=global_context,
+        )
     if (global_context == "draw") != (seed is not None):
-        raise ValueError("`seed` goes with `global_context='draw'`: give both, or neither.")
+        raise FieldValueError(
+            "{seed} goes with {global_context} 'draw': give both, or neither.",
+            seed=Field("seed", "`seed`"),
+            global_context=Field("global_context", "`global_context`"),
+        )
     unknown = [name for name in overrides if name not in known]
     if unknown:
         raise TypeError(f"Unknown arguments {few(unknown)}; the model takes {', '.join(known)}.")
@@ -268,11 +279,15 @@ def read_state(
             rows = _part(state[route.target], route.target_part)
             rows.copy_(_part(tensor, route.source_part))
             if not _is_finite(rows):
-                as_dtype = f" as {dtype}" if _is_finite(tensor) else ""
-                raise ValueError(
-                    f"{file.path}: {name!r} has values that are not finite{as_dtype}. Expected "
+                narrow = _is_finite(tensor)
+                raise FieldValueError(
+                    "{path}: {name!r} has values that are not finite{as_dtype}. Expected "
                     "finite ones: the file is damaged, or the training diverged"
-                    + (", or a wider `torch_dtype` is needed." if as_dtype else ".")
+                    + (", or a wider {field} is needed." if narrow else "."),
+                    path=file.path,
+                    name=name,
+                    as_dtype=f" as {dtype}" if narrow else "",
+                    field=Field("torch_dtype", "`torch_dtype`"),
                 )
     return state
 
@@ -321,7 +336,12 @@ def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
 def require_float(dtype: torch.dtype | None) -> None:
     """Refuse a dtype that weights are not stored in."""
     if dtype is not None and dtype not in FLOATS:
-        raise ValueError(f"`torch_dtype` is {dtype}; choose one of {_listed(FLOATS)}.")
+        raise FieldValueError(
+            "{field} is {dtype}; choose one of {known}.",
+            field=Field("torch_dtype", "`torch_dtype`"),
+            dtype=dtype,
+            known=_listed(FLOATS),
+        )
 
 
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from ..sizes import pixels_per_latent_of
 from .tiling import CROP, in_tiles, is_tiled, tile_settings
 
 # Batches with more pixels pass through the autoencoder one picture at a time, pictures with more
 # pixels in tiles.
 TILING_THRESHOLD = 2048 * 2048
 PREVIEW_PIXELS = 256  # along the longer side of a preview
-DEFAULT_PIXELS_PER_LATENT = 8  # of a pipeline without an autoencoder
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,10 @@ class LatentFormat:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentFormat:
         """Read the format from the configuration of an autoencoder, as its `config.json` has it."""
-        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
         mean, std = config.get("latents_mean"), config.get("latents_std")
         return cls(
             channels=config["latent_channels"],
-            pixels_per_latent=2 ** (len(blocks) - 1),
+            pixels_per_latent=pixels_per_latent_of(config),
             scaling_factor=config.get("scaling_factor") or 1.0,
             shift_factor=config.get("shift_factor") or 0.0,
             latents_mean=None if mean is None else tuple(mean),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import FieldError, Vocabulary
 from ..sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, fetching, locate
 from .latents import LatentSpace
 from .text import TextSpace
@@ -213,7 +214,12 @@ def load_encoders(sources: Mapping[str, str], text_dtype: torch.dtype) -> Encode
 
 def locate_encoder(name: str, source: str) -> dict[str, Any]:
     """Return where one of `ENCODERS` is, as arguments of `from_pretrained`."""
-    return locate(PARTS[name], source, option=f"--{name.replace('_', '-')}")
+    part = PARTS[name]
+    try:
+        return locate(part, source)
+    except FieldError as error:
+        options = {part.field: f"--{name.replace('_', '-')}"}
+        raise OSError(error.worded(Vocabulary(options, "give {name} {value}"))) from error
 
 
 def encoder_folders(sources: Mapping[str, str]) -> dict[str, Path]:

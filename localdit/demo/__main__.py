@@ -1,8 +1,8 @@
-"""The page, as `python -m localdit.demo`."""
+"""`localdit demo`, as `python -m localdit.demo`."""
 
 import sys
 
-from localdit.demo import main
+from localdit.cli.demo import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,26 +1,28 @@
-"""What stands where in the page; what happens when it is used is in `page.py`."""
+"""The controls of the page and their places; `page.py` has what they do."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
 
+from ..config import inference_settings
 from .settings import MAX_SEED, Offer
-from .words import note
 
 MODES = [("Generate", "generate"), ("Edit", "edit"), ("Inpaint", "inpaint")]
-BRUSH = "#ff2d95"  # seen on most pictures
+BRUSH = "#ff2d95"  # visible on most pictures
 
 
 @dataclass(frozen=True)
 class Controls:
-    """What a picture is asked for with."""
+    """The controls that say what to draw."""
 
     mode: gr.Radio
-    source: gr.Column  # shown with a picture to start from
+    source: gr.Column  # visible in the modes that start from a picture
     image: gr.Image
     editor: gr.ImageEditor
     strength: gr.Slider
@@ -30,22 +32,23 @@ class Controls:
     negative_prompt: gr.Textbox
     width: gr.Slider
     height: gr.Slider
-    steps: gr.Slider
+    num_inference_steps: gr.Slider
     guidance_scale: gr.Slider
     seed: gr.Number
     random_seed: gr.Checkbox
 
     @property
     def settings(self) -> list[Any]:
-        """What a drawing depends on, in the order of the arguments of `page.Desk.draw`."""
+        """The inputs of a drawing, in the order of the arguments of `page.Desk.draw`."""
         return [
             self.mode, self.prompt, self.image, self.editor, self.strength, self.negative_prompt,
-            self.width, self.height, self.steps, self.guidance_scale, self.seed, self.random_seed,
+            self.width, self.height, self.num_inference_steps, self.guidance_scale, self.seed,
+            self.random_seed,
         ]  # fmt: skip
 
     @property
     def of_a_mode(self) -> list[Any]:
-        """What a change of the mode concerns."""
+        """The controls that change with the mode."""
         return [
             self.mode, self.source, self.image, self.editor, self.strength, self.height, self.width
         ]  # fmt: skip
@@ -53,7 +56,7 @@ class Controls:
 
 @dataclass(frozen=True)
 class Results:
-    """What was drawn."""
+    """The parts of the page that show what was drawn."""
 
     picture: gr.Image
     status: gr.HTML
@@ -61,22 +64,22 @@ class Results:
     inpaint: gr.Button
     reuse: gr.Button
     gallery: gr.Gallery
-    shown: gr.State  # path of the picture that is shown, None before the first
-    history: gr.State  # paths of the session's pictures, the newest first
+    shown: gr.State  # path of the visible picture, None before the first one
+    history: gr.State  # paths of the session's pictures, newest first
 
     @property
     def actions(self) -> list[gr.Button]:
-        """What can be done with the picture that is shown."""
+        """The buttons for the visible picture."""
         return [self.edit, self.inpaint, self.reuse]
 
     @property
     def of_a_picture(self) -> list[Any]:
-        """What changes when another picture is shown."""
+        """The components that change with the visible picture."""
         return [self.picture, self.status, self.shown, *self.actions]
 
 
 def lay_out(offer: Offer) -> tuple[Controls, Results]:
-    """The page's three parts; `style.css` puts the second beside the others where there is room."""
+    """Lay out the three parts of the page; `style.css` places them side by side if they fit."""
     with gr.Row(elem_id="desk"):
         with gr.Column(elem_id="ask"):
             asked = _lay_out_request(offer)
@@ -89,7 +92,7 @@ def lay_out(offer: Offer) -> tuple[Controls, Results]:
 
 
 def _lay_out_request(offer: Offer) -> dict[str, Any]:
-    """What to draw, and from what."""
+    """Lay out the controls for the picture to draw and the one to start from."""
     mode = gr.Radio(MODES, value="generate", show_label=False, container=False, elem_id="mode")
     with gr.Column(visible=False, elem_id="source") as source:
         image = gr.Image(
@@ -105,7 +108,7 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
         vars(image)["preprocess"] = _path_of
         editor = gr.ImageEditor(
             offer.picture,
-            label="Paint over what is to change",
+            label="Paint over what should change",
             sources=["upload", "clipboard"],
             type="pil",
             transforms=(),
@@ -119,12 +122,12 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
         )
         strength = gr.Slider(
             0, 1, offer.strength["edit"], step=0.05, label="Strength",
-            info="0 keeps what is there, 1 starts afresh", elem_id="strength",
+            info="0 keeps the picture, 1 ignores it", elem_id="strength",
         )  # fmt: skip
     prompt = gr.Textbox(
         offer.prompts[0],
         label="Prompt",
-        placeholder="What the picture is to show",
+        placeholder="What the picture shows",
         lines=2,
         max_lines=6,
         elem_id="prompt",
@@ -139,15 +142,15 @@ def _lay_out_request(offer: Offer) -> dict[str, Any]:
 
 
 def _path_of(upload: Any) -> Any:
-    """An uploaded file for `load_image` to read.
+    """Return the path of an upload, for `load_image` to read.
 
-    Gradio itself would try all of Pillow's readers, and say little where they fail.
+    Gradio itself would try all of Pillow's readers, and say little if they fail.
     """
     return upload and upload.path
 
 
 def _lay_out_examples(offer: Offer, prompt: gr.Textbox) -> None:
-    """Prompts that a press puts into the page."""
+    """Lay out example prompts; a click puts one into the page."""
     with gr.Column(elem_id="try"):
         gr.HTML(note("Prompts to try"))
         for text in offer.prompts:
@@ -156,35 +159,35 @@ def _lay_out_examples(offer: Offer, prompt: gr.Textbox) -> None:
 
 
 def _lay_out_settings(offer: Offer) -> dict[str, Any]:
-    """What seldom changes."""
+    """Lay out the settings that seldom change."""
+    first = inference_settings(offer.config)
     with gr.Accordion("Settings", elem_id="settings"):
         negative_prompt = gr.Textbox(
             offer.negative_prompt,
             label="Negative prompt",
-            placeholder="What to steer away from",
+            placeholder="What the picture should not show",
             max_lines=4,
         )
         with gr.Row():
             width = _side("Width", offer.config.width, offer)
             height = _side("Height", offer.config.height, offer)
         with gr.Row():
-            steps = gr.Slider(
-                1, 100, offer.config.denoising_steps, step=1, precision=0, label="Steps"
+            num_inference_steps = gr.Slider(
+                1, 100, first["num_inference_steps"], step=1, precision=0, label="Steps"
             )
-            guidance_scale = gr.Slider(
-                1, 15, offer.config.guidance_scale, step=0.5, label="Guidance"
-            )
+            guidance_scale = gr.Slider(1, 15, first["guidance_scale"], step=0.5, label="Guidance")
         with gr.Row(equal_height=True):
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
             random_seed = gr.Checkbox(True, label="New for each picture")
     return {
-        "negative_prompt": negative_prompt, "width": width, "height": height, "steps": steps,
-        "guidance_scale": guidance_scale, "seed": seed, "random_seed": random_seed,
+        "negative_prompt": negative_prompt, "width": width, "height": height,
+        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
+        "seed": seed, "random_seed": random_seed,
     }  # fmt: skip
 
 
 def _lay_out_results() -> Results:
-    """What was drawn, and what can be done with it."""
+    """Lay out the picture, its settings and buttons, and the gallery."""
     picture = gr.Image(
         label="Picture",
         show_label=False,
@@ -195,7 +198,7 @@ def _lay_out_results() -> Results:
         buttons=["download", "fullscreen"],
         elem_id="picture",
     )
-    status = gr.HTML(note("Say what the picture is to show, and press Draw."), elem_id="status")
+    status = gr.HTML(note("Say what the picture shows, and press Draw."), elem_id="status")
     with gr.Row(elem_id="actions"):
         edit = gr.Button("Edit this", size="sm", interactive=False)
         inpaint = gr.Button("Inpaint this", size="sm", interactive=False)
@@ -221,3 +224,39 @@ def _lay_out_results() -> Results:
 def _side(label: str, value: int, offer: Offer) -> gr.Slider:
     shortest, longest, step = offer.sides
     return gr.Slider(shortest, longest, value, step=step, precision=0, label=label)
+
+
+# HTML
+
+
+def header(about: Sequence[str]) -> str:
+    """Return the head of the page: its name, and facts about the model."""
+    facts = " · ".join(map(escape, about))
+    return f'<header class="name"><h1>LocalDiT</h1><p>{facts}</p></header>'
+
+
+def note(text: str) -> str:
+    """Return a line about what is happening."""
+    return f'<p class="note" role="status">{escape(text)}</p>'
+
+
+def problem(text: str) -> str:
+    """Return the reason why nothing was drawn."""
+    return f'<p class="problem" role="alert">{escape(text)}</p>'
+
+
+def progress(step: int, total: int) -> str:
+    """Return a bar that shows how far a drawing is."""
+    done = f'<i style="width: {100 * step / total:.0f}%"></i>'
+    return f'<div class="bar">{done}</div>' + note(f"Step {step} of {total}")
+
+
+def settings_list(settings: Mapping[str, Any]) -> str:
+    """Return the settings of a picture, its prompt first, without empty ones."""
+    facts = "".join(
+        f"<li><span>{escape(name.replace('_', ' '))}</span> {escape(str(value))}</li>"
+        for name, value in settings.items()
+        if name != "prompt" and value not in ("", None)
+    )
+    prompt = escape(str(settings.get("prompt", "")))
+    return f'<p class="prompt">{prompt}</p><ul class="settings">{facts}</ul>'

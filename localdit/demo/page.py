@@ -1,4 +1,4 @@
-"""The page: what happens when something is pressed, and what shows then."""
+"""The page: what its controls do, and what it then shows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,36 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ..commands.drawing import proportional_size
+from ..errors import wording
 from ..images import load_image, read_metadata
-from .drawing import Artist, Step
-from .layout import Controls, Results, lay_out
-from .settings import Offer, Settings
-from .words import header, note, problem, progress, settings_list
+from ..sizes import proportional_size
+from .artist import Artist, Step
+from .layout import (
+    Controls,
+    Results,
+    header,
+    lay_out,
+    note,
+    problem,
+    progress,
+    settings_list,
+)
+from .settings import PAGE, Offer, Settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-WAITING = 64  # drawings that may wait for their turn
+WAITING = 64  # drawings that can wait for their turn
 HISTORY = 60  # pictures in a gallery
-NEW_SEEDS = 2**32  # as many are drawn from; they stay short
+REUSED = (
+    "prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed",
+    "strength",
+)  # fmt: skip
+NEW_SEEDS = 2**32  # number of different new seeds, which keeps them short
 
-Updates = dict[Any, Any]  # of components
+Updates = dict[Any, Any]  # new values of components
 Save = Callable[["Image.Image", Settings], Path]
 
 
@@ -38,19 +51,19 @@ def build_page(
     about: list[str],
     save: Save,
 ) -> gr.Blocks:
-    """Build the page, to be launched.
+    """Return the page, ready to launch.
 
     Args:
-        artist: draws.
+        artist: draws the pictures.
         offer: what the controls show at first, and their limits.
-        about: what the model is called, where it computes, and the like.
-        save: writes a picture to a PNG that carries its settings, and says where it is.
+        about: facts about the model, for the head of the page.
+        save: writes a picture to a PNG that carries its settings, and returns its path.
     """
     page = gr.Blocks(
         title="LocalDiT",
         analytics_enabled=False,
         fill_width=True,
-        delete_cache=(3600, 24 * 3600),  # looked at every hour, kept for a day
+        delete_cache=(3600, 24 * 3600),  # checked every hour, kept for a day
     )
     with page:
         gr.HTML(header(about))
@@ -61,7 +74,7 @@ def build_page(
 
 
 class Desk:
-    """What the controls do. It keeps nothing: what a visitor has drawn is in their session."""
+    """What the controls do. It has no state: the pictures of visitors are in their sessions."""
 
     def __init__(
         self,
@@ -78,7 +91,7 @@ class Desk:
         self.save = save
 
     def wire(self) -> None:
-        """Connect the controls; to be called within the page."""
+        """Connect the controls; call this within the page."""
         controls, results = self.controls, self.results
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
         at_once["api_visibility"] = "private"
@@ -110,7 +123,7 @@ class Desk:
     # Drawing
 
     def begin(self) -> Updates:
-        """A picture is asked for; its turn may come later."""
+        """Show that a picture waits for its turn."""
         return {
             self.controls.draw: gr.update(interactive=False),
             self.controls.stop: gr.update(visible=True),
@@ -133,17 +146,17 @@ class Desk:
         random_seed: bool,
         history: list[str],
     ) -> Iterator[Updates]:
-        """Draw a picture as the controls say, with previews.
+        """Draw a picture with previews; the names of the arguments are those of the page's API.
 
         Raises:
-            gr.Error: with a message for the page.
+            gr.Error: the picture can't be drawn; the message is for the page.
         """
         settings = Settings(
             mode=mode,
             prompt=prompt,
             negative_prompt=negative_prompt,
             seed=secrets.randbelow(NEW_SEEDS) if random_seed else seed,
-            steps=steps,
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
             height=height,
             width=width,
@@ -151,7 +164,7 @@ class Desk:
         )
         yield {self.results.status: note("Starting …")}
         try:
-            with _told():
+            with _page_errors():
                 for event in self.artist.draw(settings, *_pictures(mode, image, painted)):
                     if isinstance(event, Step):
                         yield self._while_drawing(event)
@@ -162,15 +175,17 @@ class Desk:
             raise
 
     def end(self) -> Updates:
-        """Nothing is being drawn any more."""
+        """Show that the drawing has ended."""
         return {
             self.controls.draw: gr.update(interactive=True),
             self.controls.stop: gr.update(visible=False),
         }
 
     def stop(self) -> Updates:
-        """The drawing was stopped; Gradio closes the iterator of `draw` meanwhile."""
-        return self.end() | {self.results.status: note("Stopped. What was begun is not kept.")}
+        """Show that the drawing was stopped; Gradio closes the iterator of `draw`."""
+        return self.end() | {
+            self.results.status: note("Stopped. The unfinished picture is not kept.")
+        }
 
     def _while_drawing(self, step: Step) -> Updates:
         shown = {self.results.picture: step.preview} if step.preview else {}
@@ -189,7 +204,7 @@ class Desk:
     # Pictures that were drawn
 
     def select(self, event: gr.SelectData, history: list[str]) -> Updates:
-        """A picture of the gallery was pressed."""
+        """Show the picture of the gallery that was clicked."""
         return self._show(history[event.index])
 
     def _show(self, path: str) -> Updates:
@@ -202,25 +217,24 @@ class Desk:
         }
 
     def edit_this(self, path: str) -> Updates:
-        """Start from the picture that is shown."""
+        """Edit the visible picture."""
         put_in = {self.controls.image: gr.update(value=path, visible=True)}
         return self.switch("edit") | put_in | self.fit_to(path)
 
     def inpaint_this(self, path: str) -> Updates:
-        """Paint in the picture that is shown."""
+        """Inpaint the visible picture."""
         put_in = {self.controls.editor: gr.update(value=path, visible=True)}
         return self.switch("inpaint") | put_in | self.fit_to(path)
 
     def reuse(self, path: str) -> Updates:
-        """Set the controls as they were for the picture that is shown."""
+        """Set the controls to the settings of the visible picture."""
         controls, settings = self.controls, read_metadata(path)
-        names = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "seed")
-        values = {getattr(controls, name): settings[name] for name in names}
-        if "strength" in settings:
-            values[controls.strength] = settings["strength"]
+        if "steps" in settings:  # the name in pictures of earlier versions
+            settings["num_inference_steps"] = settings.pop("steps")
+        values = {getattr(controls, name): settings[name] for name in REUSED if name in settings}
         return self.switch(settings["mode"]) | values | {controls.random_seed: False}
 
-    # What to start from
+    # Pictures to start from
 
     def switch(self, mode: str) -> Updates:
         """Show the controls of a mode."""
@@ -234,22 +248,22 @@ class Desk:
         }
 
     def fit_to(self, picture: str | Image.Image) -> Updates:
-        """Choose a size with the proportions of a picture, of as many pixels as at first."""
-        first, (_, longest, _) = self.offer.config, self.offer.sides
-        with _told():
+        """Choose a size with the proportions of a picture and as many pixels as at first."""
+        first, (_, longest, multiple) = self.offer.config, self.offer.sides
+        with _page_errors():
             size = _picture(picture).size
-        height, width = proportional_size(size, first.height * first.width)
+        height, width = proportional_size(size, first.height * first.width, multiple)
         return {
             self.controls.height: min(height, longest),
             self.controls.width: min(width, longest),
         }
 
     def put_in(self, image: str | None) -> Updates:
-        """A picture to edit was put in."""
+        """Fit the size to an uploaded picture."""
         return self.fit_to(image) if image else {}
 
     def put_into_editor(self, painted: dict[str, Any] | None) -> Updates:
-        """A picture to inpaint was put in."""
+        """Fit the size to a picture that was uploaded into the editor."""
         background = (painted or {}).get("background")
         return self.fit_to(background) if background else {}
 
@@ -257,7 +271,7 @@ class Desk:
 def _pictures(
     mode: str, image: str | None, painted: dict[str, Any] | None
 ) -> tuple[Image.Image | None, Image.Image | None]:
-    """The picture to start from, and the mask, as far as they are there."""
+    """Return the picture to start from and the mask, each None if it is missing."""
     if mode == "edit" and image:
         return _picture(image), None
     if mode == "inpaint" and painted:
@@ -266,7 +280,7 @@ def _pictures(
 
 
 def _mask(layers: list[Image.Image]) -> Image.Image | None:
-    """White where something was painted on any of the layers."""
+    """Return a mask that is white where any of the layers is painted."""
     from PIL import ImageChops
 
     mask = None
@@ -277,33 +291,30 @@ def _mask(layers: list[Image.Image]) -> Image.Image | None:
 
 
 def _captioned(paths: list[str]) -> list[tuple[str, str]]:
-    """Each picture with its prompt, which stands for it where pictures can't be seen."""
+    """Return each picture with its prompt, which serves as its description."""
     return [(path, read_metadata(path)["prompt"]) for path in paths]
 
 
 def _picture(source: str | Image.Image) -> Image.Image:
-    """Read a picture.
+    """Read a picture; errors have the name of its file, but not the server's folder.
 
     Raises:
-        ValueError: if it is none; the message has the file's name, and not where the server put it.
+        ValueError: it is not a picture.
     """
-    try:
-        return load_image(source)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(source), Path(str(source)).name)) from error
+    return load_image(source, Path(source).name if isinstance(source, str) else None)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What goes wrong is told in the page.
+def _page_errors() -> Iterator[None]:
+    """Turn errors into messages of the page.
 
     Raises:
-        gr.Error: with a message for whoever sits before it.
+        gr.Error: with the message.
     """
     try:
         yield
     except ValueError as error:
-        raise _error(str(error)) from error
+        raise _error(wording(error, PAGE)) from error
     except Exception as error:
         logger.exception("Something in the page failed")
         raise _error(f"{type(error).__name__}: {error} (the terminal has more)") from error

@@ -1,4 +1,4 @@
-"""Unfinished pictures: what the denoiser expects the picture to become, decoded small."""
+"""Previews of unfinished pictures: the denoiser's current estimate, decoded at a small size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Previews:
-    """Makes previews of one drawing, as many as a share of its time allows.
+    """Makes the previews of one drawing within a share of its time.
 
-    A preview is made when the drawing has gone on for at least `work_per_preview` times as long as
-    the latest one took, so that slow autoencoders give fewer of them, not slower drawings.
+    After a preview, the drawing goes on for at least `work_per_preview` times as long as the
+    preview took. A slow autoencoder thus makes fewer previews, not a slower drawing.
     """
 
     def __init__(self, work_per_preview: float = 2.0) -> None:
@@ -24,10 +24,10 @@ class Previews:
         self._next = 0.0  # on the clock of `time.monotonic`
 
     def of(self, pipe: LocalDiTBasePipeline, latents: torch.Tensor) -> Image.Image | None:
-        """A preview of the first picture of a batch, or None where it isn't time for one.
+        """Return a preview of the first picture of a batch, or None if it is too early for one.
 
         Args:
-            pipe: as its step callback gets it.
+            pipe: the pipeline that calls the step callback.
             latents: the latents after the step, `(B, C, H, W)`.
         """
         start = time.monotonic()
@@ -40,10 +40,10 @@ class Previews:
 
 
 def expected_latents(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The latents without noise that the latest step aimed at, `(B, C, H, W)`.
+    """Return the latest step's estimate of the latents without noise, `(B, C, H, W)`.
 
-    DPM-Solver++ and UniPC keep these estimates for their next step. With other schedulers, the
-    latents themselves, noise and all.
+    DPM-Solver++ and UniPC keep this estimate for their next step. With other schedulers, the noisy
+    latents themselves are returned.
     """
     config = scheduler.config
     solves_for_them = "++" in config.get("algorithm_type", "") or config.get("predict_x0", False)
@@ -61,5 +61,5 @@ def decode_small(pipe: LocalDiTBasePipeline, latents: torch.Tensor) -> Image.Ima
 
 
 def _is_offloaded(pipe: LocalDiTBasePipeline) -> bool:
-    """Whether decoding between two steps would move models between CPU and GPU."""
+    """Return whether decoding between two steps would move models between CPU and GPU."""
     return hasattr(pipe.vae, "_hf_hook")

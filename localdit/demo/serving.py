@@ -1,4 +1,4 @@
-"""Serving the page: at which address, with what it needs, until it is interrupted."""
+"""Serving the page: its address, its style and policy, until it is interrupted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FIRST_PORT, PORTS = 7860, 100
 STYLE = Path(__file__).with_name("style.css")
-# Browsers fetch nothing from elsewhere, whatever Gradio's page would like to.
+# Browsers then fetch nothing from other servers, even if Gradio's page asks for it.
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 Message = MutableMapping[str, Any]
@@ -23,18 +23,18 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def launch(page: gr.Blocks, host: str, port: int | None) -> str:
-    """Begin to serve the page, in threads of its own; `page.close()` ends it.
+    """Start to serve the page in threads; `page.close()` ends it.
 
     Args:
         page: from `build_page`.
         host: an address of this machine.
-        port: None takes the first free one from `FIRST_PORT` on.
+        port: None chooses the first free one from `FIRST_PORT`.
 
     Returns:
-        The page's address.
+        The address of the page.
 
     Raises:
-        OSError: if the port is taken, or the host is no address of this machine.
+        OSError: the port is taken, or the host is not an address of this machine.
     """
     port = free_port(host, port)
     page.launch(
@@ -56,15 +56,15 @@ def launch(page: gr.Blocks, host: str, port: int | None) -> str:
 
 
 def free_port(host: str, port: int | None) -> int:
-    """The port asked for, or without one the first free one from `FIRST_PORT` on.
+    """Return `port` if it is free, or the first free one from `FIRST_PORT` if it is None.
 
     Raises:
-        OSError: if it is taken, or the host is no address of this machine.
+        OSError: the port is taken, or the host is not an address of this machine.
     """
     try:
         family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
-        raise OSError(f"--host is {host!r}, which is no address ({error.strerror})") from error
+        raise OSError(f"--host is {host!r}, which is not an address ({error.strerror})") from error
     for candidate in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
         try:
             with socket.create_server((host, candidate), family=family):
@@ -72,7 +72,7 @@ def free_port(host: str, port: int | None) -> int:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise OSError(
-                    f"can't listen at --host {host}, port {candidate}: {error.strerror}"
+                    f"can't listen on --host {host}, port {candidate}: {error.strerror}"
                 ) from error
     if port is None:
         raise OSError(f"the ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are taken; give --port")
@@ -82,7 +82,7 @@ def free_port(host: str, port: int | None) -> int:
 
 
 def wait_for_the_end() -> None:
-    """Return after Ctrl+C or a request to terminate."""
+    """Wait for Ctrl+C or a request to terminate."""
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

@@ -1,91 +1,86 @@
-"""What one picture of the page is made from, and what the page offers at first."""
+"""The settings of one picture, and what the page shows at first."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..config import PIXEL_MULTIPLE, Config
+from ..config import Config, with_settings
+from ..errors import FieldError, Vocabulary
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Mode = Literal["generate", "edit", "inpaint"]
-MAX_SEED = 2**53 - 1  # the largest whole number that browsers hold exactly
+MAX_SEED = 2**53 - 1  # the largest integer up to which browsers are exact
 
-# What messages call the fields of a Config: the labels in the page.
-LABELS = {
-    "denoising_steps": "Steps",
-    "denoising_strength": "Strength",
-    "guidance_scale": "Guidance",
-    "height": "Height",
-    "width": "Width",
-}
+# The page's names of fields, which are the labels of its controls.
+PAGE = Vocabulary(
+    {
+        "num_inference_steps": "Steps",
+        "strength": "Strength",
+        "guidance_scale": "Guidance",
+        "height": "Height",
+        "width": "Width",
+    },
+    advice="set {name} to {value}",
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for, beside the pictures that are put in.
+    """The settings of one picture, without the pictures that are uploaded.
 
     Attributes:
-        mode: what is drawn from.
-        prompt: what the picture is to show.
-        negative_prompt: what to steer away from.
+        mode: the task.
+        prompt: what the picture shows.
+        negative_prompt: what it should not show.
         seed: at least 0.
-        steps: of denoising.
-        guidance_scale: weight of the prompt; at 1 or less, no guidance.
-        height: pixels.
-        width: pixels.
-        strength: how much to change, in [0, 1]; "generate" does without.
+        num_inference_steps: number of denoising steps.
+        guidance_scale: weight of the prompt; 1 or less turns guidance off.
+        height, width: pixels.
+        strength: how much to change, in [0, 1]; "generate" does not use it.
     """
 
     mode: Mode
     prompt: str
     negative_prompt: str
     seed: int
-    steps: int
+    num_inference_steps: int
     guidance_scale: float
     height: int
     width: int
     strength: float
 
     def configure(self, config: Config) -> Config:
-        """The `Config` that draws this with the model of another one.
+        """Return a Config that draws this picture with the model of `config`.
 
         Raises:
-            ValueError: for what can't be drawn; the message speaks of what stands in the page.
+            ValueError: the settings cannot work; the message uses the labels of the page.
         """
         if not self.prompt.strip():
-            raise ValueError("The prompt is empty: say what the picture is to show.")
+            raise ValueError("The prompt is empty: say what the picture shows.")
         if self.seed is None or not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"The seed must be a whole number from 0 to {MAX_SEED}.")
+        names = ("num_inference_steps", "strength", "guidance_scale", "height", "width")
         try:
-            return replace(
-                config,
-                denoising_steps=self.steps,
-                denoising_strength=self.strength,
-                guidance_scale=self.guidance_scale,
-                height=self.height,
-                width=self.width,
-            )
-        except (TypeError, ValueError) as error:
-            message = str(error)
-            for name, label in LABELS.items():
-                message = message.replace(f"Config.{name}", label)
-            raise ValueError(message) from error
+            return with_settings(config, {name: getattr(self, name) for name in names})
+        except FieldError as error:
+            raise ValueError(error.worded(PAGE)) from error
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What stands in the page at first.
+    """What the page shows at first, and its limits.
 
     Attributes:
-        config: the settings to begin with.
-        negative_prompt: likewise.
-        prompts: examples; the first stands in the page.
-        strength: for each mode that has one.
-        picture: to try "edit" and "inpaint" with.
+        config: the first settings.
+        negative_prompt: the first negative prompt.
+        prompts: examples; the first is in the page.
+        strength: the first strength of each mode that has one.
+        picture: a picture to try "edit" and "inpaint" with.
+        multiple: pixels per token; heights and widths are multiples of it.
     """
 
     config: Config
@@ -93,8 +88,10 @@ class Offer:
     prompts: Sequence[str]
     strength: Mapping[str, float]
     picture: Image.Image | None
+    multiple: int
 
     @property
     def sides(self) -> tuple[int, int, int]:
-        """The shortest and the longest side of a picture, and the step between two; in pixels."""
-        return PIXEL_MULTIPLE, 2 * max(self.config.height, self.config.width), PIXEL_MULTIPLE
+        """The shortest and the longest side of a picture, and the step between sides, in pixels."""
+        longest = 2 * max(self.config.height, self.config.width)
+        return self.multiple, longest, self.multiple

@@ -27,6 +27,7 @@ from ..checkpoint.loading import (
     require_float,
 )
 from ..checkpoint.reading import CONFIG_KEY, few
+from ..errors import FieldExistsError, Setting
 from .transformer import LocalDiTTransformer2DModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -196,7 +197,7 @@ def refuse_taken_file(path: Path, overwrite: bool) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
     if path.is_dir() or (path.exists() and not overwrite):
-        raise FileExistsError(f"{path} is there already. Choose another name, or overwrite it.")
+        raise _taken("{path} is there already. Choose another name, or {advice}.", path)
 
 
 def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
@@ -210,13 +211,18 @@ def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{folder} is not empty. Choose another name, or overwrite it.")
+        raise _taken("{path} is not empty. Choose another name, or {advice}.", folder)
     config = folder / "config.json"
     if not config.exists() or LocalDiTTransformer2DModel.__name__ not in config.read_text():
         raise FileExistsError(
             f"{folder} holds something else than a LocalDiT transformer, which is not overwritten. "
             "Choose another name."
         )
+
+
+def _taken(message: str, path: Path) -> FieldExistsError:
+    advice = Setting("overwrite", True, "pass overwrite=True")
+    return FieldExistsError(message, path=path, advice=advice)
 
 
 def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..lazy import lazy_names
+from ..registration import lazy_names
 
 if TYPE_CHECKING:
     from .image_to_image import LocalDiTImg2ImgPipeline

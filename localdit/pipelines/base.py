@@ -21,11 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.conditions import size_conditions
 from ..core.diffusion import check_schedule, scale_input
-from ..core.latents import DEFAULT_PIXELS_PER_LATENT, LatentSpace
+from ..core.latents import LatentSpace
 from ..core.text import TextCache, TextSpace, check_prompts
+from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
+from ..sizes import PIXELS_PER_LATENT
 from .guidance import DenoiserText, guided_steps
-from .memory import give_memory_back
 from .request import Request, TextEmbeddings
 from .saving import SavedPipeline
 
@@ -107,7 +108,7 @@ class LocalDiTBasePipeline(SavedPipeline):
     def vae_scale_factor(self) -> int:
         """Pixels along the side of one latent."""
         if self.vae is None:
-            return DEFAULT_PIXELS_PER_LATENT
+            return PIXELS_PER_LATENT
         return self.latent_space.format.pixels_per_latent
 
     @property

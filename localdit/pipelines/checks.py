@@ -40,24 +40,6 @@ def check_interval(name: str, value: Any) -> None:
         )
 
 
-def check_size(name: str, value: Any, multiple: int) -> None:
-    """Raise `ValueError`, naming the nearest sizes that work, unless `multiple` divides `value`.
-
-    Args:
-        name: "height" or "width".
-        value: the size in pixels.
-        multiple: pixels per token: the autoencoder's factor times the patch size.
-    """
-    if _is_integer(value) and value > 0 and value % multiple == 0:
-        return
-    message = f"{name} must be a positive multiple of {multiple} pixels, got {value!r}"
-    if _is_finite(value):
-        below = int(value // multiple) * multiple
-        nearest = [multiple] if below <= 0 else [below, below + multiple]
-        message += f"; the nearest that work: {' or '.join(map(str, nearest))}"
-    raise ValueError(message + ".")
-
-
 def check_generator(generator: Any, batch_size: int) -> None:
     """Raise unless `generator` is None, one `torch.Generator`, or a list of one per picture."""
     if generator is None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core.text import NO_ENCODER, check_prompts
+from ..errors import Field
+from ..sizes import check_size
 from . import checks
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -74,8 +76,8 @@ class Request:
             multiple: what height and width must be multiples of, in pixels.
             callback_tensors: the names of tensors that a callback can ask for.
         """
-        checks.check_size("height", self.height, multiple)
-        checks.check_size("width", self.width, multiple)
+        check_size(Field("height"), self.height, multiple)
+        check_size(Field("width"), self.width, multiple)
         checks.check_integer("num_inference_steps", self.num_inference_steps, 1)
         checks.check_integer("num_images_per_prompt", self.num_images_per_prompt, 1)
         checks.check_integer("max_sequence_length", self.max_sequence_length, 1)

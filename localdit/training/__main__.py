@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     stop.listen()
 
     # Loading PyTorch takes seconds: `--help` answers before, and signals are caught.
-    from localdit.progress import hide_loading_bars
+    from localdit.machine import hide_loading_bars
     from localdit.training.session import set_up
     from localdit.training.trainer import train
 

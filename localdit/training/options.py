@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from localdit.commands.parsing import Parser
 from localdit.config import Config
+from localdit.parsing import Parser
 from localdit.training.stages import STAGE_OPTIONS, make_stages, read_stages
 
 DESCRIPTION = """Train a LocalDiT on captioned pictures.
@@ -22,6 +22,7 @@ DESCRIPTION = """Train a LocalDiT on captioned pictures.
     accelerate launch train.py --data-root pictures --image-size 512 --batch-size 2
 """
 FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
+PIXEL_MULTIPLE = 16  # 8 pixels per latent, 2 latents per token
 EXTRAS = "pip install -r requirements-train.txt"
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from localdit.progress import hidden
+from localdit.machine import hidden
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData
 from localdit.training.run_folder import RunFolder

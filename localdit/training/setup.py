@@ -11,7 +11,7 @@ from accelerate.utils import ProjectConfiguration
 
 from localdit.config import Config
 from localdit.core.diffusion import Objective
-from localdit.core.latents import DEFAULT_PIXELS_PER_LATENT, LatentFormat
+from localdit.core.latents import LatentFormat
 from localdit.core.parts import (
     encoder_classes,
     encoder_folders,
@@ -20,6 +20,7 @@ from localdit.core.parts import (
     vae_config,
     weights_fingerprint,
 )
+from localdit.sizes import PIXELS_PER_LATENT
 from localdit.training import adapters, initialization, processes, sharding
 from localdit.training.data.batches import Draws, VisitDataset
 from localdit.training.data.encoded import EncodedSet, require_latent_statistics
@@ -103,7 +104,7 @@ def _pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
         return found.encoded.manifest.vae_scale
     source = initialization.encoder_sources(args)["vae"]
     if source == str(Config.vae):  # known, so that a dry run fetches nothing
-        return DEFAULT_PIXELS_PER_LATENT
+        return PIXELS_PER_LATENT
     return LatentFormat.from_config(vae_config(locate_encoder("vae", source))).pixels_per_latent
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.cases import Case
 from benchmarks.timing import at_depth, exponent, measure_times, paired_ratios, times_at_depth
-from localdit.measuring import Spread
+from localdit.machine import Spread
 
 
 def test_the_exponent_is_the_slope_of_a_power_law():

@@ -1,7 +1,7 @@
 import pytest
 
 from localdit.config import Config
-from localdit.demo.drawing import Artist
+from localdit.demo.artist import Artist
 from localdit.demo.settings import Settings
 from tests.tiny import tiny_pipeline
 
@@ -27,7 +27,7 @@ def asked():
             "prompt": "a red circle",
             "negative_prompt": "",
             "seed": 3,
-            "steps": 4,
+            "num_inference_steps": 4,
             "guidance_scale": 2.0,
             "height": SIZE,
             "width": SIZE,

@@ -12,7 +12,9 @@ from PIL import Image
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 
-from localdit.demo import build_parser, opening  # noqa: E402
+from localdit.cli.demo import make_page, page_model, scene  # noqa: E402
+from localdit.cli.draw import load  # noqa: E402
+from localdit.cli.options import ModelOptions  # noqa: E402
 from localdit.demo.serving import launch  # noqa: E402
 from localdit.images import read_metadata  # noqa: E402
 
@@ -27,8 +29,8 @@ YELLOW_CIRCLE = "a large yellow circle at the top left on a blue background"
 def address(tmp_path_factory):
     """Where the page is served as the command serves it."""
     folder = tmp_path_factory.mktemp("pictures")
-    job = opening.planned(build_parser().parse_args(["--model", "box"]), folder)
-    page = opening.open_page(opening.load(job), job)
+    model = page_model(ModelOptions(model="box"))
+    page = make_page(load(model), model, folder)
     yield launch(page, "127.0.0.1", None)
     page.close(verbose=False)
 
@@ -123,7 +125,7 @@ def test_what_is_painted_over_is_repainted_and_the_rest_is_kept(page):
     page.locator("#prompt textarea").fill(YELLOW_CIRCLE)
     seed(page, 0)
     picture = draw(page)
-    before, after = np.asarray(opening.scene()), np.asarray(picture)
+    before, after = np.asarray(scene()), np.asarray(picture)
     assert near(after[32, 32], YELLOW)
     assert np.array_equal(before[80:], after[80:])
     assert np.array_equal(before[:, 80:], after[:, 80:])
@@ -186,7 +188,7 @@ def test_leaving_the_page_ends_its_drawing(page):
 def test_mistakes_are_told_in_the_page_and_the_next_picture_is_drawn(page):
     page.locator("#prompt textarea").fill("")
     page.locator("#draw").click()
-    told = "The prompt is empty: say what the picture is to show."
+    told = "The prompt is empty: say what the picture shows."
     sync_api.expect(page.locator("#status .problem")).to_have_text(told)
     page.locator("#prompt textarea").fill("a small green cross on white")
     assert draw(page).size == (128, 128)

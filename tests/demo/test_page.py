@@ -25,7 +25,7 @@ def address(artist, config, tmp_path_factory):
         carried = {"prompt": settings.prompt, "seed": settings.seed, "mode": settings.mode}
         return save_image(picture, folder / f"{time.monotonic_ns()}.png", carried)
 
-    offer = Offer(config, "", ["a red circle"], {"edit": 0.8, "inpaint": 1.0}, None)
+    offer = Offer(config, "", ["a red circle"], {"edit": 0.8, "inpaint": 1.0}, None, 16)
     page = build_page(artist, offer, ["a tiny model"], save)
     yield launch(page, "127.0.0.1", None)
     page.close(verbose=False)
@@ -67,8 +67,11 @@ def test_new_seeds_differ(client):
 @pytest.mark.parametrize(
     "asked_for, message",
     [
-        (arguments(prompt=" "), "The prompt is empty: say what the picture is to show."),
-        (arguments(height=40), "Height is 40; expected a multiple of 16, the nearest is"),
+        (arguments(prompt=" "), "The prompt is empty: say what the picture shows."),
+        (
+            arguments(height=40),
+            "Height must be a positive multiple of 16 pixels, got 40; the nearest that work",
+        ),
         (arguments("edit"), "There is no picture to start from"),
         (arguments("inpaint"), "There is no picture to start from"),
         (arguments(prompt="a" * 20_000), "20000 characters"),

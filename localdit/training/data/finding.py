@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from localdit.progress import hidden
+from localdit.machine import hidden
 from localdit.training.data.captions import CAPTION_SUFFIXES, read_captions
 from localdit.training.data.encoded import MANIFEST, EncodedSet, open_encoded
 from localdit.training.data.folders import (

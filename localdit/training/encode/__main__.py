@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localdit.commands.parsing import Parser
 from localdit.config import Config
+from localdit.parsing import Parser
 from localdit.training.options import (
     HelpFormatter,
     add_data_options,
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
 
-    from localdit.progress import hide_loading_bars
+    from localdit.machine import hide_loading_bars
     from localdit.training.encode.job import check_folder, encode, open_folder, prepare, report
     from localdit.training.processes import Agreement
 

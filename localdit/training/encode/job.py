@@ -27,7 +27,7 @@ from localdit.core.parts import (
 )
 from localdit.files import whole_file
 from localdit.images import prepare_output_folder
-from localdit.progress import hidden
+from localdit.machine import hidden
 from localdit.training.data.encoded import (
     EMPTY_CAPTION,
     MANIFEST,

@@ -1,0 +1,156 @@
+"""`localdit demo`: serve a web page to draw with."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config, with_settings
+from ..parsing import Parser, run
+from . import options
+from .draw import load, picture_settings
+from .job import SCENES, Choice, check_model, choose_model, fit_size, report_fallback
+from .options import COMMAND_LINE, ModelOptions, read, usage_errors
+from .output import Output
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..demo.settings import Settings
+    from ..pipelines import LocalDiTPipeline
+
+INSTALL = 'pip install "localdit[demo]"'
+STRENGTH = {"edit": 0.8, "inpaint": 1.0}
+
+
+def build_parser() -> Parser:
+    """Return the parser."""
+    parser = Parser(
+        prog="localdit demo",
+        description="Serve a web page on which to draw, edit and inpaint pictures. One picture is "
+        "drawn at a time; further ones wait for their turn. Ctrl+C ends it.",
+        epilog="example: localdit demo --output pictures",
+    )
+    add = parser.add_argument_group("page").add_argument
+    add("--host", default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets everyone in the network draw (default: 127.0.0.1, "
+        "only this machine)")  # fmt: skip
+    add("--port", metavar="N", type=int,
+        help="port to listen on (default: the first free one from 7860)")  # fmt: skip
+    add("-o", "--output", metavar="FOLDER", type=Path,
+        help="folder to keep the pictures in (default: they are deleted when the page "
+        "ends)")  # fmt: skip
+    options.add_model(parser)
+    options.add_debug(parser)
+    parser.set_defaults(run=demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command as `python -m localdit.demo` and return the exit status."""
+    return run(build_parser(), argv, demo, COMMAND_LINE)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Load the model and serve the page until Ctrl+C, which is its normal end.
+
+    Raises:
+        UsageError: the arguments cannot work; nothing was loaded.
+    """
+    with usage_errors():
+        if importlib.util.find_spec("gradio") is None:
+            raise ImportError(f"the page needs Gradio: {INSTALL}")
+    from ..demo.serving import free_port, launch, wait_for_the_end
+    from ..images import prepare_output_folder
+
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
+    with tempfile.TemporaryDirectory(prefix="localdit-") as name:
+        os.environ["GRADIO_TEMP_DIR"] = f"{name}/gradio"  # uploads are deleted with the rest
+        with usage_errors():
+            model = page_model(read(ModelOptions, args))
+            port = free_port(args.host, args.port)
+            keep = None if args.output is None else prepare_output_folder(args.output)
+        report_fallback(model)
+        page = make_page(load(model), model, Path(name), keep)
+        address = launch(page, args.host, port)
+        print(f"LocalDiT is at {address} (Ctrl+C ends it)", flush=True)
+        try:
+            wait_for_the_end()
+        finally:
+            page.close(verbose=False)
+
+
+def page_model(chosen: ModelOptions) -> Choice:
+    """Return the model of the page, in the size that the page first shows.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `choose_model` and `check_model`.
+    """
+    model = check_model(choose_model(chosen))
+    return model.with_config(with_settings(model.config, fit_size(model.config, Config())))
+
+
+def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | None = None) -> Any:
+    """Return the page of a loaded model.
+
+    Args:
+        pipe: the model.
+        model: from `page_model`.
+        folder: where the page finds its pictures.
+        keep: where pictures stay; without it they are deleted with `folder`.
+    """
+    from ..demo.artist import Artist
+    from ..demo.page import build_page
+    from ..demo.settings import Offer
+
+    picture = scene() if model.preset is SCENES else None
+    multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
+    preset = model.preset
+    offer = Offer(model.config, preset.negative_prompt, preset.t2i, STRENGTH, picture, multiple)
+    save = saving(pipe, model, folder, keep)
+    return build_page(Artist(pipe, model.config), offer, about(pipe, model), save)
+
+
+def saving(
+    pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | None
+) -> Callable[[Image.Image, Settings], Path]:
+    """Return a function that saves a picture with its settings and returns its path in `folder`.
+
+    `folder` is created if it is missing. The path is never in `keep`: visitors of the page could
+    then read the other files there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(picture: Image.Image, settings: Settings) -> Path:
+        config = settings.configure(model.config)
+        carried = picture_settings(
+            model, pipe, config, settings.prompt, settings.negative_prompt, settings.seed
+        )
+        carried["mode"] = settings.mode
+        if settings.mode != "generate":
+            carried["strength"] = settings.strength
+        if keep is not None:
+            Output(keep, settings.mode).save(picture, 0, carried)
+        return Output(folder, settings.mode).save(picture, 0, carried)
+
+    return save
+
+
+def about(pipe: LocalDiTPipeline, model: Choice) -> list[str]:
+    """Return the facts in the head of the page: the model, its size, the device and the dtype."""
+    count = sum(parameter.numel() for parameter in pipe.transformer.parameters())
+    name = model.name if model.preset is SCENES else model.checkpoint.name
+    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+    return [name, f"{count / 1e6:,.1f}M parameters", f"{pipe._execution_device} in {dtype}"]
+
+
+def scene() -> Image.Image:
+    """Return a picture of the kind that the model in the box draws."""
+    from ..scenes import Scene, SceneObject, draw_scene
+
+    return draw_scene(Scene("blue", (SceneObject("circle", "red", "large", 0.25, 0.25),)))

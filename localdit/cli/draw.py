@@ -1,0 +1,255 @@
+"""`localdit generate`, `edit` and `inpaint`, and the scripts `infer_t2i.py` and `infer_i2i.py`."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..config import Config, inference_settings
+from ..parsing import Parser, run
+from . import options
+from .job import Choice, Job, Task, plan
+from .options import COMMAND_LINE, DrawingOptions, ModelOptions, read
+from .output import Output
+
+if TYPE_CHECKING:
+    from ..pipelines import LocalDiTPipeline
+
+LIKE_THE_PICTURE = "the picture's proportions, with as many pixels as the model's own size"
+DRAWN = ("num_inference_steps", "guidance_scale", "height", "width")
+
+
+# The commands
+
+
+def generate_parser() -> Parser:
+    """Return the parser of `localdit generate`."""
+    parser = Parser(
+        prog="localdit generate",
+        usage="%(prog)s PROMPT ... [options]",
+        description="Draw pictures from prompts. Every PNG carries the settings that made it.",
+        epilog='example: localdit generate "a red circle on a blue background" -o circle.png',
+    )
+    options.add_prompts(parser)
+    options.add_drawing(parser, size="the model's own size")
+    parser.set_defaults(run=generate)
+    return parser
+
+
+def edit_parser() -> Parser:
+    """Return the parser of `localdit edit`."""
+    parser = Parser(
+        prog="localdit edit",
+        usage="%(prog)s PICTURE PROMPT ... [options]",
+        description="Change a picture to follow a prompt. Every PNG carries the settings that made "
+        "it.",
+        epilog='example: localdit edit circle.png "a large green circle" --strength 0.7',
+    )
+    parser.add_argument("image", metavar="PICTURE", type=Path, help="the picture to start from")
+    options.add_prompts(parser)
+    options.add_strength(parser)
+    options.add_drawing(parser, size=LIKE_THE_PICTURE)
+    parser.set_defaults(run=edit)
+    return parser
+
+
+def inpaint_parser() -> Parser:
+    """Return the parser of `localdit inpaint`."""
+    parser = Parser(
+        prog="localdit inpaint",
+        usage="%(prog)s PICTURE MASK PROMPT ... [options]",
+        description="Repaint the white parts of a mask in a picture to follow a prompt. The "
+        "picture keeps its size, and its pixels where the mask is black.",
+        epilog='example: localdit inpaint street.png mask.png "a street with a red car"',
+    )
+    add = parser.add_argument
+    add("image", metavar="PICTURE", type=Path, help="the picture to repaint")
+    add("mask", metavar="MASK", type=Path,
+        help="a picture of the same size: white is repainted, black is kept")  # fmt: skip
+    options.add_prompts(parser)
+    options.add_strength(parser, default=1.0)
+    add("--padding-mask-crop", metavar="PIXELS", type=int,
+        help="draw only the mask and so many pixels around it, in full detail (default: draw the "
+        "whole picture)")  # fmt: skip
+    options.add_drawing(parser, size=LIKE_THE_PICTURE)
+    parser.set_defaults(run=inpaint)
+    return parser
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Draw pictures from prompts."""
+    job = plan(read(DrawingOptions, args), read(ModelOptions, args), "generate")
+    draw(job, load(job.model))
+
+
+def edit(args: argparse.Namespace) -> None:
+    """Change a picture to follow prompts."""
+    job = plan(read(DrawingOptions, args), read(ModelOptions, args), "edit")
+    draw(job, load(job.model))
+
+
+def inpaint(args: argparse.Namespace) -> None:
+    """Repaint parts of a picture to follow prompts."""
+    job = plan(read(DrawingOptions, args), read(ModelOptions, args), "inpaint")
+    draw(job, load(job.model))
+
+
+# The scripts
+
+
+def script_parser(task: Task) -> Parser:
+    """Return the parser of `infer_t2i.py` ("t2i") or `infer_i2i.py` ("i2i")."""
+    doing = "Draw pictures from prompts" if task == "t2i" else "Change a picture to follow prompts"
+    parser = Parser(
+        description=f"{doing} with LocalDiT. Without options, default prompts are drawn.",
+        epilog="Settings without an option come from config.py or suit the model in the box. "
+        "Every PNG carries the settings that made it.",
+    )
+    options.add_prompt_options(parser)
+    if task == "i2i":
+        parser.add_argument("--image", type=Path,
+            help="the picture to start from (default: the first of infer_t2i.py)")  # fmt: skip
+        options.add_strength(parser)
+    options.add_drawing(parser, size="that of config.py, or the model's own size")
+    return parser
+
+
+def run_script(task: Task, config: Config, argv: Sequence[str] | None = None) -> int:
+    """Run one of the scripts and return its exit status.
+
+    Pictures are saved as soon as they are drawn, as `output/t2i_000.png`, `output/t2i_001.png` and
+    so on. Numbers continue, and no picture is ever overwritten.
+
+    Args:
+        task: "t2i" or "i2i".
+        config: the settings that the command line does not change.
+        argv: the arguments, by default those of the process.
+    """
+
+    def work(args: argparse.Namespace) -> None:
+        job = plan(
+            read(DrawingOptions, args), read(ModelOptions, args), task, config=config, task=task
+        )
+        pipe = load(job.model)
+        if task == "i2i" and job.image is None:
+            job = replace(job, image=_first_picture(job, pipe))
+        draw(job, pipe)
+
+    return run(script_parser(task), argv, work, COMMAND_LINE)
+
+
+def _first_picture(job: Job, pipe: LocalDiTPipeline) -> Path:
+    """Return the first picture that `infer_t2i.py` saved, or draw one."""
+    folder = job.output.folder
+    saved = sorted(folder.glob("t2i_[0-9]*.png"))
+    if saved:
+        return saved[0]
+    print(f"{folder} has no picture of infer_t2i.py yet; drawing one to start from.")
+    prompts = job.model.preset.t2i[:1]
+    return draw(replace(job, prompts=prompts, output=Output(folder, "t2i"), grid=False), pipe)[0]
+
+
+# Drawing
+
+
+def load(model: Choice) -> LocalDiTPipeline:
+    """Load a model and its LoRAs; progress bars are shown on terminals only."""
+    from ..machine import hidden, hide_loading_bars
+    from ..utils import load_model
+
+    hide_loading_bars()
+    pipe = load_model(model.config, model.device, model.dtype)
+    pipe.set_progress_bar_config(disable=hidden())
+    names = [f"lora_{number}" for number in range(len(model.loras))]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are intended
+        for path, name in zip(model.loras, names, strict=True):
+            pipe.load_lora_weights(path, adapter_name=name)
+    if names:
+        pipe.set_adapters(names, list(model.loras.values()))
+    return pipe
+
+
+def draw(job: Job, pipe: LocalDiTPipeline) -> list[Path]:
+    """Draw the pictures of a job, save each as soon as its batch is done, and print its path.
+
+    Returns:
+        The files of the pictures, without the sheet.
+    """
+    from ..images import image_grid, load_image
+    from ..inference import inference_batches
+
+    batches = inference_batches(
+        pipe,
+        job.prompts,
+        job.negative_prompt,
+        job.config,
+        job.image,
+        mask=job.mask,
+        padding_mask_crop=_padding(job),
+        seed=job.seed,
+    )
+    paths: list[Path] = []
+    for batch in batches:
+        for picture in batch:
+            settings = _settings(job, pipe, len(paths))
+            paths.append(job.output.save(picture, len(paths), settings))
+            print(f"{paths[-1]}: {settings['prompt']}", flush=True)
+    if job.grid:
+        print(job.output.save_grid(image_grid([load_image(path) for path in paths])))
+    return paths
+
+
+def _padding(job: Job) -> int | None:
+    """Return the pixels around the mask to draw; None draws a picture of the drawn size whole.
+
+    A picture of another size is scaled and put back, so that it keeps its size: by default with
+    everything around the mask.
+    """
+    from ..images import load_image
+
+    if job.mask is None or job.padding_mask_crop is not None:
+        return job.padding_mask_crop
+    assert job.image is not None
+    width, height = load_image(job.image).size
+    return None if (height, width) == (job.config.height, job.config.width) else max(width, height)
+
+
+def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
+    """Return the settings that the `index`-th picture of a job carries."""
+    settings = picture_settings(
+        job.model, pipe, job.config, job.prompts[index], job.negative_prompt, job.seed + index
+    )
+    if job.image is not None:
+        strength = inference_settings(job.config)["strength"]
+        settings |= {"image": str(job.image), "strength": strength}
+    if job.mask is not None:
+        settings |= {"mask": str(job.mask), "padding_mask_crop": job.padding_mask_crop}
+    return settings
+
+
+def picture_settings(
+    model: Choice,
+    pipe: LocalDiTPipeline,
+    config: Config,
+    prompt: str,
+    negative_prompt: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the settings that a picture from text carries."""
+    drawn = inference_settings(config)
+    settings: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        **{name: drawn[name] for name in DRAWN},
+        "model": model.name,
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "localdit": __version__,
+    }
+    return settings | ({"loras": model.loras} if model.loras else {})

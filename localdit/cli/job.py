@@ -1,0 +1,367 @@
+"""From the options of a command to a job, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import Config, config_field, with_settings
+from ..sizes import check_size, proportional_size, read_sizes
+from .options import BOX_NAME, DrawingOptions, ModelOptions, named_model, usage_errors
+from .output import Output, plan_output
+
+Task = Literal["t2i", "i2i"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Prompts and settings that suit a model, where the command gives none."""
+
+    t2i: list[str]
+    i2i: list[str]
+    negative_prompt: str
+    config: dict[str, Any]  # what differs from the Config
+
+
+PHOTOGRAPHS = Preset(
+    t2i=[
+        "a photo of a wooden boat on a calm mountain lake at sunrise, mist over the water",
+        "a close-up photo of a red fox in fresh snow, soft winter light, highly detailed",
+        "a street of old stone houses after the rain, warm lamps, evening, wide angle",
+    ],
+    i2i=["an oil painting of a boat on a lake, thick brush strokes, warm colours"],
+    negative_prompt="bad quality, worst quality, low resolution, blurry",
+    config={},
+)
+SCENES = Preset(
+    t2i=[
+        "a large red circle at the top left on a blue background",
+        "a small yellow square at the bottom right on a green background",
+        "a large white triangle in the centre on a purple background",
+        "a small blue circle to the left of a large red square on a white background",
+    ],
+    i2i=["a large green circle at the top left on a yellow background"],
+    negative_prompt="",
+    config={"guidance_scale": 2.0},
+)
+
+# Settings of a `Config` that options give, by their standard names.
+CONFIG_SETTINGS = (
+    "text_encoder", "vae", "scheduler", "offload", "text_encoder_quantization", "batch_size",
+    "num_inference_steps", "strength", "guidance_scale", "height", "width",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The model that a command uses.
+
+    Attributes:
+        config: the settings.
+        preset: what suits the model.
+        loras: LoRAs and their weights.
+        device, dtype: as the options give them.
+        named: whether an option or the Config names the model, rather than the box being used
+            because the released weights are missing.
+    """
+
+    config: Config
+    preset: Preset
+    loras: dict[str, float]
+    device: str | None
+    dtype: str | None
+    named: bool
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint file or folder."""
+        return Path(self.config.ckpt_path).expanduser()
+
+    def with_config(self, config: Config) -> Choice:
+        """Return the same choice with another Config."""
+        return replace(self, config=config)
+
+    @property
+    def name(self) -> str:
+        """The model's name in the settings that a picture carries."""
+        return "the model in the box" if self.preset is SCENES else str(self.config.ckpt_path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command draws.
+
+    Attributes:
+        model: the model.
+        config: the settings, the size of the pictures included.
+        prompts: one per picture.
+        output: where pictures go.
+        image: a picture to start from.
+        mask: the parts of it to repaint.
+        padding_mask_crop: see `LocalDiTInpaintPipeline`.
+    """
+
+    model: Choice
+    config: Config
+    prompts: list[str]
+    negative_prompt: str
+    seed: int
+    output: Output
+    grid: bool
+    image: Path | None = None
+    mask: Path | None = None
+    padding_mask_crop: int | None = None
+
+
+def plan(
+    drawing: DrawingOptions,
+    model: ModelOptions,
+    stem: str,
+    *,
+    config: Config | None = None,
+    task: Task | None = None,
+) -> Job:
+    """Check a command that draws, and return its job. The output folder is created.
+
+    Args:
+        drawing: how to draw.
+        model: the model to draw with.
+        stem: the beginning of the names of pictures in a folder.
+        config: the user's settings, the model's architecture among them; without it the
+            architecture is read from the checkpoint.
+        task: the task whose default prompts are drawn if the options give none.
+
+    Raises:
+        UsageError: the command can't be carried out.
+    """
+    with usage_errors():
+        choice = choose_model(model, config)
+        settings = _config_settings(drawing)
+        with_settings(choice.config, settings)  # refuses values out of range
+        preset = choice.preset
+        prompts = _prompts(drawing, getattr(preset, task) if task else [])
+        _check_numbers(drawing)
+        image_size = _check_pictures(drawing.image, drawing.mask)
+        output = plan_output(
+            drawing.output,
+            stem,
+            len(prompts) * drawing.num_images,
+            grid=drawing.grid,
+            overwrite=drawing.overwrite,
+        )
+        choice = check_model(choice, described=config is not None)
+        settings |= fit_size(
+            choice.config,
+            config or Config(),
+            (drawing.height, drawing.width),
+            image_size if config is None else None,
+        )
+        output.prepare()
+    report_fallback(choice)
+    return Job(
+        model=choice,
+        config=with_settings(choice.config, settings),
+        prompts=[prompt for prompt in prompts for _ in range(drawing.num_images)],
+        negative_prompt=(
+            preset.negative_prompt if drawing.negative_prompt is None else drawing.negative_prompt
+        ),
+        seed=drawing.seed,
+        output=output,
+        grid=drawing.grid,
+        image=drawing.image,
+        mask=drawing.mask,
+        padding_mask_crop=drawing.padding_mask_crop,
+    )
+
+
+# The model
+
+
+def choose_model(options: ModelOptions, config: Config | None = None) -> Choice:
+    """Return the model that options or a Config name, or else the one in the box.
+
+    The model, its LoRAs and its local parts are looked for; nothing heavy is imported.
+
+    Raises:
+        FileNotFoundError: the model or a part is missing.
+        ImportError: a LoRA is given, but peft is not installed.
+        ValueError: the options contradict each other.
+    """
+    from ..utils import BOX
+
+    config = config or Config()
+    settings = _config_settings(options)
+    named = True
+    if options.model is not None:
+        settings["ckpt_path"] = named_model(options.model)
+    elif config.ckpt_path == Config.ckpt_path and not Path(config.ckpt_path).exists():
+        settings["ckpt_path"] = named_model(BOX_NAME)
+        named = False
+    checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
+    preset = SCENES if checkpoint.resolve() == BOX else PHOTOGRAPHS
+    config = with_settings(config, preset.config | settings)
+    _check_files(config)
+    return Choice(config, preset, _loras(options), options.device, options.dtype, named)
+
+
+def check_model(choice: Choice, described: bool = False) -> Choice:
+    """Check device and dtype, and return the choice with the architecture of its checkpoint file.
+
+    This imports PyTorch, which takes seconds.
+
+    Args:
+        choice: the model.
+        described: whether the Config describes the architecture, and the file must agree with it.
+
+    Raises:
+        ImportError, ValueError: the device lacks what the options ask for, or the file is damaged.
+    """
+    from ..utils import check_options, contradictions, resolve_device, resolve_dtype
+
+    device = resolve_device(choice.device)
+    resolve_dtype(choice.dtype, device)
+    check_options(choice.config, device)
+    if described or not choice.checkpoint.is_file():
+        return choice
+    changes = contradictions(choice.config, choice.checkpoint)
+    return choice.with_config(replace(choice.config, **changes))
+
+
+def report_fallback(choice: Choice) -> None:
+    """Say so if the model in the box is used because the released weights are missing."""
+    from ..utils import DOWNLOAD_COMMAND
+
+    if not choice.named:
+        print(
+            f"The released weights are not in {Config.ckpt_path} (to download them: "
+            f"{DOWNLOAD_COMMAND}); using the small model in the box.",
+            file=sys.stderr,
+        )
+
+
+def _config_settings(options: DrawingOptions | ModelOptions) -> dict[str, Any]:
+    """Return the settings of a `Config` that the options give, by their standard names."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: given[name] for name in CONFIG_SETTINGS if given.get(name) is not None}
+
+
+def _check_files(config: Config) -> None:
+    """Look for the model, and for the local parts of a model that comes without them."""
+    from ..core.parts import PARTS
+    from ..sources import is_hub_name, locate
+    from ..utils import find_checkpoint
+
+    checkpoint = find_checkpoint(config.ckpt_path)
+    if not (checkpoint / "model_index.json").is_file():
+        for part in PARTS.values():
+            source = getattr(config, part.field)
+            if not is_hub_name(source):
+                locate(part, source)
+
+
+def _loras(options: ModelOptions) -> dict[str, float]:
+    """Return the LoRAs with their weights."""
+    if not options.lora and not options.lora_scale:
+        return {}
+    scales = options.lora_scale or [1.0] * len(options.lora)
+    if len(scales) != len(options.lora):
+        raise ValueError(
+            f"--lora-scale is given {len(scales)} times for {len(options.lora)} LoRAs; expected "
+            "one per LoRA, or none"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('--lora needs peft: pip install "localdit[lora]"')
+    for name in options.lora:
+        if not Path(name).exists() and name.count("/") != 1:
+            raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
+    return dict(zip(options.lora, scales, strict=True))
+
+
+# The size of pictures
+
+
+def fit_size(
+    config: Config,
+    first: Config,
+    size: tuple[int | None, int | None] = (None, None),
+    image_size: tuple[int, int] | None = None,
+) -> dict[str, int]:
+    """Return the height and the width that pictures are drawn in.
+
+    A side that the command does not give is that of the Config if it describes the model, else that
+    of the model's native square. With a picture to follow, the size has its proportions and as many
+    pixels.
+
+    Args:
+        config: names the model and has its architecture.
+        first: the Config before the checkpoint's architecture replaced its own.
+        size: height and width that the command gives.
+        image_size: (width, height) of a picture whose proportions are kept.
+
+    Raises:
+        ValueError: a side is not a multiple of the model's pixels per token.
+    """
+    sizes = read_sizes(Path(config.ckpt_path).expanduser(), config)
+    described = sizes.sample_size == first.sample_size
+    height, width = size
+    if image_size is not None:
+        pixels = first.height * first.width if described and not any(size) else sizes.side**2
+        height, width = proportional_size(image_size, pixels, sizes.pixels_per_token, height, width)
+    fitted = {
+        "height": height or (first.height if described else sizes.side),
+        "width": width or (first.width if described else sizes.side),
+    }
+    for name, value in fitted.items():
+        check_size(config_field(name), value, sizes.pixels_per_token)
+    return fitted
+
+
+# Prompts, numbers and pictures
+
+
+def _prompts(options: DrawingOptions, default: Sequence[str]) -> list[str]:
+    """Return the prompts of the command line or of the file, or the default ones."""
+    from ..core.text import check_prompts
+
+    check_prompts(options.negative_prompt or "", "--negative-prompt")
+    if options.prompt and options.prompt_file:
+        raise ValueError("prompts and --prompt-file are both given; expected one of them")
+    given = _read_prompts(options.prompt_file) if options.prompt_file else options.prompt
+    if not given and not default:
+        raise ValueError('there is no prompt; give one in quotes, as "a red circle"')
+    return check_prompts(list(given or default))
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """Return the lines of a file, or of standard input, that are not empty."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text; expected one prompt per line") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} is empty; expected one prompt per line")
+    return prompts
+
+
+def _check_numbers(options: DrawingOptions) -> None:
+    if options.num_images < 1:
+        raise ValueError(f"--num-images is {options.num_images}; expected at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed is {options.seed}; expected at least 0 and less than 2**63")
+
+
+def _check_pictures(image: Path | None, mask: Path | None) -> tuple[int, int] | None:
+    """Read the picture and its mask, and return the picture's (width, height)."""
+    from ..images import load_image, load_mask
+
+    if image is None:
+        return None
+    size = load_image(image).size
+    if mask is not None:
+        load_mask(mask, size)
+    return size

@@ -1,0 +1,233 @@
+"""The options that commands share: one name, one meaning and one help text for each.
+
+Options are parsed into dataclasses, so that the rest of the program knows their types. Nothing
+heavy is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+from .. import __version__
+from ..errors import Vocabulary, wording
+from ..parsing import UsageError
+
+BOX_NAME = "box"
+OPTIONS = TypeVar("OPTIONS")
+
+# The command line's names of fields, for errors.
+COMMAND_LINE = Vocabulary(
+    {
+        "ckpt_path": "--model",
+        "torch_dtype": "--dtype",
+        **{
+            name: f"--{name.replace('_', '-')}"
+            for name in (
+                "batch_size",
+                "device",
+                "dtype",
+                "global_context",
+                "guidance_scale",
+                "height",
+                "num_inference_steps",
+                "offload",
+                "overwrite",
+                "scheduler",
+                "seed",
+                "strength",
+                "text_encoder",
+                "text_encoder_quantization",
+                "vae",
+                "width",
+            )
+        },
+    },
+    advice="give {name} {value}",
+)
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where and in which dtype to compute; None chooses."""
+
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelOptions(MachineOptions):
+    """The model, its parts and LoRAs; None and empty lists for options that were not given."""
+
+    model: str | None = None
+    lora: Sequence[str] = ()
+    lora_scale: Sequence[float] = ()
+    text_encoder: str | None = None
+    vae: str | None = None
+    scheduler: str | None = None
+    text_encoder_quantization: str | None = None
+    offload: str | None = None
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """How pictures are drawn, and where they go; None for options that were not given."""
+
+    output: Path
+    prompt: Sequence[str] | None = None
+    prompt_file: Path | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    padding_mask_crop: int | None = None
+    strength: float | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    num_images: int = 1
+    batch_size: int | None = None
+    overwrite: bool = False
+    grid: bool = False
+
+
+def read(kind: type[OPTIONS], args: argparse.Namespace) -> OPTIONS:
+    """Return the parsed arguments that a dataclass of options has fields for."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in vars(args).items() if name in names})
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn errors of a check into a `UsageError` that names the options."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        raise UsageError(wording(error, COMMAND_LINE)) from error
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add prompts as positional arguments, and as a file."""
+    parser.add_argument(
+        "prompt",
+        nargs="*",
+        metavar="PROMPT",
+        help="what the picture shows, in quotes; several prompts make several pictures",
+    )
+    _add_prompt_file(parser)
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Add prompts as options, for the scripts, which have default prompts."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--prompt", action="append", help="what the picture shows; may be repeated")
+    _add_prompt_file(group)
+
+
+def _add_prompt_file(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        type=Path,
+        help="a text file with one prompt per line; - reads standard input",
+    )
+
+
+def add_strength(parser: argparse.ArgumentParser, default: float | None = None) -> None:
+    """Add `--strength`; without a default, that of the Config holds."""
+    parser.add_argument(
+        "--strength",
+        metavar="0..1",
+        type=float,
+        default=default,
+        help="how much to change: 0 keeps the picture, 1 ignores it (default: "
+        f"{0.8 if default is None else default})",
+    )
+
+
+def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
+    """Add the options of drawing, of the output and of the model.
+
+    Args:
+        size: the default size of the pictures, in words.
+    """
+    add = parser.add_argument_group("drawing").add_argument
+    add("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
+    add("--seed", metavar="N", type=int, default=0,
+        help="seed of the first picture; the next has N + 1, and so on (default: 0)")  # fmt: skip
+    add("--num-inference-steps", "--steps", metavar="N", type=int,
+        help="number of denoising steps (default: 20)")  # fmt: skip
+    add("--guidance-scale", metavar="G", type=float,
+        help="weight of the prompt; 1 or less turns guidance off (default: 7, or 2 for the model "
+        "in the box)")  # fmt: skip
+    for side in ("height", "width"):
+        add(f"--{side}", metavar="PIXELS", type=int,
+            help=f"{side} in pixels, usually a multiple of 16 (default: {size})")  # fmt: skip
+    add("--num-images", metavar="N", type=int, default=1,
+        help="number of pictures per prompt (default: 1)")  # fmt: skip
+    add("--batch-size", metavar="N", type=int,
+        help="number of pictures that are drawn at once (default: 1)")  # fmt: skip
+    _add_output(parser)
+    add_model(parser)
+    add_debug(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("pictures").add_argument
+    add("-o", "--output", metavar="PATH", type=Path, default=Path("output"),
+        help="FILE.png for one picture, which makes FILE_000.png, FILE_001.png and so on for "
+        "several; or a folder, in which pictures are numbered (default: output)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace FILE.png if it exists")
+    add("--grid", action="store_true", help="also save one sheet with all pictures")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model, its parts, and where they run."""
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", metavar="PATH",
+        help="a checkpoint file, a Diffusers folder, or 'box', the small model that comes with "
+        "LocalDiT (default: output/LocalDiT-1024.pt if it exists, else box)")  # fmt: skip
+    add("--lora", metavar="PATH", action="append", default=[],
+        help="a LoRA for the model: a file, a folder or a hub name; may be repeated")  # fmt: skip
+    add("--lora-scale", metavar="W", type=float, action="append", default=[],
+        help="weight of a LoRA; give one per LoRA, in the same order (default: 1)")  # fmt: skip
+    for part in ("text encoder", "VAE", "scheduler"):
+        add(f"--{part.lower().replace(' ', '-')}", metavar="FOLDER",
+            help=f"folder or hub name of the {part}, for a model that lacks one")  # fmt: skip
+    add("--text-encoder-quantization", choices=["8bit", "4bit"],
+        help="quantize the text encoder; needs bitsandbytes")  # fmt: skip
+    add("--offload", choices=["model", "sequential"],
+        help="keep idle parts of the model in CPU memory, to save GPU memory")  # fmt: skip
+    add_machine(group)
+
+
+def add_machine(group: argparse._ActionsContainer) -> None:
+    """Add the device and the dtype."""
+    add = group.add_argument
+    add("--device", help="cuda, mps or cpu (default: the first of them that is available)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="dtype of the weights (default: half precision on a GPU, else float32)")  # fmt: skip
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command."""
+    add = parser.add_argument
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--version", action="version", version=f"LocalDiT {__version__}",
+        help="show the version")  # fmt: skip
+
+
+def named_model(name: str) -> str | Path:
+    """Return the path that `--model` names.
+
+    'box' is the model in the box, unless there is a file or folder of that name.
+    """
+    from ..utils import model_in_the_box
+
+    return model_in_the_box() if name == BOX_NAME and not Path(name).exists() else name

@@ -1,0 +1,104 @@
+"""The place of pictures: a named file, or the next free number in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OTHER_PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A place for pictures.
+
+    Attributes:
+        folder: the folder of the pictures.
+        stem: the beginning of their names.
+        names: the name of each picture, in order; None chooses the next free
+            `<stem>_<number>.png`.
+        overwrite: whether existing pictures may be replaced.
+    """
+
+    folder: Path
+    stem: str
+    names: tuple[str, ...] | None = None
+    overwrite: bool = False
+
+    def prepare(self) -> None:
+        """Create the folder if it is missing, and check that it is writable.
+
+        Raises:
+            OSError: it is not.
+        """
+        from ..images import prepare_output_folder
+
+        prepare_output_folder(self.folder)
+
+    def save(self, picture: Image.Image, index: int, settings: Mapping[str, Any]) -> Path:
+        """Save the `index`-th picture of a command, with its settings."""
+        if self.names is None:
+            return self._save_next(self.stem, picture, settings)
+        return self._save(self.names[index], picture, settings)
+
+    def save_grid(self, sheet: Image.Image) -> Path:
+        """Save a sheet with all pictures."""
+        if self.names is None:
+            return self._save_next(f"{self.stem}_grid", sheet, None)
+        return self._save(f"{self.stem}_grid.png", sheet, None)
+
+    def _save(self, name: str, picture: Image.Image, settings: Mapping[str, Any] | None) -> Path:
+        from ..images import save_image
+
+        return save_image(picture, self.folder / name, settings, overwrite=self.overwrite)
+
+    def _save_next(
+        self, stem: str, picture: Image.Image, settings: Mapping[str, Any] | None
+    ) -> Path:
+        """Save under the next number, even while other processes save to the folder."""
+        while True:
+            taken = [path.stem for path in self.folder.glob(f"{stem}_[0-9]*.png")]
+            numbers = [name.removeprefix(f"{stem}_") for name in taken]
+            number = max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1
+            try:
+                return self._save(f"{stem}_{number:03d}.png", picture, settings)
+            except FileExistsError:
+                continue
+
+
+def plan_output(
+    given: Path, stem: str, count: int, *, grid: bool = False, overwrite: bool = False
+) -> Output:
+    """Return the place of pictures; nothing is written.
+
+    Args:
+        given: a file named `*.png`, or a folder.
+        stem: the beginning of names in a folder.
+        count: number of pictures.
+        grid: whether there is also a sheet.
+        overwrite: whether existing files may be replaced.
+
+    Raises:
+        ValueError: the name is that of another kind of picture.
+        FileExistsError: a picture of that name exists.
+    """
+    suffix = given.suffix.lower()
+    if given.is_dir() or suffix != ".png":
+        if suffix in OTHER_PICTURES and not given.is_dir():
+            raise ValueError(
+                f"--output is {given}; pictures are saved as PNG: {given.with_suffix('.png')}"
+            )
+        return Output(given, stem)
+    names = [f"{given.stem}_{i:03d}.png" for i in range(count)] if count > 1 else [given.name]
+    folder = given.parent
+    for name in [*names, *([f"{given.stem}_grid.png"] if grid else [])]:
+        if (folder / name).exists() and not overwrite:
+            raise FileExistsError(
+                f"{folder / name} is there already; choose another name, or give --overwrite"
+            )
+    return Output(folder, given.stem, tuple(names), overwrite)

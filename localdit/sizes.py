@@ -1,0 +1,150 @@
+"""Sizes of pictures: those that a model draws, and those with the proportions of a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import Field, FieldValueError
+
+if TYPE_CHECKING:
+    from .config import Config
+
+PIXELS_PER_LATENT = 8  # along a side, if the autoencoder is not on this machine
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes that pictures of a model follow from.
+
+    Attributes:
+        sample_size: latents along a side of the model's native, square size.
+        patch_size: latents along a side of a token.
+        pixels_per_latent: pixels along a side of a latent.
+    """
+
+    sample_size: int
+    patch_size: int
+    pixels_per_latent: int
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels along a side of a token; heights and widths are multiples of it."""
+        return self.patch_size * self.pixels_per_latent
+
+    @property
+    def side(self) -> int:
+        """Side of the native size in pixels."""
+        return self.sample_size * self.pixels_per_latent
+
+
+def read_sizes(checkpoint: Path, config: Config) -> ModelSizes:
+    """Return the sizes of a model; only JSON files are read, no weights.
+
+    Args:
+        checkpoint: a checkpoint file, or the Diffusers folder of a pipeline or a transformer.
+        config: describes a checkpoint file, and names the autoencoder of a checkpoint that comes
+            without one.
+    """
+    transformer, autoencoder = checkpoint, Path(config.vae).expanduser()
+    if (checkpoint / "model_index.json").is_file():
+        transformer, autoencoder = checkpoint / "transformer", checkpoint
+    found = _read_json(transformer / "config.json")
+    return ModelSizes(
+        found.get("sample_size", config.sample_size),
+        found.get("patch_size", config.patch_size),
+        pixels_per_latent(autoencoder),
+    )
+
+
+def pixels_per_latent(folder: Path) -> int:
+    """Return the pixels along a side of a latent.
+
+    Args:
+        folder: has the autoencoder's `config.json`, in it or in its `vae/`. 8 is returned if it has
+            neither, for instance because the autoencoder is on the hub.
+    """
+    for place in (folder / "vae", folder):
+        config = _read_json(place / "config.json")
+        if "latent_channels" in config:
+            return pixels_per_latent_of(config)
+    return PIXELS_PER_LATENT
+
+
+def pixels_per_latent_of(config: Mapping[str, Any]) -> int:
+    """Return the pixels along a side of a latent, from an autoencoder's configuration.
+
+    Each level of the encoder but the last halves the sides.
+    """
+    levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return 2 ** (len(levels) - 1)
+
+
+def proportional_size(
+    size: tuple[int, int],
+    pixels: int,
+    multiple: int,
+    height: int | None = None,
+    width: int | None = None,
+) -> tuple[int, int]:
+    """Return height and width with the proportions of a picture, multiples of `multiple`.
+
+    Args:
+        size: (width, height) of the picture.
+        pixels: about how many pixels there are in all, if neither height nor width is given.
+        multiple: pixels per token.
+        height, width: a side that is fixed; it is returned unchanged.
+    """
+    ratio = size[0] / size[1]
+
+    def near(side: float) -> int:
+        return max(multiple, multiple * round(side / multiple))
+
+    if height and not width:
+        width = near(height * ratio)
+    elif width and not height:
+        height = near(width / ratio)
+    return height or near(math.sqrt(pixels / ratio)), width or near(math.sqrt(pixels * ratio))
+
+
+def check_size(field: Field, value: Any, multiple: int) -> None:
+    """Refuse a height or width that is not a positive multiple of a token's side.
+
+    Args:
+        field: the height or the width, as messages name it.
+        value: the size in pixels.
+        multiple: pixels per token.
+
+    Raises:
+        ValueError: the message has the nearest sizes that work; a `FieldError`.
+    """
+    integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if integer and value > 0 and value % multiple == 0:
+        return
+    nearest = ""
+    finite = isinstance(value, Real) and math.isfinite(value)
+    if finite:
+        below = int(value // multiple) * multiple
+        sizes = [multiple] if below <= 0 else [below, below + multiple]
+        nearest = f"; the nearest that work: {' or '.join(map(str, sizes))}"
+    raise FieldValueError(
+        "{field} must be a positive multiple of {multiple} pixels, got {value!r}{nearest}.",
+        field=field,
+        multiple=multiple,
+        value=value,
+        nearest=nearest,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or an empty one if there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,265 @@
+"""generate, edit and inpaint: what they make, and what they refuse before loading."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from localdit import utils
+from localdit.checkpoint import convert_to_single_file
+from localdit.cli import main
+from localdit.images import load_image, read_metadata, save_image
+from localdit.pipelines import LocalDiTPipeline
+from tests.tiny import tiny_pipeline
+
+from .conftest import names
+
+QUICK = ["--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def pictures(here):
+    """A photograph of 96 x 48 pixels, masks for it, and files that are none."""
+    rng = np.random.default_rng(0)
+    save_image(Image.fromarray(rng.integers(0, 255, (48, 96, 3), np.uint8)), "photo.png")
+    mask = Image.new("L", (96, 48))
+    mask.paste(255, (8, 8, 40, 40))
+    mask.save("mask.png")
+    Image.new("L", (96, 48)).save("black.png")
+    Image.new("L", (48, 48), 255).save("small.png")
+    Image.new("RGBA", (96, 48), (255, 255, 255, 0)).save("clear.png")
+    Path("empty.txt").write_text("\n")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    return here
+
+
+def draw(command, model, *argv):
+    return main([command, *argv, "--model", str(model), *QUICK])
+
+
+def test_generate_makes_a_picture(here, model, capsys):
+    assert draw("generate", model, "a red circle", "-o", "circle.png", "--seed", "5") == 0
+    assert capsys.readouterr().out == "circle.png: a red circle\n"
+    assert load_image("circle.png").size == (64, 64)
+    made = read_metadata("circle.png")
+    assert (made["prompt"], made["seed"], made["num_inference_steps"]) == ("a red circle", 5, 2)
+    assert names(here) == ["circle.png"]
+
+
+def test_generate_makes_several(here, model):
+    argv = ["a cat", "a dog", "--num-images", "2", "--grid", "--batch-size", "3"]
+    assert draw("generate", model, *argv, "--width", "32") == 0
+    made = [read_metadata(f"output/generate_{i:03d}.png") for i in range(4)]
+    assert [m["prompt"] for m in made] == ["a cat", "a cat", "a dog", "a dog"]
+    assert [m["seed"] for m in made] == [0, 1, 2, 3]
+    assert load_image("output/generate_grid_000.png").size == (64, 128)
+
+
+def test_prompts_come_from_a_pipe(here, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a cat\n\na dog\n"))
+    assert draw("generate", model, "--prompt-file", "-", "-o", "a.png") == 0
+    assert [read_metadata(f"a_00{i}.png")["prompt"] for i in range(2)] == ["a cat", "a dog"]
+
+
+def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "BOX", model)
+    assert main(["generate", "a cat", "--model", "box", "-o", "a.png", *QUICK]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["generate", "a cat", "-o", "b.png", *QUICK]) == 0
+    assert utils.DOWNLOAD_COMMAND in capsys.readouterr().err
+    a, b = read_metadata("a.png"), read_metadata("b.png")
+    assert a == b
+    assert (a["model"], a["guidance_scale"]) == ("the model in the box", 2.0)
+
+
+def test_a_checkpoint_file_tells_its_shape(here, model):
+    convert_to_single_file(model, here / "own.safetensors")
+    parts = [f"--{part}={model}" for part in ("text-encoder", "vae", "scheduler")]
+    assert draw("generate", here / "own.safetensors", "a cat", "-o", "a.png", *parts) == 0
+    assert draw("generate", model, "a cat", "-o", "b.png", "--negative-prompt", "") == 0
+    assert load_image("a.png").size == load_image("b.png").size == (64, 64)
+
+
+def test_edit_keeps_the_proportions(pictures, model):
+    assert draw("edit", model, "photo.png", "a cat", "-o", "a.png", "--strength", "0.5") == 0
+    assert load_image("a.png").size == (96, 48)
+    made = read_metadata("a.png")
+    assert (made["image"], made["strength"]) == ("photo.png", 0.5)
+    assert draw("edit", model, "photo.png", "a cat", "-o", "b.png", "--height", "32") == 0
+    assert load_image("b.png").size == (64, 32)
+
+
+def test_a_strength_of_0_keeps_the_picture(pictures, model):
+    for name, strength in (("a.png", "0"), ("b.png", "1")):
+        assert draw("edit", model, "photo.png", "a cat", "-o", name, "--strength", strength) == 0
+    assert load_image("a.png").tobytes() != load_image("b.png").tobytes()
+
+
+def test_inpaint_keeps_size_and_pixels(pictures, model):
+    large = load_image("photo.png").resize((150, 90))
+    large.save("large.png")
+    Image.open("mask.png").resize((150, 90), Image.Resampling.NEAREST).save("large_mask.png")
+    for name in ("photo", "large"):
+        mask = "mask.png" if name == "photo" else "large_mask.png"
+        argv = [f"{name}.png", mask, "a cat", "-o", f"{name}_out.png"]
+        assert draw("inpaint", model, *argv) == 0
+        before, after = (np.asarray(load_image(f"{name}{end}.png")) for end in ("", "_out"))
+        assert before.shape == after.shape
+        repainted = np.asarray(Image.open(mask)) > 0
+        assert (before[~repainted] == after[~repainted]).all()
+        assert (before[repainted] != after[repainted]).any()
+    made = read_metadata("photo_out.png")
+    assert (made["mask"], made["strength"], made["padding_mask_crop"]) == ("mask.png", 1.0, None)
+
+
+def test_inpaint_works_on_the_surroundings_alone(pictures, model):
+    argv = ["photo.png", "mask.png", "a cat"]
+    assert draw("inpaint", model, *argv, "-o", "whole.png") == 0
+    assert draw("inpaint", model, *argv, "-o", "near.png", "--padding-mask-crop", "4") == 0
+    assert read_metadata("near.png")["padding_mask_crop"] == 4
+    assert load_image("near.png").size == (96, 48)
+    assert load_image("near.png").tobytes() != load_image("whole.png").tobytes()
+
+
+def save_lora(folder, seed):
+    """An adapter of random weights for the tiny model."""
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipeline()
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(r=2, target_modules=["to_qkv"], init_lora_weights=False)
+    pipe.transformer.add_adapter(settings)
+    pipe.save_lora_weights(folder, pipe.transformer)
+
+
+def test_loras_and_their_weights(pictures, model):
+    save_lora("one", 0)
+    save_lora("two", 1)
+    file = "two/pytorch_lora_weights.safetensors"
+    drawn = {
+        "plain": [],
+        "none": ["--lora", "one", "--lora-scale", "0"],
+        "one": ["--lora", "one"],
+        "both": ["--lora", "one", "--lora", file, "--lora-scale", "1", "--lora-scale", "0.5"],
+    }
+    for name, options in drawn.items():
+        assert draw("generate", model, "a cat", "-o", f"{name}.png", *options) == 0
+    pixels = {name: load_image(f"{name}.png").tobytes() for name in drawn}
+    assert pixels["plain"] == pixels["none"]
+    assert len({pixels["plain"], pixels["one"], pixels["both"]}) == 3
+    assert read_metadata("both.png")["loras"] == {"one": 1.0, file: 0.5}
+    for command, files in (("edit", ["photo.png"]), ("inpaint", ["photo.png", "mask.png"])):
+        for name in ("plain", "one"):
+            argv = [*files, "a cat", "-o", f"{command}_{name}.png", *drawn[name]]
+            assert draw(command, model, *argv) == 0
+        a, b = (load_image(f"{command}_{name}.png").tobytes() for name in ("plain", "one"))
+        assert a != b
+
+
+MISTAKES = [
+    ("generate", [], "there is no prompt; give one in quotes"),
+    ("generate", ["a", "--prompt-file", "latin.txt"], "prompts and --prompt-file are both given"),
+    ("generate", ["--prompt-file", "latin.txt"], "latin.txt is not UTF-8 text"),
+    ("generate", ["--prompt-file", "empty.txt"], "empty.txt is empty"),
+    (
+        "generate",
+        ["a", "--height", "100"],
+        "--height must be a positive multiple of 16 pixels, got 100",
+    ),
+    ("generate", ["a", "--steps", "0"], "--num-inference-steps is 0"),
+    ("generate", ["a", "--seed", "-1"], "--seed is -1"),
+    ("generate", ["a", "--batch-size", "0"], "--batch-size is 0"),
+    ("generate", ["a", "--model", "gone.pt"], "--model: there is no gone.pt"),
+    ("generate", ["a", "--device", "cuda:77"], "--device is 'cuda:77'"),
+    ("generate", ["a", "--offload", "model"], "--offload is 'model'"),
+    ("generate", ["a", "-o", "photo.png"], "photo.png is there already"),
+    ("generate", ["a", "-o", "a.webp"], "pictures are saved as PNG: a.png"),
+    ("generate", ["a", "--lora-scale", "1"], "--lora-scale is given 1 times for 0 LoRAs"),
+    ("generate", ["a", "--lora", "gone.safetensors"], "--lora"),
+    ("generate", ["a", "--model", "broken.safetensors"], "broken.safetensors"),
+    ("edit", ["gone.png", "a"], "gone.png: there is no such image file"),
+    ("edit", ["empty.txt", "a"], "empty.txt is not an image"),
+    ("edit", ["photo.png"], "there is no prompt"),
+    ("edit", ["photo.png", "a", "--strength", "2"], "--strength is 2.0"),
+    ("inpaint", ["photo.png", "gone.png", "a"], "gone.png: there is no such image file"),
+    ("inpaint", ["photo.png", "small.png", "a"], "48 x 48 pixels; expected the picture's 96 x 48"),
+    ("inpaint", ["photo.png", "black.png", "a"], "nothing in black.png is white"),
+    ("inpaint", ["photo.png", "clear.png", "a"], "clear.png has transparency"),
+]
+
+
+@pytest.mark.parametrize(("command", "argv", "message"), MISTAKES)
+def test_mistakes_take_one_line_and_status_2_before_loading(
+    pictures, model, monkeypatch, capsys, command, argv, message
+):
+    monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("loaded"))
+    Path("broken.safetensors").write_bytes(b"\xff" * 100)
+    before = names(pictures)
+    model = [] if "--model" in argv else ["--model", str(model)]
+    device = [] if "--device" in argv else ["--device", "cpu"]
+    assert main([command, *argv, *model, *device]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"localdit {command}: error: ") and said.err.count("\n") == 1
+    assert message in said.err
+    assert names(pictures) == before
+
+
+def test_failures_later_take_one_line_and_status_1(here, model, capsys):
+    from tests.checkpoint.flat import flat_state, tiny_model
+
+    state = flat_state(tiny_model(caption_channels=16))
+    state["proj_out.bias"][0] = float("nan")
+    save_file(state, "nan.safetensors")
+    parts = [f"--{part}={model}" for part in ("text-encoder", "vae", "scheduler")]
+    assert draw("generate", "nan.safetensors", "a cat", *parts) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "not finite" in said
+    assert draw("generate", "nan.safetensors", "a cat", *parts, "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "--text-encoder: there is no folder nowhere"),
+        (".", "--text-encoder: . lacks files; expected tokenizer_config.json and"),
+    ],
+)
+def test_parts_that_are_missing_are_asked_for_by_option(here, model, capsys, source, message):
+    convert_to_single_file(model, here / "own.safetensors")
+    parts = [f"--{part}={model}" for part in ("vae", "scheduler")]
+    argv = [*parts, "--text-encoder", source]
+    assert draw("generate", "own.safetensors", "a cat", *argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sizes_follow_from_the_model(here, model, capsys):
+    """A model of 4 latents per token takes other sizes than one of 2; found before loading."""
+    shutil.copytree(model, "four")
+    config = Path("four/transformer/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"patch_size": 4}))
+    assert draw("generate", "four", "a cat", "--height", "48") == 2
+    said = capsys.readouterr().err
+    assert "--height must be a positive multiple of 32 pixels, got 48; the nearest" in said
+
+
+def test_from_the_command_to_the_pipeline_it_takes_five_calls(here, model, monkeypatch):
+    frames = []
+
+    def spy(self, **kwargs):
+        frame = sys._getframe()
+        while frame:
+            frames.append((frame.f_globals["__name__"], frame.f_code.co_name))
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalDiTPipeline, "__call__", spy)
+    assert draw("generate", model, "a cat") == 130
+    own = [name for module, name in frames if module.startswith("localdit.")]
+    assert own == ["_run", "draw", "generate", "main"]

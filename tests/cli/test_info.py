@@ -1,0 +1,142 @@
+"""`localdit info`: of files, folders, pictures, and the machine."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from localdit.cli import main
+from localdit.cli.info import window_attention_path
+from localdit.images import save_image
+from localdit.machine import processor
+from tests.checkpoint.flat import flat_state, released_state, tiny_model
+
+
+@pytest.fixture
+def told(capsys):
+    """What `localdit info --json` tells."""
+
+    def tell(*argv):
+        assert main(["info", "--json", "--device", "cpu", *map(str, argv)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return tell
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_released_kind_of_file(here, told):
+    model = tiny_model(window_size=4)
+    save_file(released_state(model), "w.safetensors")
+    facts = told("w.safetensors")["w.safetensors"]
+    dead = 2 * 5 * (24 * 24 + 24)
+    biases = 2 * 7 * 7 * 2  # what the file lacks
+    assert facts["dead"] == dead
+    assert facts["live"] == count(model) - biases
+    assert facts["parameters"] == facts["live"] + dead
+    assert "2 x transformer_blocks.*.attn1.to_q.weight" in facts["dead tensors"]
+    assert any(text.startswith("global context, in 2 layers") for text in facts["missing"])
+    assert any(text.startswith("relative position bias, in 2") for text in facts["missing"])
+    assert any("--text-encoder" in text for text in facts["elsewhere"])
+
+
+def test_a_file_of_our_own(here, told):
+    model = tiny_model(use_global=True)
+    torch.save(flat_state(model), "w.pt")
+    facts = told("w.pt")["w.pt"]
+    assert facts["kind"] == "checkpoint file (.pt)"
+    assert (facts["live"], facts["dead"], facts["missing"]) == (count(model), 0, "nothing")
+    assert "with global context" in facts["model"]
+
+
+def test_a_lora(here, told):
+    name = "transformer.transformer_blocks.{}.attn1.to_qkv.lora_{}.weight"
+    state = {name.format(layer, half): torch.zeros(4, 24) for layer in (0, 1) for half in "AB"}
+    save_file(state, "lora.safetensors")
+    facts = told("lora.safetensors")["lora.safetensors"]
+    assert (facts["kind"], facts["rank"], facts["parameters"]) == ("LoRA", "4", 4 * 4 * 24)
+    assert facts["changes"] == ["2 x transformer.transformer_blocks.*.attn1.to_qkv"]
+
+
+def test_a_pipeline(model, told):
+    from localdit import LocalDiTPipeline
+
+    found = told(model)
+    pipe = LocalDiTPipeline.from_pretrained(model)
+    assert found[str(model)]["missing"] == "nothing"
+    assert found["transformer"]["parameters"] == count(pipe.transformer)
+    assert found["vae"]["parameters"] == count(pipe.vae)
+    assert found["transformer"]["dtype"] == "F32"
+    assert "3 heads x 8 channels, windows of 2 x 2" in found["transformer"]["model"]
+
+
+def test_a_pipeline_without_all_its_parts(model, here, told):
+    shutil.copytree(model, "part")
+    shutil.rmtree("part/text_encoder")
+    (here / "part/transformer/diffusion_pytorch_model.safetensors").unlink()
+    found = told("part")
+    assert found["part"]["missing"] == ["text_encoder"]
+    assert found["transformer"]["missing"] == "all weights"
+
+
+def test_a_transformer_with_too_much_and_too_little(here, told):
+    tiny_model().save_pretrained("t")
+    state = tiny_model().state_dict()
+    bias = state.pop("proj_out.bias")
+    save_file(state | {"stale": bias}, "t/diffusion_pytorch_model.safetensors")
+    facts = told("t")["t"]
+    assert (facts["dead"], facts["dead tensors"]) == (bias.numel(), ["1 x stale"])
+    assert facts["missing"] == "'proj_out.bias'"
+
+
+def test_a_picture_tells_its_settings(here, told):
+    save_image(Image.new("RGB", (4, 4)), "a.png", {"prompt": "a cat", "seed": 12345})
+    assert told("a.png") == {"a.png": {"prompt": "a cat", "seed": 12345}}
+    assert main(["info", "a.png"]) == 0
+
+
+def test_the_machine(told, capsys):
+    ((title, facts),) = told("--dtype", "bfloat16").items()
+    assert title == "machine"
+    assert (facts["device"], facts["chosen"]) == ("cpu", "as asked for")
+    assert facts["name"].endswith(processor())
+    assert facts["dtype"] == "bfloat16"
+    assert facts["window attention"] == "torch" and "not on cpu" in facts["because"]
+    assert facts["versions"]["torch"] == torch.__version__
+
+
+def test_for_people(here, capsys):
+    save_image(Image.new("RGB", (4, 4)), "a.png", {"prompt": "a cat", "seed": 12345})
+    assert main(["info", "a.png"]) == 0
+    assert capsys.readouterr().out == "a.png\n  prompt  a cat\n  seed    12345\n"
+
+
+def test_why_a_path_is_taken():
+    backend, why = window_attention_path(torch.device("cpu"), torch.float32, 4, 16, 72)
+    assert backend == "torch" and "CUDA" in why
+    assert (
+        "not in torch.float64"
+        in window_attention_path(torch.device("cpu"), torch.float64, 4, 16, 72)[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["gone.pt"], 2, "there is no gone.pt"),
+        (["--device", "cuda:77"], 2, "--device is 'cuda:77'"),
+        (["."], 1, "has no 'config.json'"),
+        (["page.pt"], 1, "a web page"),
+    ],
+)
+def test_what_can_not_be_told(here, capsys, argv, status, message):
+    (here / "page.pt").write_text("<html>404</html>")
+    assert main(["info", *argv]) == status
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert message in said.err

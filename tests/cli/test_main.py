@@ -1,0 +1,94 @@
+"""The program `localdit`: its help, its version, and commands that are none."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import localdit
+from localdit.cli import ALSO_CALLED, COMMANDS, main
+
+HEAVY = ["torch", "diffusers", "transformers", "accelerate", "gradio", "numpy", "PIL"]
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"]])
+def test_bare_it_lists_the_commands(argv, capsys):
+    assert main(argv) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    for name, command in COMMANDS.items():
+        assert f"{name} " in said.out and command.help in said.out
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["-V"], ["generate", "--version"]])
+def test_the_version(argv, capsys):
+    assert main(argv) == 0
+    assert capsys.readouterr().out == f"LocalDiT {localdit.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["genrate", "a cat"], "there is no command 'genrate'; did you mean 'generate'?"),
+        (["txt2img", "a cat"], "did you mean 'generate'?"),
+        (["Edit"], "did you mean 'edit'?"),
+        (["xyzzy"], "there is no command 'xyzzy'; `localdit --help` lists the commands"),
+        (["--seed", "3"], "there is no option --seed before a command"),
+        (["a red circle", "-o", "x.png"], "mean `localdit generate 'a red circle' -o x.png`?"),
+    ],
+)
+def test_what_is_no_command_is_told_in_a_line(argv, message, capsys):
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("localdit: error: ") and said.err.count("\n") == 1
+    assert message in said.err
+
+
+def test_other_names_lead_to_commands():
+    assert set(ALSO_CALLED.values()) <= set(COMMANDS)
+
+
+def test_help_of_every_command_is_quick_since_it_imports_nothing_heavy():
+    """One process asks for all of it, so that starting Python counts once."""
+    program = f"""
+import contextlib, io, json, sys, time
+from localdit.cli import COMMANDS, main
+told = {{}}
+for name in COMMANDS:
+    out, start = io.StringIO(), time.process_time()
+    with contextlib.redirect_stdout(out):
+        code = main([name, "--help"])
+    heavy = [module for module in {HEAVY} if module in sys.modules]
+    told[name] = [code, out.getvalue(), heavy, time.process_time() - start]
+print(json.dumps(told))
+"""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - start < 10  # a fraction of a second, on a machine at rest
+    told = json.loads(done.stdout)
+    assert list(told) == list(COMMANDS)
+    for name, (code, text, heavy, seconds) in told.items():
+        assert code == 0, name
+        assert text.startswith(f"usage: localdit {name}"), name
+        assert heavy == [], name
+        assert seconds < 1, name
+
+
+def test_help_comes_first_or_last(capsys):
+    assert main(["help", "edit"]) == 0
+    first = capsys.readouterr().out
+    assert main(["edit", "--help"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_the_module_is_the_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "localdit", "nothing"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("localdit: error: there is no command 'nothing'")

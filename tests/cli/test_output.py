@@ -1,0 +1,94 @@
+"""Where pictures go, and that nothing is replaced."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from localdit.cli.output import Output, plan_output
+from localdit.images import read_metadata
+
+from .conftest import names
+
+PICTURE = Image.new("RGB", (4, 4), "red")
+
+
+def save(output, count=1):
+    output.prepare()
+    return [str(output.save(PICTURE, index, {"index": index})) for index in range(count)]
+
+
+def test_a_file_is_the_picture(here):
+    assert save(plan_output(Path("a.png"), "generate", 1)) == ["a.png"]
+    assert save(plan_output(Path("deep/b.PNG"), "generate", 1)) == ["deep/b.PNG"]
+    assert read_metadata("a.png") == {"index": 0}
+
+
+def test_several_pictures_are_numbered(here):
+    output = plan_output(Path("a.png"), "generate", 2, grid=True)
+    assert save(output, 2) == ["a_000.png", "a_001.png"]
+    assert str(output.save_grid(PICTURE)) == "a_grid.png"
+
+
+@pytest.mark.parametrize(("count", "grid", "there"), [
+    (1, False, "a.png"), (2, False, "a_001.png"), (2, True, "a_grid.png"),
+])  # fmt: skip
+def test_a_file_that_is_there_is_kept_unless_told(here, count, grid, there):
+    Path(there).write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=f"{there} is there already; .* --overwrite"):
+        plan_output(Path("a.png"), "generate", count, grid=grid)
+    assert Path(there).read_bytes() == b"mine"
+    output = plan_output(Path("a.png"), "generate", count, grid=grid, overwrite=True)
+    save(output, count)
+    if not grid:
+        assert Path(there).read_bytes() != b"mine"
+
+
+def test_a_file_that_appears_meanwhile_is_kept(here):
+    output = plan_output(Path("a.png"), "generate", 1)
+    Path("a.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        save(output)
+    assert Path("a.png").read_bytes() == b"mine"
+    assert names(here) == ["a.png"]
+
+
+def test_in_a_folder_numbers_go_on(here):
+    Path("out").mkdir()
+    Path("out/edit_041.png").write_bytes(b"mine")
+    output = plan_output(Path("out"), "edit", 2)
+    assert save(output, 2) == ["out/edit_042.png", "out/edit_043.png"]
+    assert str(output.save_grid(PICTURE)) == "out/edit_grid_000.png"
+    assert save(output) == ["out/edit_044.png"]
+
+
+def test_a_number_that_another_process_takes_is_left_to_it(here, monkeypatch):
+    output = plan_output(Path("out"), "edit", 1)
+    sound = Output._save
+
+    def late(self, name, *args):
+        if name == "edit_000.png":
+            Path("out/edit_000.png").write_bytes(b"theirs")
+        return sound(self, name, *args)
+
+    monkeypatch.setattr(Output, "_save", late)
+    assert save(output) == ["out/edit_001.png"]
+    assert Path("out/edit_000.png").read_bytes() == b"theirs"
+
+
+def test_folders_may_be_named_like_pictures(here):
+    Path("a.png").mkdir()
+    assert save(plan_output(Path("a.png"), "edit", 1)) == ["a.png/edit_000.png"]
+    assert save(plan_output(Path("v1.2"), "edit", 1)) == ["v1.2/edit_000.png"]
+
+
+def test_other_kinds_of_pictures_are_refused(here):
+    with pytest.raises(ValueError, match=r"--output is a\.jpg; .* as PNG: a\.png"):
+        plan_output(Path("a.jpg"), "edit", 1)
+
+
+def test_a_place_that_can_not_be_written_to_is_found_at_once(here):
+    Path("file").write_text("")
+    for place in ("file/a.png", "file/folder"):
+        with pytest.raises(OSError, match="can't write to the output folder file"):
+            plan_output(Path(place), "edit", 1).prepare()

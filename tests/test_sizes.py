@@ -1,0 +1,74 @@
+"""Sizes: pixels per token, the nearest sizes that work, and proportions."""
+
+import json
+
+import pytest
+
+from localdit.config import Config
+from localdit.errors import Field
+from localdit.sizes import ModelSizes, check_size, proportional_size, read_sizes
+from localdit.utils import model_in_the_box
+
+
+def write(path, **config):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config))
+
+
+def test_the_sizes_of_a_pipeline_folder_come_from_its_json_files(tmp_path):
+    write(tmp_path / "model_index.json")
+    write(tmp_path / "transformer/config.json", sample_size=32, patch_size=1)
+    write(tmp_path / "vae/config.json", encoder_block_out_channels=[128] * 6)
+    sizes = read_sizes(tmp_path, Config())
+    assert sizes == ModelSizes(sample_size=32, patch_size=1, pixels_per_latent=32)
+    assert (sizes.pixels_per_token, sizes.side) == (32, 1024)
+
+
+def test_the_sizes_of_other_checkpoints_come_from_the_config_and_its_autoencoder(tmp_path):
+    write(tmp_path / "vae/config.json", block_out_channels=[4, 4, 8])
+    config = Config(vae=tmp_path, patch_size=4, sample_size=16)
+    assert read_sizes(tmp_path / "weights.pt", config) == ModelSizes(16, 4, 4)
+    write(tmp_path / "transformer/config.json", patch_size=2)
+    assert read_sizes(tmp_path / "transformer", config) == ModelSizes(16, 2, 4)
+
+
+def test_an_autoencoder_of_the_hub_has_8_pixels_per_latent(tmp_path):
+    assert read_sizes(tmp_path / "weights.pt", Config()) == ModelSizes(128, 2, 8)
+
+
+def test_the_sizes_of_the_box():
+    assert read_sizes(model_in_the_box(), Config()) == ModelSizes(16, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("value", "nearest"),
+    [(770, "768 or 784"), (1020, "1008 or 1024"), (0, "16"), (-16, "16"), (7.5, "16")],
+)
+def test_a_size_that_does_not_work_is_refused_with_the_nearest_that_do(value, nearest):
+    with pytest.raises(ValueError) as raised:
+        check_size(Field("height"), value, 16)
+    assert str(raised.value) == (
+        f"height must be a positive multiple of 16 pixels, got {value!r}; the nearest that work: "
+        f"{nearest}."
+    )
+
+
+def test_sizes_that_work_are_accepted():
+    check_size(Field("width"), 768, 16)
+    check_size(Field("width"), 96, 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "given", "expected"),
+    [
+        ((400, 300), 128 * 128, (None, None), (112, 144)),
+        ((96, 48), 64 * 64, (None, None), (48, 96)),
+        ((300, 400), 1024 * 768, (None, None), (1024, 768)),
+        ((400, 300), 1, (96, None), (96, 128)),
+        ((400, 300), 1, (None, 64), (48, 64)),
+        ((400, 300), 1, (32, 64), (32, 64)),
+        ((5000, 10), 128 * 128, (None, None), (16, 2864)),
+    ],
+)
+def test_sizes_with_proportions(size, pixels, given, expected):
+    assert proportional_size(size, pixels, 16, *given) == expected
