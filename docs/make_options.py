@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from localdit.training import options
-from localdit.training.encode import options as encode_options
+from localdit.training.encode.__main__ import make_parser as make_encode_parser
 
 PAGE = Path(__file__).with_name("training-options.md")
 INTRODUCTION = """# Training options
@@ -22,7 +22,7 @@ def page() -> str:
     """Return the text of the page."""
     commands = [
         ("`train.py`", options.make_parser()),
-        ("`python -m localdit.training.encode`", encode_options.make_parser()),
+        ("`python -m localdit.training.encode`", make_encode_parser()),
     ]
     sections = [INTRODUCTION]
     for name, parser in commands:
