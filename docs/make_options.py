@@ -13,7 +13,8 @@ PAGE = Path(__file__).with_name("training-options.md")
 INTRODUCTION = """# Training options
 
 `python docs/make_options.py` generates this page from the command lines.
-[Training](guides/train.md) shows the options in use. If the default is empty, the description explains it.
+[Training](guides/train.md) shows the options in use. If the default is empty, the description
+explains it.
 """
 
 
