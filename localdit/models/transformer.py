@@ -306,14 +306,11 @@ class LocalDiTTransformer2DModel(
         patch = self.config.patch_size
         batch_size, _, *size = hidden_states.shape
         options = dict(cross_attention_kwargs or {})
-        scale_of_adapters = options.pop("scale", None)
+        scale = options.pop("scale", None)
         self._check_inputs(size, added_cond_kwargs, options, attention_mask)
         grid = WindowGrid(size[0] // patch, size[1] // patch, window_size=1)
-        adapters = contextlib.nullcontext()
-        if scale_of_adapters is not None:
-            adapters = scaled_adapters(self, scale_of_adapters)
 
-        with adapters:
+        with scaled_adapters(self, scale) if scale is not None else contextlib.nullcontext():
             hidden_states = self.pos_embed(hidden_states)  # (B, height * width, C)
             timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
             conditions = {
@@ -337,10 +334,10 @@ class LocalDiTTransformer2DModel(
             # In a model spread over devices, the parameter may not be where the last block is.
             table = self.scale_shift_table.to(hidden_states.device)
             table = table + embedded_timestep[:, None].to(table.device)
-            shift, scale = table.chunk(2, dim=1)
+            final_shift, final_scale = table.chunk(2, dim=1)
             patches = None
             for tokens, _ in bands(grid, hidden_states):
-                x = modulate(self.norm_out(hidden_states[:, tokens]), shift, scale)
+                x = modulate(self.norm_out(hidden_states[:, tokens]), final_shift, final_scale)
                 patches = write_band(patches, self.proj_out(x), tokens, grid)
 
         sample = rearrange(
