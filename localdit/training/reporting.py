@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from localdit.files import whole_file
 from localdit.machine import hidden
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData
@@ -194,12 +194,8 @@ def draw_curves(metrics_jsonl: Path, png: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
 
-    unfinished = png.with_name(f".{png.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(unfinished, format="png", dpi=100)
-        os.replace(unfinished, png)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(png) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:

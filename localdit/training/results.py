@@ -1,24 +1,25 @@
-"""The folders that a run leaves: a pipeline with averaged weights, or adapters."""
+"""The results of a run: a pipeline with averaged weights, or LoRA adapters (Hu et al., 2022)."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
+from torch import nn
 
 from localdit.checkpoint.reading import few
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
-from localdit.training.adapters import ADAPTER
-from localdit.training.checkpointing import link_or_copy
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -27,16 +28,10 @@ if TYPE_CHECKING:
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # Diffusers' name
 BASE = "base.json"
-
-
-class ResultFolder(Protocol):
-    """Writes averaged weights into a folder for inference, and reads them again."""
-
-    def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
-        """Write the averages of the trained parameters, under their names."""
-
-    def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Return the averages that `write` wrote."""
+# Attention within the picture and to the text, feed-forward, values of the global context.
+TARGETS = ("to_qkv", "to_q", "to_k", "to_v", "to_out.0", "to_global_kv",
+           "ff.net.0.proj", "ff.net.2")  # fmt: skip
+ADAPTER = "default"  # of the adapter, within the transformer
 
 
 @dataclass
@@ -83,6 +78,14 @@ class PipelineFolder:
         return weights
 
 
+def link_or_copy(folder: Path, target: Path) -> None:
+    """Make `target` a link to a folder, or a copy where the file system has no links."""
+    try:
+        target.symlink_to(folder, target_is_directory=True)
+    except OSError:
+        shutil.copytree(folder, target)
+
+
 def with_weights(
     transformer: LocalDiTTransformer2DModel, weights: Mapping[str, torch.Tensor]
 ) -> LocalDiTTransformer2DModel:
@@ -98,6 +101,53 @@ def with_weights(
     second.load_state_dict(weights, assign=True)
     second.requires_grad_(False)
     return second.to(next(iter(weights.values())).device).eval()
+
+
+def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespace) -> None:
+    """Freeze a transformer and add the adapters that the options ask for.
+
+    They start without effect: one half of each is zero.
+
+    Raises:
+        ValueError: if a target is no layer that can have an adapter.
+    """
+    from peft import LoraConfig
+
+    transformer.requires_grad_(False)
+    settings = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank if args.lora_alpha is None else args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=_targets(transformer, args.lora_target_modules),
+    )
+    transformer.add_adapter(settings, ADAPTER)
+
+
+def _targets(transformer: nn.Module, names: Sequence[str] | None) -> list[str]:
+    """Return the layers to adapt, by the ends of their names.
+
+    Raises:
+        ValueError: if a name is the end of no linear layer, or also of something else.
+    """
+    layers: dict[str, nn.Module] = dict(transformer.named_modules())
+    ends = {
+        target: [m for name, m in layers.items() if f".{name}".endswith(f".{target}")]
+        for target in names or TARGETS
+    }
+    if names is None:
+        return [target for target, found in ends.items() if found]
+    for target, found in ends.items():
+        if not found or not all(isinstance(module, nn.Linear) for module in found):
+            linear = {
+                name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: None
+                for name, module in layers.items()
+                if isinstance(module, nn.Linear)
+            }
+            raise ValueError(
+                f"--lora-target-modules {target} is not the end of the names of linear layers; "
+                f"those of this transformer are {', '.join(linear)}."
+            )
+    return list(names)
 
 
 @dataclass
@@ -163,3 +213,6 @@ class AdapterFolder:
             for name, _ in self.transformer.named_parameters()
             if ".lora_" in name
         }
+
+
+ResultFolder = PipelineFolder | AdapterFolder

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from localdit.files import whole_file, whole_folder
 from localdit.images import image_grid, prepare_output_folder, save_image
 from localdit.training.checkpointing import (
     DamagedCheckpoint,
@@ -22,10 +23,16 @@ from localdit.training.checkpointing import (
     set_aside_after,
     step_of_checkpoint,
     verify_checkpoint,
-    whole_folder,
 )
 from localdit.training.results import ResultFolder
 from localdit.training.state import Snapshot
+
+# With another value of these it would be another run.
+FIXED = (
+    "method", "teacher", "prediction_type", "seed", "lora_rank", "lora_alpha",
+    "lora_target_modules",
+)  # fmt: skip
+IGNORED = ("resume", "output")
 
 
 class RunFolder:
@@ -147,6 +154,48 @@ def _step_of(line: str) -> float:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as JSON holds them."""
+    stages = [vars(stage) for stage in args.stages] if len(args.stages) > 1 else None
+    plain = vars(args) | {"stages": stages}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def changed_options(
+    checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Return name, old and new value of each option that differs from the saved run's.
+
+    Raises:
+        ValueError: if one of `FIXED` differs.
+    """
+    before = {"method": "fine-tuning", **before}  # runs from before there were methods
+    names = sorted((before.keys() | now.keys()) - set(IGNORED))
+    changes = [
+        (name, before.get(name), now.get(name))
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    for name, old, new in changes:
+        if name in FIXED:
+            raise ValueError(_another_run(checkpoint, name, old, new, before))
+    return changes
+
+
+def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mapping[str, Any]) -> str:
+    """Return the message for an option that would make it another run."""
+    flag = f"--{name.replace('_', '-')}"
+    was, given = (
+        f"without {flag}" if value is None else f"with {flag} {value}" for value in (old, new)
+    )
+    new_run = f" from its weights with --transformer {checkpoint}/transformer"
+    if before.get("lora_rank") is not None:
+        new_run = " in another --output"
+    return (
+        f"{checkpoint} is of a run {was}, not {given}. Resume it {was}, or start a new run"
+        f"{new_run}."
+    )

@@ -14,16 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from localdit.training.data.batches import Batch, Draws
-from localdit.training.data.dry_run import dry_run_report
 from localdit.training.data.order import Step
-from localdit.training.data.stage_data import StageData, held_out_batches, stage_batches
+from localdit.training.data.stage_data import (
+    StageData,
+    dry_run_report,
+    held_out_batches,
+    stage_batches,
+)
 from localdit.training.methods import Method
 from localdit.training.optimizer import learning_rate
+from localdit.training.options import Stage, stage_of_step
 from localdit.training.processes import Agreement, attention_kernels
 from localdit.training.reporting import Reporter
 from localdit.training.results import with_weights
-from localdit.training.resuming import changed_options, options_of, resume_data
-from localdit.training.run_folder import RunFolder
+from localdit.training.run_folder import RunFolder, changed_options, options_of
 from localdit.training.setup import (
     Models,
     find_data,
@@ -33,7 +37,6 @@ from localdit.training.setup import (
     start_processes,
 )
 from localdit.training.shutdown import StopRequest
-from localdit.training.stages import Stage, stage_of_step
 from localdit.training.state import TRANSFORMER, TrainingState, saved_options
 from localdit.training.validation import ValidationBatch, validation_losses
 
@@ -87,7 +90,7 @@ class Session:
         stage = stage_of_step(self.args.stages, progress.step)
         if progress.step > stage.first_step:
             global_batch = stage.global_batch(self.accelerator.num_processes)
-            message = resume_data(progress, self.data[stage.index].digest, global_batch)
+            message = progress.resume(self.data[stage.index].digest, global_batch)
             if message:
                 self.reporter.say(message)
 

@@ -21,23 +21,21 @@ from localdit.core.parts import (
     weights_fingerprint,
 )
 from localdit.sizes import PIXELS_PER_LATENT
-from localdit.training import adapters, initialization, processes, sharding
+from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
 from localdit.training.data.encoded import EncodedSet, require_latent_statistics
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
-from localdit.training.inputs import InputMaker
-from localdit.training.methods import Method
+from localdit.training.methods import InputMaker, Method
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.methods.knowledge_distillation import KnowledgeDistillation
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import check_image_size
-from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder
+from localdit.training.options import Stage, check_image_size
+from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
+from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
-from localdit.training.stages import Stage
-from localdit.training.state import Progress, TrainingState
-from localdit.training.trained_model import ExponentialMovingAverage, TrainedModel
+from localdit.training.state import ExponentialMovingAverage, Progress, TrainedModel, TrainingState
 from localdit.training.validation import PromptPictures
 
 if TYPE_CHECKING:
@@ -247,7 +245,7 @@ def _result_folder(
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
     initialization.require_same_prediction(args.transformer, args.prediction_type, "--transformer")
-    adapters.add_adapters(transformer, args)
+    add_adapters(transformer, args)
     return AdapterFolder(transformer, args.transformer, fingerprint)
 
 
@@ -307,7 +305,7 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
     models = {}
     for name, bare in method.trained.items():
         optimizer = make_optimizer(
-            [parameter for _, parameter in sharding.trained_parameters(bare)],
+            [parameter for _, parameter in trained_parameters(bare)],
             args.optimizer,
             args.learning_rate,
             args.weight_decay,
@@ -315,7 +313,7 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
         )
         module, optimizer = processes.prepare(accelerator, bare, optimizer)
         average = ExponentialMovingAverage(
-            sharding.trained_parameters(module), args.ema_decay, "cpu" if args.ema_on_cpu else None
+            trained_parameters(module), args.ema_decay, "cpu" if args.ema_on_cpu else None
         )
         models[name] = TrainedModel(module, optimizer, average)
     dtype = processes.DTYPES.get(precision)

@@ -1,15 +1,18 @@
-"""Tensors that are split over processes: full tensors from shards, and shards from full tensors.
+"""Tensors that are split over processes, by FSDP2 or by DeepSpeed's ZeRO.
 
 A checkpoint holds full tensors under the model's own names, whatever wrote it: one process, DDP,
-FSDP2 or DeepSpeed's ZeRO. So it loads into any of them, bit by bit the same.
+FSDP2 or ZeRO. So it loads into any of them, with the same bits. Functions marked *collective* must
+be called by all processes together, even where a process gets nothing back.
 
-Functions marked *collective* must be called by all processes together, even where a process gets
-nothing back.
+The optimizer of ZeRO stages 1 and 2 works on float32 fragments of the weights. Each process holds
+all weights, perhaps in bfloat16. Of the float32 masters and of the optimizer's entries it holds one
+contiguous piece of a group's parameters laid end to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 # Names that wrappers insert into those of the parameters: torch.compile, activation checkpointing.
+Gather = Callable[[], torch.Tensor]
+Groups = Sequence[Mapping[str, torch.Tensor]]  # the parameters of each group, by name
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
@@ -169,3 +174,203 @@ def collect(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tens
             copy = tensor.detach().to("cpu", copy=True)
             collected[name] = copy.contiguous()
     return collected
+
+
+def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the full weights and persistent buffers on the CPU, by plain name. Collective.
+
+    Frozen weights are left out: they can be loaded from where they came from. The others are
+    copies, so training may continue while they are written. Under DeepSpeed they are the float32
+    weights that the optimizer works on, not the rounded ones.
+
+    Returns:
+        The state on the main process, nothing on the others.
+
+    Raises:
+        ValueError: under DeepSpeed with another ZeRO stage than 1 or 2.
+    """
+    return collect(_whole_weights(model))
+
+
+def _whole_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    masters = zero_masters(model) if is_deepspeed(model) else {}
+    for name, tensor in trained_state(model).items():
+        yield name, masters[name]() if name in masters else whole(tensor)
+
+
+@torch.no_grad()
+def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Set weights and buffers in place to what `model_state` returned, on any number of processes.
+
+    Args:
+        model: the model, wrapped or not.
+        state: full tensors, the same on every process; read one at a time, so that a mapping
+            that reads from a file takes little memory.
+
+    Raises:
+        ValueError: if names or shapes differ. Where names differ, nothing is changed.
+    """
+    targets = trained_state(model)
+    missing, unknown = sorted(targets.keys() - state.keys()), sorted(state.keys() - targets.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"The state of the model does not fit: {len(missing)} names are missing "
+            f"({', '.join(missing[:3]) or 'none'}), {len(unknown)} are unknown "
+            f"({', '.join(unknown[:3]) or 'none'}). Load it into the model it was saved from."
+        )
+    for name, target in targets.items():
+        try:
+            local(target).copy_(shard_of(state[name], target))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    if is_deepspeed(model):
+        load_zero_masters(model, state)
+
+
+def zero_masters(engine: Any) -> dict[str, Gather]:
+    """Return, by parameter name, a function that gathers its float32 weights. Each is collective.
+
+    Raises:
+        ValueError: with another ZeRO stage than 1 or 2.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    zero_optimizer(engine)
+    return {
+        name: partial(safe_get_full_fp32_param, parameter)
+        for name, parameter in named_parameters(engine)
+        if hasattr(parameter, "_hp_mapping")
+    }
+
+
+def load_zero_masters(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Set the float32 weights; the engine's own have been set already.
+
+    Raises:
+        ValueError: with another ZeRO stage than 1 or 2.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    zero_optimizer(engine)
+    for name, parameter in named_parameters(engine):
+        if hasattr(parameter, "_hp_mapping"):
+            safe_set_full_fp32_param(parameter, state[name].to(parameter.device, torch.float32))
+
+
+def zero_optimizer_entries(
+    engine: Any, groups: Groups, values: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather the optimizer's tensors, each as `parameter.entry`; put the rest into `values`.
+
+    `values` is complete when this returns; the tensors are gathered as the iterator goes.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    optimizer = zero_optimizer(engine)
+    split, shared = [], []
+    for group, flat in zip(groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        for entry, value in optimizer.optimizer.state.get(flat, {}).items():
+            for name, parameter in group.items():
+                if not isinstance(value, torch.Tensor):
+                    values.setdefault(name, {})[entry] = value
+                elif value.shape == flat.shape:
+                    split.append((name, parameter, entry))
+                else:
+                    shared.append((f"{name}.{entry}", value))
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from shared
+        for name, parameter, entry in split:
+            yield f"{name}.{entry}", safe_get_full_optimizer_state(parameter, entry)
+
+    return gathered()
+
+
+def load_zero_optimizer_entries(
+    engine: Any,
+    groups: Groups,
+    tensors: Mapping[str, torch.Tensor],
+    keys: Sequence[tuple[str, str, str]],
+    values: Mapping[str, Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
+) -> None:
+    """Set the optimizer's entries and the settings of its groups.
+
+    Args:
+        engine: DeepSpeed's.
+        groups: the parameters of each group.
+        tensors: full tensors.
+        keys: key in `tensors`, parameter and entry of each of them.
+        values: `{parameter: {entry: value}}` of the entries that are not tensors.
+        settings: of each group.
+
+    Raises:
+        ValueError: if an entry can't be split.
+    """
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    optimizer = zero_optimizer(engine)
+    parameters: dict[str, Any] = {name: p for group in groups for name, p in group.items()}
+    for number, group in enumerate(groups):
+        optimizer.optimizer.param_groups[number].update(settings[number])
+        flat = optimizer.single_partition_of_fp32_groups[number]
+        state: dict[str, Any] = {}
+        for key, name, entry in keys:
+            if name in group:
+                _make_room(state, entry, tensors[key], group[name], flat)
+        for name in group:
+            state.update(values.get(name, {}))
+        optimizer.optimizer.state[flat] = state
+        for name in group:
+            fragment = parameters[name]._hp_mapping
+            if fragment is not None:  # None where all of it is on other processes
+                fragment.set_optim_state_fragment(flat, state)
+    optimizer._hp_optimizer_states_linked = True
+    for key, name, entry in keys:
+        if tensors[key].dim():
+            value = tensors[key].to(parameters[name].device)
+            safe_set_full_optimizer_state(parameters[name], value, entry)
+
+
+def _make_room(
+    state: dict[str, Any],
+    entry: str,
+    value: torch.Tensor,
+    parameter: torch.Tensor,
+    flat: torch.Tensor,
+) -> None:
+    """Add an entry to the state of a group's piece: zeros of its shape, or the entry's number.
+
+    Raises:
+        ValueError: if the entry is neither of the parameter's shape nor a number, or the number
+            differs within the group.
+    """
+    if value.shape == parameter.shape:
+        if entry not in state:
+            state[entry] = torch.zeros_like(flat)
+    elif value.dim():
+        raise ValueError(
+            f"The optimizer's {entry} has shape {tuple(value.shape)} for a parameter of "
+            f"{tuple(parameter.shape)}; ZeRO can only split tensors of the parameter's shape."
+        )
+    elif not torch.equal(state.setdefault(entry, value.clone()), value):
+        raise ValueError(
+            f"The optimizer's {entry} differs between parameters of a group; under ZeRO they "
+            "share it. Resume with DDP or FSDP2."
+        )
+
+
+def zero_optimizer(engine: Any) -> Any:
+    """Return the engine's optimizer.
+
+    Raises:
+        ValueError: with another ZeRO stage than 1 or 2, the only ones supported.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage not in (1, 2) or not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+        raise ValueError(
+            f"Checkpoints can be written under DeepSpeed's ZeRO stages 1 and 2, not with stage "
+            f"{stage} and {type(engine.optimizer).__name__}. Set `zero_stage: 2` in Accelerate's "
+            "configuration, or use FSDP2 to split the weights as well."
+        )
+    return engine.optimizer

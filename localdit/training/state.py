@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,142 @@ from torch import nn
 
 from localdit.training.data.order import Position, Step
 from localdit.training.metrics import Metrics
+from localdit.training.optimizer import load_optimizer_state, optimizer_state
 from localdit.training.processes import Agreement
-from localdit.training.trained_model import Tensors, TrainedModel
+from localdit.training.sharding import (
+    gather_shards,
+    load_model_state,
+    local,
+    model_state,
+    named_parameters,
+    shard_of,
+    trained_parameters,
+    whole,
+    whole_of,
+)
+
+Tensors = dict[str, torch.Tensor]
+
+
+class ExponentialMovingAverage:
+    """Averages, in float32, of the parameters of a model in training.
+
+    At update n the decay is `min(decay, (1 + n) / (10 + n))`, so the average forgets the random
+    start, and short runs end as well as long ones. Of a sharded model each process averages its
+    shards.
+
+    Attributes:
+        averages: the average of each parameter (this process's shard of it), by name.
+        updates: number of calls of `update`.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.Tensor]],
+        decay: float,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Start from the parameters as they are.
+
+        Args:
+            parameters: names and parameters, as `named_parameters` yields them.
+            decay: the share of the average that an update keeps, in the long run.
+            device: where the averages are kept; None means beside the parameters.
+        """
+        self.averages = {
+            name: local(parameter).detach().to(device, torch.float32, copy=True)
+            for name, parameter in parameters
+        }
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Move the averages towards the present parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = dict(parameters)
+        weights = [
+            local(current[name]).detach().to(average.device, torch.float32)
+            for name, average in self.averages.items()
+        ]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+
+
+@dataclass
+class TrainedModel:
+    """A model in training.
+
+    Attributes:
+        module: the model as Accelerate prepared it.
+        optimizer: its optimizer, as Accelerate prepared it.
+        average: the average of the weights that are trained; None if none is kept.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: ExponentialMovingAverage | None = None
+
+    def update_average(self) -> None:
+        """Move the average, if there is one, towards the weights after a step."""
+        if self.average is not None:
+            self.average.update(named_parameters(self.module))
+
+    def averaged_weights(self) -> Tensors:
+        """Return the averaged weights in full, on every process. Collective.
+
+        Frozen weights, and all weights of a model without an average, are returned as they are.
+        Nothing is copied where nothing is sharded.
+        """
+        averages = self._shards()
+        return {
+            name: whole_of(averages[name], parameter)
+            if name in averages
+            else whole(parameter.detach())
+            for name, parameter in named_parameters(self.module)
+        }
+
+    def gathered_average(self) -> Tensors:
+        """Return the averages of the trained weights, in full, on the main process. Collective.
+
+        For a model without an average, these are copies of the weights.
+        """
+        return gather_shards(self._shards(), self.module)
+
+    def _shards(self) -> Mapping[str, torch.Tensor]:
+        if self.average is not None:
+            return self.average.averages
+        return {
+            name: local(parameter).detach() for name, parameter in trained_parameters(self.module)
+        }
+
+    def state(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
+        """Gather weights, the optimizer's tensors, and the rest ready for JSON. Collective.
+
+        The tensors are complete on the main process only.
+        """
+        tensors, groups = optimizer_state(self.module, self.optimizer)
+        updates = self.average.updates if self.average is not None else None
+        return model_state(self.module), tensors, {"ema_updates": updates, "optimizer": groups}
+
+    def load_state(
+        self, weights: Tensors, optimizer: Tensors, average: Tensors, notes: Mapping[str, Any]
+    ) -> None:
+        """Set what `state` and `gathered_average` returned, on any number of processes.
+
+        Raises:
+            ValueError: if it is the state of another model or optimizer.
+        """
+        load_model_state(self.module, weights)
+        load_optimizer_state(self.module, self.optimizer, optimizer, notes["optimizer"])
+        if self.average is None:
+            return
+        parameters = dict(named_parameters(self.module))
+        for name, shard in self.average.averages.items():
+            shard.copy_(shard_of(average[name], parameters[name]))
+        # A run that kept no average before starts one from the weights.
+        self.average.updates = notes["ema_updates"] or 0
+
 
 # The model that pipelines sample with. Its files bear no name, as those of a run that trains no
 # other model always did; its averages are the pipeline or the adapters in a checkpoint.
@@ -45,6 +179,27 @@ class Progress:
     def begin(self, data: str) -> None:
         """Go to the beginning of a stage's data."""
         self.position, self.broken, self.data = Position(), 0, data
+
+    def resume(self, data: str, global_batch: int) -> str | None:
+        """Find the position in the present data again.
+
+        Args:
+            data: fingerprint of the present data. If it has changed, a new epoch begins.
+            global_batch: samples in an optimizer step now.
+
+        Returns:
+            A message if data or batch size have changed.
+        """
+        if self.data != data:
+            self.position, self.data = Position(self.position.epoch + 1), data
+            return "The data has changed: a new epoch of it begins."
+        taken = self.position.taken
+        if taken and taken[-1][0] != global_batch:
+            return (
+                f"An optimizer step has {global_batch} samples now, it had {taken[-1][0]}. The "
+                "rest of the epoch is divided again: each of its samples still comes exactly once."
+            )
+        return None
 
     def advance(self, step: Step, broken: int, skipped: bool) -> None:
         """Count a step. Its samples are used up whether or not it was skipped."""

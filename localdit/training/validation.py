@@ -15,8 +15,7 @@ from localdit.models import LocalDiTTransformer2DModel
 from localdit.pipelines import LocalDiTPipeline
 from localdit.training.data.buckets import Size
 from localdit.training.data.order import stable_hash
-from localdit.training.inputs import Inputs
-from localdit.training.methods import noised_prediction
+from localdit.training.methods import Inputs, noised_prediction
 
 
 @dataclass

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from localdit.core.diffusion import Objective
-from localdit.training.adapters import add_adapters
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.options import parse_args
+from localdit.training.results import add_adapters
 from localdit.training.setup import make_state
 from tests.tiny import tiny_components
 from tests.training.test_processes import first_gradient

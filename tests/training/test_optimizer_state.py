@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from localdit.training.optimizer_state import (
+from localdit.training.optimizer import (
     load_optimizer_state,
     optimizer_state,
     require_splittable,

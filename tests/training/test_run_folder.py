@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from localdit.training.checkpointing import new_checkpoint
-from localdit.training.run_folder import RunFolder, link_or_copy
+from localdit.training.results import link_or_copy
+from localdit.training.run_folder import RunFolder
 from localdit.training.state import Snapshot
 
 

@@ -13,7 +13,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from localdit.training.processes import make_accelerator
 from localdit.training.sharding import (
     gather_shards,
+    load_model_state,
     local,
+    model_state,
     named_parameters,
     plain_name,
     shard_like,
@@ -22,7 +24,6 @@ from localdit.training.sharding import (
     whole,
     whole_of,
 )
-from localdit.training.trained_model import load_model_state, model_state
 from tests.tiny import tiny_components
 
 ROOT = Path(__file__).parents[2]

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from localdit.training.options import parse_args
-from localdit.training.stages import read_stages, stage_of_step
+from localdit.training.options import parse_args, read_stages, stage_of_step
 
 
 def stages_file(tmp_path, content):

@@ -16,8 +16,14 @@ from torch import nn
 from localdit.training.data.order import Position, Step
 from localdit.training.metrics import Metrics
 from localdit.training.processes import Agreement
-from localdit.training.state import Progress, TrainingState, random_state, set_random_state
-from localdit.training.trained_model import ExponentialMovingAverage, TrainedModel
+from localdit.training.state import (
+    ExponentialMovingAverage,
+    Progress,
+    TrainedModel,
+    TrainingState,
+    random_state,
+    set_random_state,
+)
 from tests.training import two_models_run
 
 ROOT = Path(__file__).parents[2]

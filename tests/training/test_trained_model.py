@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from localdit.training.trained_model import ExponentialMovingAverage
+from localdit.training.state import ExponentialMovingAverage
 
 
 def model(value, dtype=torch.float32):

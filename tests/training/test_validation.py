@@ -3,7 +3,7 @@ import torch
 
 from localdit.core.diffusion import Objective
 from localdit.training.data.buckets import Size
-from localdit.training.inputs import Inputs
+from localdit.training.methods import Inputs
 from localdit.training.validation import ValidationBatch, validation_losses
 from tests.tiny import TEXT_WIDTH, tiny_components
 

@@ -16,9 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from localdit.training.data.captions import CAPTION_SUFFIXES, CaptionFile
-from localdit.training.data.folders import PICTURE_SUFFIXES, printable
-from localdit.training.data.samples import Blob, Candidate, Fault, map_reads
+from localdit.training.data.listings import PICTURE_SUFFIXES, printable
+from localdit.training.data.samples import (
+    CAPTION_SUFFIXES,
+    Blob,
+    Candidate,
+    CaptionFile,
+    Fault,
+    map_reads,
+)
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED_SIGNATURES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")

@@ -10,8 +10,7 @@ from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.models.flops import forward_flops
-from localdit.training.inputs import Inputs
-from localdit.training.methods import Method, noised_prediction
+from localdit.training.methods import Inputs, Method, noised_prediction
 from localdit.training.state import TRANSFORMER
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from torch import nn
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.flops import forward_flops
-from localdit.training.inputs import Inputs
-from localdit.training.methods import noised_prediction
+from localdit.training.methods import Inputs, noised_prediction
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.state import TRANSFORMER
 

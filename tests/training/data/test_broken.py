@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from localdit.training.data.buckets import Size
-from localdit.training.data.captions import CaptionFile
 from localdit.training.data.finding import _examine, find_samples
-from localdit.training.data.folders import list_files, list_pictures
+from localdit.training.data.listings import list_files, list_pictures
 from localdit.training.data.pictures import read_picture
-from localdit.training.data.samples import BrokenSample, Candidate
+from localdit.training.data.samples import BrokenSample, Candidate, CaptionFile
 from localdit.training.data.tars import list_tars
 from tests.training.data.drawn import (
     animation,

@@ -5,8 +5,13 @@ import json
 import pytest
 
 from localdit.core.text import MAX_PROMPT_CHARACTERS
-from localdit.training.data.captions import MAX_FILE_BYTES, CaptionFile, read_captions
-from localdit.training.data.samples import Blob, BrokenSample
+from localdit.training.data.samples import (
+    MAX_FILE_BYTES,
+    Blob,
+    BrokenSample,
+    CaptionFile,
+    read_captions,
+)
 
 
 def caption_file(tmp_path, suffix, content):

@@ -3,9 +3,9 @@
 import numpy as np
 
 from localdit.training.data.buckets import Size
-from localdit.training.data.dry_run import dry_run_report
 from localdit.training.data.finding import Found
 from localdit.training.data.samples import Blob, Fault, Faults, Sample
+from localdit.training.data.stage_data import dry_run_report
 
 
 def sample(number, height, width, *captions):

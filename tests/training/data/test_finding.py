@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from localdit.training.data import finding
-from localdit.training.data.captions import CaptionFile
 from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import CHUNK, FORMATS, MANY, Found, examine, find_samples
-from localdit.training.data.samples import Blob, Candidate, Fault, Faults, Sample
+from localdit.training.data.samples import Blob, Candidate, CaptionFile, Fault, Faults, Sample
 from tests.training.data.drawn import picture_bytes, png_claiming, tar_bytes, write_files
 from tests.training.manifests import some_manifest
 

@@ -4,9 +4,8 @@ import os
 
 import pytest
 
-from localdit.training.data.captions import CaptionFile, read_captions
-from localdit.training.data.folders import list_files, list_pictures, printable, split_suffix
-from localdit.training.data.samples import Blob, Candidate, Fault
+from localdit.training.data.listings import list_files, list_pictures, printable, split_suffix
+from localdit.training.data.samples import Blob, Candidate, CaptionFile, Fault, read_captions
 from tests.training.data.drawn import write_files
 
 

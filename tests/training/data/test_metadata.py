@@ -6,10 +6,8 @@ import json
 
 import pytest
 
-from localdit.training.data.captions import read_captions
-from localdit.training.data.folders import list_files
-from localdit.training.data.metadata import list_metadata, metadata_files
-from localdit.training.data.samples import Blob, Candidate
+from localdit.training.data.listings import list_files, list_metadata, metadata_files
+from localdit.training.data.samples import Blob, Candidate, read_captions
 from tests.training.data.drawn import write_files
 
 

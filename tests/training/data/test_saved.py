@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from localdit.training.data.finding import examine
-from localdit.training.data.saved import list_saved
+from localdit.training.data.listings import list_saved
 from tests.training.data.drawn import damaged_png, picture_bytes
 
 datasets = pytest.importorskip("datasets")

@@ -10,7 +10,7 @@ from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import Found
 from localdit.training.data.samples import Blob, Faults, Sample
 from localdit.training.data.stage_data import prepare_data
-from localdit.training.stages import Stage
+from localdit.training.options import Stage
 from tests.training.manifests import some_manifest
 
 

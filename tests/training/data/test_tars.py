@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localdit.training.data.captions import read_captions
 from localdit.training.data.finding import examine
-from localdit.training.data.samples import Candidate
+from localdit.training.data.samples import Candidate, read_captions
 from localdit.training.data.tars import (
     BLOCK,
     TarMember,

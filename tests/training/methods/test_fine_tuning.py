@@ -3,8 +3,7 @@ import torch
 from localdit.training.objective import Objective
 from torch import nn
 
-from localdit.training.inputs import Inputs
-from localdit.training.methods import noised_prediction
+from localdit.training.methods import Inputs, noised_prediction
 from localdit.training.methods.fine_tuning import FineTuning
 from tests.tiny import TEXT_WIDTH, tiny_components
 
