@@ -34,6 +34,7 @@ def attention_of(denoiser: Denoiser, case: Case) -> tuple[list[str], str]:
 def localdit_kernels(case: Case) -> tuple[list[str], str]:
     """Return LocalDiT's kernels: train.py's choice in training, PyTorch's in inference."""
     import torch
+
     from localdit.training.processes import attention_kernels
 
     if case.task == "training":

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from localdit.training.objective import Objective
 from torch import nn
 
+from localdit.core.diffusion import Objective
 from localdit.training.inputs import Inputs
 from localdit.training.methods import noised_prediction
 from localdit.training.methods.fine_tuning import FineTuning
