@@ -1,8 +1,8 @@
 """Lists of the pictures in folders, in metadata files and in saved Hugging Face datasets.
 
 - A folder has pictures, each with a caption file beside it.
-- A `metadata.jsonl`, `metadata.csv` or `metadata.parquet` names pictures by `file_name`, relative to
-  its own folder, with a caption under `text` or another of `CAPTION_KEYS`: the image folder
+- A `metadata.jsonl`, `metadata.csv` or `metadata.parquet` names pictures by `file_name`, relative
+  to its own folder, with a caption under `text` or another of `CAPTION_KEYS`: the image folder
   convention of Hugging Face datasets. JSON Lines and Parquet may also hold lists of captions.
   Several folders of the data may have such a file.
 - `save_to_disk` of a `Dataset` or `DatasetDict` writes a saved dataset.
