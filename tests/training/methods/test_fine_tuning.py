@@ -2,13 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-<<<<<<< HEAD
-from localdit.training.methods import Inputs, noised_prediction
-=======
 from localdit.core.diffusion import Objective
-from localdit.training.inputs import Inputs
-from localdit.training.methods import noised_prediction
->>>>>>> main
+from localdit.training.methods import Inputs, noised_prediction
 from localdit.training.methods.fine_tuning import FineTuning
 from tests.tiny import TEXT_WIDTH, tiny_components
 
