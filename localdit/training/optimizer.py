@@ -26,6 +26,8 @@ from localdit.training.sharding import (
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 LearningRateSchedule = Literal["constant", "cosine"]
+# Settings that do not change the result; those of the present machine are kept.
+ENGINE_SETTINGS = frozenset({"fused", "foreach", "capturable", "differentiable"})
 
 
 def make_optimizer(
@@ -108,14 +110,10 @@ def learning_rate(
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-# Settings of how an optimizer computes, not of what: those of the present machine stay.
-ENGINE_SETTINGS = frozenset({"fused", "foreach", "capturable", "differentiable"})
-
-
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the full state of an optimizer on the CPU. Collective.
+    """Gather the full state of an optimizer on the CPU. Collective.
 
     Args:
         model: the model, wrapped or not.
@@ -127,15 +125,19 @@ def optimizer_state(
         "values", `{parameter: {entry: value}}` for entries that are not tensors.
 
     Raises:
-        ValueError: if the optimizer has parameters that the model has not, or entries that can't
-            be put together from shards, as those of 8-bit optimizers; under DeepSpeed with
+        ValueError: if the optimizer has parameters that the model lacks, or entries that can't be
+            put together from shards, such as those of 8-bit optimizers; under DeepSpeed with
             another ZeRO stage than 1 or 2.
     """
     optimizer, groups = _named_groups(model, optimizer)
     saved = [
         {
             "params": list(group),
-            "settings": {k: _plain(v) for k, v in settings.items() if k != "params"},
+            "settings": {  # the learning rate may be a tensor
+                name: value.item() if isinstance(value, torch.Tensor) else value
+                for name, value in settings.items()
+                if name != "params"
+            },
         }
         for group, settings in zip(groups, optimizer.param_groups, strict=True)
     ]
@@ -152,7 +154,7 @@ def _entries(
     optimizer: torch.optim.Optimizer,
     values: dict[str, dict[str, Any]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return the tensors, whole; entries that are not tensors are put into `values` first."""
+    """Yield the full tensors; put entries that are not tensors into `values` first."""
     tensors: list[tuple[str, torch.Tensor]] = []
     for name, parameter in (pair for group in groups for pair in group.items()):
         for entry, value in optimizer.state.get(parameter, {}).items():
@@ -164,11 +166,6 @@ def _entries(
     return ((key, whole(value)) for key, value in tensors)
 
 
-def _plain(value: Any) -> Any:
-    """Return a setting as JSON can hold it: the learning rate may be a tensor."""
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
 def load_optimizer_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -177,14 +174,14 @@ def load_optimizer_state(
 ) -> None:
     """Set the state that `optimizer_state` returned, on any number of processes.
 
-    No step is taken for it. Learning rates and the other settings of the groups are restored as
-    well, except for `ENGINE_SETTINGS`.
+    No step is taken. Learning rates and the other settings of the groups are also restored, except
+    for `ENGINE_SETTINGS`.
 
     Args:
         model: the model, wrapped or not.
         optimizer: the optimizer of its parameters, as Accelerate prepared it or bare.
         tensors: full tensors, the same on every process; read one at a time.
-        notes: the rest.
+        notes: groups and values.
 
     Raises:
         ValueError: if groups, names or shapes differ.
@@ -205,7 +202,10 @@ def load_optimizer_state(
         numbers[name]: dict(values) for name, values in notes["values"].items()
     }
     for key, name, entry in keys:
-        placed = _placed(name, entry, tensors[key], parameters[name])
+        value, parameter = tensors[key], parameters[name]
+        require_splittable(name, entry, value, parameter)
+        split = value.shape == parameter.shape
+        placed = shard_like(value, parameter) if split else value.clone()
         state.setdefault(numbers[name], {})[entry] = placed
     numbered = [
         values | {"params": [numbers[name] for name in group]}
@@ -214,21 +214,10 @@ def load_optimizer_state(
     optimizer.load_state_dict({"state": state, "param_groups": numbered})
 
 
-def _placed(name: str, entry: str, value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    require_splittable(name, entry, value, parameter)
-    if value.shape == parameter.shape:
-        return shard_like(value, parameter)
-    return value.clone()
-
-
 def _named_groups(
     model: nn.Module, optimizer: Any
 ) -> tuple[torch.optim.Optimizer, list[dict[str, torch.Tensor]]]:
-    """Return PyTorch's optimizer inside the wrappers, and the parameters of each group by name.
-
-    Raises:
-        ValueError: if a parameter is not the model's.
-    """
+    """Return PyTorch's optimizer inside the wrappers, and the parameters of each group by name."""
     if is_deepspeed(model):
         engine = zero_optimizer(model)
         optimizer, groups = engine.optimizer, engine.bit16_groups
@@ -261,11 +250,7 @@ def _restored_settings(current: Mapping[str, Any], saved: Mapping[str, Any]) -> 
 def _require_same_groups(
     groups: Sequence[Mapping[str, torch.Tensor]], saved: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Check that the optimizer has the groups that were saved.
-
-    Raises:
-        ValueError: if their number or their parameters differ.
-    """
+    """Raise ValueError unless the optimizer has the groups that were saved."""
     present = [set(group) for group in groups]
     expected = [set(group["params"]) for group in saved]
     if present == expected:
@@ -282,11 +267,7 @@ def _require_same_groups(
 def _split_keys(
     tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield key, parameter and entry of each tensor.
-
-    Raises:
-        ValueError: if there is no such parameter.
-    """
+    """Yield key, parameter and entry of each tensor."""
     for key in tensors:
         name, _, entry = key.rpartition(".")
         if name not in parameters:
@@ -300,8 +281,8 @@ def require_splittable(name: str, entry: str, value: torch.Tensor, parameter: to
     """Check that an entry of a sharded parameter is a number, or a tensor of its shape.
 
     Raises:
-        ValueError: if it is neither: what an 8-bit optimizer keeps for blocks of one shard does not
-            apply to another shard.
+        ValueError: if it is neither. An 8-bit optimizer keeps entries for blocks of one shard,
+            which do not apply to another shard.
     """
     if not isinstance(parameter, DTensor) or value.dim() == 0:
         return

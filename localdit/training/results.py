@@ -36,13 +36,13 @@ ADAPTER = "default"  # of the adapter, within the transformer
 
 @dataclass
 class PipelineFolder:
-    """Write averaged weights as the folder of a pipeline, with the frozen parts linked.
+    """Writes averaged weights as the folder of a pipeline, with the frozen parts linked.
 
     Attributes:
-        transformer: in training; its configuration is used, not its weights.
-        scheduler: to sample with.
+        transformer: the transformer in training; only its configuration is used.
+        scheduler: the scheduler to sample with.
         encoders: folders of "tokenizer", "text_encoder" and "vae" on this machine.
-        classes: library and class of each of them.
+        classes: library and class of each encoder.
     """
 
     transformer: LocalDiTTransformer2DModel
@@ -53,8 +53,8 @@ class PipelineFolder:
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write a folder that `LocalDiTPipeline.from_pretrained` loads.
 
-        Text encoder, tokenizer and VAE are links to their sources; `cp -rL` makes a copy that
-        stands alone.
+        Text encoder, tokenizer and VAE are links to their sources. `cp -rL` makes a copy without
+        links.
         """
         with_weights(self.transformer, averages).save_pretrained(folder / "transformer")
         self.scheduler.save_pretrained(folder / "scheduler")
@@ -93,7 +93,7 @@ def with_weights(
 
     The weights are shared, not copied, and keep their device.
     """
-    # This draws weights and drops them. They must not come from the numbers that training draws.
+    # The constructor draws weights, which must not change the random numbers of training.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         second = type(transformer).from_config(transformer.config)
         for name, settings in getattr(transformer, "peft_config", {}).items():
@@ -106,10 +106,10 @@ def with_weights(
 def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespace) -> None:
     """Freeze a transformer and add the adapters that the options ask for.
 
-    They start without effect: one half of each is zero.
+    They start without effect, because one half of each is zero.
 
     Raises:
-        ValueError: if a target is no layer that can have an adapter.
+        ValueError: if a target can't have an adapter.
     """
     from peft import LoraConfig
 
@@ -124,10 +124,10 @@ def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespa
 
 
 def _targets(transformer: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """Return the layers to adapt, by the ends of their names.
+    """Return the ends of the names of the layers to adapt.
 
     Raises:
-        ValueError: if a name is the end of no linear layer, or also of something else.
+        ValueError: if a name is not the end of linear layers alone.
     """
     layers: dict[str, nn.Module] = dict(transformer.named_modules())
     ends = {
@@ -152,12 +152,12 @@ def _targets(transformer: nn.Module, names: Sequence[str] | None) -> list[str]:
 
 @dataclass
 class AdapterFolder:
-    """Write averaged adapters as a folder that `load_lora_weights` reads.
+    """Writes averaged adapters as a folder that `load_lora_weights` reads.
 
     Attributes:
-        transformer: the one in training, with its adapters.
-        source: where the frozen base came from.
-        fingerprint: SHA-256 of the base's weights.
+        transformer: the transformer in training, with its adapters.
+        source: path of the frozen base.
+        fingerprint: SHA-256 of the weights of the base.
     """
 
     transformer: LocalDiTTransformer2DModel
@@ -165,7 +165,7 @@ class AdapterFolder:
     fingerprint: str
 
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
-        """Write the adapters and the fingerprint of their base, whose weights are left out."""
+        """Write the adapters and the fingerprint of their base, without the weights of the base."""
         LocalDiTPipeline.save_lora_weights(
             folder,
             {name: averages[parameter].contiguous() for name, parameter in self._names().items()},
@@ -180,13 +180,13 @@ class AdapterFolder:
         """Return the averages that `write` wrote, by the names of the parameters.
 
         Raises:
-            ValueError: if they belong to another base or to other layers.
+            ValueError: if the adapters belong to another base or to other layers.
         """
         base: dict[str, Any] = json.loads((folder / BASE).read_text(encoding="utf-8"))
         if base["sha256"] != self.fingerprint:
             raise ValueError(
-                f"{folder} holds adapters of {base['transformer']}, whose weights are not those of "
-                f"--transformer {self.source}. Name the same ones."
+                f"{folder} holds adapters of {base['transformer']}, whose weights differ from those "
+                f"of --transformer {self.source}. Name the same base."
             )
         tensors = load_file(folder / LORA_WEIGHTS)
         names = {f"transformer.{name}": parameter for name, parameter in self._names().items()}
@@ -207,7 +207,7 @@ class AdapterFolder:
         )
 
     def _names(self) -> dict[str, str]:
-        """Return the parameters of the adapters, by their names in a file."""
+        """Return the names of the adapters' parameters by their names in a file."""
         return {
             name.replace(f".{ADAPTER}.", "."): name
             for name, _ in self.transformer.named_parameters()

@@ -20,14 +20,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-# Names that wrappers insert into those of the parameters: torch.compile, activation checkpointing.
-Gather = Callable[[], torch.Tensor]
 Groups = Sequence[Mapping[str, torch.Tensor]]  # the parameters of each group, by name
+# Names that torch.compile and activation checkpointing insert into the names of parameters.
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor, on every process, where `tensor` may be a shard. Collective."""
+    """Gather the full tensor on every process if `tensor` is a shard. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -37,7 +36,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_of(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return the part of a full tensor that this process holds of `parameter`: a view of `full`.
+    """Return the part of `full` that this process holds of a parameter. It is a view.
 
     Raises:
         ValueError: if the shapes differ, or the parameter is not split as FSDP2 splits it.
@@ -56,7 +55,7 @@ def shard_of(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         if type(placement) is Shard:
             chunks = full.chunk(mesh.size(dim), placement.dim)
             rank = coordinate[dim]
-            # There are fewer chunks than processes where the dimension is too short for all.
+            # If the dimension is short, there are fewer chunks than processes.
             empty = full.narrow(placement.dim, 0, 0)
             full = chunks[rank] if rank < len(chunks) else empty
         elif not isinstance(placement, Replicate):
@@ -79,9 +78,9 @@ def shard_like(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def whole_of(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor, on every process, of shards that are split like `parameter`.
+    """Gather the full tensor on every process from shards that are split like `parameter`.
 
-    The inverse of `shard_of`. The shard may be on another device than the parameter. Collective.
+    This inverts `shard_of`. The shard may be on another device than the parameter. Collective.
     """
     if not isinstance(parameter, DTensor):
         return shard
@@ -102,7 +101,7 @@ def _as_sharded(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def is_main_process() -> bool:
-    """Whether this process keeps what is gathered: it is rank 0, or the only one."""
+    """Whether this process keeps the gathered tensors: it has rank 0, or is the only one."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0
 
@@ -148,11 +147,11 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def gather_shards(shards: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return full tensors on the CPU, of shards split like the model's parameters. Collective.
+    """Gather full tensors on the CPU from shards split like the model's parameters. Collective.
 
     Args:
-        shards: by plain parameter name, what this process holds (see `shard_of`), on any device;
-            the same names in the same order on every process.
+        shards: this process's shards (see `shard_of`) by plain parameter name, on any device. All
+            processes pass the same names in the same order.
         model: the model, wrapped or not.
 
     Returns:
@@ -163,25 +162,24 @@ def gather_shards(shards: Mapping[str, torch.Tensor], model: nn.Module) -> dict[
 
 
 def collect(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Copy full tensors to the CPU of the main process; elsewhere return an empty dict.
+    """Copy full tensors to the CPU of the main process; return nothing on the other processes.
 
-    With an iterator that gathers as it goes, each tensor is whole only while it is copied.
+    If the iterator gathers each tensor in turn, only one at a time is whole.
     """
     keep = is_main_process()
     collected = {}
     for name, tensor in tensors:
         if keep:
-            copy = tensor.detach().to("cpu", copy=True)
-            collected[name] = copy.contiguous()
+            collected[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return collected
 
 
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the full weights and persistent buffers on the CPU, by plain name. Collective.
+    """Gather the full weights and persistent buffers on the CPU, by plain name. Collective.
 
-    Frozen weights are left out: they can be loaded from where they came from. The others are
-    copies, so training may continue while they are written. Under DeepSpeed they are the float32
-    weights that the optimizer works on, not the rounded ones.
+    Frozen weights are left out, because their source still has them. The others are copies, so
+    training may continue while they are written. Under DeepSpeed they are the float32 weights that
+    the optimizer works on, not the rounded ones.
 
     Returns:
         The state on the main process, nothing on the others.
@@ -189,18 +187,16 @@ def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: under DeepSpeed with another ZeRO stage than 1 or 2.
     """
-    return collect(_whole_weights(model))
-
-
-def _whole_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     masters = zero_masters(model) if is_deepspeed(model) else {}
-    for name, tensor in trained_state(model).items():
-        yield name, masters[name]() if name in masters else whole(tensor)
+    return collect(
+        (name, masters[name]() if name in masters else whole(tensor))
+        for name, tensor in trained_state(model).items()
+    )
 
 
 @torch.no_grad()
 def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Set weights and buffers in place to what `model_state` returned, on any number of processes.
+    """Load in place what `model_state` returned, on any number of processes.
 
     Args:
         model: the model, wrapped or not.
@@ -227,8 +223,8 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
         load_zero_masters(model, state)
 
 
-def zero_masters(engine: Any) -> dict[str, Gather]:
-    """Return, by parameter name, a function that gathers its float32 weights. Each is collective.
+def zero_masters(engine: Any) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return the functions that gather float32 weights, by parameter name. Each is collective.
 
     Raises:
         ValueError: with another ZeRO stage than 1 or 2.
@@ -244,11 +240,7 @@ def zero_masters(engine: Any) -> dict[str, Gather]:
 
 
 def load_zero_masters(engine: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Set the float32 weights; the engine's own have been set already.
-
-    Raises:
-        ValueError: with another ZeRO stage than 1 or 2.
-    """
+    """Load the float32 weights; the engine's own have been loaded already."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     zero_optimizer(engine)
@@ -294,15 +286,15 @@ def load_zero_optimizer_entries(
     values: Mapping[str, Mapping[str, Any]],
     settings: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Set the optimizer's entries and the settings of its groups.
+    """Load the optimizer's entries and the settings of its groups.
 
     Args:
         engine: DeepSpeed's.
         groups: the parameters of each group.
         tensors: full tensors.
-        keys: key in `tensors`, parameter and entry of each of them.
+        keys: key in `tensors`, parameter and entry of each tensor.
         values: `{parameter: {entry: value}}` of the entries that are not tensors.
-        settings: of each group.
+        settings: the settings of each group.
 
     Raises:
         ValueError: if an entry can't be split.
@@ -339,12 +331,7 @@ def _make_room(
     parameter: torch.Tensor,
     flat: torch.Tensor,
 ) -> None:
-    """Add an entry to the state of a group's piece: zeros of its shape, or the entry's number.
-
-    Raises:
-        ValueError: if the entry is neither of the parameter's shape nor a number, or the number
-            differs within the group.
-    """
+    """Add an entry to the state of a group's piece: zeros of its shape, or the entry's number."""
     if value.shape == parameter.shape:
         if entry not in state:
             state[entry] = torch.zeros_like(flat)
@@ -371,6 +358,6 @@ def zero_optimizer(engine: Any) -> Any:
         raise ValueError(
             f"Checkpoints can be written under DeepSpeed's ZeRO stages 1 and 2, not with stage "
             f"{stage} and {type(engine.optimizer).__name__}. Set `zero_stage: 2` in Accelerate's "
-            "configuration, or use FSDP2 to split the weights as well."
+            "configuration, or use FSDP2, which also splits the weights."
         )
     return engine.optimizer

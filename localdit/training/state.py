@@ -31,17 +31,19 @@ from localdit.training.sharding import (
 )
 
 Tensors = dict[str, torch.Tensor]
+# Name of the model that pipelines sample with. In a checkpoint its averages are the pipeline or the
+# adapters, and its files have no name, so that older checkpoints can be read.
+TRANSFORMER = "transformer"
 
 
 class ExponentialMovingAverage:
     """Averages, in float32, of the parameters of a model in training.
 
     At update n the decay is `min(decay, (1 + n) / (10 + n))`, so the average forgets the random
-    start, and short runs end as well as long ones. Of a sharded model each process averages its
-    shards.
+    start even in a short run. With a sharded model, each process averages its shards.
 
     Attributes:
-        averages: the average of each parameter (this process's shard of it), by name.
+        averages: this process's shard of the average of each parameter, by name.
         updates: number of calls of `update`.
     """
 
@@ -55,8 +57,8 @@ class ExponentialMovingAverage:
 
         Args:
             parameters: names and parameters, as `named_parameters` yields them.
-            decay: the share of the average that an update keeps, in the long run.
-            device: where the averages are kept; None means beside the parameters.
+            decay: share of the average that an update keeps in the long run.
+            device: device of the averages; None for that of the parameters.
         """
         self.averages = {
             name: local(parameter).detach().to(device, torch.float32, copy=True)
@@ -85,7 +87,7 @@ class TrainedModel:
     Attributes:
         module: the model as Accelerate prepared it.
         optimizer: its optimizer, as Accelerate prepared it.
-        average: the average of the weights that are trained; None if none is kept.
+        average: the average of the trained weights; None if none is kept.
     """
 
     module: nn.Module
@@ -126,7 +128,7 @@ class TrainedModel:
         }
 
     def state(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
-        """Gather weights, the optimizer's tensors, and the rest ready for JSON. Collective.
+        """Gather weights, the optimizer's tensors, and the other values for JSON. Collective.
 
         The tensors are complete on the main process only.
         """
@@ -137,7 +139,7 @@ class TrainedModel:
     def load_state(
         self, weights: Tensors, optimizer: Tensors, average: Tensors, notes: Mapping[str, Any]
     ) -> None:
-        """Set what `state` and `gathered_average` returned, on any number of processes.
+        """Load what `state` and `gathered_average` returned, on any number of processes.
 
         Raises:
             ValueError: if it is the state of another model or optimizer.
@@ -149,13 +151,8 @@ class TrainedModel:
         parameters = dict(named_parameters(self.module))
         for name, shard in self.average.averages.items():
             shard.copy_(shard_of(average[name], parameters[name]))
-        # A run that kept no average before starts one from the weights.
+        # If the saved run kept no average, one starts from the weights.
         self.average.updates = notes["ema_updates"] or 0
-
-
-# The model that pipelines sample with. Its files bear no name, as those of a run that trains no
-# other model always did; its averages are the pipeline or the adapters in a checkpoint.
-TRANSFORMER = "transformer"
 
 
 @dataclass
@@ -210,22 +207,22 @@ class Progress:
         self.position = step.position
 
     def to_json(self) -> dict[str, Any]:
-        """Return the progress in plain values."""
+        """Return the progress as plain values."""
         return vars(self) | {"position": self.position.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        """Return the progress that `to_json` described."""
+        """Invert `to_json`."""
         return cls(**values | {"position": Position.from_json(values["position"])})
 
 
 @dataclass
 class Snapshot:
-    """A full training state on the CPU: what is written to a checkpoint.
+    """A full training state on the CPU, to be written to a checkpoint.
 
     Attributes:
-        tensors: by the name of their file.
-        averages: of the transformer, which the checkpoint stores as a pipeline or as adapters.
+        tensors: the tensors of each file, by its name.
+        averages: averages of the transformer, which a checkpoint stores as a pipeline or adapters.
         values: everything else, ready for JSON.
     """
 
@@ -244,7 +241,7 @@ class Snapshot:
 
 @dataclass
 class TrainingState:
-    """Everything that a training step changes; frozen models are not part of it.
+    """Everything that a training step changes. Frozen models are not part of it.
 
     A checkpoint holds `model.safetensors` and `optimizer.safetensors` of the transformer,
     `model-NAME.safetensors`, `optimizer-NAME.safetensors` and `average-NAME.safetensors` of each
@@ -252,7 +249,7 @@ class TrainingState:
 
     Attributes:
         models: the models in training, by name.
-        scaler: of float16 gradients, if there is one.
+        scaler: scales float16 gradients; None for other types.
         metrics: measurements since the last line was logged.
         progress: the position of the run.
     """
@@ -273,15 +270,15 @@ class TrainingState:
             yield from model.module.parameters()
 
     def set_learning_rate(self, value: float) -> None:
-        """Use this learning rate for the coming steps of all models."""
+        """Set the learning rate of all models."""
         for model in self.models.values():
             for group in model.optimizer.param_groups:
                 group["lr"] = value
 
     def snapshot(self, agreement: Agreement, options: dict[str, Any]) -> Snapshot:
-        """Gather the state. Collective; the result is complete on the main process.
+        """Gather the state, to store it with the options of the run. Collective.
 
-        The options of the run are stored with it.
+        The result is complete on the main process only.
         """
         tensors: dict[str, Tensors] = {}
         notes: dict[str, dict[str, Any]] = {}
@@ -315,8 +312,8 @@ class TrainingState:
         """Load the state of a checkpoint. Every process calls this.
 
         Args:
-            folder: the one that `Snapshot.write` made.
-            averages: of the transformer.
+            folder: the folder that `Snapshot.write` made.
+            averages: averages of the transformer.
             rank: number of this process.
 
         Raises:
@@ -334,7 +331,7 @@ class TrainingState:
         for name, model in self.models.items():
             average = averages
             if name != TRANSFORMER:
-                # A model that had no average before starts one from its weights.
+                # If the saved run kept no average, one starts from the weights.
                 kept = notes[name]["ema_updates"] is not None
                 average = _load(folder, "average" if kept else "model", name)
             model.load_state(
@@ -357,7 +354,7 @@ class TrainingState:
 
 
 def _file(kind: str, model: str) -> str:
-    """Return the name, without its ending, of a file of tensors of a model."""
+    """Return the name of a file of a model's tensors, without its suffix."""
     return kind if model == TRANSFORMER else f"{kind}-{model}"
 
 
@@ -395,7 +392,7 @@ def random_state() -> Tensors:
 
 
 def set_random_state(state: Tensors) -> None:
-    """Set what `random_state` returned. An empty state, of a process added since, does nothing."""
+    """Load what `random_state` returned. A process that is new since then has an empty state."""
     if not state:
         return
     torch.set_rng_state(state["torch"])

@@ -214,7 +214,7 @@ def test_a_pixart_has_to_be_trained_as_a_whole(train, tmp_path, capsys):
     ("more", "message"),
     [
         (["--lora-rank", "0"], "--lora-rank is 0; expected more than 0"),
-        (["--lora-rank", "4"], "--lora-rank adapts weights that are there: name them by --trans"),
+        (["--lora-rank", "4"], "--lora-rank adapts existing weights: name them with --trans"),
         (["--lora-alpha", "4"], "--lora-alpha is for adapters: give --lora-rank as well"),
         (["--lora-rank", "4", "--lora-alpha", "-1"], "--lora-alpha is -1.0; expected more than 0"),
         (["--lora-rank", "4", "--lora-dropout", "2"], "--lora-dropout is 2.0; expected 0 to 1"),

@@ -29,7 +29,7 @@ def test_defaults_are_those_of_config():
         (["--token-dropout", "1.5"], "--token-dropout is 1.5; expected 0 to 1"),
         (["--min-snr-gamma", "0"], "--min-snr-gamma is 0.0"),
         (["--transformer", "/no/where"], "--transformer /no/where does not exist"),
-        (["--pretrained", "/no/where"], "--pretrained /no/where is no folder"),
+        (["--pretrained", "/no/where"], "--pretrained /no/where is not a folder"),
         (["--prediction-type", "x0"], "invalid choice"),
         (["--keep-checkpoints", "1"], "--keep-checkpoints is 1; expected at least 2"),
         (["--max-aspect-ratio", "0.5"], "--max-aspect-ratio is 0.5; expected 1 or more"),
