@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, capsys):
         ),
         (["--validation-samples", "8"], "held out for validation"),
         (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),
-        (["--image-size", "512"], "holds no picture to train on: 8 samples, of which 8 are too"),
+        (["--image-size", "512"], "holds no picture to train on: of 8 samples, 8 are too small"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_line(train, more, message, monkeypatch, capsys):

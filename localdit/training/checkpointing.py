@@ -30,13 +30,13 @@ class DamagedCheckpoint(ValueError):
 
 @contextmanager
 def new_checkpoint(run: Path, step: int) -> Iterator[Path]:
-    """Yield a folder that becomes `run/checkpoint-STEP`, and add its manifest.
+    """Make a folder that becomes `run/checkpoint-STEP`, and add its manifest.
 
     An earlier checkpoint of the same step is replaced.
 
     Raises:
-        OSError: if something can't be written; nothing of the folder is left then.
-        DamagedCheckpoint: if the files read back differently.
+        OSError: if something can't be written. Nothing of the folder is left then.
+        DamagedCheckpoint: if the files read back differently. Nothing of the folder is left then.
     """
     with whole_folder(run / f"checkpoint-{step}") as folder:
         yield folder
@@ -73,7 +73,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Return step and folder of each checkpoint, the newest first, including damaged ones."""
+    """Return step and folder of each checkpoint, including damaged ones, the newest first."""
     if not run.is_dir():
         return []
     named = ((_NAME.fullmatch(folder.name), folder) for folder in run.iterdir())
@@ -87,7 +87,7 @@ def step_of_checkpoint(folder: Path) -> int:
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that verifies, and why each newer one was skipped."""
+    """Return the newest undamaged checkpoint, and a reason for each newer one that was skipped."""
     skipped = []
     for _, folder in checkpoints(run):
         try:
@@ -100,10 +100,9 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:
-    """Rename the checkpoints after the step that a run resumes from: damaged or abandoned ones.
+    """Rename the checkpoints after the step that a run resumes from, damaged or abandoned.
 
-    From then on they are not taken for the newest ones, neither to resume from nor when old
-    checkpoints are deleted.
+    Otherwise they would count as the newest ones, for resuming and for deleting old checkpoints.
 
     Returns:
         A message for each.
@@ -121,7 +120,10 @@ def set_aside_after(run: Path, step: int) -> list[str]:
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, at least 2. The newest must be verified."""
+    """Delete all but the newest `keep` checkpoints, or 2 if that is more.
+
+    The newest one must have been verified.
+    """
     for _, folder in checkpoints(run)[max(keep, 2) :]:
         remove_folder(folder)
 

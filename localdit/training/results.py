@@ -185,8 +185,8 @@ class AdapterFolder:
         base: dict[str, Any] = json.loads((folder / BASE).read_text(encoding="utf-8"))
         if base["sha256"] != self.fingerprint:
             raise ValueError(
-                f"{folder} holds adapters of {base['transformer']}, whose weights differ from those "
-                f"of --transformer {self.source}. Name the same base."
+                f"{folder} holds adapters of {base['transformer']}, whose weights are not those of "
+                f"--transformer {self.source}. Name the same base."
             )
         tensors = load_file(folder / LORA_WEIGHTS)
         names = {f"transformer.{name}": parameter for name, parameter in self._names().items()}

@@ -221,7 +221,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     if args.dry_run:
         for stage, found in zip(args.stages, data, strict=True):
             batch = stage.global_batch(accelerator.num_processes)
-            accelerator.print(dry_run_report(found.found, found.sizes, found.buckets, batch))
+            accelerator.print(dry_run_report(found, batch))
     for found in data:
         agreement.on_main(partial(found.require_few_broken, args.max_broken))
     if args.dry_run:

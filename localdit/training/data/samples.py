@@ -1,4 +1,4 @@
-"""Samples: where their bytes are, their captions, and how broken ones are counted."""
+"""Samples: their bytes, their captions, and the counts of broken ones."""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ class StageData:
 
     Attributes:
         found: the samples, and the broken ones.
-        sizes: of the buckets, in pixels.
-        buckets: (N,) the bucket of each sample, -1 for samples that are too small.
-        held_out: indices of the samples that are held out of training, to validate on.
+        sizes: sizes of the buckets, in pixels.
+        buckets: (N,) bucket of each sample, -1 for samples that are too small.
+        held_out: indices of the samples held out of training for validation.
     """
 
     found: Found
@@ -42,7 +42,7 @@ class StageData:
 
     @property
     def digest(self) -> str:
-        """Fingerprint of the data; a position is valid only for data with the same fingerprint."""
+        """Fingerprint of the data. A position is valid only for the data it was saved with."""
         digest = hashlib.sha256(repr((self.sizes, self.held_out)).encode())
         digest.update(self.buckets.tobytes())
         for sample in self.found.samples:
@@ -89,7 +89,7 @@ def prepare_data(
         found: the samples.
         stage: the stage that trains on them.
         window_size: side of the model's windows, in tokens.
-        pixels_per_token: side of a token, in pixels: pixels per latent times the patch size.
+        pixels_per_token: pixels per latent times the patch size.
         crop, max_aspect_ratio, max_upscale, validation_samples: the options of these names.
 
     Raises:
@@ -167,18 +167,14 @@ FREQUENT = 5  # resolutions that are listed
 CAPTION_CHARACTERS = 100  # of a caption that is quoted
 
 
-def dry_run_report(
-    found: Found, sizes: Sequence[Size], buckets: np.ndarray, global_batch: int
-) -> str:
+def dry_run_report(data: StageData, global_batch: int) -> str:
     """Describe the data, its buckets and its batches in several lines of text.
 
     Args:
-        found: the data.
-        sizes: of the buckets.
-        buckets: the index of each sample's bucket, -1 for samples that are too small.
-        global_batch: samples per optimizer step, of all processes together.
+        data: the data of a stage.
+        global_batch: samples in an optimizer step.
     """
-    too_small = int((buckets < 0).sum())
+    found, too_small = data.found, int((data.buckets < 0).sum())
     broken, total = found.faults.total, len(found.samples) + found.faults.total
     sections = [
         f"Format: {found.format} ({FORMATS[found.format]})",
@@ -188,13 +184,13 @@ def dry_run_report(
     if found.samples:
         sections += [
             _resolutions(found),
-            _buckets(sizes, buckets, global_batch),
+            _buckets(data, global_batch),
             _captions(found),
         ]
     if broken:
         sections.append("Broken:\n" + _indented(str(found.faults)))
     if found.samples:
-        sections.append("Examples:\n" + _indented(_examples(found, sizes, buckets)))
+        sections.append("Examples:\n" + _indented(_examples(data)))
     return "\n".join(sections)
 
 
@@ -209,12 +205,11 @@ def _resolutions(found: Found) -> str:
     )
 
 
-def _buckets(sizes: Sequence[Size], buckets: np.ndarray, global_batch: int) -> str:
+def _buckets(data: StageData, global_batch: int) -> str:
     rows = [("size", "samples", "batches", "in the last batch")]
     places = 0
-    for index, size in enumerate(sizes):
-        count = int((buckets == index).sum())
-        if count:
+    for index, size in enumerate(data.sizes):
+        if count := int((data.buckets == index).sum()):
             batches = -(-count // global_batch)
             places += batches * global_batch
             last = count - (batches - 1) * global_batch
@@ -223,9 +218,9 @@ def _buckets(sizes: Sequence[Size], buckets: np.ndarray, global_batch: int) -> s
         return "Buckets: none in use"
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    empty = 1 - int((buckets >= 0).sum()) / places
+    empty = 1 - int((data.buckets >= 0).sum()) / places
     title = (
-        f"Buckets: {len(rows) - 1:,} of {len(sizes):,} in use; {empty:.1%} of the places in the "
+        f"Buckets: {len(rows) - 1:,} of {len(data.sizes):,} in use; {empty:.1%} of the places in the "
         "batches of an epoch stay empty"
     )
     return title + "\n" + _indented("\n".join(lines))
@@ -246,18 +241,17 @@ def _range(numbers: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _examples(found: Found, sizes: Sequence[Size], buckets: np.ndarray) -> str:
+def _examples(data: StageData) -> str:
     """Describe samples from all over the data, with their first captions."""
-    count = min(EXAMPLES, len(found.samples))
-    lines = []
-    for index in np.linspace(0, len(found.samples) - 1, count).astype(int):
-        sample = found.samples[index]
-        bucket = f"bucket {sizes[buckets[index]]}" if buckets[index] >= 0 else "too small"
+    samples, lines = data.found.samples, []
+    for index in np.linspace(0, len(samples) - 1, min(EXAMPLES, len(samples))).astype(int):
+        sample, bucket = samples[index], data.buckets[index]
+        place = f"bucket {data.sizes[bucket]}" if bucket >= 0 else "too small"
         caption = " ".join(sample.captions[0].split())
         if len(caption) > CAPTION_CHARACTERS:
             caption = caption[:CAPTION_CHARACTERS].rstrip() + "..."
         others = f" (and {len(sample.captions) - 1:,} more)" if len(sample.captions) > 1 else ""
-        lines.append(f"{sample.id}: {Size(sample.height, sample.width)}, {bucket}")
+        lines.append(f"{sample.id}: {Size(sample.height, sample.width)}, {place}")
         lines.append(f'  "{caption}"{others}')
     return "\n".join(lines)
 

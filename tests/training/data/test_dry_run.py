@@ -1,11 +1,11 @@
-"""What a dry run prints."""
+"""Tests of the report that `--dry-run` prints."""
 
 import numpy as np
 
 from localdit.training.data.buckets import Size
 from localdit.training.data.finding import Found
 from localdit.training.data.samples import Blob, Fault, Faults, Sample
-from localdit.training.data.stage_data import dry_run_report
+from localdit.training.data.stage_data import StageData, dry_run_report
 
 
 def sample(number, height, width, *captions):
@@ -19,9 +19,9 @@ def test_everything_is_counted():
         [Fault("no caption", "n.png"), Fault("empty", "e.png"), Fault("empty", "f.png")]
     )
     sizes = [Size(96, 32), Size(64, 64), Size(32, 96)]
-    report = dry_run_report(
-        Found("folder", samples, faults), sizes, np.array([1, 1, 1, 1, 1, 0, -1]), global_batch=4
-    )
+    buckets = np.array([1, 1, 1, 1, 1, 0, -1])
+    data = StageData(Found("folder", samples, faults), sizes, buckets, held_out=[])
+    report = dry_run_report(data, global_batch=4)
     lines = report.splitlines()
     assert lines[0].startswith("Format: folder (pictures")
     assert "Samples: 6 to train on, 1 too small, 3 broken (30.0% of 10)" in lines
@@ -46,15 +46,16 @@ def test_everything_is_counted():
 
 def test_several_captions_and_line_breaks_in_an_example():
     found = Found("folder", [sample(5, 96, 32, "line\none", "two", "three")])
-    report = dry_run_report(found, [Size(96, 32)], np.array([0]), 1)
+    report = dry_run_report(StageData(found, [Size(96, 32)], np.array([0]), []), 1)
     assert '    "line one" (and 2 more)' in report.splitlines()
     assert "Broken" not in report
 
 
 def test_nothing_usable():
     found = Found("webdataset", [], Faults([Fault("empty", "a.tar")]))
-    report = dry_run_report(found, [Size(64, 64)], np.empty(0, dtype=np.int64), 4)
+    report = dry_run_report(StageData(found, [Size(64, 64)], np.empty(0, dtype=np.int64), []), 4)
     assert "0 to train on, 0 too small, 1 broken (100.0% of 1)" in report
     assert "1 empty (zero bytes): a.tar" in report
     small = Found("folder", [sample(0, 8, 8)])
-    assert "Buckets: none in use" in dry_run_report(small, [Size(64, 64)], np.array([-1]), 4)
+    data = StageData(small, [Size(64, 64)], np.array([-1]), [])
+    assert "Buckets: none in use" in dry_run_report(data, 4)
