@@ -1,4 +1,4 @@
-"""A run between its steps: stages, data, validation, checkpoints, and how all of it is set up."""
+"""A run apart from its steps: its setup, stages, data, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Session:
     Attributes:
         args: the options.
         accelerator, agreement: the processes, and their common decisions.
-        run: the folder.
+        run: the folder of the run.
         data: the data of each stage.
-        models: the transformer, and the frozen parts around it.
-        method: the models that are trained, and their loss.
+        models: the transformer and the objects that use it.
+        method: the trained models and their loss.
         state: everything that a step changes.
-        reporter: logs and messages.
-        stop: signals that ask the run to end.
+        reporter: writes logs and messages.
+        stop: the signal that asked the run to end.
         kernels: PyTorch's attention kernels to train with.
         saved: step of the newest checkpoint.
     """
@@ -73,10 +73,10 @@ class Session:
     saved: int = -1
 
     def resume(self, checkpoint: Path) -> None:
-        """Load the state of a checkpoint, and print what differs from the run that saved it.
+        """Load a checkpoint, and print the options that differ from those it was saved with.
 
         Raises:
-            ValueError: if it is a checkpoint of another run, model or optimizer.
+            ValueError: if it belongs to another run, model or optimizer.
         """
         folder = checkpoint / "training"
         changes = changed_options(checkpoint, saved_options(folder), options_of(self.args))
@@ -95,7 +95,7 @@ class Session:
                 self.reporter.say(message)
 
     def begin_stage(self) -> Stage:
-        """Prepare for the stage that the next step belongs to."""
+        """Prepare for the stage of the next step, and return it."""
         progress, stages = self.state.progress, self.args.stages
         stage = stage_of_step(stages, progress.step)
         if progress.step == stage.first_step:
@@ -106,7 +106,7 @@ class Session:
         return stage
 
     def batches(self, stage: Stage) -> Iterator[tuple[Step, list[Batch]]]:
-        """Yield the coming steps, each with this process's batches, without end."""
+        """Yield steps without end, each with the batches of this process."""
         data, accelerator = self.data[stage.index], self.accelerator
         processes = accelerator.num_processes
         steps = stage_batches(
@@ -125,7 +125,7 @@ class Session:
             yield step
 
     def set_learning_rate(self, stage: Stage) -> float:
-        """Set the learning rate of the coming step, and return it."""
+        """Set the learning rate of the next step, and return it."""
         rate = learning_rate(
             self.state.progress.step - stage.first_step,
             stage.max_train_steps,
@@ -183,7 +183,7 @@ class Session:
         )
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one.
+        """Write a checkpoint of the current step, unless it exists.
 
         Raises:
             TrainingStopped: in every process, if it can't be written.

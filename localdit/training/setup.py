@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: processes, data, models, state."""
+"""Setting up the parts of a run: processes, data, models, training method and state."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 
 def start_processes(args: argparse.Namespace) -> Accelerator:
-    """Start Accelerate, with the trackers that were asked for.
+    """Start Accelerate with the trackers of the options.
 
     Raises:
-        TrainingStopped: if the processes can't work together as they were started.
+        TrainingStopped: if the processes can't work together.
     """
     trackers = [name for name in ("wandb", "tensorboard") if getattr(args, f"use_{name}")]
     try:
@@ -66,7 +66,7 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
 
 
 def find_data(args: argparse.Namespace) -> list[StageData]:
-    """The data of every stage, so that nothing is missed on the way; each root is searched once.
+    """Find the data of all stages before training begins. Each root is searched once.
 
     Raises:
         ValueError, OSError: if a stage has nothing to train on.
@@ -101,22 +101,22 @@ def _pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
     if found.encoded is not None:
         return found.encoded.manifest.vae_scale
     source = initialization.encoder_sources(args)["vae"]
-    if source == str(Config.vae):  # known, so that a dry run fetches nothing
+    if source == str(Config.vae):  # its scale is known, so a dry run fetches nothing
         return PIXELS_PER_LATENT
     return LatentFormat.from_config(vae_config(locate_encoder("vae", source))).pixels_per_latent
 
 
 @dataclass
 class Models:
-    """The models of a run, and what is made with them.
+    """The models of a run, and the objects that use them.
 
     Attributes:
-        transformer: in training, bare.
-        teacher: frozen, for methods that need one.
-        objective: what the transformer learns to predict.
+        transformer: the transformer in training, bare.
+        teacher: the frozen teacher of methods that need one.
+        objective: the training objective.
         make_inputs: encodes batches.
-        latents: the numbers of the latent space.
-        result: writes what a run leaves: the folder of a pipeline, or of adapters.
+        latents: format of the latent space.
+        result: writes the result of the run, a pipeline or adapters.
         pictures: draws the validation prompts, if there are any.
     """
 
@@ -131,7 +131,7 @@ class Models:
     def dataset(
         self, data: StageData, stage: Stage, args: argparse.Namespace, draws: Draws | None = None
     ) -> VisitDataset:
-        """The samples of a stage, with the random choices of training unless others are given."""
+        """Return the samples of a stage, by default with the random choices of training."""
         draws = draws or Draws(
             (args.seed, stage.index),
             args.token_dropout,
@@ -151,7 +151,7 @@ class Models:
 def load_models(
     args: argparse.Namespace, data: list[StageData], accelerator: Accelerator
 ) -> Models:
-    """Load what the run needs; of encoded data that is neither VAE nor text encoder.
+    """Load the models. Encoded data needs neither VAE nor text encoder.
 
     Raises:
         ValueError, OSError: if models are missing or don't fit each other.
@@ -231,7 +231,7 @@ def _result_folder(
     objective: Objective,
     sources: dict[str, str],
 ) -> ResultFolder:
-    """What the run leaves; where that is adapters, they are put into the transformer.
+    """Return the writer of the result. If that is adapters, add them to the transformer.
 
     Raises:
         ValueError, OSError: if encoders are missing, or the transformer can't have the adapters.
@@ -250,10 +250,10 @@ def _result_folder(
 
 
 def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | None:
-    """The encoded data of a run, if there is any; of several sets one, for they go together.
+    """Return the first encoded set of a run, None if there is none.
 
     Raises:
-        ValueError: if they don't, or captions were cut at another length.
+        ValueError: if sets have different encoders, or captions were cut at another length.
     """
     sets = [stage.found.encoded for stage in data if stage.found.encoded is not None]
     for encoded in sets:
@@ -271,8 +271,8 @@ def _require_same_encoders(expected: dict[str, str], given: dict[str, str]) -> N
     different = [part for part, fingerprint in expected.items() if given[part] != fingerprint]
     if different:
         raise ValueError(
-            f"Not all data was encoded with the same {' and '.join(different)}, or those that the "
-            "options name are others. Encode it anew, or name the ones it was encoded with."
+            f"The encoded data of two stages, or encoded data and the options, differ in "
+            f"{' and '.join(different)}. Encode the data again, or name the models that encoded it."
         )
 
 
@@ -290,7 +290,7 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
     """Prepare the models of a method and their optimizers for the processes, and start averages.
 
     Raises:
-        ValueError: if the processes can't train these models, or not with this optimizer.
+        ValueError: if the processes can't train these models, or can't use this optimizer.
     """
     engine, precision = accelerator.distributed_type, accelerator.mixed_precision
     if args.lora_rank is not None and engine == "DEEPSPEED":

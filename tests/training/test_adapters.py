@@ -207,7 +207,7 @@ def test_a_pixart_has_to_be_trained_as_a_whole(train, tmp_path, capsys):
     save_file({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(1)},
               tmp_path / "pixart/diffusion_pytorch_model.safetensors")  # fmt: skip
     train("run", "--transformer", tmp_path / "pixart", expect=1)
-    assert "is a PixArt, which has to be trained as a whole" in capsys.readouterr().err
+    assert "is a PixArt, whose weights must all be trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_pixart_has_to_be_trained_as_a_whole(train, tmp_path, capsys):
     [
         (["--lora-rank", "0"], "--lora-rank is 0; expected more than 0"),
         (["--lora-rank", "4"], "--lora-rank adapts existing weights: name them with --trans"),
-        (["--lora-alpha", "4"], "--lora-alpha is for adapters: give --lora-rank as well"),
+        (["--lora-alpha", "4"], "--lora-alpha is for adapters: also give --lora-rank"),
         (["--lora-rank", "4", "--lora-alpha", "-1"], "--lora-alpha is -1.0; expected more than 0"),
         (["--lora-rank", "4", "--lora-dropout", "2"], "--lora-dropout is 2.0; expected 0 to 1"),
     ],

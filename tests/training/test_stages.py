@@ -52,7 +52,6 @@ def test_the_stage_of_a_step(tmp_path):
             [{}, {"seed": 3}],
             "stage 2: 'seed' is not an option of a stage. The options",
         ),
-        ([{"image-size": 100}], "stage 1: --image-size is 100; expected a multiple of 16"),
         ([{"image-size": "512"}], "stage 1: image-size is '512'; expected a value such as 512"),
         ([{"batch-size": True}], "stage 1: batch-size is True"),
         ([{"lr-schedule": "square"}], "stage 1: --lr-schedule is 'square'"),

@@ -220,8 +220,8 @@ def _buckets(data: StageData, global_batch: int) -> str:
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     empty = 1 - int((data.buckets >= 0).sum()) / places
     title = (
-        f"Buckets: {len(rows) - 1:,} of {len(data.sizes):,} in use; {empty:.1%} of the places in the "
-        "batches of an epoch stay empty"
+        f"Buckets: {len(rows) - 1:,} of {len(data.sizes):,} in use; {empty:.1%} of the places in "
+        "the batches of an epoch stay empty"
     )
     return title + "\n" + _indented("\n".join(lines))
 
