@@ -10,7 +10,7 @@ import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +41,8 @@ class Plan:
 
     Attributes:
         samples: the samples to encode.
-        buckets: (N,) the bucket of each.
-        sizes: of all buckets, in pixels.
+        buckets: (N,) bucket of each sample.
+        sizes: sizes of all buckets, in pixels.
         samples_per_shard: samples per tar.
         too_small: number of samples left out because they would have been enlarged too much.
     """
@@ -123,9 +123,9 @@ class DiskNeed(NamedTuple):
     """Bytes that each sample needs, (N,) each.
 
     Attributes:
-        latents, text: of the values alone.
-        total: of the values with their headers, in the tar and its index.
-        tokens_per_caption: on average.
+        latents, text: bytes of the values alone.
+        total: bytes of the values with their headers, in the tar and its index.
+        tokens_per_caption: mean number of text tokens.
     """
 
     latents: np.ndarray
@@ -166,10 +166,10 @@ def _in_tar(size: np.ndarray) -> np.ndarray:
 
 
 class PictureBatch(NamedTuple):
-    """Pictures of one size, and those of the batch that turned out to be broken.
+    """The healthy pictures of a batch, which have one size, and the broken ones.
 
     Attributes:
-        indices: of the healthy pictures.
+        indices: indices of the healthy pictures.
         pixels: (B, 3, H, W) uint8; None if all are broken.
         faults: the broken pictures.
     """
@@ -180,7 +180,7 @@ class PictureBatch(NamedTuple):
 
 
 class PlannedPictures(Dataset[tuple[int, torch.Tensor | Fault]]):
-    """The pictures of a plan, at their sizes."""
+    """The pictures of a plan, scaled to their sizes."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -224,37 +224,33 @@ class ShardEncoder:
     """Writes shards.
 
     Attributes:
-        folder: of the set.
+        folder: folder of the set.
+        manifest: manifest of the set.
         plan: the samples.
-        digest: of the manifest.
-        encoders: of pictures and captions.
-        max_caption_length: text tokens that a caption is cut at.
+        encoders: encoders of pictures and captions.
         batch_size: pictures per batch.
-        bf16: whether pictures are encoded in bfloat16.
         progress: called after each batch with its number of samples.
     """
 
     folder: Path
+    manifest: Manifest
     plan: Plan
-    digest: str
     encoders: Encoders
-    max_caption_length: int
     batch_size: int
-    bf16: bool = False
-    progress: Callable[[int], Any] = field(default=lambda samples: None)
+    progress: Callable[[int], Any]
 
     def write(self, shard: int, pictures: Iterator[PictureBatch]) -> list[Fault]:
         """Write the tar of a shard, then its index, which marks the tar as complete.
 
         Args:
-            shard: its number.
-            pictures: an iterator whose next batches are those of the shard.
+            shard: number of the shard.
+            pictures: iterator that yields the batches of the shard next.
 
         Returns:
             The samples that turned out to be broken.
 
         Raises:
-            OSError: if they can't be written; then no incomplete file is left.
+            OSError: if a file can't be written. No incomplete file is left then.
         """
         entries, faults = [], []
         with whole_file(tar_path(self.folder, shard)) as file:
@@ -264,7 +260,7 @@ class ShardEncoder:
                     entries += self._write_chunk(tar, latents)
                     faults += broken
             size = file.tell()
-        index = {"format": FORMAT, "set": self.digest, "bytes": size, "samples": entries,
+        index = {"format": FORMAT, "set": self.manifest.digest(), "bytes": size, "samples": entries,
                  "faults": faults}  # fmt: skip
         with whole_file(index_path(self.folder, shard)) as file:
             file.write(json.dumps(index).encode())
@@ -276,11 +272,12 @@ class ShardEncoder:
         """Return the latents (C, h, w) float16 of healthy pictures by index, and the faults."""
         latents: dict[int, torch.Tensor] = {}
         faults: list[Fault] = []
+        bf16 = self.manifest.mixed_precision == "bf16"
         for planned in self.plan.batches(chunk, self.batch_size):
             indices, pixels, broken = next(pictures)
             faults += broken
             if pixels is not None:
-                encoded = self.encoders.latents.encode_pixels(pixels, self.bf16)
+                encoded = self.encoders.latents.encode_pixels(pixels, bf16)
                 encoded = encoded.to("cpu", torch.float16)
                 latents |= dict(zip(indices, encoded, strict=True))
             self.progress(len(planned))
@@ -295,13 +292,13 @@ class ShardEncoder:
         samples = {index: self.plan.samples[index] for index in latents}
         text = self.encoders.text.encode_unpadded(
             [caption for sample in samples.values() for caption in sample.captions],
-            self.max_caption_length,
+            self.manifest.max_caption_length,
         )
         entries = []
         for index, sample in samples.items():
             tensors = {"latents": latents[index].clone(memory_format=torch.contiguous_format)}
             for number, caption in enumerate(sample.captions):
-                # Safetensors refuses one tensor under two names, as repeated captions would be.
+                # Safetensors refuses one tensor under two names, such as for repeated captions.
                 tensors[f"text_{number}"] = text[caption].clone()
             size = self.plan.size(index)
             described = {"id": sample.id, "captions": sample.captions, **size._asdict()}

@@ -36,13 +36,13 @@ class Inputs(NamedTuple):
 
 
 class InputMaker:
-    """Encode batches of pictures; pass on batches that were encoded ahead of training.
+    """Encodes batches of pictures, and passes on batches of encoded data.
 
     Args:
-        device: where to put the result.
-        encoders: for pictures and captions; None for encoded data.
-        max_caption_length: text tokens that a caption is cut at.
-        models: those that the inputs are for; they need not be conditioned on picture sizes.
+        device: device of the inputs.
+        encoders: encoders of pictures and captions; None for encoded data.
+        max_caption_length: number of text tokens after which captions are cut.
+        models: models that take the inputs, conditioned on picture sizes or not.
         bf16: encode pictures in bfloat16.
     """
 
@@ -64,7 +64,7 @@ class InputMaker:
         self.bf16 = bf16
 
     def __call__(self, batch: Batch) -> Inputs:
-        """Return the transformer's inputs for a batch, but for the noise."""
+        """Return the transformer's inputs for a batch, without noise."""
         if batch.pixels is not None:
             assert self.encoders is not None
             latents = self.encoders.latents.encode_pixels(batch.pixels, self.bf16)
@@ -85,9 +85,9 @@ class Method(ABC):
     """Models by name, and the loss of a batch.
 
     Attributes:
-        trained: bare models whose weights are trained, as far as they require a gradient.
-        frozen: models that the loss needs and no step changes, on the training device. They are
-            not part of the training state.
+        trained: bare models. Their weights are trained if they require a gradient.
+        frozen: models on the training device that the loss needs and no step changes. They are not
+            part of the training state.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Method(ABC):
             models: the trained models as Accelerate prepared them, and the frozen ones, by name.
             inputs: latents, text and conditions of the batch.
             noise: (B, C, h, w) float32.
-            positions: (B,) in [0, 1), from the latents to the noise: see `Objective.timesteps`.
+            positions: (B,) in [0, 1), from the latents to the noise; see `Objective.timesteps`.
         """
 
     @abstractmethod
@@ -125,7 +125,7 @@ class Method(ABC):
 
 
 class NoisedPrediction(NamedTuple):
-    """A model's prediction for noised latents, beside what it should have predicted.
+    """A model's prediction for noised latents, and its target.
 
     Attributes:
         prediction, target: (B, C, h, w).
@@ -144,11 +144,11 @@ def noised_prediction(
     noise: torch.Tensor,
     positions: torch.Tensor,
 ) -> NoisedPrediction:
-    """Add noise to the latents and let a model predict. Training and validation share this.
+    """Add noise to latents and predict the target, for training and validation.
 
     Args:
-        model: called as the transformer is.
-        objective: gives timesteps, noised latents and target.
+        model: a model with the transformer's arguments.
+        objective: defines timesteps, noised latents and target.
         inputs: latents, text and conditions, on the model's device.
         noise: (B, C, h, w) float32.
         positions: (B,) in [0, 1).

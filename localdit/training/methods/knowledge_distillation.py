@@ -1,4 +1,4 @@
-"""Training a transformer to predict what a frozen teacher predicts."""
+"""Knowledge distillation: a transformer learns the predictions of a frozen teacher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class KnowledgeDistillation(FineTuning):
     predicts for the same noised latents, text and picture sizes.
 
     Attributes:
-        teacher: frozen, on the training device.
+        teacher: the frozen teacher, on the training device.
     """
 
     def __init__(
