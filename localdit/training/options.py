@@ -271,7 +271,7 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
     add("--max-train-steps", type=int, default=defaults.max_datasteps, help="optimizer steps")
     add("--learning-rate", type=float, default=defaults.learning_rate, help="highest learning rate")
     add("--lr-schedule", choices=["constant", "cosine"], default="constant",
-        help="course of the learning rate after the warm-up")  # fmt: skip
+        help="learning rate after the warm-up: constant, or a cosine that falls to 0")  # fmt: skip
     add("--warmup-steps", type=int, default=0, help="steps in which the learning rate rises from 0")
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw",
         help="AdamW, or the AdamW of bitsandbytes with an 8-bit state")  # fmt: skip

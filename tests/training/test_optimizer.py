@@ -67,7 +67,7 @@ def test_adamw_follows_the_formula():
     torch.testing.assert_close(quadratic("adamw", 5), weight, rtol=1e-4, atol=1e-6)
 
 
-def test_eight_bits_come_close():
+def test_eight_bits_are_close():
     pytest.importorskip("bitsandbytes")
     found, exact = quadratic("adamw8bit", 5), quadratic("adamw", 5)
     moved = (exact - torch.linspace(0, 1, 4096)).abs().mean()
@@ -115,7 +115,7 @@ def test_entries_go_by_parameter_name():
     assert [group["settings"]["lr"] for group in notes["groups"]] == [1e-2, 5e-3]
 
 
-def test_a_loaded_optimizer_goes_on_to_the_same_bits():
+def test_a_loaded_optimizer_continues_to_the_same_bits():
     model, optimizer = model_and_optimizer(steps=3)
     state, weights = saved(model, optimizer), {k: v.clone() for k, v in model.state_dict().items()}
     take_steps(model, optimizer, 2)
@@ -151,7 +151,7 @@ def test_an_optimizer_that_took_no_step_has_no_tensors():
     assert not optimizer.state
 
 
-def test_how_to_compute_stays_as_it_is():
+def test_settings_of_the_engine_are_kept():
     state = saved(*model_and_optimizer(fused=True, steps=1))
     model, optimizer = model_and_optimizer(fused=False)
     load_optimizer_state(model, optimizer, *state)
@@ -198,7 +198,7 @@ def test_eight_bit_states_are_kept_as_they_are():
     assert all(torch.equal(tensors[key], again[key]) for key in tensors | again)
 
 
-def test_what_belongs_to_blocks_of_a_shard_is_refused(tmp_path):
+def test_entries_for_blocks_of_a_shard_are_refused(tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )

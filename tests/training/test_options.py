@@ -75,7 +75,7 @@ def test_without_a_file_there_is_one_stage():
     assert stage.data_root == "data"
 
 
-def test_stages_follow_one_another_and_change_what_they_say(tmp_path):
+def test_stages_follow_each_other_and_change_their_options(tmp_path):
     options = stages_file(
         tmp_path,
         [

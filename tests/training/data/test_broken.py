@@ -138,7 +138,7 @@ def test_a_broken_sample_costs_less_than_five_milliseconds(where, request):
     assert max(medians.values()) < MOST_MS, medians
 
 
-def test_a_few_of_each(tmp_path):
+def test_all_kinds_of_broken_samples_are_counted(tmp_path):
     """The same in small, for every run of the tests."""
     for number, (_, picture, caption) in enumerate(ALL.values()):
         (tmp_path / f"{number}.jpg").write_bytes(picture)

@@ -19,7 +19,7 @@ from localdit.training.data.samples import Blob, Candidate, CaptionFile, Fault, 
 from tests.training.data.drawn import write_files
 
 
-def test_the_order_is_that_of_code_points_whatever_the_file_system_says(tmp_path, monkeypatch):
+def test_files_are_sorted_by_code_points(tmp_path, monkeypatch):
     names = [
         "b.png",
         "B.png",
@@ -46,7 +46,7 @@ def test_the_order_is_that_of_code_points_whatever_the_file_system_says(tmp_path
     assert list_files(tmp_path) == sorted(names)
 
 
-def test_hidden_files_links_and_what_is_no_file(tmp_path):
+def test_hidden_files_links_and_special_files(tmp_path):
     write_files(
         tmp_path, {".a.png": b"", ".git/b.png": b"", "c/d.png": b"", "elsewhere/e.png": b""}
     )
@@ -86,7 +86,7 @@ def test_captions_beside_pictures(tmp_path):
     assert texts == [("of a",), ("one", "two"), ("of b.c",)]
 
 
-def test_what_has_a_caption_and_is_of_no_kind_that_is_read(tmp_path):
+def test_files_of_an_unknown_type_with_a_caption_are_faults(tmp_path):
     write_files(
         tmp_path,
         {
@@ -224,7 +224,7 @@ def test_a_picture_named_twice_has_the_captions_of_both(tmp_path):
         b'{"file_name": "b\xe4r.png", "text": "a"}',
     ],
 )
-def test_lines_that_can_not_be_understood(tmp_path, line):
+def test_invalid_lines_of_json_are_faults(tmp_path, line):
     good = [b'{"file_name": "a.png", "text": "1"}', b'{"file_name": "b.png", "text": "2"}']
     line = line if isinstance(line, bytes) else line.encode()
     write_files(tmp_path, {"metadata.jsonl": b"\n".join([good[0], line, good[1]])})
@@ -238,7 +238,7 @@ def test_lines_that_can_not_be_understood(tmp_path, line):
     "row",
     ["b.png", "b.png,a bear, red", '"b.png"x,a', f"b.png,{'x' * 200_000}", ",a", "../b.png,a"],
 )
-def test_rows_that_can_not_be_understood(tmp_path, row):
+def test_invalid_rows_of_csv_are_faults(tmp_path, row):
     write_files(tmp_path, {"metadata.csv": f"file_name,text\na.png,1\n{row}\nc.png,2\n"})
     assert listed(tmp_path) == (
         {"a.png": ("1",), "c.png": ("2",)},
@@ -246,12 +246,12 @@ def test_rows_that_can_not_be_understood(tmp_path, row):
     )
 
 
-def test_a_row_whose_quote_is_never_closed(tmp_path):
+def test_a_row_with_an_open_quote(tmp_path):
     write_files(tmp_path, {"metadata.csv": 'file_name,text\na.png,1\nb.png,"2\nc.png,3\n'})
     assert listed(tmp_path) == ({"a.png": ("1",)}, {"metadata.csv, entry 2": "bad entry"})
 
 
-def test_metadata_that_can_not_be_used(tmp_path):
+def test_unusable_metadata_is_refused(tmp_path):
     cases = {
         "metadata.jsonl": (jsonl({"image": "a.png", "text": "a"}), "has a file_name"),
         "metadata.csv": (

@@ -37,7 +37,7 @@ def test_a_blob_is_a_file_or_a_part_of_one(tmp_path):
         Blob(str(tmp_path / "gone")).read()
 
 
-def test_a_sample_can_be_sent_to_a_worker_and_not_be_changed():
+def test_a_sample_can_be_pickled_and_is_frozen():
     sample = Sample("a", Blob("a.png", 1, 2), ("red", "blue"), 3, 4)
     assert pickle.loads(pickle.dumps(sample)) == sample
     with pytest.raises(AttributeError):
@@ -72,7 +72,7 @@ def test_a_broken_sample_explains_itself():
         BrokenSample("odd")
 
 
-def test_the_threshold():
+def test_the_threshold_of_broken_samples():
     faults = Faults(Fault("empty", str(number)) for number in range(10))
     require_few(faults, 90, 0.1)
     require_few(faults, 0, 1.0)
@@ -96,13 +96,13 @@ def threads_of(function, number):
     return len({*seen})
 
 
-def test_waiting_is_done_together():
+def test_waiting_is_done_in_threads():
     start = time.perf_counter()
     assert 1 < threads_of(lambda: time.sleep(0.01), 160) <= THREADS + 1
     assert time.perf_counter() - start < 0.8  # 1.6 s one after the other
 
 
-def test_work_is_done_alone():
+def test_work_is_done_in_one_thread():
     assert threads_of(lambda: sum(range(50_000)), 20) == 1
 
 
@@ -174,7 +174,7 @@ def test_a_text_file_is_one_caption(tmp_path):
         ("json", b"a bear", "bad caption"),
     ],
 )
-def test_files_without_a_caption(tmp_path, suffix, content, kind):
+def test_files_without_a_caption_are_broken(tmp_path, suffix, content, kind):
     with pytest.raises(BrokenSample) as raised:
         read_captions(caption_file(tmp_path, suffix, content))
     assert raised.value.kind == kind

@@ -48,7 +48,7 @@ def test_sides_of_buckets_are_multiples_of_a_token():
     assert prepared(found((64, 64), (99, 60)), crop="center").sizes == [Size(64, 64)]
 
 
-def test_held_out_samples_are_not_visited_and_small_ones_neither():
+def test_held_out_and_small_samples_are_not_visited():
     data = prepared(found((64, 64), (64, 64), (8, 8), (64, 64)))
     assert data.buckets[2] == -1
     assert len(data.held_out) == 1
@@ -114,7 +114,7 @@ def test_several_captions_and_line_breaks_in_an_example():
     assert "Broken" not in report
 
 
-def test_nothing_usable():
+def test_data_without_usable_samples():
     found = Found("webdataset", [], Faults([Fault("empty", "a.tar")]))
     report = dry_run_report(StageData(found, [Size(64, 64)], np.empty(0, dtype=np.int64), []), 4)
     assert "0 to train on, 0 too small, 1 broken (100.0% of 1)" in report

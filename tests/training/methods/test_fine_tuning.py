@@ -45,7 +45,7 @@ def test_the_prepared_model_is_called_and_not_the_bare_one(inputs):
     assert losses.tolist() == [4.0] * 3
 
 
-def test_adapters_leave_the_transformer_as_it_is_and_save_a_third_of_the_operations(inputs):
+def test_adapters_leave_the_transformer_unchanged_and_save_a_third_of_the_operations(inputs):
     transformer = tiny_components()["transformer"]
     size = transformer.config.sample_size
     whole, adapters = (FineTuning(transformer, Objective(), flag) for flag in (False, True))
