@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 
 from localdit.training.data.batches import Batch, Draws
 from localdit.training.data.order import Step
+from localdit.training.data.samples import require_few
 from localdit.training.data.stage_data import (
     StageData,
     dry_run_report,
@@ -223,7 +224,8 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
             batch = stage.global_batch(accelerator.num_processes)
             accelerator.print(dry_run_report(found, batch))
     for found in data:
-        agreement.on_main(partial(found.require_few_broken, args.max_broken))
+        faults, healthy = found.found.faults, len(found.found.samples)
+        agreement.on_main(partial(require_few, faults, healthy, args.max_broken))
     if args.dry_run:
         return None
 

@@ -35,6 +35,9 @@ PICTURE_SUFFIXES = frozenset(
     {"bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm"}
     | {"tif", "tiff", "webp"}
 )
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+Row = Mapping[str, Any] | BrokenSample
 
 
 def list_files(root: Path) -> list[str]:
@@ -105,13 +108,8 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-
-Row = Mapping[str, Any] | BrokenSample
-
-
 def metadata_files(files: Sequence[str]) -> list[str]:
-    """Return the metadata files among the result of `folders.list_files`."""
+    """Return the metadata files among the result of `list_files`."""
     return [file for file in files if posixpath.basename(file) in METADATA_NAMES]
 
 
@@ -123,7 +121,7 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
 
     Args:
         root: the folder of the data.
-        files: the result of `folders.list_files`.
+        files: the result of `list_files`.
 
     Raises:
         ValueError: if a folder has several metadata files, or one can't be read at all or lacks the
@@ -138,10 +136,13 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     for file, folder in zip(metadata, folders, strict=True):
         for number, row in enumerate(_rows(root / file), start=1):
             try:
+                if isinstance(row, BrokenSample):
+                    raise row
                 name = posixpath.normpath(posixpath.join(folder, _file_name(row)))
                 if name == ".." or name.startswith("../"):
                     raise BrokenSample("bad entry", f"{name} is outside of the data folder")
-                captions.setdefault(name, []).append(_caption(row))
+                caption = next((row[key] for key in CAPTION_KEYS if key in row), None)
+                captions.setdefault(name, []).append(caption)
             except BrokenSample as broken:
                 faults.append(Fault(broken.kind, f"{file}, entry {number}", broken.detail))
     candidates = [
@@ -151,9 +152,7 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     return [*candidates, *faults]
 
 
-def _file_name(row: Row) -> str:
-    if isinstance(row, BrokenSample):
-        raise row
+def _file_name(row: Mapping[str, Any]) -> str:
     name = row.get("file_name")
     if not isinstance(name, str) or not name:
         raise BrokenSample("bad entry", f"file_name is {name!r}, expected the path of a picture")
@@ -162,11 +161,6 @@ def _file_name(row: Row) -> str:
             "bad entry", f"file_name {name[:100]!r} is not a path within the data folder"
         )
     return name
-
-
-def _caption(row: Row) -> Any:
-    assert not isinstance(row, BrokenSample)
-    return next((row[key] for key in CAPTION_KEYS if key in row), None)
 
 
 def _joined(texts: list[Any]) -> Any:

@@ -28,6 +28,10 @@ KINDS = {
     "duplicate": "another sample has the same name",
 }
 EXAMPLES = 5  # kept of each kind
+# In order of preference, among the files beside a picture and the keys of a JSON object.
+CAPTION_SUFFIXES = ("txt", "caption", "json")
+CAPTION_KEYS = ("text", "caption", "captions", "prompt")
+MAX_FILE_BYTES = 1_000_000
 
 THREADS = 16
 PATIENCE = 2.0  # seconds of waiting per second of work above which threads pay
@@ -185,12 +189,6 @@ def map_reads(function: Callable[[Entry], Result], entries: Iterable[Entry]) -> 
         if waited > max(NOTABLE, PATIENCE * worked):
             with ThreadPoolExecutor(THREADS) as pool:
                 yield from pool.map(function, rest)
-
-
-# In order of preference, among the files beside a picture and the keys of a JSON object.
-CAPTION_SUFFIXES = ("txt", "caption", "json")
-CAPTION_KEYS = ("text", "caption", "captions", "prompt")
-MAX_FILE_BYTES = 1_000_000
 
 
 class CaptionFile(NamedTuple):

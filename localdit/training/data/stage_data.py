@@ -20,8 +20,11 @@ from localdit.training.data.order import (
     epoch_batches,
     hold_out,
 )
-from localdit.training.data.samples import EXAMPLES, require_few
+from localdit.training.data.samples import EXAMPLES
 from localdit.training.options import Stage
+
+FREQUENT = 5  # resolutions that are listed
+CAPTION_CHARACTERS = 100  # of a caption that is quoted
 
 
 @dataclass
@@ -48,10 +51,6 @@ class StageData:
         for sample in self.found.samples:
             digest.update(f"{sample.id}\n{len(sample.captions)}\n".encode())
         return digest.hexdigest()
-
-    def require_few_broken(self, allowed: float) -> None:
-        """Refuse data in which too large a share of the samples is broken; see `require_few`."""
-        require_few(self.found.faults, len(self.found.samples), allowed)
 
     def order(self, stage: Stage, global_batch: int, seed: int) -> Order:
         """Return the order in which the samples are visited.
@@ -161,10 +160,6 @@ def held_out_batches(
         step = Step(row, int(data.buckets[row.max()]), 0, Position())
         visits += list(step.share(rank, num_processes, batch_size))
     return load_batches(dataset, visits, num_workers)
-
-
-FREQUENT = 5  # resolutions that are listed
-CAPTION_CHARACTERS = 100  # of a caption that is quoted
 
 
 def dry_run_report(data: StageData, global_batch: int) -> str:
