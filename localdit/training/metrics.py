@@ -120,7 +120,7 @@ class Metrics:
         """Count an optimizer step.
 
         Args:
-            loss, grad_norm: of the whole batch, over all processes.
+            loss, grad_norm: values of the whole batch, over all processes.
             learning_rate: the rate of the step.
             images: number of pictures in the whole batch.
             flops: operations of the model for all of them, forward and backward.

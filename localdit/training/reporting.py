@@ -45,17 +45,17 @@ class Reporter:
     def begin(self, data: Sequence[StageData], step: int) -> None:
         """Print the data of each stage, and start the trackers."""
         processes = self.accelerator.num_processes
-        for stage, found in zip(self.args.stages, data, strict=True):
-            left_out = int((found.buckets < 0).sum())
+        for stage, stage_data in zip(self.args.stages, data, strict=True):
+            found, left_out = stage_data.found, int((stage_data.buckets < 0).sum())
             self.say(
-                f"{stage}: {len(found.found.samples):,} samples ({left_out:,} too small, "
-                f"{len(found.held_out):,} held out, {found.found.faults.total:,} broken), "
-                f"{len(found.sizes)} buckets, {stage.batch_size} x {processes} processes on "
+                f"{stage}: {len(found.samples):,} samples ({left_out:,} too small, "
+                f"{len(stage_data.held_out):,} held out, {found.faults.total:,} broken), "
+                f"{len(stage_data.sizes)} buckets, {stage.batch_size} x {processes} processes on "
                 f"{self.accelerator.device.type} x {stage.gradient_accumulation_steps} = "
                 f"{stage.global_batch(processes)} samples to a step"
             )
-            if found.found.faults.total:
-                self.say(str(found.found.faults))
+            if found.faults.total:
+                self.say(str(found.faults))
         if self.main:
             self.run.forget_after(step)
         if not self.can_draw:

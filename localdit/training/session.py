@@ -220,11 +220,11 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     agreement = Agreement(accelerator)
     data = agreement.on_main(lambda: find_data(args))
     if args.dry_run:
-        for stage, found in zip(args.stages, data, strict=True):
+        for stage, stage_data in zip(args.stages, data, strict=True):
             batch = stage.global_batch(accelerator.num_processes)
-            accelerator.print(dry_run_report(found, batch))
-    for found in data:
-        faults, healthy = found.found.faults, len(found.found.samples)
+            accelerator.print(dry_run_report(stage_data, batch))
+    for found in (stage_data.found for stage_data in data):
+        faults, healthy = found.faults, len(found.samples)
         agreement.on_main(partial(require_few, faults, healthy, args.max_broken))
     if args.dry_run:
         return None

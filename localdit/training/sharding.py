@@ -101,7 +101,7 @@ def _as_sharded(shard: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def is_main_process() -> bool:
-    """Whether this process keeps the gathered tensors: it has rank 0, or is the only one."""
+    """Return whether this process keeps the gathered tensors: it has rank 0, or is the only one."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0
 
@@ -119,7 +119,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_deepspeed(model: nn.Module) -> bool:
-    """Whether the model is DeepSpeed's engine. DeepSpeed itself need not be installed."""
+    """Return whether the model is DeepSpeed's engine. DeepSpeed itself need not be installed."""
     return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 

@@ -54,7 +54,7 @@ class Found:
 
     Attributes:
         format: one of `FORMATS`.
-        samples: in an order that is the same on every machine.
+        samples: the samples, in an order that is the same on every machine.
         faults: the broken samples.
         encoded: the set that encoded samples belong to, otherwise None.
     """

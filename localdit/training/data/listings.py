@@ -252,7 +252,7 @@ def _require_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 class Cell(NamedTuple):
-    """The picture in a row of a saved dataset.
+    """A picture in a row of a saved dataset.
 
     Sending it to another process is cheap: that process opens the dataset on its first read.
     """

@@ -70,8 +70,8 @@ class Candidate(NamedTuple):
     """An entry of a listing that may become a sample.
 
     Attributes:
-        id: of the sample.
-        image: where the picture is.
+        id: id of the sample.
+        image: the stored picture.
         captions: anything that `read_captions` takes.
     """
 
@@ -86,9 +86,9 @@ class Sample:
 
     Attributes:
         id: name in reports: the path within the data, the same on every machine.
-        image: where its bytes are.
+        image: the stored picture.
         captions: each visit draws one of them.
-        height, width: in pixels, upright.
+        height, width: sides of the upright picture, in pixels.
     """
 
     id: str

@@ -103,7 +103,7 @@ def list_tars(paths: Sequence[str], root: Path | None = None) -> list[Candidate 
     """Return the samples in tars.
 
     Args:
-        paths: of the tars.
+        paths: paths of the tars.
         root: the folder that names in reports start from; by default the one that holds all tars.
 
     Raises:
@@ -136,8 +136,8 @@ def _list_tar(path: str, tar: str) -> list[Candidate | Fault]:
     """Return the samples in a tar, in its order.
 
     Args:
-        path: of the tar.
-        tar: its name in reports.
+        path: path of the tar.
+        tar: name of the tar in reports.
     """
     try:
         if not os.path.getsize(path):

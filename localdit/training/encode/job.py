@@ -129,8 +129,8 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet:
     Args:
         args: the options.
         command: the whole command, which the manifest names for resuming.
-        device: of the encoders.
-        quiet: whether to hide the progress.
+        device: device of the encoders.
+        quiet: hide the progress.
 
     Raises:
         OSError: if data or encoders are missing.
@@ -264,7 +264,7 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
         args: the options.
         job: the samples and encoders.
         shards: the numbers of this process's shards.
-        quiet: whether to hide the progress.
+        quiet: hide the progress.
 
     Raises:
         OSError: if they can't be written.
