@@ -51,7 +51,7 @@ def folder(parts, tmp_path):
     manifest = some_manifest(sizes=tuple(SIZES), samples=4, shards=2, samples_per_shard=2)
     folder = tmp_path / "encoded"
     shards = open_folder(folder, manifest, torch.ones(1, TEXT_WIDTH, dtype=torch.bfloat16))
-    encoder = ShardEncoder(folder, plan, manifest.digest(), encoders, 120, batch_size=2)
+    encoder = ShardEncoder(folder, manifest, plan, encoders, 2, progress=lambda samples: None)
     pictures = read_pictures(plan, shards, batch_size=2, num_workers=0)
     for shard in shards:
         encoder.write(shard, pictures)
