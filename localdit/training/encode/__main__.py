@@ -1,8 +1,8 @@
 """Encode ahead of training: `python -m localdit.training.encode --help` lists the options.
 
-Latents and text states are written in shards. A shard appears whole or not at all, so that the same
-command resumes after any kind of end. It depends only on the data, the encoders and the options, so
-that any number of processes may share the work. Heavy imports are inside of functions, so that
+Latents and text states are written in shards. A shard appears whole or not at all, so the same
+command resumes after any interruption. A shard depends only on the data, the encoders and the
+options, so any number of processes can share the work. Heavy imports are inside functions, so
 `--help` answers at once.
 """
 
@@ -72,28 +72,26 @@ def make_parser() -> Parser:
 def _add_encoding_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
     add("--output", type=Path, required=True,
-        help="folder to write to: new, empty, or begun by the same command")  # fmt: skip
+        help="folder to write to: new, empty, or started by the same command")  # fmt: skip
     add("--window-size", type=int, default=defaults.window_size,
-        help="side of the model's windows in tokens; buckets have whole windows if "
+        help="side of the model's windows in tokens; buckets consist of whole windows if "
         "possible")  # fmt: skip
     add("--patch-size", type=int, default=2,
-        help="side of the model's tokens in latents; the sides of pictures are whole "
-        "tokens")  # fmt: skip
+        help="side of the model's tokens in latents; buckets consist of whole tokens")  # fmt: skip
     add("--samples-per-shard", type=int, default=1000, help="samples per tar")
     add("--batch-size", type=int, default=8,
-        help="pictures per process and batch on a GPU; a CPU always takes 2, which is "
-        "fastest")  # fmt: skip
+        help="pictures per batch on each GPU; a CPU always takes 2, which is fastest")  # fmt: skip
     add("--mixed-precision", choices=["no", "bf16"], default="no",
-        help="precision in which pictures are encoded")  # fmt: skip
+        help="precision of the VAE when pictures are encoded")  # fmt: skip
     add("--dry-run", action="store_true",
         help="report what would be encoded and the disk space it needs, and stop")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Encode: examine the data, report the disk space it needs, write the missing shards.
+    """Examine the data, report the disk space that encoding needs, and write the missing shards.
 
     Returns:
-        The exit code: 0, or 1 after a message if something was missing or wrong.
+        The exit code: 0, or 1 after an error message.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(argv)
@@ -136,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start_processes() -> Accelerator:
     """Join the processes that `accelerate launch` or `torchrun` started, if any.
 
-    They wait for each other for up to a day: the last shard of one may take a while.
+    They wait for each other for up to a day, because the last shard of one may take long.
     """
     from datetime import timedelta
 
@@ -153,7 +151,7 @@ def _start_processes() -> Accelerator:
 
 
 def _require_same(agreement: Agreement, digest: str) -> None:
-    """Check that all processes have the same set."""
+    """Check that all processes have the same manifest."""
     if len(set(agreement.gathered([digest]))) > 1:
         raise TrainingStopped(
             "The processes see different data or encoders. Give all of them the same files."

@@ -128,7 +128,7 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet:
 
     Args:
         args: the options.
-        command: the whole command, which the manifest names for resuming.
+        command: the whole command, which the manifest stores for resuming.
         device: device of the encoders.
         quiet: hide the progress.
 
