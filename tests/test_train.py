@@ -25,7 +25,7 @@ def main():
 
 @pytest.fixture
 def train(main, workplace, tmp_path, monkeypatch):
-    """Runs `train.py` with options added to the common ones; returns its run folder."""
+    """Runs `train.py` with additional options, and returns its run folder."""
 
     def run(name, *more, expect=0):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -305,7 +305,7 @@ def test_help_answers_at_once():
 
 
 def test_a_student_learns_the_predictions_of_its_teacher(train, workplace):
-    """The loss is the distance to the teacher's prediction; runs resume to the same bits."""
+    """Check that the loss is the distance to the teacher, and that a run resumes to the same bits."""
     teacher = workplace / "pipeline/transformer"
     distil = ["--method", "knowledge-distillation", "--teacher", teacher]
     twins = lines(train("twins", *distil, "--transformer", teacher))

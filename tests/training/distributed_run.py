@@ -57,7 +57,7 @@ def main(source, target, steps):
 
 
 def train_step(accelerator, model, optimizer):
-    """A step of two batches whose samples are spread over the processes; the gradient's norm."""
+    """Take a step of two batches, divided among the processes, and return the gradient's norm."""
     accelerator.gradient_accumulation_steps = 2
     generator = torch.Generator().manual_seed(1)
     rank, processes = accelerator.process_index, accelerator.num_processes

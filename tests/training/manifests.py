@@ -1,11 +1,11 @@
-"""Manifests of encoded data to test with."""
+"""Manifests of encoded data for tests."""
 
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import Manifest
 
 
 def some_manifest(**changes) -> Manifest:
-    """A manifest in which some values are chosen."""
+    """Return a manifest with some values changed."""
     values = {
         "image_size": 64,
         "window_size": 2,

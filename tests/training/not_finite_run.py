@@ -1,4 +1,4 @@
-"""Runs train.py; in the third batch of the last process, the loss of its first sample is NaN."""
+"""Runs train.py with a loss of NaN for the first sample of the last process's third batch."""
 
 import os
 

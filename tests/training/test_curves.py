@@ -22,7 +22,7 @@ def write(folder, lines, tail=""):
 
 
 def pixels(png, colour, rows=slice(None)):
-    """How many pixels of a colour are in some rows of a picture."""
+    """Count the pixels of a colour in some rows of a picture."""
     image = np.asarray(Image.open(png).convert("RGB")).astype(int)[rows]
     return (np.abs(image - colour).sum(axis=2) < 12).sum()
 

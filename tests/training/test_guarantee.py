@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere goes on to the same bits as one that is not."""
+"""Tests that an interrupted run resumes to the same bits as an uninterrupted one."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def workplace(tmp_path_factory):
 
 
 def case(workplace, *names):
-    """Options by the names of what they try."""
+    """The options of each case, by its name."""
     if "lora" in names:
         pytest.importorskip("peft")
     known = {
@@ -70,7 +70,7 @@ def case(workplace, *names):
 
 
 def assert_same(run, expected, processes=1):
-    """Losses, sample ids, weights, averages, optimizer, generators and progress: all equal."""
+    """Compare losses, sample ids, weights, averages, optimizer, generators and progress."""
     timeless = ("step", "loss", "grad_norm", "learning_rate")
     for line, other in zip(lines(run), lines(expected), strict=True):
         assert [line.get(name) for name in timeless] == [other.get(name) for name in timeless]
@@ -102,7 +102,7 @@ CASES = [
 
 @pytest.mark.parametrize("names", CASES, ids="-".join)
 def test_an_interrupted_run_resumes_to_the_same_bits(names, workplace, tmp_path, monkeypatch):
-    """In one process of Python, where an exception stands for the kill: quick enough for always."""
+    """Run in this process, with an exception instead of the kill, to be fast."""
     main = load_main()
 
     def run(name, *more):
@@ -128,7 +128,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(names, workplace, tmp_path,
 
 
 def wait_for(process, condition, seconds=120):
-    """Wait until something holds, while a process runs."""
+    """Wait until a condition holds while a process runs."""
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -164,7 +164,7 @@ def finish(workplace, run, *more, processes=1):
     ids="-".join,
 )
 def test_kill_9_and_resume_give_the_same_bits(names, processes, workplace, tmp_path):
-    """Processes of their own, killed by the system in the first, second and third epoch."""
+    """Run in new processes, killed in the first, second and third epoch."""
     more = case(workplace, *names, *["half"] * (processes == 2 and "accumulation" not in names))
     more += ["--resume", "auto"]
     finish(workplace, tmp_path / "whole", *more, processes=processes)

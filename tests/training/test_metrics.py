@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that the test moves."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
@@ -123,7 +123,7 @@ def test_stopwatch_adds_up_real_time():
 
 
 class Event:
-    """A CUDA event on a device whose queue moves with a clock of its own."""
+    """A CUDA event on a device whose queue has a separate clock."""
 
     queue = 0.0
 

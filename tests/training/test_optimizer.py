@@ -45,7 +45,7 @@ def test_unknown_names_are_refused():
 
 
 def quadratic(name, steps, width=4096):
-    """Weights after steps towards zero from 0 .. 1, with a learning rate set before each step."""
+    """Return weights after steps from 0 .. 1 towards zero, one for each learning rate."""
     weight = torch.nn.Parameter(torch.linspace(0, 1, width))
     optimizer = make_optimizer([weight], name, 1.0, 0.1, (0.8, 0.95))
     for _ in range(steps):
@@ -98,7 +98,7 @@ def take_steps(model, optimizer, steps):
 
 
 def saved(model, optimizer):
-    """The state as a file would have it."""
+    """Return the state as it comes from a file."""
     tensors, notes = optimizer_state(model, optimizer)
     return tensors, json.loads(json.dumps(notes))
 

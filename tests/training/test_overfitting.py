@@ -1,4 +1,4 @@
-"""Trained on one picture and its caption alone, a model gives that picture back."""
+"""Tests that a model trained on one picture and its caption reproduces that picture."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ CAPTION = "a large red circle in the centre on a blue background"
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
-    """One picture and its caption, encoded ahead."""
+    """One encoded picture and its caption."""
     folder = tmp_path_factory.mktemp("overfitting")
     scene().save(folder / "scene.png")
     (folder / "scene.txt").write_text(CAPTION)
@@ -35,7 +35,7 @@ def encoded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wanted():
-    """The picture as the autoencoder gives it back: no model in its latents can do better."""
+    """Return the autoencoder's reconstruction, which no model of its latents can surpass."""
     vae = AutoencoderKL.from_pretrained(model_in_the_box() / "vae", torch_dtype=torch.float32)
     pixels = to_tensor(scene())
     with torch.no_grad():
@@ -44,7 +44,7 @@ def wanted():
 
 @pytest.fixture
 def sample(encoded, tmp_path, monkeypatch):
-    """Trains for some steps, and makes the picture that the caption asks for."""
+    """Train for some steps, and draw the picture of the caption."""
 
     def run(prediction, steps):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -74,12 +74,12 @@ def scene():
 
 
 def to_tensor(image):
-    """A picture as `(1, 3, H, W)` in [-1, 1]."""
+    """Return a picture as `(1, 3, H, W)` in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def psnr(image, other):
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
     return -10 * math.log10(((image - other) / 2).square().mean().item())
 
 

@@ -40,7 +40,7 @@ def make_localdit(num_layers=4, **overrides):
 
 @pytest.fixture
 def pixart(tmp_path):
-    """A PixArt and the flat file that holds it."""
+    """A PixArt, and the flat file of its weights."""
     model = make_pixart()
     path = tmp_path / "pixart.safetensors"
     save_file(model.state_dict(), path)
@@ -62,7 +62,7 @@ def inputs(text_tokens=5):
 
 
 def without_the_differences(model):
-    """The model as it would be without norms and its input added in self-attention."""
+    """Remove the norms, and the input that self-attention adds, from a model."""
     for block in model.transformer_blocks:
         for attn in (block.attn1, block.attn2):
             attn.norm_q = attn.norm_k = nn.Identity()

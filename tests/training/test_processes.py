@@ -1,4 +1,4 @@
-"""The processes of a run: agreement, and the same sum on one process and on several."""
+"""Tests of processes: their agreement, and the same sums on one process and on several."""
 
 import subprocess
 
@@ -71,7 +71,7 @@ def alone(train):
 
 
 def first_gradient(run):
-    """The gradient of the first step, clipped: ten times AdamW's first moment after it."""
+    """Return the clipped gradient of the first step: ten times AdamW's first moment after it."""
     moments = load_file(run / "checkpoint-1/training/optimizer.safetensors")
     return torch.cat([v.flatten() for k, v in sorted(moments.items()) if k.endswith("exp_avg")])
 

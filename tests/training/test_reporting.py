@@ -8,7 +8,7 @@ from tests.training.workplace import load_main, make_workplace, options
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Train with a tracker; returns the run folder."""
+    """Train with a tracker, and return the run folder."""
 
     def train(*more):
         AcceleratorState._reset_state(reset_partial_state=True)

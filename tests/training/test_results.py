@@ -1,4 +1,4 @@
-"""Adapters trained by `train.py`: what is trained, what is kept, what is refused."""
+"""Tests of adapters that `train.py` trains."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def lora(workplace, *more, rank=2):
 
 @pytest.fixture
 def train(workplace, tmp_path, monkeypatch):
-    """Trains adapters with options added to the common ones; returns the run folder."""
+    """Trains adapters with additional options, and returns the run folder."""
     main = load_main()
 
     def run(name, *more, expect=0, adapters=None):

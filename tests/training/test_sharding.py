@@ -49,7 +49,7 @@ def transformer():
 
 @pytest.fixture
 def mesh(tmp_path):
-    """A mesh of this process alone."""
+    """A mesh with only this process."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
@@ -141,7 +141,7 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
 
 
 class Runs:
-    """Runs of `distributed_run.py`, each in processes and a folder of its own."""
+    """Runs `distributed_run.py`, each time in new processes and a new folder."""
 
     def __init__(self, root):
         self.root = root

@@ -107,7 +107,7 @@ def test_progress_counts_steps_and_the_broken_samples_of_an_epoch():
 
 @pytest.fixture
 def run(tmp_path):
-    """Trains the models of `two_models_run.py`; returns the folder of their state."""
+    """Trains the models of `two_models_run.py`, and returns the folder of their state."""
 
     def train(name, source="-", steps=2, processes=1):
         (tmp_path / name).mkdir()

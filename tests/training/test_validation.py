@@ -13,7 +13,7 @@ BINS = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
 
 
 def make_batch(ids, size=SQUARE, weights=None):
-    """Latents and text that follow from the ids."""
+    """Return latents and text that depend only on the ids."""
     latents, text = [], []
     for sample in ids:
         generator = torch.Generator().manual_seed(ord(sample))
@@ -77,7 +77,7 @@ def test_losses_are_means_over_samples(model):
 
 
 class Recorder(torch.nn.Module):
-    """Predicts zero, and remembers what it was asked."""
+    """Predicts zero, and records its inputs."""
 
     def __init__(self):
         super().__init__()

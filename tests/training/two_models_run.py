@@ -51,7 +51,7 @@ def trained(accelerator, model, decay):
 
 
 def train_step(accelerator, state, frozen):
-    """Take a step of all models; the samples follow from the number of the step."""
+    """Take a step with all models. The samples depend only on the number of the step."""
     modules = state.modules
     generator = torch.Generator().manual_seed(state.progress.step)
     rank, processes = accelerator.process_index, accelerator.num_processes

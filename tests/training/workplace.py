@@ -1,4 +1,4 @@
-"""A place to run `train.py` in: captioned pictures, a pipeline for its encoders, a small shape."""
+"""A folder to run `train.py` in: captioned pictures, a pipeline with encoders, a small shape."""
 
 import contextlib
 import importlib.util
@@ -40,7 +40,7 @@ def make_workplace(folder):
 
 
 def options(workplace, output, *more):
-    """The command line of a small run; what comes later wins."""
+    """Return the options of a small run. Later options win."""
     return [
         "--data-root", f"{workplace}/pictures", "--pretrained", f"{workplace}/pipeline",
         "--transformer-config", f"{workplace}/shape.json", "--output", str(output),
@@ -51,7 +51,7 @@ def options(workplace, output, *more):
 
 
 def load_main():
-    """The function `main` of train.py."""
+    """Return the function `main` of train.py."""
     spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -59,7 +59,7 @@ def load_main():
 
 
 def command(workplace, output, *more, processes=1):
-    """The command that runs train.py in processes of its own."""
+    """Return the command that runs train.py in one or more processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -72,7 +72,7 @@ def environment():
 
 
 def start(workplace, output, *more, processes=1):
-    """Start train.py in a session of its own."""
+    """Start train.py in a new session."""
     return subprocess.Popen(
         command(workplace, output, *more, processes=processes),
         cwd=ROOT, env=environment(), text=True, start_new_session=True,
@@ -89,7 +89,7 @@ def kill(process):
 
 
 def descendants(pid):
-    """The processes that one started, and those that they started."""
+    """Return the child processes of a process, and their children."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [each for child in map(int, children) for each in (child, *descendants(child))]
 
@@ -99,7 +99,7 @@ def lines(run, name="metrics.jsonl"):
 
 
 def weights(folder):
-    """All tensors of a checkpoint or pipeline folder, by file and name."""
+    """Return all tensors of a checkpoint or pipeline folder, by file and name."""
     return {
         (str(file.relative_to(folder)), name): tensor
         for file in folder.rglob("*.safetensors")

@@ -1,4 +1,4 @@
-"""Pictures and tars that the tests of training data are made of."""
+"""Pictures and tars for the tests of training data."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def picture_bytes(kind="JPEG", height=32, width=48, seed=0, **options):
-    """A picture of noise, as the bytes of its file."""
+    """Return the bytes of a file with a picture of noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return encode(Image.fromarray(noise), kind, **options)
 
@@ -23,7 +23,7 @@ def encode(image, kind, **options):
 
 
 def png_claiming(width, height):
-    """A PNG of a few bytes that claims to be of any size."""
+    """Return a PNG of a few bytes that claims any size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n"
     for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
@@ -38,7 +38,7 @@ def animation(kind="GIF"):
 
 
 def damaged_png():
-    """A PNG whose header and end are in order, and whose pixels are not."""
+    """Return a PNG with a valid header and end, but damaged pixels."""
     data = bytearray(picture_bytes("PNG"))
     middle = data.index(b"IDAT") + 100
     data[middle : middle + 50] = bytes(50)
@@ -46,7 +46,7 @@ def damaged_png():
 
 
 def write_files(folder, files):
-    """Write files, given as bytes or text by their paths."""
+    """Write files from their bytes or texts, by path."""
     for name, content in files.items():
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def write_files(folder, files):
 
 
 def tar_bytes(members, format=tarfile.PAX_FORMAT):
-    """A tar of (name, content) pairs; a member without content is a link."""
+    """Return a tar of (name, content) pairs. A member without content is a link."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=format) as tar:
         for name, content in members:

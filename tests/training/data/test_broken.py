@@ -1,4 +1,4 @@
-"""Ten thousand samples of which one in twenty is broken, in every way there is."""
+"""Tests with ten thousand samples, of which one in twenty is broken, in all known ways."""
 
 import time
 from collections import Counter
@@ -45,7 +45,7 @@ ALL = {**BROKEN, UNDECODABLE: ("damaged", damaged_png(), b"a bear")}
 
 
 def content(number):
-    """The way in which a sample is broken, "" for none; its picture and caption."""
+    """Return the kind of fault of a sample, "" for none, with its picture and caption."""
     if number % 20 != 7:
         return "", HEALTHY[number % len(HEALTHY)], b"caption %d" % number
     way = list(ALL)[number // 20 % len(ALL)]
@@ -139,7 +139,7 @@ def test_a_broken_sample_costs_less_than_five_milliseconds(where, request):
 
 
 def test_all_kinds_of_broken_samples_are_counted(tmp_path):
-    """The same in small, for every run of the tests."""
+    """Run the same test with fewer samples, to be fast."""
     for number, (_, picture, caption) in enumerate(ALL.values()):
         (tmp_path / f"{number}.jpg").write_bytes(picture)
         if caption is not None:

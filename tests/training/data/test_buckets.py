@@ -1,4 +1,4 @@
-"""Buckets: their sizes by properties, and which picture goes where."""
+"""Tests of buckets: their sizes, and the bucket of each picture."""
 
 import numpy as np
 import pytest

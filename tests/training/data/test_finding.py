@@ -1,4 +1,4 @@
-"""Formats that are recognised, formats that are not, and what is said then."""
+"""Tests of the formats that are recognised, and of the messages about others."""
 
 import json
 import sys

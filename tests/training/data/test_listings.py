@@ -128,7 +128,7 @@ def jsonl(*rows):
 
 
 def listed(root):
-    """The pictures with their captions by id, and the faults' kinds by id."""
+    """Return captions of the pictures by id, and kinds of the faults by id."""
     listing = list_metadata(root, list_files(root))
     pictures = {e.id: read_captions(e.captions) for e in listing if isinstance(e, Candidate)}
     return pictures, {e.id: e.kind for e in listing if not isinstance(e, Candidate)}

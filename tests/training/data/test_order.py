@@ -17,7 +17,7 @@ def visited(steps):
 
 
 def epoch(order, position=None):
-    """The steps left of the epoch that a position is in."""
+    """Return the remaining steps of the epoch of a position."""
     position = position or Position()
     steps = []
     for step in order.steps(position):

@@ -1,4 +1,4 @@
-"""Sizes from headers, pixels as they should be, and every way of being broken."""
+"""Tests of the sizes in headers, of pixels, and of all kinds of broken pictures."""
 
 import io
 import time
@@ -24,7 +24,7 @@ KINDS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
 
 
 class Bytes:
-    """A picture that is neither a file nor in a tar."""
+    """A picture that is neither a file nor a member of a tar."""
 
     def __init__(self, data):
         self.data = data
@@ -34,7 +34,7 @@ class Bytes:
 
 
 def stored(tmp_path, data):
-    """The same bytes as a file of their own, within another file, and in memory."""
+    """Return the same bytes as a file, as a part of a file, and in memory."""
     alone, within = tmp_path / "alone", tmp_path / "within"
     alone.write_bytes(data)
     within.write_bytes(b"before" + data + b"after" * 1000)

@@ -1,4 +1,4 @@
-"""Hugging Face datasets on disk: their columns, splits, and pictures, read in any process."""
+"""Tests of saved Hugging Face datasets: their columns, splits and pictures."""
 
 import pickle
 import subprocess
@@ -19,7 +19,7 @@ def quiet():
 
 
 def saved(folder, rows, image="image"):
-    """A dataset of rows: pictures are bytes or paths."""
+    """Return a dataset of rows. Pictures are bytes or paths."""
     for row in rows:
         row[image] = row[image] if row[image] is None else {"bytes": row[image], "path": None}
     dataset = datasets.Dataset.from_list(rows).cast_column(image, datasets.Image())

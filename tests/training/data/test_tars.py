@@ -1,4 +1,4 @@
-"""Samples in WebDataset tars: by their names, whole ones of damaged tars, and patterns of paths."""
+"""Tests of samples in WebDataset tars, of damaged tars, and of patterns of paths."""
 
 import gzip
 import io
@@ -25,7 +25,7 @@ from tests.training.data.drawn import picture_bytes, tar_bytes, write_files
 
 
 def listed(path, members):
-    """The entries of a tar with these members, by id: caption, or kind of the fault."""
+    """Return the caption, or the kind of the fault, of each entry of a tar by id."""
     path.write_bytes(members if isinstance(members, bytes) else tar_bytes(members))
     entries = {}
     for entry in list_tars([str(path)]):

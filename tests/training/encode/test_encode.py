@@ -46,7 +46,7 @@ def draw(folder, count=11):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """Pictures, a pipeline to take encoders from, and the shards of an undisturbed run."""
+    """Pictures, a pipeline with encoders, and the shards of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("encode")
     draw(folder / "pictures")
     tiny_pipeline().save_pretrained(folder / "pipeline")
@@ -67,7 +67,7 @@ def shards(folder):
 
 
 def stopped(argv):
-    """The message that a command ends with."""
+    """Return the error message of a command."""
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
         assert main(argv) == 1
@@ -263,7 +263,7 @@ def test_sizes_are_multiples_of_a_token_of_the_model(workplace, tmp_path, monkey
 
 
 def with_vae_config(workplace, folder, **changes):
-    """A copy of the pipeline whose VAE has the same weights and another configuration."""
+    """Copy the pipeline, and change the configuration of its VAE."""
     shutil.copytree(workplace / "pipeline", folder)
     path = folder / "vae" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -343,7 +343,7 @@ def test_help_is_quick_and_wrong_options_are_refused(capsys):
 
 
 def start(workplace, output, *launcher, **environment):
-    """The command in processes of its own."""
+    """Return the command that runs in one or more processes."""
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "localdit.training.encode", *options(workplace, output)],
         cwd=ROOT,
