@@ -305,7 +305,7 @@ def test_help_answers_at_once():
 
 
 def test_a_student_learns_the_predictions_of_its_teacher(train, workplace):
-    """Check that the loss is the distance to the teacher, and that a run resumes to the same bits."""
+    """Check that the loss is the distance to the teacher, and that runs resume to the same bits."""
     teacher = workplace / "pipeline/transformer"
     distil = ["--method", "knowledge-distillation", "--teacher", teacher]
     twins = lines(train("twins", *distil, "--transformer", teacher))
