@@ -3,7 +3,7 @@
 import sys
 
 from config import Config
-from localdit.cli.draw import run_script
+from localdit.cli.drawing import run_script
 
 if __name__ == "__main__":
     sys.exit(run_script("i2i", Config()))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
+from localdit.cli.arguments import ModelOptions
 from localdit.cli.demo import make_page, page_model
-from localdit.cli.draw import load
-from localdit.cli.options import ModelOptions
+from localdit.cli.drawing import load
 from localdit.demo.serving import launch
 
 IMAGE = Path(__file__).with_name("images") / "demo.png"

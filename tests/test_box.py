@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from localdit.cli.job import SCENES
+from localdit.cli.plan import SCENES
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
 from localdit.scenes import Scene, SceneObject, describe, draw_scene, sample_scenes
 from localdit.scenes.score import mean_scores, score_picture

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from localdit.cli.options import COMMAND_LINE
+from localdit.cli.arguments import COMMAND_LINE
 from localdit.config import Config, config_field
 from localdit.demo.settings import PAGE
 from localdit.errors import (

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..parsing import Reporting, UsageError
-from .options import COMMAND_LINE
+from .arguments import COMMAND_LINE
 
 PROGRAM = "localdit"
 
@@ -36,9 +36,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command("draw pictures from prompts", "draw", "generate_parser"),
-    "edit": Command("change a picture to follow a prompt", "draw", "edit_parser"),
-    "inpaint": Command("repaint the white parts of a mask in a picture", "draw", "inpaint_parser"),
+    "generate": Command("draw pictures from prompts", "drawing", "generate_parser"),
+    "edit": Command("change a picture to follow a prompt", "drawing", "edit_parser"),
+    "inpaint": Command(
+        "repaint the white parts of a mask in a picture", "drawing", "inpaint_parser"
+    ),
     "info": Command("describe a checkpoint, a folder or a PNG, and this machine", "info"),
     "convert": Command("convert a checkpoint file to a Diffusers folder, or back", "convert"),
     "train": Command("train on captioned pictures, with Accelerate", "train", None),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..machine import OUT_OF_MEMORY
 from ..parsing import Parser
-from . import options
-from .options import usage_errors
+from . import arguments
+from .arguments import usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,8 @@ def build_parser() -> Parser:
         help="timed turns, after one that is not counted (default: 3)",
     )
     add("--json", action="store_true", help="print JSON")
-    options.add_machine(parser)
-    options.add_debug(parser)
+    arguments.add_machine(parser)
+    arguments.add_debug(parser)
     parser.set_defaults(run=bench)
     return parser
 

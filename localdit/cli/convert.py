@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..parsing import Parser, run
-from . import options
-from .options import COMMAND_LINE, usage_errors
+from . import arguments
+from .arguments import COMMAND_LINE, usage_errors
 
 if TYPE_CHECKING:
     from ..checkpoint import CheckpointReport
@@ -37,7 +37,7 @@ def build_parser(prog: str = "localdit convert") -> Parser:
     add("--dtype", choices=["float32", "float16", "bfloat16"],
         help="dtype of the weights (default: that of INPUT)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    options.add_debug(parser)
+    arguments.add_debug(parser)
     parser.set_defaults(run=convert)
     return parser
 
@@ -54,7 +54,7 @@ def convert(args: argparse.Namespace) -> None:
         UsageError: the arguments cannot work; no weights were read.
     """
     with usage_errors():
-        source = Path(options.named_model(str(args.input)))
+        source = Path(arguments.named_model(str(args.input)))
         if not source.exists():
             raise FileNotFoundError(
                 f"there is no {source}; expected a checkpoint file or a Diffusers folder"

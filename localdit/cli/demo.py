@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..parsing import Parser, run
-from . import options
-from .draw import load, picture_settings
-from .job import SCENES, Choice, check_model, choose_model, fit_size, report_fallback
-from .options import COMMAND_LINE, ModelOptions, read, usage_errors
+from . import arguments
+from .arguments import COMMAND_LINE, ModelOptions, read, usage_errors
+from .drawing import load, picture_settings
 from .output import Output
+from .plan import SCENES, Choice, check_model, choose_model, fit_size, report_fallback
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,8 +45,8 @@ def build_parser() -> Parser:
     add("-o", "--output", metavar="FOLDER", type=Path,
         help="folder to keep the pictures in (default: they are deleted when the page "
         "ends)")  # fmt: skip
-    options.add_model(parser)
-    options.add_debug(parser)
+    arguments.add_model(parser)
+    arguments.add_debug(parser)
     parser.set_defaults(run=demo)
     return parser
 

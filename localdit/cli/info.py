@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..parsing import Parser
-from . import options
-from .options import usage_errors
+from . import arguments
+from .arguments import usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,8 @@ def build_parser() -> Parser:
         help="a checkpoint file, a Diffusers folder, a PNG, or 'box', the model that comes with "
         "LocalDiT")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options.add_machine(parser)
-    options.add_debug(parser)
+    arguments.add_machine(parser)
+    arguments.add_debug(parser)
     parser.set_defaults(run=info)
     return parser
 
@@ -45,7 +45,7 @@ def info(args: argparse.Namespace) -> None:
     """
     sections: dict[str, dict[str, Any]] = {}
     with usage_errors():
-        path = Path(options.named_model(args.path)) if args.path else None
+        path = Path(arguments.named_model(args.path)) if args.path else None
         if path is not None and not path.exists():
             raise FileNotFoundError(
                 f"there is no {path}; expected a checkpoint, a Diffusers folder or a PNG"
@@ -62,11 +62,11 @@ def info(args: argparse.Namespace) -> None:
             sections |= contents_of(path)
             if sections[str(path)]["kind"] == "LoRA":  # it does not name its model
                 path = None
-        sections["machine"] = machine(options.read(options.MachineOptions, args), path)
+        sections["machine"] = machine(arguments.read(arguments.MachineOptions, args), path)
     print(json.dumps(sections, indent=1) if args.json else text(sections))
 
 
-def machine(chosen: options.MachineOptions, path: Path | None) -> dict[str, Any]:
+def machine(chosen: arguments.MachineOptions, path: Path | None) -> dict[str, Any]:
     """Return the facts about this machine, for the model at a path or one of the released shape."""
     from ..machine import device_name, versions
     from ..utils import resolve_device, resolve_dtype

@@ -16,7 +16,7 @@ from ..errors import wording
 from ..images import load_image, read_metadata
 from ..sizes import proportional_size
 from .artist import Artist, Step
-from .layout import (
+from .controls import (
     Controls,
     Results,
     header,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from localdit.cli import demo, main
-from localdit.cli.options import ModelOptions
+from localdit.cli.arguments import ModelOptions
 from localdit.images import read_metadata
 from tests.demo.conftest import artist, asked, config  # noqa: F401
 

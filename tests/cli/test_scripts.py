@@ -9,8 +9,8 @@ from PIL import Image
 
 import localdit
 from localdit import utils
-from localdit.cli.draw import run_script, script_parser
-from localdit.cli.job import SCENES
+from localdit.cli.drawing import run_script, script_parser
+from localdit.cli.plan import SCENES
 from localdit.config import Config
 from localdit.images import load_image, read_metadata, save_image
 

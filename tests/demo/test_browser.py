@@ -12,9 +12,9 @@ from PIL import Image
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 
+from localdit.cli.arguments import ModelOptions  # noqa: E402
 from localdit.cli.demo import make_page, page_model, scene  # noqa: E402
-from localdit.cli.draw import load  # noqa: E402
-from localdit.cli.options import ModelOptions  # noqa: E402
+from localdit.cli.drawing import load  # noqa: E402
 from localdit.demo.serving import launch  # noqa: E402
 from localdit.images import read_metadata  # noqa: E402
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..config import Config, config_field, with_settings
 from ..sizes import check_size, proportional_size, read_sizes
-from .options import BOX_NAME, DrawingOptions, ModelOptions, named_model, usage_errors
+from .arguments import BOX_NAME, DrawingOptions, ModelOptions, named_model, usage_errors
 from .output import Output, plan_output
 
 Task = Literal["t2i", "i2i"]

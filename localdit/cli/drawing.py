@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..config import Config, inference_settings
 from ..parsing import Parser, run
-from . import options
-from .job import Choice, Job, Task, plan
-from .options import COMMAND_LINE, DrawingOptions, ModelOptions, read
+from . import arguments
+from .arguments import COMMAND_LINE, DrawingOptions, ModelOptions, read
 from .output import Output
+from .plan import Choice, Job, Task, plan
 
 if TYPE_CHECKING:
     from ..pipelines import LocalDiTPipeline
@@ -35,8 +35,8 @@ def generate_parser() -> Parser:
         description="Draw pictures from prompts. Every PNG carries the settings that made it.",
         epilog='example: localdit generate "a red circle on a blue background" -o circle.png',
     )
-    options.add_prompts(parser)
-    options.add_drawing(parser, size="the model's own size")
+    arguments.add_prompts(parser)
+    arguments.add_drawing(parser, size="the model's own size")
     parser.set_defaults(run=generate)
     return parser
 
@@ -51,9 +51,9 @@ def edit_parser() -> Parser:
         epilog='example: localdit edit circle.png "a large green circle" --strength 0.7',
     )
     parser.add_argument("image", metavar="PICTURE", type=Path, help="the picture to start from")
-    options.add_prompts(parser)
-    options.add_strength(parser)
-    options.add_drawing(parser, size=LIKE_THE_PICTURE)
+    arguments.add_prompts(parser)
+    arguments.add_strength(parser)
+    arguments.add_drawing(parser, size=LIKE_THE_PICTURE)
     parser.set_defaults(run=edit)
     return parser
 
@@ -71,12 +71,12 @@ def inpaint_parser() -> Parser:
     add("image", metavar="PICTURE", type=Path, help="the picture to repaint")
     add("mask", metavar="MASK", type=Path,
         help="a picture of the same size: white is repainted, black is kept")  # fmt: skip
-    options.add_prompts(parser)
-    options.add_strength(parser, default=1.0)
+    arguments.add_prompts(parser)
+    arguments.add_strength(parser, default=1.0)
     add("--padding-mask-crop", metavar="PIXELS", type=int,
         help="draw only the mask and so many pixels around it, in full detail (default: draw the "
         "whole picture)")  # fmt: skip
-    options.add_drawing(parser, size=LIKE_THE_PICTURE)
+    arguments.add_drawing(parser, size=LIKE_THE_PICTURE)
     parser.set_defaults(run=inpaint)
     return parser
 
@@ -110,12 +110,12 @@ def script_parser(task: Task) -> Parser:
         epilog="Settings without an option come from config.py or suit the model in the box. "
         "Every PNG carries the settings that made it.",
     )
-    options.add_prompt_options(parser)
+    arguments.add_prompt_options(parser)
     if task == "i2i":
         parser.add_argument("--image", type=Path,
             help="the picture to start from (default: the first of infer_t2i.py)")  # fmt: skip
-        options.add_strength(parser)
-    options.add_drawing(parser, size="that of config.py, or the model's own size")
+        arguments.add_strength(parser)
+    arguments.add_drawing(parser, size="that of config.py, or the model's own size")
     return parser
 
 
