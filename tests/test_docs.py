@@ -192,10 +192,13 @@ def load_script(name):
 
 def test_drawings_are_up_to_date():
     drawings = load_script("make_drawings").DRAWINGS
+    drawings |= {"architecture": load_script("make_architecture").architecture}
     assert {path.stem for path in ROOT.glob("docs/images/*.svg")} == set(drawings)
     for name, draw in drawings.items():
         kept = (ROOT / f"docs/images/{name}.svg").read_text(encoding="utf-8")
-        assert kept == draw().svg(), "regenerate them: python docs/make_drawings.py"
+        assert kept == draw().svg(), (
+            "regenerate them: python docs/make_drawings.py, and docs/make_architecture.py"
+        )
 
 
 def test_drawn_windows_match_a_computation_by_hand():

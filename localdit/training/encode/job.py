@@ -41,7 +41,7 @@ from localdit.training.data.encoded import (
 )
 from localdit.training.data.finding import find_samples
 from localdit.training.data.samples import Faults, require_few
-from localdit.training.encode.plan import DiskNeed, Plan, disk_need, make_plan
+from localdit.training.encode.shard_plan import DiskNeed, Plan, disk_need, make_plan
 from localdit.training.encode.shards import ShardEncoder, read_pictures
 from localdit.training.initialization import encoder_sources
 from localdit.training.options import check_image_size

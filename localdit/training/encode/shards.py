@@ -22,7 +22,7 @@ from localdit.training.data.encoded import FORMAT, index_path, tar_path
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import BrokenSample, Fault
 from localdit.training.data.tars import BLOCK
-from localdit.training.encode.plan import Plan
+from localdit.training.encode.shard_plan import Plan
 
 if TYPE_CHECKING:
     pass

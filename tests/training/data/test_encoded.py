@@ -24,7 +24,7 @@ from localdit.training.data.encoded import (
 from localdit.training.data.finding import find_samples
 from localdit.training.data.samples import Blob, BrokenSample, Sample
 from localdit.training.encode.job import open_folder
-from localdit.training.encode.plan import Plan
+from localdit.training.encode.shard_plan import Plan
 from localdit.training.encode.shards import ShardEncoder, read_pictures
 from tests.tiny import TEXT_WIDTH, tiny_components
 from tests.training.manifests import some_manifest
