@@ -7,6 +7,7 @@ arrows are the imports, those for type checkers and inside functions included.
 from __future__ import annotations
 
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +87,12 @@ def imports() -> dict[str, set[str]]:
 
 
 def without_implied(found: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Leave out imports that follow from others: a to c, if a imports b and b leads to c."""
+    """Leave out imports that follow from others: a to c, if a imports b and b leads to c.
+
+    Raises:
+        graphlib.CycleError: if rooms import each other in a circle.
+    """
+    TopologicalSorter(found).prepare()
 
     def reached(room: str) -> set[str]:
         return found[room].union(*map(reached, found[room]))

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from graphlib import CycleError
 from pathlib import Path
 
 import grimp
@@ -96,6 +97,8 @@ def test_arrows_that_follow_from_others_are_left_out():
     found = {"a": {"b", "c", "d"}, "b": {"c"}, "c": {"d"}, "d": set()}
     kept = script.without_implied(found)
     assert kept == {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": set()}
+    with pytest.raises(CycleError):
+        script.without_implied({"a": {"b"}, "b": {"a"}})
 
 
 def test_the_drawing_shows_imports_for_type_checkers_and_inside_functions():
