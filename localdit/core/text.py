@@ -3,6 +3,10 @@
 Pipelines, training, encoding ahead of training and validation all encode text with `TextSpace`, so
 captions and prompts are prepared alike. What differs between text encoders (T5 and its family,
 decoders such as Gemma whose last hidden states serve as the caption, CLIP) is here alone.
+
+There is one policy of padding. A text encoder sees each text padded on the right to a multiple of
+eight tokens, or a batch padded to its longest text. States of padding are zero, and the mask keeps
+them out of attention.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ MAX_PROMPT_CHARACTERS = 10_000
 # masks that fast attention kernels accept.
 TOKEN_MULTIPLE = 8
 ENCODING_BATCH_SIZE = 32
-CACHE_BYTES = 64 * 2**20  # 32 prompts of 120 tokens of FLAN-T5-XXL in float32
+POSITIONS = "max_position_embeddings"  # of an encoder that has a limit, as CLIP
+CACHE_BYTES = 64 * 2**20  # 128 prompts of 32 tokens of FLAN-T5-XXL in float32
 NO_ENCODER = (
     "This pipeline has no tokenizer or no text encoder, and not all of these prompts were encoded "
     "before. Pass prompt_embeds and prompt_attention_mask and, with a guidance_scale above 1, the "
@@ -87,41 +92,31 @@ class TextSpace:
         return text_width(self.text_encoder.config.to_dict())
 
     def tokenize(
-        self, texts: Sequence[str], max_length: int, warn: bool = False, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepare and tokenise texts.
+        self, texts: Sequence[str], max_length: int, warn: bool = False
+    ) -> list[list[int]]:
+        """Prepare texts and return the token ids of each, without padding.
 
         Args:
             texts: N prompts or captions. They are lower-cased and stripped.
-            max_length: tokens that a text is cut at, the end-of-sequence token included.
+            max_length: tokens that a text is cut at, the end-of-sequence token included. An encoder
+                with fewer positions cuts earlier.
             warn: log a warning that quotes what was cut.
-            **options: further options of the tokenizer.
-
-        Returns:
-            Token ids and attention mask (1 = token, 0 = padding), each `(N, L)` and int64.
         """
+        if not texts:
+            return []
+        positions = getattr(getattr(self.text_encoder, "config", None), POSITIONS, max_length)
+        limit = min(max_length, positions)
         texts = [text.lower().strip() for text in texts]
-        tokens = self.tokenizer(
-            texts,
-            max_length=max_length,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-            **options,
-        )
+        tokens = self.tokenizer(texts, max_length=limit, truncation=True).input_ids
         if warn:
-            for text, mask in zip(texts, tokens.attention_mask, strict=True):
-                if mask.all():
-                    self._warn_if_cut(text, max_length)
-        return tokens.input_ids, tokens.attention_mask
+            for text, ids in zip(texts, tokens, strict=True):
+                if len(ids) == limit:
+                    self._warn_if_cut(text, limit)
+        return tokens
 
     def count_tokens(self, texts: Sequence[str], max_length: int) -> list[int]:
         """Return the number of tokens of each text, after it is cut."""
-        if not texts:
-            return []
-        texts = [text.lower().strip() for text in texts]
-        tokens = self.tokenizer(texts, max_length=max_length, truncation=True)
-        return [len(ids) for ids in tokens.input_ids]
+        return [len(ids) for ids in self.tokenize(texts, max_length)]
 
     def encode(
         self, texts: Sequence[str], max_length: int, device: torch.device
@@ -132,42 +127,36 @@ class TextSpace:
 
         Args:
             texts: N texts.
-            max_length: tokens L that a text is padded or cut to.
+            max_length: tokens L that the states are padded to, and a text is cut at.
             device: where the text encoder computes.
 
         Returns:
-            States `(N, L, C)` and their mask `(N, L)`, 1 = token.
+            States `(N, L, C)` and their mask `(N, L)`, int64, 1 = token.
 
         Raises:
             ValueError: if a text is not in the cache and there is no text encoder.
         """
-        import torch
-
-        input_ids, mask = self.tokenize(texts, max_length, warn=True, padding="max_length")
         if self.cache is not None:
             self.cache.serve(self.text_encoder, device)
-        keys = _keys(input_ids, mask)
-        states: dict[bytes, torch.Tensor] = {}
-        for row, key in enumerate(keys):
-            if key not in states:
-                one = slice(row, row + 1)
-                states[key] = self._states_of(key, input_ids[one], mask[one], device)
-        return torch.stack([states[key] for key in keys]), mask.to(device)
+        states: dict[tuple[int, ...], torch.Tensor] = {}
+        tokens = [tuple(ids) for ids in self.tokenize(texts, max_length, warn=True)]
+        for ids in tokens:
+            if ids not in states:
+                states[ids] = self._states_of(ids, device)
+        return pad_states([states[ids] for ids in tokens], max_length)
 
     def encode_batch(
         self, texts: Sequence[str], max_length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode texts together, padded to the longest; what the mask leaves out has no effect.
+        """Encode texts together, padded to the longest; padding has no effect on them.
 
         Returns:
-            States `(N, L, C)` and their mask `(N, L)`, 1 = token, on the encoder's device.
+            States `(N, L, C)` and their mask `(N, L)`, int64, 1 = token, on the encoder's device.
         """
         import torch
 
-        device = self.text_encoder.device
-        input_ids, mask = self.tokenize(texts, max_length, padding="longest")
         with torch.no_grad():
-            return self._states(input_ids.to(device), mask.to(device)), mask.to(device)
+            return self._states(self.tokenize(texts, max_length), self.text_encoder.device)
 
     def encode_unpadded(self, texts: Iterable[str], max_length: int) -> dict[str, torch.Tensor]:
         """Encode texts ahead of their use, each to the states of its own tokens.
@@ -192,13 +181,13 @@ class TextSpace:
         """Return whether there is a tokenizer, and a text encoder or the cached states."""
         if self.tokenizer is None or self.text_encoder is not None:
             return self.tokenizer is not None
-        keys = _keys(*self.tokenize(texts, max_length, padding="max_length"))
-        return self.cache is not None and all(self.cache.get(key) is not None for key in keys)
+        tokens = self.tokenize(texts, max_length)
+        return self.cache is not None and all(
+            self.cache.get(tuple(ids)) is not None for ids in tokens
+        )
 
-    def _states_of(
-        self, key: bytes, input_ids: torch.Tensor, mask: torch.Tensor, device: torch.device
-    ) -> torch.Tensor:
-        """Return the states `(L, C)` of one text, cached if nothing can tell the difference."""
+    def _states_of(self, ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Return the states `(tokens, C)` of one text, cached unless the encoder is learning."""
         import torch
 
         encoder, cache = self.text_encoder, self.cache
@@ -206,25 +195,42 @@ class TextSpace:
             encoder.training  # drops other channels each time
             or (torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters()))
         )
-        cached = None if learns or cache is None else cache.get(key)
+        cached = None if learns or cache is None else cache.get(ids)
         if cached is not None:
             return cached.to(device)
         if encoder is None:
             raise ValueError(NO_ENCODER)
-        states = self._states(input_ids.to(device), mask.to(device))[0]
+        states = self._states([ids], device)[0][0, : len(ids)]
         if not encoder.training and cache is not None:
-            cache.put(key, states)
+            cache.put(ids, states)
         return states
 
-    def _states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the encoder's last hidden states `(N, L, C)`."""
-        output = self.text_encoder(input_ids, attention_mask=mask)
-        if hasattr(output, "logits"):
+    def _states(
+        self, tokens: Sequence[Sequence[int]], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return last hidden states `(N, L, C)` and mask `(N, L)`.
+
+        This is the one place that pads tokens: on the right, so that a decoder's tokens keep their
+        places, to a multiple of `TOKEN_MULTIPLE` as far as the encoder has positions. The states of
+        padding are zero.
+        """
+        import torch
+
+        lengths = torch.tensor([len(ids) for ids in tokens])
+        length = _rounded_up(int(lengths.max()))
+        length = min(length, getattr(self.text_encoder.config, POSITIONS, length))
+        padding = getattr(self.tokenizer, "pad_token_id", None) or 0
+        input_ids = torch.full((len(tokens), length), padding)
+        for row, ids in zip(input_ids, tokens, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(length) < lengths[:, None]).long().to(device)
+        output = self.text_encoder(input_ids.to(device), attention_mask=mask)
+        if "logits" in output:
             raise ValueError(
                 f"{type(self.text_encoder).__name__} predicts tokens. Use the model inside it, "
                 "whose last hidden states serve as the caption: `text_encoder.base_model`."
             )
-        return output[0]
+        return output[0].masked_fill(mask[..., None] == 0, 0), mask
 
     def _warn_if_cut(self, text: str, max_length: int) -> None:
         tokenizer = self.tokenizer
@@ -239,19 +245,18 @@ class TextSpace:
             )
 
 
-def _keys(input_ids: torch.Tensor, mask: torch.Tensor) -> list[bytes]:
-    """Return a cache key per text: its tokens, so that no tokenizer matters."""
-    return [
-        ids.numpy().tobytes() + keep.numpy().tobytes()
-        for ids, keep in zip(input_ids, mask, strict=True)
-    ]
+def _rounded_up(length: int) -> int:
+    return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
 
-def pad_states(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad states of texts of different lengths with zeros, to a multiple of `TOKEN_MULTIPLE`.
+def pad_states(
+    states: Sequence[torch.Tensor], length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad states of texts of different lengths with zeros.
 
     Args:
         states: B tensors `(tokens, C)`.
+        length: tokens L to pad to; by default a multiple of `TOKEN_MULTIPLE`.
 
     Returns:
         States `(B, L, C)` and their mask `(B, L)`, int64, 1 = token.
@@ -259,11 +264,11 @@ def pad_states(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
     import torch
 
     lengths = torch.tensor([len(one) for one in states])
-    longest = -(-int(lengths.max()) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-    padded = states[0].new_zeros(len(states), longest, states[0].shape[1])
-    for row, one in zip(padded, states, strict=True):
-        row[: len(one)] = one
-    mask = torch.arange(longest) < lengths[:, None]
+    length = _rounded_up(int(lengths.max())) if length is None else length
+    padded = torch.stack(
+        [torch.nn.functional.pad(one, (0, 0, 0, length - len(one))) for one in states]
+    )
+    mask = torch.arange(length) < lengths[:, None]
     return padded, mask.long().to(padded.device)
 
 
@@ -280,8 +285,7 @@ def cut_padding(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor,
     kept = mask != 0
     if not kept.any(dim=1).all():
         return embeds, mask
-    last = int(kept.any(dim=0).nonzero().max()) + 1
-    length = -(-last // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    length = _rounded_up(int(kept.any(dim=0).nonzero().max()) + 1)
     return embeds[:, :length].contiguous(), mask[:, :length].contiguous()
 
 
@@ -327,13 +331,13 @@ class TextCache:
         self._encoder, self._state = weakref.ref(encoder), state
 
     def get(self, key: Hashable) -> torch.Tensor | None:
-        """Return the states `(L, C)` under `key`, on the CPU, not to be changed; None if absent."""
+        """Return the states `(tokens, C)` under `key`, on the CPU, or None. Do not change them."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
     def put(self, key: Hashable, states: torch.Tensor) -> None:
-        """Store a copy of states `(L, C)`, unless they exceed `max_bytes` by themselves."""
+        """Store a copy of states `(tokens, C)`, unless they exceed `max_bytes` by themselves."""
         if states.nbytes > self.max_bytes:
             return
         self._entries[key] = states.detach().to("cpu", copy=True)

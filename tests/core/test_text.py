@@ -3,9 +3,12 @@ import time
 
 import pytest
 import torch
+import transformers
 
+from localdit import Config, LocalDiTPipeline, load_model
 from localdit.core.text import MAX_PROMPT_CHARACTERS, TextSpace, check_prompts, pad_states
-from tests.tiny import tiny_components, tiny_tokenizer
+from tests.tiny import TEXT_WIDTHS as WIDTHS
+from tests.tiny import tiny_components, tiny_text_encoder, tiny_tokenizer
 
 
 def test_one_prompt_becomes_a_list_and_an_empty_prompt_is_one():
@@ -28,42 +31,31 @@ def test_what_cannot_be_tokenised_is_refused(prompt, error, message):
         check_prompts(prompt)
 
 
-def tokenize(tokenizer, texts, max_length):
+def tokenize(texts, max_length):
     """Tokenise as for a pipeline's prompts."""
-    return TextSpace(tokenizer, None).tokenize(texts, max_length, warn=True, padding="max_length")
+    return TextSpace(tiny_tokenizer(), None).tokenize(texts, max_length, warn=True)
 
 
-def test_prompts_are_prepared_as_captions_were():
-    tokenizer = tiny_tokenizer()
-    ids, _ = tokenize(tokenizer, [" A RED Circle", "a red circle"], 8)
-    assert torch.equal(ids[0], ids[1])
-    assert tokenizer.decode(ids[0]) == "a red circle </s> <pad> <pad> <pad> <pad>"
-
-
-def test_padding_is_masked_and_does_not_depend_on_the_batch():
-    tokenizer = tiny_tokenizer()
-    ids, mask = tokenize(tokenizer, ["a cat", "a dog on a lake"], 12)
-    alone, alone_mask = tokenize(tokenizer, ["a cat"], 12)
-    assert ids.shape == mask.shape == (2, 12)
-    assert mask.sum(1).tolist() == [3, 6]
-    assert torch.equal(ids[:1], alone)
-    assert torch.equal(mask[:1], alone_mask)
+def test_prompts_are_lower_cased_and_stripped():
+    first, second = tokenize([" A RED Circle\n", "a red circle"], 8)
+    assert first == second
+    assert tiny_tokenizer().decode(first) == "a red circle </s>"
 
 
 def test_a_warning_quotes_what_was_cut(caplog):
     with caplog.at_level(logging.WARNING):
-        ids, mask = tokenize(tiny_tokenizer(), ["a cat", "a red cat and blue dog"], 5)
+        short, cut = tokenize(["a cat", "a red cat and blue dog"], 5)
     (record,) = caplog.records
     assert "'blue dog'" in record.getMessage()
     assert "6 tokens" in record.getMessage()
     assert "first 4" in record.getMessage()
-    assert mask.sum(1).tolist() == [3, 5]
-    assert ids[1, -1] == 1  # still ends with </s>
+    assert (len(short), len(cut)) == (3, 5)
+    assert cut[-1] == 1  # still ends with </s>
 
 
 def test_a_prompt_that_just_fits_is_not_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
-        tokenize(tiny_tokenizer(), ["a red cat dog"], 5)
+        tokenize(["a red cat dog"], 5)
     assert not caplog.records
 
 
@@ -121,20 +113,21 @@ def text(parts):
 
 
 def test_captions_are_encoded_as_the_pipeline_encodes_prompts(parts, text):
-    from localdit import LocalDiTPipeline
-
     states, mask = text.encode_batch(CAPTIONS, 120)
     expected, expected_mask, _, _ = LocalDiTPipeline(**parts).encode_prompt(
         CAPTIONS, do_classifier_free_guidance=False
     )
     length = states.shape[1]
+    assert length == 8
     assert torch.equal(mask, expected_mask[:, :length])
     assert expected_mask[:, length:].sum() == 0
-    torch.testing.assert_close(states[mask.bool()], expected[expected_mask.bool()])
+    torch.testing.assert_close(states, expected[:, :length])
 
 
 def test_captions_are_cut(text):
-    assert text.encode_batch(["a " * 50], 5)[0].shape == (1, 5, 16)
+    states, mask = text.encode_batch(["a " * 50], 5)
+    assert states.shape == (1, 8, 16)
+    assert mask.tolist() == [[1] * 5 + [0] * 3]
 
 
 def test_tokens_are_counted_as_they_are_encoded(parts, text):
@@ -152,6 +145,7 @@ def test_text_is_padded_to_few_lengths():
     assert mask.sum(dim=1).tolist() == [3, 9]
     assert torch.equal(padded, mask[..., None].expand(2, 16, 2).bfloat16())
     assert pad_states(states[:1])[0].shape == (1, 8, 2)
+    assert pad_states(states, 20)[0].shape == (2, 20, 2)
 
 
 def test_each_text_is_encoded_once_to_the_states_of_its_tokens(text, monkeypatch):
@@ -170,6 +164,73 @@ def test_each_text_is_encoded_once_to_the_states_of_its_tokens(text, monkeypatch
     assert set(states) == set(captions)
     for caption in captions[::9]:
         assert states[caption].dtype == torch.bfloat16
-        torch.testing.assert_close(
-            states[caption].float(), encode([caption], 120)[0][0], rtol=1e-2, atol=1e-2
-        )
+        expected = encode([caption], 120)[0][0, : len(states[caption])]
+        torch.testing.assert_close(states[caption].float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_padding_does_not_change_the_states_of_a_text(text):
+    """A text alone, in a batch, and at another length: the sums may round otherwise, no more."""
+    alone, _ = text.encode(["a cat"], 120, torch.device("cpu"))
+    shorter, _ = text.encode(["a cat"], 8, torch.device("cpu"))
+    batch, _ = text.encode_batch(["a cat", "a small red dog on the left of a lake"], 120)
+    assert torch.equal(alone[:, :8], shorter)
+    assert alone[:, 3:].abs().sum() == 0
+    torch.testing.assert_close(batch[0, :3], alone[0, :3], rtol=1e-5, atol=1e-6)
+    assert batch[0, 3:].abs().sum() == 0
+
+
+# Text encoders of other kinds
+
+
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_padding_has_no_effect_with_any_text_encoder(kind):
+    space = TextSpace(tiny_tokenizer(), tiny_text_encoder(kind))
+    assert space.width == WIDTHS[kind]
+    texts = ["a cat", "a small red dog on the left", ""]
+    states, mask = space.encode_batch(texts, 120)
+    assert mask.sum(dim=1).tolist() == space.count_tokens(texts, 120)
+    for text, row, keep in zip(texts, states, mask.bool(), strict=True):
+        alone, alone_mask = space.encode([text], 120, torch.device("cpu"))
+        torch.testing.assert_close(row[keep], alone[alone_mask.bool()], rtol=1e-4, atol=1e-5)
+        ids = torch.tensor(space.tokenize([text], 120))
+        with torch.no_grad():
+            bare = space.text_encoder(ids).last_hidden_state[0]  # without any padding
+        torch.testing.assert_close(row[keep], bare, rtol=1e-4, atol=1e-5)
+
+
+def test_a_clip_encoder_cuts_at_its_positions(caplog):
+    space = TextSpace(tiny_tokenizer(), tiny_text_encoder("clip"))
+    states, mask = space.encode(["a cat " * 20], 120, torch.device("cpu"))
+    assert states.shape == (1, 120, 32)
+    assert mask.sum() == 12
+    assert "cut to the first 11" in caplog.text
+
+
+def test_a_model_that_predicts_tokens_is_refused():
+    settings = tiny_text_encoder("gemma").config
+    space = TextSpace(tiny_tokenizer(), transformers.Gemma2ForCausalLM(settings))
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM predicts tokens.*base_model"):
+        space.encode_batch(["a cat"], 8)
+
+
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_pipelines_with_other_text_encoders_draw_save_and_load(kind, tmp_path):
+    parts = tiny_components(caption_channels=WIDTHS[kind])
+    pipe = LocalDiTPipeline(**parts | {"text_encoder": tiny_text_encoder(kind)})
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red cat", num_inference_steps=2, generator=generator, output_type="pt")[0]
+
+    expected = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path)
+    assert type(loaded.text_encoder) is type(pipe.text_encoder)
+    assert torch.equal(draw(loaded), expected)
+    config = Config(
+        ckpt_path=tmp_path / "transformer", text_encoder=tmp_path, vae=tmp_path, scheduler=tmp_path
+    )
+    assembled = load_model(config, device="cpu", dtype="float32")
+    assert type(assembled.text_encoder) is type(pipe.text_encoder)
+    assert torch.equal(draw(assembled), expected)

@@ -89,9 +89,9 @@ def test_latents_and_text_are_those_of_the_encoders(workplace):
         for number, caption in enumerate(sample.captions):
             latents, text = read_encoded(sample, number)
             torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
-            states = encoders.text.encode_batch([caption], 120)[0][0]
+            states = encoders.text.encode_batch([caption], 120)[0][0, : len(text)]
             torch.testing.assert_close(text.float(), states, rtol=1e-2, atol=1e-2)
-    empty = encoders.text.encode_batch([""], 120)[0][0]
+    empty = encoders.text.encode_batch([""], 120)[0][0, :1]
     torch.testing.assert_close(found.encoded.empty_text.float(), empty, rtol=1e-2, atol=1e-2)
 
 
