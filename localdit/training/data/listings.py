@@ -5,7 +5,8 @@
   to its own folder, with a caption under `text` or another of `CAPTION_KEYS`: the image folder
   convention of Hugging Face datasets. JSON Lines and Parquet may also hold lists of captions.
   Several folders of the data may have such a file.
-- `save_to_disk` of a `Dataset` or `DatasetDict` writes a saved dataset.
+- `save_to_disk` of a `Dataset` or `DatasetDict` writes a saved dataset. Up to 8 of them stay open
+  for reading until the process ends.
 """
 
 from __future__ import annotations
