@@ -37,7 +37,7 @@ from localdit.training.setup import (
     make_state,
     start_processes,
 )
-from localdit.training.shutdown import StopRequest
+from localdit.training.shutdown import StopRequest, keep_until_exit
 from localdit.training.state import TRANSFORMER, TrainingState, saved_options
 from localdit.training.validation import ValidationBatch, validation_losses
 
@@ -236,6 +236,8 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     method = make_method(args, models)
     method.set_sample_size(args.stages[0].image_size // models.latents.pixels_per_latent)
     state = agreement.on_all(lambda: make_state(args, method, accelerator))
+    if accelerator.num_processes > 1:
+        keep_until_exit(state)
     set_seed(args.seed, device_specific=True)
     session = Session(
         args,

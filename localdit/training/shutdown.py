@@ -1,6 +1,7 @@
 """Ending a run: the signals that ask for it, the error that stops it, and the exit.
 
-Nothing heavy is imported here, because signals are caught before PyTorch is loaded.
+Nothing heavy is imported here, because signals are caught before PyTorch is loaded. The handlers of
+signals, and what `keep_until_exit` keeps, last until the process ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from types import FrameType
 
 # Sent by schedulers and people: a cluster's time limit, Ctrl-C, `scancel --signal=USR1`.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+_kept: list[object] = []
 
 
 class TrainingStopped(Exception):
@@ -42,6 +45,14 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
+
+
+def keep_until_exit(thing: object) -> None:
+    """Keep an object until `run_and_exit` ends the process, so that its destructor never runs.
+
+    The destructor of a DDP model would wait for a thread of gloo that waits for the interpreter.
+    """
+    _kept.append(thing)
 
 
 def run_and_exit(main: Callable[[], int]) -> None:

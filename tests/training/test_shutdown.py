@@ -32,10 +32,10 @@ def test_a_second_interrupt_ends_the_program(stop):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-# An object whose destructor would wait forever when the interpreter shuts down.
+# Objects whose destructors would wait forever, when `main` returns or the interpreter shuts down.
 PROGRAM = """
 import sys, threading
-from localdit.training.shutdown import run_and_exit
+from localdit.training.shutdown import keep_until_exit, run_and_exit
 
 class Waits:
     def __del__(self):
@@ -44,6 +44,7 @@ class Waits:
 kept = Waits()
 
 def main():
+    keep_until_exit(Waits())
     print("done")
     {end}
 
@@ -70,5 +71,5 @@ def test_a_process_exits_with_its_code_and_waits_for_nothing(end, code, message)
 
 
 def test_system_exit_passes_through():
-    program = PROGRAM.replace("kept = Waits()", "").format(end="sys.exit(2)")
+    program = PROGRAM.replace("Waits()", "None").format(end="sys.exit(2)")
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 2
