@@ -84,7 +84,7 @@ def encode_text(dtype: str) -> dict[str, Any]:
     encoder = random_weights(lambda: T5EncoderModel(T5Config(num_layers=1, **T5_XXL)), dtype)
     size = sum(p.nbytes for p in encoder.parameters())
     nothing: Any = None
-    pipe = LocalDiTPipeline(nothing, encoder, nothing, nothing, nothing)
+    pipe: Any = LocalDiTPipeline(nothing, encoder, nothing, nothing, nothing)
     ids = torch.randint(2, 1000, (1, TOKENS))
     del encoder  # now only the pipeline holds it
     with torch.no_grad():
