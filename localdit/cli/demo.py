@@ -7,13 +7,14 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..parsing import Parser, run
 from . import arguments
-from .arguments import COMMAND_LINE, ModelOptions, read, usage_errors
+from .arguments import COMMAND_LINE, usage_errors
 from .drawing import load, picture_settings
 from .output import Output
 from .plan import SCENES, Choice, check_model, choose_model, fit_size, report_fallback
@@ -72,7 +73,7 @@ def demo(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="localdit-") as name:
         os.environ["GRADIO_TEMP_DIR"] = f"{name}/gradio"  # uploads are deleted with the rest
         with usage_errors():
-            model = page_model(read(ModelOptions, args))
+            model = page_model(args)
             port = free_port(args.host, args.port)
             keep = None if args.output is None else prepare_output_folder(args.output)
         report_fallback(model)
@@ -85,14 +86,15 @@ def demo(args: argparse.Namespace) -> None:
             page.close(verbose=False)
 
 
-def page_model(chosen: ModelOptions) -> Choice:
+def page_model(args: argparse.Namespace) -> Choice:
     """Return the model of the page, in the size that the page first shows.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as `choose_model` and `check_model`.
     """
-    model = check_model(choose_model(chosen))
-    return model.with_config(with_settings(model.config, fit_size(model.config, Config())))
+    model = check_model(choose_model(args))
+    size = fit_size(model.config, Config())
+    return replace(model, config=with_settings(model.config, size))
 
 
 def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | None = None) -> Any:

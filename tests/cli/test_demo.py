@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from localdit.cli import demo, main
-from localdit.cli.arguments import ModelOptions
 from localdit.images import read_metadata
 from tests.demo.conftest import artist, asked, config  # noqa: F401
 
@@ -68,7 +67,7 @@ def test_a_busy_port_is_a_mistake(monkeypatch, capsys):
 def test_saved_pictures_carry_the_settings_of_the_command_line(artist, asked, tmp_path):  # noqa: F811
     folder, keep = tmp_path / "page", tmp_path / "kept"
     keep.mkdir()
-    model = demo.page_model(ModelOptions(model="box"))
+    model = demo.page_model(demo.build_parser().parse_args(["--model", "box"]))
     save = demo.saving(artist.pipe, model, folder, keep)
     picture = Image.new("RGB", (32, 32))
     paths = [save(picture, asked("edit", strength=0.5, seed=9)) for _ in range(2)]
