@@ -231,8 +231,7 @@ def report_fallback(choice: Choice) -> None:
 
 def _check_files(config: Config) -> None:
     """Look for the model, and for the local parts of a model that comes without them."""
-    from ..core.parts import PARTS
-    from ..sources import is_hub_name, locate
+    from ..core.parts import PARTS, is_hub_name, locate
     from ..utils import find_checkpoint
 
     checkpoint = find_checkpoint(config.ckpt_path)
