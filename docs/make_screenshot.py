@@ -14,7 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from localdit.cli.demo import build_parser, make_page, page_model
 from localdit.cli.drawing import load
-from localdit.demo.serving import launch
+from localdit.demo.page import launch
 
 IMAGE = Path(__file__).with_name("images") / "demo.png"
 PROMPTS = [
