@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .. import __version__
 from ..errors import Vocabulary, wording
 from ..parsing import UsageError
+from ..version import __version__
 
 BOX_NAME = "box"
 

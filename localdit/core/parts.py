@@ -59,7 +59,7 @@ PARTS = {  # in the order in which they are loaded: the largest comes last
         "text_encoder",
         ("", "tokenizer"),
         "tokenizer_config.json",
-        ("tokenizer.json", "spiece.model"),
+        ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json"),
     ),
     "text_encoder": Part(
         "text_encoder",
