@@ -6,10 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from localdit.machine import Spread
-
 from .cases import PIXART, Case, Denoiser
-from .timing import at_depth, exponent, paired_ratios, times_at_depth
+from .timing import Spread, at_depth, exponent, paired_ratios, times_at_depth
 
 # The fields that distinguish one curve over sizes from another.
 GROUP = ("dtype", "task", "mode", "depth")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from localdit.machine import OUT_OF_MEMORY, Spread, take_turns
+from localdit.machine import OUT_OF_MEMORY, take_turns
 
 from .attention_kernels import attention_of
 from .cases import Case, Denoiser
@@ -69,6 +70,24 @@ def times_at_depth(runs: Sequence[Mapping[str, Any]], layers: int) -> list[float
     depths = [run["layers"] for run in runs]
     turns = zip(*(run["seconds"] for run in runs), strict=True)
     return [at_depth(dict(zip(depths, seconds, strict=True)), layers) for seconds in turns]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median, the lowest and the highest of some values."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of `values`."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the three as a dict, for JSON."""
+        return asdict(self)
 
 
 def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:

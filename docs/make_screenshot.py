@@ -12,10 +12,9 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from localdit.cli.arguments import ModelOptions
-from localdit.cli.demo import make_page, page_model
+from localdit.cli.demo import build_parser, make_page, page_model
 from localdit.cli.drawing import load
-from localdit.demo.serving import launch
+from localdit.demo.page import launch
 
 IMAGE = Path(__file__).with_name("images") / "demo.png"
 PROMPTS = [
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--inpaint", action="store_true", help="show the inpainting editor")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
-        model = page_model(ModelOptions(model="box"))
+        model = page_model(build_parser().parse_args(["--model", "box"]))
         page = make_page(load(model), model, Path(name))
         chromium = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]

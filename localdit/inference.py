@@ -41,7 +41,7 @@ def inference(
 ) -> list[Image.Image]:
     """Draw one picture per prompt.
 
-    `config` gives height, width, denoising_steps, guidance_scale, max_length and batch_size, the
+    `config` sets height, width, denoising_steps, guidance_scale, max_length and batch_size, the
     number of pictures that are drawn at once; with an image also denoising_strength.
 
     Args:
@@ -49,19 +49,19 @@ def inference(
         prompts: one prompt or a list of them.
         neg_prompts: what the pictures should not show: a string for all of them or a list with one
             per prompt; None turns guidance off, whatever `config.guidance_scale` is.
-        image: turns text to image into image to image: one image (PIL, or a path) for all prompts,
-            or a list with one per prompt. It is read as by `localdit.images.load_image`, then
-            scaled to cover height x width and cropped to it.
-        mask: turns image to image into inpainting: one mask for all prompts, or a list with one
-            per prompt, of the image's size; white is repainted, black is kept.
-        padding_mask_crop: with a mask, draw only the mask and so many pixels around it: they are
+        image: an image to start from (PIL, or a path): one for all prompts, or a list with one per
+            prompt. `localdit.images.load_image` reads it; it is then scaled to cover
+            height x width and cropped to it.
+        mask: the parts of the image to repaint: one mask for all prompts, or a list with one per
+            prompt, of the image's size; white is repainted, black is kept.
+        padding_mask_crop: with a mask, draw only the mask and this many pixels around it. They are
             scaled to height x width, and the picture keeps its size.
         seed: picture i is drawn from seed + i, whatever the batch size; None chooses new seeds.
-        generator: instead of a seed, one for all pictures or a list with one per picture.
-        latents: standard normal noise to start from (with an image: to add to it), `(N, C, h, w)`
-            in latents, with h = height / pixels per latent.
-        progress: called as `progress(step, total)` after each denoising step, counted over all
-            batches.
+        generator: a generator for all pictures, or a list with one per picture, instead of a seed.
+        latents: standard normal noise to start from, or to add to the image, `(N, C, h, w)`, with
+            h = height / pixels per latent.
+        progress: called as `progress(step, total)` after each denoising step; both count the steps
+            of all batches.
 
     Returns:
         The pictures, in the order of the prompts.
@@ -101,7 +101,7 @@ def inference_batches(
     progress: Callable[[int, int], None] | None = None,
     callback_on_step_end: StepCallback | None = None,
 ) -> Iterator[list[Image.Image]]:
-    """Return an iterator over batches of pictures, which draws each when it is asked for.
+    """Return an iterator that draws one batch of pictures at a time.
 
     The arguments are those of `inference`, and are checked in this call. `callback_on_step_end` is
     that of the pipelines.
@@ -132,7 +132,7 @@ def inference_batches(
         settings["padding_mask_crop"] = padding_mask_crop
     elif padding_mask_crop is not None:
         raise ValueError("padding_mask_crop is given without a mask; expected the mask, too")
-    if padding_mask_crop is None:  # otherwise the pipeline scales the surroundings of the mask
+    if padding_mask_crop is None:  # with it, the pipeline scales the surroundings of the mask
         for name in each.keys() & {"image", "mask_image"}:
             each[name] = [fit_image(one, config.height, config.width) for one in each[name]]
     if latents is not None:
@@ -140,13 +140,15 @@ def inference_batches(
     if seed is not None:
         if generator is not None:
             raise ValueError("seed and generator are both given; expected one of them")
-        each["generator"] = [_seeded(seed + i) for i in range(count)]
+        import torch
+
+        # On the CPU, a seed gives the same picture on every device.
+        each["generator"] = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
     elif isinstance(generator, Sequence):
         each["generator"] = _one_each("generator", generator, count)
     else:
         settings["generator"] = generator
-    if callback_on_step_end is not None:
-        settings["callback_on_step_end"] = callback_on_step_end
+    settings["callback_on_step_end"] = callback_on_step_end
     return _run(pipe, each, settings, config.batch_size, progress)
 
 
@@ -157,6 +159,7 @@ def _run(
     batch_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[list[Image.Image]]:
+    """Draw the batches; `each` has one entry per picture, `settings` are those of all."""
     import torch
 
     starts = range(0, len(each["prompt"]), batch_size)
@@ -165,7 +168,7 @@ def _run(
         if "latents" in part:
             part["latents"] = torch.stack(part["latents"])
         if progress:
-            then = settings.get("callback_on_step_end")
+            then = settings["callback_on_step_end"]
             part["callback_on_step_end"] = _step_callback(progress, batch, len(starts), then)
         yield pipe(**(settings | part)).images
 
@@ -191,13 +194,6 @@ def _one_each(name: str, given: Any, count: int) -> list[Any]:
     if len(given) != count:
         raise ValueError(f"{name} has {len(given)} entries for {count} prompts; expected one each")
     return list(given)
-
-
-def _seeded(seed: int) -> torch.Generator:
-    """Return a generator on the CPU, so that a seed gives the same picture on every device."""
-    import torch
-
-    return torch.Generator("cpu").manual_seed(seed)
 
 
 def _sibling(pipe: Any, task: str) -> Any:

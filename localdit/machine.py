@@ -1,6 +1,6 @@
-"""This machine: processor, GPU and versions; time and memory; progress bars.
+"""This machine: versions, processor and GPU; memory; progress bars of loading; time.
 
-Nothing heavy is imported with this module.
+Importing this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import ctypes
 import gc
 import importlib.metadata
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,29 +92,21 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def hidden(hide: bool = False) -> bool | None:
-    """Return tqdm's `disable`: True to hide the bar, None to show it on terminals only."""
-    return True if hide else None
-
-
 # Time
 
 
 def with_random_weights(
     make: Callable[[], Any], dtype: torch.dtype, device: str | torch.device
 ) -> Any:
-    """Return a model with small random weights; its own initialisation, which is slow, is skipped.
+    """Return the model that `make` constructs, with small random weights.
 
-    Args:
-        make: constructs the model.
-        dtype: of the weights.
-        device: where the weights are.
+    Its own initialisation, which is slow, is skipped.
     """
     import torch
 
     with torch.device("meta"):
         model = make()
-    # `Module.to`: that of Diffusers' models warns of a cast after loading, and nothing was loaded.
+    # `Module.to`, since the `to` of Diffusers' models warns of a cast after loading.
     model = torch.nn.Module.to(model, dtype).to_empty(device=device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -130,8 +120,7 @@ def take_turns(
 ) -> None:
     """Call each function in turn, several times, and note the seconds of each call in its record.
 
-    A function that runs out of the device's memory is left out from then on, and its record says
-    so.
+    A function that runs out of the device's memory is not called again; its record gets an "error".
 
     Args:
         runs: functions, each with its record. `record["first_call"]` gets the seconds of the first
@@ -158,21 +147,3 @@ def take_turns(
                 record["first_call"] = seconds
             if turn >= warm_up:
                 record["seconds"].append(seconds)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median, the lowest and the highest of some values."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Return the spread of `values`."""
-        return cls(statistics.median(values), min(values), max(values))
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the three as a dict, for JSON."""
-        return asdict(self)

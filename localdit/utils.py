@@ -1,4 +1,4 @@
-"""Build the pipeline that a `Config` names: `load_model`; and where the model in the box lies."""
+"""Load the pipeline that a `Config` names, and find the model in the box."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import config_field
-from .core.parts import load_parts, load_text_encoder, locate_parts
+from .core.parts import PARTS, load_parts, load_text_encoder, locate, locate_parts
 from .errors import Field, FieldImportError, FieldNotFoundError, FieldValueError
-from .sources import TEXT_ENCODER, locate
 
 __all__ = ["load_model", "model_in_the_box"]
 
@@ -34,26 +33,30 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> LocalDiTPipeline:
-    """Build the text-to-image pipeline that `config` names, ready to run.
+    """Load the text-to-image pipeline that `config` names, ready to run.
 
-    `config.ckpt_path` may be a Diffusers pipeline folder, which brings all its parts and whose own
-    configuration holds; a Diffusers transformer folder, likewise; or a flat `.safetensors` or `.pt`
-    checkpoint, whose tensors have to agree with the sizes in `config`. The latter two are joined
-    by `config.text_encoder`, `config.vae` and `config.scheduler`. Whatever can be checked without
-    loading is checked first.
+    `config.ckpt_path` is one of:
+
+    - a Diffusers pipeline folder. It has all parts, and its own configuration applies;
+    - a Diffusers transformer folder. Its own configuration applies, too. The other parts are
+      `config.text_encoder`, `config.vae` and `config.scheduler`;
+    - a flat `.safetensors` or `.pt` checkpoint. Its tensors must agree with the sizes in `config`,
+      which names the other parts.
+
+    Everything that can be checked without loading is checked first.
 
     Args:
-        config: says what to load, and how: `offload`, `text_encoder_quantization`.
+        config: names the parts, and says how to load them: `offload`, `text_encoder_quantization`.
         device: by default a CUDA GPU, else Apple's MPS, else the CPU.
-        dtype: of the weights, as "float32" or `torch.float32`; by default bfloat16 on a CUDA GPU
-            that computes in it, else float16 on a GPU, float32 on the CPU.
+        dtype: dtype of the weights, as "float32" or `torch.float32`; by default bfloat16 on a CUDA
+            GPU that supports it, float16 on other GPUs, float32 on the CPU.
 
     Raises:
-        FileNotFoundError: if the checkpoint or a local copy of another part is missing.
-        OSError: if a part has to come from the Hugging Face hub and can't be fetched; the message
-            names repository and files, and how to use a local copy.
-        ImportError: for quantization without bitsandbytes.
-        ValueError: if a checkpoint's tensors contradict `config`, or options contradict each other.
+        FileNotFoundError: the checkpoint or a local copy of another part is missing.
+        OSError: a part can't be fetched from the Hugging Face hub; the message names the repository
+            and the files, and says how to use a local copy.
+        ImportError: quantization is set, but bitsandbytes is not installed.
+        ValueError: a checkpoint's tensors contradict `config`, or options contradict each other.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
@@ -61,7 +64,7 @@ def load_model(
     checkpoint = find_checkpoint(config.ckpt_path)
     load = _load_pipeline_folder if (checkpoint / "model_index.json").is_file() else _assemble
     with warnings.catch_warnings():
-        # Older versions of Diffusers know no other name; newer ones warn of its end.
+        # Older versions of Diffusers have only this name; newer ones warn that it will go.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         pipe = load(config, checkpoint, device, dtype)
     if config.offload == "model":
@@ -74,10 +77,10 @@ def load_model(
 
 
 def model_in_the_box() -> Path:
-    """The pipeline folder of the small model that comes with the package.
+    """Return the pipeline folder of the small model that comes with the package.
 
     Raises:
-        FileNotFoundError: if this installation lacks it.
+        FileNotFoundError: this installation lacks it.
     """
     if not (BOX / "model_index.json").is_file():
         raise FileNotFoundError(f"{BOX} is missing: this copy of localdit has no model in it")
@@ -88,10 +91,10 @@ def model_in_the_box() -> Path:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device that is meant, by default the first there is of CUDA, MPS and the CPU.
+    """Return a device, by default the first available one of CUDA, MPS and the CPU.
 
     Raises:
-        ValueError: if it is none, or PyTorch does not find it here.
+        ValueError: there is no such device, or PyTorch does not find it.
     """
     import torch
 
@@ -107,11 +110,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             field=Field("device"),
             device=device,
         ) from error
-    missing = {
-        "cuda": not torch.cuda.is_available(),
-        "mps": not torch.backends.mps.is_available(),
-    }
-    if missing.get(resolved.type):
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not found.get(resolved.type, True):
         raise FieldValueError(
             "{field} is {device!r}, but PyTorch finds no such device; try 'cpu'",
             field=Field("device"),
@@ -121,10 +121,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype that is meant, by default as `load_model` says.
+    """Return a dtype of weights; the default is that of `load_model`.
 
     Raises:
-        ValueError: if weights are not kept in it.
+        ValueError: it is not a supported dtype.
     """
     import torch
 
@@ -143,11 +143,11 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 
 def check_options(config: Config, device: torch.device) -> None:
-    """Refuse what contradicts itself or the device.
+    """Refuse options that contradict each other or the device.
 
     Raises:
-        ImportError: for quantization without bitsandbytes.
-        ValueError: for offloading without a GPU, or one that quantization rules out.
+        ImportError: quantization is set, but bitsandbytes is not installed.
+        ValueError: offloading is set without a GPU, or in a kind that quantization rules out.
     """
     if config.offload and device.type == "cpu":
         raise FieldValueError(
@@ -176,10 +176,10 @@ def check_options(config: Config, device: torch.device) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Check that there is something of a known kind at `config.ckpt_path`; nothing is loaded.
+    """Check that a path is a checkpoint file or a Diffusers folder, without loading it.
 
     Raises:
-        FileNotFoundError: if there is not; the message has the command that fetches the weights.
+        FileNotFoundError: it is neither; the message has the command that downloads the weights.
     """
     checkpoint = Path(path).expanduser()
     if not checkpoint.exists():
@@ -210,29 +210,23 @@ def _load_transformer(
         return LocalDiTTransformer2DModel.from_pretrained(
             checkpoint, torch_dtype=dtype, use_safetensors=True
         )
-    _check_agreement(config, checkpoint)
-    return LocalDiTTransformer2DModel.from_single_file(
-        checkpoint, torch_dtype=dtype, **config.transformer_kwargs()
-    )
-
-
-def _check_agreement(config: Config, checkpoint: Path) -> None:
-    """Compare the architecture in `config` with what a flat checkpoint tells of its own."""
-    expected = contradictions(config, checkpoint)
-    if expected:
+    if expected := contradictions(config, checkpoint):
         given = ", ".join(f"{name}={getattr(config, name)!r}" for name in expected)
         wanted = ", ".join(f"{name}={value!r}" for name, value in expected.items())
         raise ValueError(
             f"{checkpoint} is of another model than the Config with {given}; "
             f"for this file it has to be Config({wanted})"
         )
+    return LocalDiTTransformer2DModel.from_single_file(
+        checkpoint, torch_dtype=dtype, **config.transformer_kwargs()
+    )
 
 
 def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
-    """The fields of `config` that a flat checkpoint contradicts, with its own values.
+    """Return the fields of `config` that a flat checkpoint contradicts, with the file's values.
 
     Raises:
-        ValueError: if it is damaged, or not of a LocalDiT.
+        ValueError: the file is damaged, or holds another kind of model.
     """
     from .checkpoint.layout import read_layout
     from .checkpoint.reading import CheckpointFile
@@ -241,7 +235,7 @@ def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
     layout = read_layout(file.infos, str(checkpoint))
     facts = file.config | {name: fact.value for name, fact in layout.facts.items()}
     facts["use_global"] = "local_global" in layout.layer_types
-    # in a file's own configuration None means that a value follows from the others
+    # None in a file's own configuration means that the value follows from the others.
     return {
         "eps" if name == "qk_norm_eps" else name: facts[name]
         for name, value in config.transformer_kwargs().items()
@@ -249,20 +243,19 @@ def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-# Whole pipelines
+# The pipeline
 
 
 def _load_pipeline_folder(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> LocalDiTPipeline:
+    """Load a pipeline from the folder that holds all its parts."""
     from .pipelines import LocalDiTPipeline
 
     parts = {}
-    if config.text_encoder_quantization:
-        where = locate(TEXT_ENCODER, folder)
-        parts["text_encoder"] = load_text_encoder(
-            where, dtype, config.text_encoder_quantization, device
-        )
+    if quantization := config.text_encoder_quantization:
+        where = locate(PARTS["text_encoder"], folder)
+        parts["text_encoder"] = load_text_encoder(where, dtype, quantization, device)
     return LocalDiTPipeline.from_pretrained(
         folder, torch_dtype=dtype, use_safetensors=True, **parts
     )

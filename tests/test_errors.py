@@ -6,7 +6,7 @@ import pytest
 
 from localdit.cli.arguments import COMMAND_LINE
 from localdit.config import Config, config_field
-from localdit.demo.settings import PAGE
+from localdit.demo.artist import PAGE
 from localdit.errors import (
     Field,
     FieldError,

@@ -201,7 +201,7 @@ def test_bad_input_is_found_before_sampling(pipe, config, spy, tmp_path):
     refuses("seed and generator", seed=1, generator=torch.Generator())
     refuses(r"gone\.png", image=tmp_path / "gone.png", error=FileNotFoundError)
     (tmp_path / "text.png").write_text("text")
-    refuses("no image", image=tmp_path / "text.png")
+    refuses("is not an image", image=tmp_path / "text.png")
     assert not spy
 
 

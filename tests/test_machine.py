@@ -1,4 +1,4 @@
-"""Turns, spreads and models of random weights."""
+"""Turns, and models with random weights."""
 
 import torch
 from torch import nn
@@ -6,13 +6,12 @@ from torch import nn
 from localdit.machine import (
     OUT_OF_MEMORY,
     SMALL,
-    Spread,
     take_turns,
     with_random_weights,
 )
 
 
-def test_runs_take_turns_and_warm_up_does_not_count():
+def test_runs_alternate_and_the_warm_up_is_not_counted():
     calls: list[str] = []
     records = {name: {"seconds": []} for name in "AB"}
     runs = [(lambda name=name: calls.append(name), records[name]) for name in "AB"]
@@ -23,7 +22,7 @@ def test_runs_take_turns_and_warm_up_does_not_count():
     )
 
 
-def test_what_runs_out_of_memory_leaves_the_others_their_turns():
+def test_a_run_without_memory_is_not_repeated():
     calls: list[str] = []
 
     def too_large() -> None:
@@ -38,11 +37,7 @@ def test_what_runs_out_of_memory_leaves_the_others_their_turns():
     assert len(records["B"]["seconds"]) == 2
 
 
-def test_a_spread_is_a_median_within_its_ends():
-    assert Spread.of([4.0, 1.0, 2.0]) == Spread(median=2.0, lowest=1.0, highest=4.0)
-
-
-def test_random_weights_are_small_and_as_asked_for():
+def test_random_weights_are_small_and_have_the_given_dtype():
     model = with_random_weights(lambda: nn.Linear(64, 64), torch.bfloat16, "cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert 0.9 * SMALL < model.weight.abs().max() <= SMALL + 1e-3

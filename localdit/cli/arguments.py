@@ -1,24 +1,20 @@
 """The options that commands share: one name, one meaning and one help text for each.
 
-Options are parsed into dataclasses, so that the rest of the program knows their types. Nothing
-heavy is imported here, so that `--help` answers at once.
+Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
 
 from ..errors import Vocabulary, wording
 from ..parsing import UsageError
 from ..version import __version__
 
 BOX_NAME = "box"
-OPTIONS = TypeVar("OPTIONS")
 
 # The command line's names of fields, for errors.
 COMMAND_LINE = Vocabulary(
@@ -49,57 +45,6 @@ COMMAND_LINE = Vocabulary(
     },
     advice="give {name} {value}",
 )
-
-
-@dataclass(frozen=True)
-class MachineOptions:
-    """Where and in which dtype to compute; None chooses."""
-
-    device: str | None = None
-    dtype: str | None = None
-
-
-@dataclass(frozen=True)
-class ModelOptions(MachineOptions):
-    """The model, its parts and LoRAs; None and empty lists for options that were not given."""
-
-    model: str | None = None
-    lora: Sequence[str] = ()
-    lora_scale: Sequence[float] = ()
-    text_encoder: str | None = None
-    vae: str | None = None
-    scheduler: str | None = None
-    text_encoder_quantization: str | None = None
-    offload: str | None = None
-
-
-@dataclass(frozen=True)
-class DrawingOptions:
-    """How pictures are drawn, and where they go; None for options that were not given."""
-
-    output: Path
-    prompt: Sequence[str] | None = None
-    prompt_file: Path | None = None
-    image: Path | None = None
-    mask: Path | None = None
-    padding_mask_crop: int | None = None
-    strength: float | None = None
-    negative_prompt: str | None = None
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    num_images: int = 1
-    batch_size: int | None = None
-    overwrite: bool = False
-    grid: bool = False
-
-
-def read(kind: type[OPTIONS], args: argparse.Namespace) -> OPTIONS:
-    """Return the parsed arguments that a dataclass of options has fields for."""
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in vars(args).items() if name in names})
 
 
 @contextmanager
@@ -151,11 +96,7 @@ def add_strength(parser: argparse.ArgumentParser, default: float | None = None) 
 
 
 def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
-    """Add the options of drawing, of the output and of the model.
-
-    Args:
-        size: the default size of the pictures, in words.
-    """
+    """Add the options of drawing, output and model; `size` is the default size, in words."""
     add = parser.add_argument_group("drawing").add_argument
     add("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
     add("--seed", metavar="N", type=int, default=0,
@@ -172,18 +113,14 @@ def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
         help="number of pictures per prompt (default: 1)")  # fmt: skip
     add("--batch-size", metavar="N", type=int,
         help="number of pictures that are drawn at once (default: 1)")  # fmt: skip
-    _add_output(parser)
-    add_model(parser)
-    add_debug(parser)
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pictures").add_argument
     add("-o", "--output", metavar="PATH", type=Path, default=Path("output"),
         help="FILE.png for one picture, which makes FILE_000.png, FILE_001.png and so on for "
         "several; or a folder, in which pictures are numbered (default: output)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace FILE.png if it exists")
     add("--grid", action="store_true", help="also save one sheet with all pictures")
+    add_model(parser)
+    add_debug(parser)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..machine import OUT_OF_MEMORY
@@ -50,13 +50,8 @@ def build_parser() -> Parser:
         help="sides of the square pictures in pixels, multiples of 16 (default: 512)")  # fmt: skip
     add("--layers", metavar="N", type=int, default=4,
         help="blocks per denoiser (default: 4, which use every shift of the windows)")  # fmt: skip
-    add(
-        "--repeats",
-        metavar="N",
-        type=int,
-        default=3,
-        help="timed turns, after one that is not counted (default: 3)",
-    )
+    add("--repeats", metavar="N", type=int, default=3,
+        help="timed turns, after one that is not counted (default: 3)")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     arguments.add_machine(parser)
     arguments.add_debug(parser)
@@ -74,7 +69,14 @@ def bench(args: argparse.Namespace) -> None:
     from ..utils import resolve_device, resolve_dtype
 
     with usage_errors():
-        _check(args)
+        for pixels in args.pixels:
+            if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
+                raise ValueError(
+                    f"--pixels is {pixels}; expected a multiple of {PIXELS_PER_TOKEN}, such as 512"
+                )
+        for name in ("layers", "repeats"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
         device = resolve_device(args.device)
         dtype = resolve_dtype(args.dtype, device)
     about = {
@@ -94,43 +96,38 @@ def bench(args: argparse.Namespace) -> None:
         results.append({"pixels": pixels, "seconds": result})
         if not args.json:
             print("\n".join(_rows(pixels, result)), flush=True)
-    print(
-        json.dumps(about | {"load": load, "results": results}, indent=1)
-        if args.json
-        else _notes(results, load)
-    )
+    report = about | {"load": load, "results": results}
+    print(json.dumps(report, indent=1) if args.json else _notes(results, load))
 
 
 def measure(
     pixels: int, layers: int, repeats: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[float]]:
-    """Return the seconds of each turn, for each kind of attention; none if memory runs out.
+    """Return the seconds of each counted turn, for each attention; none if memory runs out."""
+    import torch
 
-    Args:
-        pixels: side of the picture.
-        layers: blocks per model.
-        repeats: turns that are counted, after one that is not.
-        device, dtype: of the weights.
-    """
     from ..machine import take_turns
 
-    names = (WINDOWS, FULL, PIXART)
-    records: list[dict[str, Any]] = [{"seconds": []} for _ in names]
-    inputs = _inputs(pixels, device, dtype)
-    runs = [_forward(_model(name, pixels, layers, device, dtype), inputs, device) for name in names]
-    take_turns(list(zip(runs, records, strict=True)), warm_up=1, repeats=repeats)
-    return {name: record["seconds"] for name, record in zip(names, records, strict=True)}
+    side, channels = pixels // PIXELS_PER_LATENT, SHAPE["caption_channels"]
+    inputs = {
+        "hidden_states": torch.randn(1, 4, side, side, device=device, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, channels, device=device, dtype=dtype),
+        "encoder_attention_mask": torch.ones(1, TEXT_TOKENS, device=device, dtype=dtype),
+        "timestep": torch.tensor([500], device=device),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
 
+    def forward(model: Any) -> None:
+        with torch.inference_mode():
+            model(**inputs)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
 
-def _check(args: argparse.Namespace) -> None:
-    for pixels in args.pixels:
-        if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
-            raise ValueError(
-                f"--pixels is {pixels}; expected a multiple of {PIXELS_PER_TOKEN}, such as 512"
-            )
-    for name in ("layers", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
+    records: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in (WINDOWS, FULL, PIXART)}
+    models = [_model(name, pixels, layers, device, dtype) for name in records]
+    runs = [partial(forward, model) for model in models]
+    take_turns(list(zip(runs, records.values(), strict=True)), warm_up=1, repeats=repeats)
+    return {name: record["seconds"] for name, record in records.items()}
 
 
 def _model(name: str, pixels: int, layers: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -150,33 +147,6 @@ def _model(name: str, pixels: int, layers: int, device: torch.device, dtype: tor
     return model
 
 
-def _inputs(pixels: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    import torch
-
-    side = pixels // PIXELS_PER_LATENT
-    return {
-        "hidden_states": torch.randn(1, 4, side, side, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(
-            1, TEXT_TOKENS, SHAPE["caption_channels"], device=device, dtype=dtype
-        ),
-        "encoder_attention_mask": torch.ones(1, TEXT_TOKENS, device=device, dtype=dtype),
-        "timestep": torch.tensor([500], device=device),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def _forward(model: Any, inputs: dict[str, Any], device: torch.device) -> Callable[[], None]:
-    import torch
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model(**inputs)
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-
-    return forward
-
-
 def _rows(pixels: int, result: dict[str, list[float]]) -> list[str]:
     """Return the rows of the table; ratios compare the fastest turns, the least disturbed ones."""
     rows = []
@@ -194,12 +164,7 @@ def _row(pixels: str, name: str, seconds: str, ratio: str) -> str:
 
 
 def _notes(results: list[dict[str, Any]], load: float) -> str:
-    """Return the notes below the table, on how far to trust the figures.
-
-    Args:
-        results: as `--json` prints them.
-        load: running processes per core before the first turn.
-    """
+    """Return the notes below the table, on how far to trust the results; `load` is as `_load`."""
     turns = [seconds for one in results for seconds in one["seconds"].values() if seconds]
     spread = max((max(seconds) / min(seconds) for seconds in turns), default=1.0)
     if spread < UNSTEADY and load < BUSY:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..parsing import Parser, run
 from . import arguments
-from .arguments import COMMAND_LINE, ModelOptions, read, usage_errors
+from .arguments import COMMAND_LINE, usage_errors
 from .drawing import load, picture_settings
 from .output import Output
 from .plan import SCENES, Choice, check_model, choose_model, fit_size, report_fallback
@@ -21,10 +26,11 @@ from .plan import SCENES, Choice, check_model, choose_model, fit_size, report_fa
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..demo.settings import Settings
+    from ..demo.artist import Settings
     from ..pipelines import LocalDiTPipeline
 
 INSTALL = 'pip install "localdit[demo]"'
+FIRST_PORT, PORTS = 7860, 100
 STRENGTH = {"edit": 0.8, "inpaint": 1.0}
 
 
@@ -65,18 +71,19 @@ def demo(args: argparse.Namespace) -> None:
     with usage_errors():
         if importlib.util.find_spec("gradio") is None:
             raise ImportError(f"the page needs Gradio: {INSTALL}")
-    from ..demo.serving import free_port, launch, wait_for_the_end
     from ..images import prepare_output_folder
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
     with tempfile.TemporaryDirectory(prefix="localdit-") as name:
         os.environ["GRADIO_TEMP_DIR"] = f"{name}/gradio"  # uploads are deleted with the rest
         with usage_errors():
-            model = page_model(read(ModelOptions, args))
+            model = page_model(args)
             port = free_port(args.host, args.port)
             keep = None if args.output is None else prepare_output_folder(args.output)
         report_fallback(model)
         page = make_page(load(model), model, Path(name), keep)
+        from ..demo.page import launch
+
         address = launch(page, args.host, port)
         print(f"LocalDiT is at {address} (Ctrl+C ends it)", flush=True)
         try:
@@ -85,14 +92,15 @@ def demo(args: argparse.Namespace) -> None:
             page.close(verbose=False)
 
 
-def page_model(chosen: ModelOptions) -> Choice:
+def page_model(args: argparse.Namespace) -> Choice:
     """Return the model of the page, in the size that the page first shows.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as `choose_model` and `check_model`.
     """
-    model = check_model(choose_model(chosen))
-    return model.with_config(with_settings(model.config, fit_size(model.config, Config())))
+    model = check_model(choose_model(args))
+    size = fit_size(model.config, Config())
+    return replace(model, config=with_settings(model.config, size))
 
 
 def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | None = None) -> Any:
@@ -105,8 +113,8 @@ def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | 
         keep: where pictures stay; without it they are deleted with `folder`.
     """
     from ..demo.artist import Artist
+    from ..demo.controls import Offer
     from ..demo.page import build_page
-    from ..demo.settings import Offer
 
     picture = scene() if model.preset is SCENES else None
     multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
@@ -154,3 +162,38 @@ def scene() -> Image.Image:
     from ..scenes import Scene, SceneObject, draw_scene
 
     return draw_scene(Scene("blue", (SceneObject("circle", "red", "large", 0.25, 0.25),)))
+
+
+def free_port(host: str, port: int | None) -> int:
+    """Return `port` if it is free, or the first free one from `FIRST_PORT` if it is None.
+
+    Raises:
+        OSError: the port is taken, or the host is not an address of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    except socket.gaierror as error:
+        raise OSError(f"--host is {host!r}, which is not an address ({error.strerror})") from error
+    for candidate in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
+        try:
+            with socket.create_server((host, candidate), family=family):
+                return candidate
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise OSError(
+                    f"can't listen on --host {host}, port {candidate}: {error.strerror}"
+                ) from error
+    if port is None:
+        raise OSError(f"the ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are taken; give --port")
+    raise OSError(
+        f"port {port} is taken; give another --port, or leave it out to take the first free one"
+    )
+
+
+def wait_for_the_end() -> None:
+    """Wait for Ctrl+C or a request to terminate."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    while not ended.wait(timeout=1):  # without a timeout, Windows would not see Ctrl+C
+        pass

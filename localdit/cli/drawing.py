@@ -13,7 +13,7 @@ from ..config import Config, inference_settings
 from ..parsing import Parser, run
 from ..version import __version__
 from . import arguments
-from .arguments import COMMAND_LINE, DrawingOptions, ModelOptions, read
+from .arguments import COMMAND_LINE
 from .output import Output
 from .plan import Choice, Job, Task, plan
 
@@ -37,7 +37,7 @@ def generate_parser() -> Parser:
     )
     arguments.add_prompts(parser)
     arguments.add_drawing(parser, size="the model's own size")
-    parser.set_defaults(run=generate)
+    parser.set_defaults(run=generate, stem="generate")
     return parser
 
 
@@ -54,7 +54,7 @@ def edit_parser() -> Parser:
     arguments.add_prompts(parser)
     arguments.add_strength(parser)
     arguments.add_drawing(parser, size=LIKE_THE_PICTURE)
-    parser.set_defaults(run=edit)
+    parser.set_defaults(run=generate, stem="edit")
     return parser
 
 
@@ -77,25 +77,13 @@ def inpaint_parser() -> Parser:
         help="draw only the mask and so many pixels around it, in full detail (default: draw the "
         "whole picture)")  # fmt: skip
     arguments.add_drawing(parser, size=LIKE_THE_PICTURE)
-    parser.set_defaults(run=inpaint)
+    parser.set_defaults(run=generate, stem="inpaint")
     return parser
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Draw pictures from prompts."""
-    job = plan(read(DrawingOptions, args), read(ModelOptions, args), "generate")
-    draw(job, load(job.model))
-
-
-def edit(args: argparse.Namespace) -> None:
-    """Change a picture to follow prompts."""
-    job = plan(read(DrawingOptions, args), read(ModelOptions, args), "edit")
-    draw(job, load(job.model))
-
-
-def inpaint(args: argparse.Namespace) -> None:
-    """Repaint parts of a picture to follow prompts."""
-    job = plan(read(DrawingOptions, args), read(ModelOptions, args), "inpaint")
+    """Draw the pictures of `localdit generate`, `edit` or `inpaint`."""
+    job = plan(args, args.stem)
     draw(job, load(job.model))
 
 
@@ -132,9 +120,7 @@ def run_script(task: Task, config: Config, argv: Sequence[str] | None = None) ->
     """
 
     def work(args: argparse.Namespace) -> None:
-        job = plan(
-            read(DrawingOptions, args), read(ModelOptions, args), task, config=config, task=task
-        )
+        job = plan(args, task, config=config, task=task)
         pipe = load(job.model)
         if task == "i2i" and job.image is None:
             job = replace(job, image=_first_picture(job, pipe))
@@ -158,13 +144,13 @@ def _first_picture(job: Job, pipe: LocalDiTPipeline) -> Path:
 
 
 def load(model: Choice) -> LocalDiTPipeline:
-    """Load a model and its LoRAs; progress bars are shown on terminals only."""
-    from ..machine import hidden, hide_loading_bars
+    """Load a model and its LoRAs."""
+    from ..machine import hide_loading_bars
     from ..utils import load_model
 
     hide_loading_bars()
     pipe = load_model(model.config, model.device, model.dtype)
-    pipe.set_progress_bar_config(disable=hidden())
+    pipe.set_progress_bar_config(disable=None)  # shown on terminals only
     names = [f"lora_{number}" for number in range(len(model.loras))]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are intended
@@ -176,11 +162,7 @@ def load(model: Choice) -> LocalDiTPipeline:
 
 
 def draw(job: Job, pipe: LocalDiTPipeline) -> list[Path]:
-    """Draw the pictures of a job, save each as soon as its batch is done, and print its path.
-
-    Returns:
-        The files of the pictures, without the sheet.
-    """
+    """Draw a job's pictures, save each when its batch is done, and return the paths."""
     from ..images import image_grid, load_image
     from ..inference import inference_batches
 
@@ -188,7 +170,7 @@ def draw(job: Job, pipe: LocalDiTPipeline) -> list[Path]:
         pipe,
         job.prompts,
         job.negative_prompt,
-        job.config,
+        job.model.config,
         job.image,
         mask=job.mask,
         padding_mask_crop=_padding(job),
@@ -217,16 +199,18 @@ def _padding(job: Job) -> int | None:
         return job.padding_mask_crop
     assert job.image is not None
     width, height = load_image(job.image).size
-    return None if (height, width) == (job.config.height, job.config.width) else max(width, height)
+    drawn = job.model.config.height, job.model.config.width
+    return None if (height, width) == drawn else max(width, height)
 
 
 def _settings(job: Job, pipe: LocalDiTPipeline, index: int) -> dict[str, Any]:
     """Return the settings that the `index`-th picture of a job carries."""
+    config, seed = job.model.config, job.seed + index
     settings = picture_settings(
-        job.model, pipe, job.config, job.prompts[index], job.negative_prompt, job.seed + index
+        job.model, pipe, config, job.prompts[index], job.negative_prompt, seed
     )
     if job.image is not None:
-        strength = inference_settings(job.config)["strength"]
+        strength = inference_settings(config)["strength"]
         settings |= {"image": str(job.image), "strength": strength}
     if job.mask is not None:
         settings |= {"mask": str(job.mask), "padding_mask_crop": job.padding_mask_crop}

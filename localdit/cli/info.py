@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import Config
 from ..parsing import Parser
+from ..sizes import pixels_per_latent
 from . import arguments
 from .arguments import usage_errors
 
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoint.reading import CheckpointFile
+
 PLAIN = ("seed",)  # numbers without separators
+PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+OF_RELEASED = {"window_size": 4, "num_attention_heads": 16, "attention_head_dim": 72}
+Facts = dict[str, Any]
+Headers = dict[str, tuple[str, int]]  # dtype and number of values of each tensor
 
 
 def build_parser() -> Parser:
@@ -43,7 +55,7 @@ def info(args: argparse.Namespace) -> None:
     Raises:
         UsageError: the path or the device is missing.
     """
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, Facts] = {}
     with usage_errors():
         path = Path(arguments.named_model(args.path)) if args.path else None
         if path is not None and not path.exists():
@@ -57,34 +69,48 @@ def info(args: argparse.Namespace) -> None:
         sections[str(path)] = found or {"settings": "none: LocalDiT did not make it, or it changed"}
     else:
         if path is not None:
-            from .contents import contents_of
-
             sections |= contents_of(path)
             if sections[str(path)]["kind"] == "LoRA":  # it does not name its model
                 path = None
-        sections["machine"] = machine(arguments.read(arguments.MachineOptions, args), path)
+        sections["machine"] = machine(args, path)
     print(json.dumps(sections, indent=1) if args.json else text(sections))
 
 
-def machine(chosen: arguments.MachineOptions, path: Path | None) -> dict[str, Any]:
+# This machine
+
+
+def machine(args: argparse.Namespace, path: Path | None) -> Facts:
     """Return the facts about this machine, for the model at a path or one of the released shape."""
     from ..machine import device_name, versions
     from ..utils import resolve_device, resolve_dtype
-    from .contents import attention_shape
 
     with usage_errors():
-        device = resolve_device(chosen.device)
-        dtype = resolve_dtype(chosen.dtype, device)
-    backend, why = window_attention_path(device, dtype, **attention_shape(path))
+        device = resolve_device(args.device)
+        dtype = resolve_dtype(args.dtype, device)
+    model = OF_RELEASED if path is None else _configuration(path)
+    heads, head_dim = model["num_attention_heads"], model["attention_head_dim"]
+    backend, why = window_attention_path(device, dtype, model["window_size"], heads, head_dim)
+    chosen = {
+        "cuda": "PyTorch finds a CUDA GPU",
+        "mps": "PyTorch finds an Apple GPU and no CUDA GPU",
+        "cpu": "PyTorch finds neither a CUDA nor an Apple GPU",
+    }
     return {
         "device": str(device),
         "name": device_name(device),
-        "chosen": "as asked for" if chosen.device else _why(device.type),
+        "chosen": "as asked for" if args.device else chosen[device.type],
         "dtype": str(dtype).removeprefix("torch."),
         "window attention": backend,
         "because": why,
         "versions": versions(),
     }
+
+
+def _configuration(path: Path) -> Facts:
+    """Return the configuration of the transformer in a checkpoint file or a folder."""
+    from ..models.conversion import inspect_checkpoint, transformer_folder
+
+    return inspect_checkpoint(path).config if path.is_file() else transformer_folder(path)[1]
 
 
 def window_attention_path(
@@ -112,15 +138,169 @@ def window_attention_path(
     return "torch", f"the Triton kernel is not used: {reason or 'it needs a CUDA device'}"
 
 
-def _why(device: str) -> str:
+# A checkpoint
+
+
+def contents_of(path: Path) -> dict[str, Facts]:
+    """Return the facts about what is at a path: for each part, facts by name.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: a file is damaged, or holds no model.
+    """
+    if path.is_file():
+        return {str(path): _of_file(path)}
+    if (path / "model_index.json").is_file():
+        return _of_pipeline(path)
+    facts = {"kind": "transformer", **_of_transformer(path, Path(Config.vae))}
+    return {str(path): facts | {"elsewhere": _elsewhere(_configuration(path))}}
+
+
+def _of_file(path: Path) -> Facts:
+    from ..checkpoint.layout import read_layout
+    from ..checkpoint.reading import CheckpointFile
+    from ..models.conversion import inspect_checkpoint
+
+    file = CheckpointFile(path)
+    if any(".lora_A." in name for name in file.infos):
+        return _of_lora(file)
+    report = inspect_checkpoint(path)
+    dead = read_layout(file.infos, str(path)).dead
+    facts: Facts = {
+        "kind": f"checkpoint file ({'.pt' if report.kind == 'torch' else '.safetensors'})",
+        "bytes": path.stat().st_size,
+        "dtype": report.dtype,
+        **_shape(report.config, Path(Config.vae)),
+        "parameters": report.live_values + report.dead_values,
+        "live": report.live_values,
+        "dead": report.dead_values,
+    }
+    if dead:
+        facts["dead tensors"] = _by_kind(dead)
+    missing = []
+    if report.folded_layers:
+        missing.append(
+            f"global context, in {len(report.folded_layers)} layers: it was never trained; it is "
+            "replaced by its expected value, half of the local output"
+        )
+    if report.zeroed_layers:
+        missing.append(f"relative position bias, in {len(report.zeroed_layers)} layers: zero")
+    return facts | {"missing": missing or "nothing", "elsewhere": _elsewhere(report.config)}
+
+
+def _of_lora(file: CheckpointFile) -> Facts:
+    down = {name: info.shape[0] for name, info in file.infos.items() if ".lora_A." in name}
     return {
-        "cuda": "PyTorch finds a CUDA GPU",
-        "mps": "PyTorch finds an Apple GPU and no CUDA GPU",
-        "cpu": "PyTorch finds neither a CUDA nor an Apple GPU",
-    }[device]
+        "kind": "LoRA",
+        "bytes": file.path.stat().st_size,
+        "rank": ", ".join(map(str, sorted(set(down.values())))),
+        "parameters": sum(info.values for info in file.infos.values()),
+        "changes": _by_kind(name.split(".lora_A.")[0] for name in down),
+        "missing": "the model that it changes: give that as --model, and this file as --lora",
+    }
 
 
-def text(sections: dict[str, dict[str, Any]]) -> str:
+def _of_pipeline(folder: Path) -> dict[str, Facts]:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = {name: value for name, value in index.items() if isinstance(value, list)}
+    absent = [name for name in PARTS if not (parts.get(name) or [None])[0]]
+    absent += [name for name in parts if name not in absent and not (folder / name).is_dir()]
+    sections: dict[str, Facts] = {
+        str(folder): {
+            "kind": f"pipeline ({index.get('_class_name')})",
+            "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+            "missing": absent or "nothing",
+        }
+    }
+    for name, (_, kind, *_) in sorted(parts.items()):
+        if name in absent:
+            continue
+        ours = kind == "LocalDiTTransformer2DModel"
+        part = folder / name
+        facts = _of_transformer(part, folder) if ours else _of_weights(_headers(part))
+        sections[name] = {"class": kind, **facts}
+    return sections
+
+
+def _of_transformer(folder: Path, autoencoder: Path) -> Facts:
+    from ..checkpoint.loading import empty_model, parameter_shapes
+    from ..checkpoint.reading import few
+    from ..models import LocalDiTTransformer2DModel
+    from ..models.conversion import transformer_folder
+
+    folder, config = transformer_folder(folder)
+    headers = _headers(folder)
+    known = {name: value for name, value in config.items() if not name.startswith("_")}
+    expected = parameter_shapes(empty_model(LocalDiTTransformer2DModel, known))
+    dead = [name for name in headers if name not in expected]
+    missing = [name for name in expected if name not in headers]
+    facts = _shape(config, autoencoder) | _of_weights(headers)
+    if not headers:
+        return facts | {"missing": "all weights"}
+    if dead:
+        facts["dead"] = sum(headers[name][1] for name in dead)
+        facts["dead tensors"] = _by_kind(dead)
+    return facts | {"missing": few(missing) if missing else "nothing"}
+
+
+def _headers(folder: Path) -> Headers:
+    """Read the headers of the .safetensors files of a folder."""
+    from safetensors import SafetensorError, safe_open
+
+    found: Headers = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(name)
+                    found[name] = (tensor.get_dtype(), math.prod(tensor.get_shape()))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or damaged ({error}).") from error
+    return found
+
+
+def _of_weights(headers: Headers) -> Facts:
+    if not headers:
+        return {}
+    return {
+        "dtype": ", ".join(sorted({dtype for dtype, _ in headers.values()})),
+        "parameters": sum(values for _, values in headers.values()),
+    }
+
+
+def _shape(config: Facts, autoencoder: Path) -> Facts:
+    """Return the model in words."""
+    side = config["sample_size"] * pixels_per_latent(autoencoder)
+    kind = "with" if config["use_global"] else "without"
+    return {
+        "model": f"{config['num_layers']} layers of {config['num_attention_heads']} heads x "
+        f"{config['attention_head_dim']} channels, windows of {config['window_size']} x "
+        f"{config['window_size']} tokens, {kind} global context",
+        "made for": f"{side} x {side} pixels, text of {config['caption_channels']} channels",
+    }
+
+
+def _elsewhere(config: Facts) -> list[str]:
+    """Return the parts that a transformer comes without, and where to get them."""
+    channels = config["caption_channels"]
+    released = f"{Config.text_encoder}, or " if channels == Config.caption_channels else ""
+    return [
+        f"text encoder of {channels} channels and its tokenizer: {released}--text-encoder",
+        f"VAE: {Config.vae}, or --vae",
+        f"scheduler: {Config.scheduler}, or --scheduler",
+    ]
+
+
+def _by_kind(names: Iterable[str]) -> list[str]:
+    """Group names that differ only in the layer, with the number of them."""
+    kinds = Counter(re.sub(r"(?<=transformer_blocks\.)\d+", "*", name) for name in names)
+    return [f"{count} x {kind}" for kind, count in kinds.items()]
+
+
+# Text
+
+
+def text(sections: dict[str, Facts]) -> str:
     """Return the sections as text."""
     width = max(len(name) for section in sections.values() for name in section)
     lines: list[str] = []

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config, config_field, with_settings
 from ..sizes import check_size, proportional_size, read_sizes
-from .arguments import BOX_NAME, DrawingOptions, ModelOptions, named_model, usage_errors
+from .arguments import BOX_NAME, named_model, usage_errors
 from .output import Output, plan_output
 
 Task = Literal["t2i", "i2i"]
@@ -81,10 +82,6 @@ class Choice:
         """The checkpoint file or folder."""
         return Path(self.config.ckpt_path).expanduser()
 
-    def with_config(self, config: Config) -> Choice:
-        """Return the same choice with another Config."""
-        return replace(self, config=config)
-
     @property
     def name(self) -> str:
         """The model's name in the settings that a picture carries."""
@@ -96,8 +93,7 @@ class Job:
     """What a command draws.
 
     Attributes:
-        model: the model.
-        config: the settings, the size of the pictures included.
+        model: the model, with the settings of the drawing.
         prompts: one per picture.
         output: where pictures go.
         image: a picture to start from.
@@ -106,30 +102,23 @@ class Job:
     """
 
     model: Choice
-    config: Config
     prompts: list[str]
     negative_prompt: str
     seed: int
     output: Output
     grid: bool
-    image: Path | None = None
-    mask: Path | None = None
-    padding_mask_crop: int | None = None
+    image: Path | None
+    mask: Path | None
+    padding_mask_crop: int | None
 
 
 def plan(
-    drawing: DrawingOptions,
-    model: ModelOptions,
-    stem: str,
-    *,
-    config: Config | None = None,
-    task: Task | None = None,
+    args: argparse.Namespace, stem: str, *, config: Config | None = None, task: Task | None = None
 ) -> Job:
     """Check a command that draws, and return its job. The output folder is created.
 
     Args:
-        drawing: how to draw.
-        model: the model to draw with.
+        args: the parsed options.
         stem: the beginning of the names of pictures in a folder.
         config: the user's settings, the model's architecture among them; without it the
             architecture is read from the checkpoint.
@@ -138,66 +127,63 @@ def plan(
     Raises:
         UsageError: the command can't be carried out.
     """
+    options = vars(args)
+    image, mask = options.get("image"), options.get("mask")
     with usage_errors():
-        choice = choose_model(model, config)
-        settings = _config_settings(drawing)
-        with_settings(choice.config, settings)  # refuses values out of range
-        preset = choice.preset
-        prompts = _prompts(drawing, getattr(preset, task) if task else [])
-        _check_numbers(drawing)
-        image_size = _check_pictures(drawing.image, drawing.mask)
-        output = plan_output(
-            drawing.output,
-            stem,
-            len(prompts) * drawing.num_images,
-            grid=drawing.grid,
-            overwrite=drawing.overwrite,
-        )
-        choice = check_model(choice, described=config is not None)
-        settings |= fit_size(
-            choice.config,
+        model = choose_model(args, config)
+        preset = model.preset
+        prompts = _prompts(args, getattr(preset, task) if task else [])
+        if args.num_images < 1:
+            raise ValueError(f"--num-images is {args.num_images}; expected at least 1")
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**63")
+        image_size = _check_pictures(image, mask)
+        count = len(prompts) * args.num_images
+        output = plan_output(args.output, stem, count, grid=args.grid, overwrite=args.overwrite)
+        model = check_model(model, described=config is not None)
+        size = fit_size(
+            model.config,
             config or Config(),
-            (drawing.height, drawing.width),
+            (args.height, args.width),
             image_size if config is None else None,
         )
         output.prepare()
-    report_fallback(choice)
+    report_fallback(model)
+    negative_prompt = args.negative_prompt
     return Job(
-        model=choice,
-        config=with_settings(choice.config, settings),
-        prompts=[prompt for prompt in prompts for _ in range(drawing.num_images)],
-        negative_prompt=(
-            preset.negative_prompt if drawing.negative_prompt is None else drawing.negative_prompt
-        ),
-        seed=drawing.seed,
+        model=replace(model, config=with_settings(model.config, size)),
+        prompts=[prompt for prompt in prompts for _ in range(args.num_images)],
+        negative_prompt=preset.negative_prompt if negative_prompt is None else negative_prompt,
+        seed=args.seed,
         output=output,
-        grid=drawing.grid,
-        image=drawing.image,
-        mask=drawing.mask,
-        padding_mask_crop=drawing.padding_mask_crop,
+        grid=args.grid,
+        image=image,
+        mask=mask,
+        padding_mask_crop=options.get("padding_mask_crop"),
     )
 
 
 # The model
 
 
-def choose_model(options: ModelOptions, config: Config | None = None) -> Choice:
-    """Return the model that options or a Config name, or else the one in the box.
+def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choice:
+    """Return the model that the options or a Config name, or else the one in the box.
 
     The model, its LoRAs and its local parts are looked for; nothing heavy is imported.
 
     Raises:
         FileNotFoundError: the model or a part is missing.
         ImportError: a LoRA is given, but peft is not installed.
-        ValueError: the options contradict each other.
+        ValueError: a setting is out of range, or the options contradict each other.
     """
     from ..utils import BOX
 
     config = config or Config()
-    settings = _config_settings(options)
+    given = vars(args)
+    settings = {name: given[name] for name in CONFIG_SETTINGS if given.get(name) is not None}
     named = True
-    if options.model is not None:
-        settings["ckpt_path"] = named_model(options.model)
+    if args.model is not None:
+        settings["ckpt_path"] = named_model(args.model)
     elif config.ckpt_path == Config.ckpt_path and not Path(config.ckpt_path).exists():
         settings["ckpt_path"] = named_model(BOX_NAME)
         named = False
@@ -205,7 +191,7 @@ def choose_model(options: ModelOptions, config: Config | None = None) -> Choice:
     preset = SCENES if checkpoint.resolve() == BOX else PHOTOGRAPHS
     config = with_settings(config, preset.config | settings)
     _check_files(config)
-    return Choice(config, preset, _loras(options), options.device, options.dtype, named)
+    return Choice(config, preset, _loras(args), args.device, args.dtype, named)
 
 
 def check_model(choice: Choice, described: bool = False) -> Choice:
@@ -228,7 +214,7 @@ def check_model(choice: Choice, described: bool = False) -> Choice:
     if described or not choice.checkpoint.is_file():
         return choice
     changes = contradictions(choice.config, choice.checkpoint)
-    return choice.with_config(replace(choice.config, **changes))
+    return replace(choice, config=replace(choice.config, **changes))
 
 
 def report_fallback(choice: Choice) -> None:
@@ -243,16 +229,9 @@ def report_fallback(choice: Choice) -> None:
         )
 
 
-def _config_settings(options: DrawingOptions | ModelOptions) -> dict[str, Any]:
-    """Return the settings of a `Config` that the options give, by their standard names."""
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: given[name] for name in CONFIG_SETTINGS if given.get(name) is not None}
-
-
 def _check_files(config: Config) -> None:
     """Look for the model, and for the local parts of a model that comes without them."""
-    from ..core.parts import PARTS
-    from ..sources import is_hub_name, locate
+    from ..core.parts import PARTS, is_hub_name, locate
     from ..utils import find_checkpoint
 
     checkpoint = find_checkpoint(config.ckpt_path)
@@ -263,22 +242,22 @@ def _check_files(config: Config) -> None:
                 locate(part, source)
 
 
-def _loras(options: ModelOptions) -> dict[str, float]:
+def _loras(args: argparse.Namespace) -> dict[str, float]:
     """Return the LoRAs with their weights."""
-    if not options.lora and not options.lora_scale:
+    if not args.lora and not args.lora_scale:
         return {}
-    scales = options.lora_scale or [1.0] * len(options.lora)
-    if len(scales) != len(options.lora):
+    scales = args.lora_scale or [1.0] * len(args.lora)
+    if len(scales) != len(args.lora):
         raise ValueError(
-            f"--lora-scale is given {len(scales)} times for {len(options.lora)} LoRAs; expected "
+            f"--lora-scale is given {len(scales)} times for {len(args.lora)} LoRAs; expected "
             "one per LoRA, or none"
         )
     if importlib.util.find_spec("peft") is None:
         raise ImportError('--lora needs peft: pip install "localdit[lora]"')
-    for name in options.lora:
+    for name in args.lora:
         if not Path(name).exists() and name.count("/") != 1:
             raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
-    return dict(zip(options.lora, scales, strict=True))
+    return dict(zip(args.lora, scales, strict=True))
 
 
 # The size of pictures
@@ -320,17 +299,17 @@ def fit_size(
     return fitted
 
 
-# Prompts, numbers and pictures
+# Prompts and pictures
 
 
-def _prompts(options: DrawingOptions, default: Sequence[str]) -> list[str]:
+def _prompts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     """Return the prompts of the command line or of the file, or the default ones."""
     from ..core.text import check_prompts
 
-    check_prompts(options.negative_prompt or "", "--negative-prompt")
-    if options.prompt and options.prompt_file:
+    check_prompts(args.negative_prompt or "", "--negative-prompt")
+    if args.prompt and args.prompt_file:
         raise ValueError("prompts and --prompt-file are both given; expected one of them")
-    given = _read_prompts(options.prompt_file) if options.prompt_file else options.prompt
+    given = _read_prompts(args.prompt_file) if args.prompt_file else args.prompt
     if not given and not default:
         raise ValueError('there is no prompt; give one in quotes, as "a red circle"')
     return check_prompts(list(given or default))
@@ -346,13 +325,6 @@ def _read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} is empty; expected one prompt per line")
     return prompts
-
-
-def _check_numbers(options: DrawingOptions) -> None:
-    if options.num_images < 1:
-        raise ValueError(f"--num-images is {options.num_images}; expected at least 1")
-    if not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed is {options.seed}; expected at least 0 and less than 2**63")
 
 
 def _check_pictures(image: Path | None, mask: Path | None) -> tuple[int, int] | None:

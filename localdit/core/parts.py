@@ -1,19 +1,21 @@
-"""The parts of a pipeline beside the transformer: found, loaded, and told apart by fingerprints.
+"""The parts of a pipeline beside the transformer: found, loaded, and fingerprinted.
 
-`sources.py` says where the files of a part are. Which class a part has follows from its own
-configuration, so another autoencoder or text encoder needs no option.
+The files of a part are in a local folder or on the Hugging Face hub. The class of a part follows
+from its own configuration, so another autoencoder or text encoder needs no option.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import FieldError, Vocabulary
-from ..sources import SCHEDULER, TEXT_ENCODER, TOKENIZER, VAE, fetching, locate
+from ..config import config_field
+from ..errors import FieldError, FieldNotFoundError, FieldOSError, Setting, Vocabulary
 from .latents import LatentSpace
 from .text import TextSpace
 
@@ -22,11 +24,49 @@ if TYPE_CHECKING:
 
     from ..config import Config
 
-PARTS = {
-    "scheduler": SCHEDULER,
-    "vae": VAE,
-    "tokenizer": TOKENIZER,
-    "text_encoder": TEXT_ENCODER,
+
+class Part(NamedTuple):
+    """The files of a part.
+
+    Attributes:
+        field: the field of `Config` that names the folder or the repository.
+        folders: where the files are: in the first of these folders on the hub, in any of them in
+            a local copy.
+        config: the configuration.
+        weights: patterns of the weights; one of them is needed.
+    """
+
+    field: str
+    folders: tuple[str, str]
+    config: str
+    weights: tuple[str, ...] = ()
+
+    def files(self, folder: str) -> str:
+        """Return the files in words, such as `vae/config.json and vae/*.safetensors`."""
+        weights = " or ".join(f"{folder}/{name}".lstrip("/") for name in self.weights)
+        return " and ".join(filter(None, [f"{folder}/{self.config}".lstrip("/"), weights]))
+
+
+PARTS = {  # in the order in which they are loaded: the largest comes last
+    "scheduler": Part("scheduler", ("scheduler", ""), "scheduler_config.json"),
+    "vae": Part(
+        "vae",
+        ("vae", ""),
+        "config.json",
+        ("diffusion_pytorch_model*.safetensors", "*model*.bin"),
+    ),
+    "tokenizer": Part(
+        "text_encoder",
+        ("", "tokenizer"),
+        "tokenizer_config.json",
+        ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json"),
+    ),
+    "text_encoder": Part(
+        "text_encoder",
+        ("", "text_encoder"),
+        "config.json",
+        ("model*.safetensors", "*model*.bin"),
+    ),
 }
 ENCODERS = ("tokenizer", "text_encoder", "vae")
 # Models whose encoder alone, or whose text tower alone, makes the caption. Of any other text model
@@ -40,24 +80,101 @@ TEXT_CLASSES = {
 }
 
 
+# Finding
+
+
+def locate(part: Part, source: str | Path, local_files_only: bool = False) -> dict[str, Any]:
+    """Make sure that a part exists, and return where, as arguments of `from_pretrained`.
+
+    From a repository on the hub, only the configuration is fetched, a few hundred bytes.
+
+    Args:
+        part: one of `PARTS`.
+        source: a local folder, or a repository on the hub.
+        local_files_only: take files of the hub from the cache, and fetch nothing.
+
+    Raises:
+        FileNotFoundError: a local folder is missing or lacks files; a `FieldError`.
+        OSError: a repository on the hub can't be reached; a `FieldError`.
+    """
+    local = Path(source).expanduser()
+    if local.is_dir():
+        for folder in part.folders:
+            files = local / folder
+            weights = any(any(files.glob(pattern)) for pattern in part.weights)
+            if (files / part.config).is_file() and (weights or not part.weights):
+                return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
+        raise FieldNotFoundError(
+            "{field}: {folder} lacks files; expected {layouts}",
+            field=config_field(part.field),
+            folder=local,
+            layouts="; or ".join(map(part.files, part.folders)),
+        )
+    if not is_hub_name(source):
+        raise FieldNotFoundError(
+            "{field}: there is no folder {source}", field=config_field(part.field), source=source
+        )
+    folder = part.folders[0]
+    with fetching(part, source):
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(
+            str(source),
+            part.config,
+            subfolder=folder or None,
+            local_files_only=local_files_only,
+        )
+    return {
+        "pretrained_model_name_or_path": str(source),
+        "subfolder": folder,
+        "local_files_only": local_files_only,
+    }
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Return whether a source is a repository on the hub: named like one, and no local folder."""
+    name = str(source)
+    exists = Path(source).expanduser().exists()
+    return not exists and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and name[0] not in ".~"
+
+
+@contextmanager
+def fetching(part: Part, source: str | Path) -> Iterator[None]:
+    """Turn the many errors of the hub's clients into one that says what to do.
+
+    Raises:
+        OSError: the source can't be fetched; a `FieldError`.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if Path(source).expanduser().is_dir():
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        folder = "/path/to/that/folder"
+        raise FieldOSError(
+            "{source} could not be fetched from the Hugging Face hub: {reason}. It needs {files}. "
+            "Without a connection, copy these files to a local folder under the same names and "
+            "{advice}",
+            source=source,
+            reason=f"{reason} ({type(error).__name__})",
+            files=part.files(part.folders[0]),
+            advice=Setting(part.field, folder, f"set Config({part.field}='{folder}')"),
+        ) from error
+
+
 def locate_parts(
     config: Config, absent: Collection[str] = PARTS, local_files_only: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Make sure that the parts that `config` names exist, and return where.
-
-    Args:
-        config: names the sources.
-        absent: the parts that are needed, of `PARTS`.
-        local_files_only: take files of the hub from the cache, and fetch nothing.
-
-    Returns:
-        Arguments of `from_pretrained` for each part.
-    """
+    """Return where the `absent` ones of `PARTS` are that `config` names; see `locate`."""
     return {
         name: locate(part, getattr(config, part.field), local_files_only=local_files_only)
         for name, part in PARTS.items()
         if name in absent
     }
+
+
+# Loading
 
 
 def load_parts(
@@ -66,23 +183,22 @@ def load_parts(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Load the parts that `locate_parts` found; the largest comes last."""
+    """Load the parts that `locate_parts` found."""
     from diffusers import DPMSolverMultistepScheduler
     from transformers import AutoTokenizer
 
-    loaders: dict[str, Callable[[dict[str, Any]], Any]] = {
+    quantization = config.text_encoder_quantization
+    loaders = {
         "scheduler": lambda at: DPMSolverMultistepScheduler.from_pretrained(**at),
         "vae": lambda at: load_vae(at, dtype),
         "tokenizer": lambda at: AutoTokenizer.from_pretrained(**at),
-        "text_encoder": lambda at: load_text_encoder(
-            at, dtype, config.text_encoder_quantization, device
-        ),
+        "text_encoder": lambda at: load_text_encoder(at, dtype, quantization, device),
     }
     parts = {}
-    for name, load in loaders.items():
+    for name, part in PARTS.items():
         if name in where:
-            with fetching(PARTS[name], getattr(config, PARTS[name].field)):
-                parts[name] = load(where[name])
+            with fetching(part, getattr(config, part.field)):
+                parts[name] = loaders[name](where[name])
     return parts
 
 
@@ -132,7 +248,7 @@ def load_text_encoder(
 
     Args:
         where: arguments of `from_pretrained`.
-        dtype: of the weights, or of the computation if they are quantized; None keeps it.
+        dtype: dtype of the weights, or of the computation if they are quantized; None keeps it.
         quantization: "8bit", "4bit" or None.
         device: where quantized weights go.
     """
@@ -150,8 +266,11 @@ def load_text_encoder(
     return text_encoder_class(where).from_pretrained(**where, torch_dtype=dtype, **options)
 
 
+# Training
+
+
 class Encoders(NamedTuple):
-    """The frozen models that turn captions and pictures into what the transformer sees."""
+    """The frozen models that turn captions and pictures into the transformer's inputs."""
 
     tokenizer: Any
     text_encoder: Any
@@ -192,8 +311,8 @@ def load_encoders(sources: Mapping[str, str], text_dtype: torch.dtype) -> Encode
 
     Args:
         sources: folder or hub name of each of `ENCODERS`.
-        text_dtype: of the text encoder. The autoencoder is loaded in float32: SDXL's needs its
-            range.
+        text_dtype: dtype of the text encoder. The autoencoder is loaded in float32, since SDXL's
+            needs its range.
 
     Raises:
         OSError: if a part is neither a local folder nor available from the hub.
@@ -255,11 +374,9 @@ def encoder_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
-    """Return the SHA-256 of the names, types, shapes and bytes of all tensors.
+    """Return the SHA-256 of all tensors: names, types, shapes and bytes.
 
-    Args:
-        model: any module.
-        dtype: floating-point tensors are converted to it first.
+    Floating-point tensors are converted to `dtype` first.
     """
     import torch
 

@@ -1,28 +1,88 @@
-"""The artist of the page: draws one picture at a time and reports its progress."""
+"""The artist of the page: its settings, its previews, and one picture at a time."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from ..config import Config, with_settings
+from ..errors import FieldError, Vocabulary
 from ..images import load_image
 from ..inference import inference_batches
-from .preview import Previews
-from .settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from PIL import Image
 
-    from ..config import Config
     from ..pipelines import LocalDiTPipeline
+    from ..pipelines.base import LocalDiTBasePipeline
     from ..pipelines.request import StepCallback
 
     Source = str | Path | Image.Image
+
+
+Mode = Literal["generate", "edit", "inpaint"]
+MAX_SEED = 2**53 - 1  # the largest integer up to which browsers are exact
+
+# The page's names of fields, which are the labels of its controls.
+PAGE = Vocabulary(
+    {
+        "num_inference_steps": "Steps",
+        "strength": "Strength",
+        "guidance_scale": "Guidance",
+        "height": "Height",
+        "width": "Width",
+    },
+    advice="set {name} to {value}",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one picture, without the pictures that are uploaded.
+
+    Attributes:
+        mode: the task.
+        prompt: what the picture shows.
+        negative_prompt: what it should not show.
+        seed: at least 0.
+        num_inference_steps: number of denoising steps.
+        guidance_scale: weight of the prompt; 1 or less turns guidance off.
+        height, width: pixels.
+        strength: how much to change, in [0, 1]; "generate" does not use it.
+    """
+
+    mode: Mode
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    strength: float
+
+    def configure(self, config: Config) -> Config:
+        """Return a Config that draws this picture with the model of `config`.
+
+        Raises:
+            ValueError: the settings cannot work; the message uses the labels of the page.
+        """
+        if not self.prompt.strip():
+            raise ValueError("The prompt is empty: say what the picture shows.")
+        if self.seed is None or not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"The seed must be a whole number from 0 to {MAX_SEED}.")
+        names = ("num_inference_steps", "strength", "guidance_scale", "height", "width")
+        try:
+            return with_settings(config, {name: getattr(self, name) for name in names})
+        except FieldError as error:
+            raise ValueError(error.worded(PAGE)) from error
 
 
 @dataclass(frozen=True)
@@ -143,3 +203,53 @@ def _reporting(events: SimpleQueue[Any], stopped: threading.Event) -> StepCallba
         return {}
 
     return on_step_end
+
+
+# Previews
+
+
+class Previews:
+    """Makes the previews of one drawing within a share of its time.
+
+    After a preview, the drawing goes on for at least `work_per_preview` times as long as the
+    preview took. A slow autoencoder thus makes fewer previews, not a slower drawing.
+    """
+
+    def __init__(self, work_per_preview: float = 2.0) -> None:
+        self._work_per_preview = work_per_preview
+        self._next = 0.0  # on the clock of `time.monotonic`
+
+    def of(self, pipe: LocalDiTBasePipeline, latents: torch.Tensor) -> Image.Image | None:
+        """Return a preview of the first picture of a batch, or None if it is too early for one.
+
+        `latents` are those after the step, `(B, C, H, W)`.
+        """
+        start = time.monotonic()
+        # With offloading, decoding between two steps would move models between CPU and GPU.
+        if start < self._next or hasattr(pipe.vae, "_hf_hook"):
+            return None
+        picture = decode_small(pipe, expected_latents(pipe.scheduler, latents)[:1])
+        end = time.monotonic()
+        self._next = end + self._work_per_preview * (end - start)
+        return picture
+
+
+def expected_latents(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Return the latest step's estimate of the latents without noise, `(B, C, H, W)`.
+
+    DPM-Solver++ and UniPC keep this estimate for their next step. With other schedulers, the noisy
+    latents themselves are returned.
+    """
+    config = scheduler.config
+    solves_for_them = "++" in config.get("algorithm_type", "") or config.get("predict_x0", False)
+    kept = getattr(scheduler, "model_outputs", None)
+    return kept[-1] if solves_for_them and kept and kept[-1] is not None else latents
+
+
+def decode_small(pipe: LocalDiTBasePipeline, latents: torch.Tensor) -> Image.Image:
+    """Decode latents `(1, C, H, W)` into a small picture; see `LatentSpace.decode_preview`."""
+    import torch
+
+    with torch.no_grad():
+        decoded = pipe.latent_space.decode_preview(latents)
+    return pipe.image_processor.postprocess(decoded, output_type="pil")[0]

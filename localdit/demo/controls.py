@@ -1,4 +1,4 @@
-"""The controls of the page and their places; `page.py` has what they do."""
+"""The controls of the page and their places; `page.py` says what they do."""
 
 from __future__ import annotations
 
@@ -9,136 +9,166 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from ..config import inference_settings
-from .settings import MAX_SEED, Offer
+from ..config import Config, inference_settings
+from .artist import MAX_SEED
 
 MODES = [("Generate", "generate"), ("Edit", "edit"), ("Inpaint", "inpaint")]
-BRUSH = "#ff2d95"  # visible on most pictures
+BRUSH = ("#ff2d95", 0.7)  # colour and opacity; visible on most pictures
 
 
 @dataclass(frozen=True)
+class Offer:
+    """What the page shows at first, and its limits.
+
+    Attributes:
+        config: the first settings.
+        negative_prompt: the first negative prompt.
+        prompts: examples; the first is in the page.
+        strength: the first strength of each mode that has one.
+        picture: a picture to try "edit" and "inpaint" with.
+        multiple: pixels per token; heights and widths are multiples of it.
+    """
+
+    config: Config
+    negative_prompt: str
+    prompts: Sequence[str]
+    strength: Mapping[str, float]
+    picture: Image.Image | None
+    multiple: int
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """The shortest and the longest side of a picture, and the step between sides, in pixels."""
+        longest = 2 * max(self.config.height, self.config.width)
+        return self.multiple, longest, self.multiple
+
+
 class Controls:
-    """The controls that say what to draw."""
+    """The components of the page; `style.css` places its three parts side by side if they fit."""
 
-    mode: gr.Radio
-    source: gr.Column  # visible in the modes that start from a picture
-    image: gr.Image
-    editor: gr.ImageEditor
-    strength: gr.Slider
-    prompt: gr.Textbox
-    draw: gr.Button
-    stop: gr.Button
-    negative_prompt: gr.Textbox
-    width: gr.Slider
-    height: gr.Slider
-    num_inference_steps: gr.Slider
-    guidance_scale: gr.Slider
-    seed: gr.Number
-    random_seed: gr.Checkbox
+    def __init__(self, offer: Offer) -> None:
+        with gr.Row(elem_id="desk"):
+            with gr.Column(elem_id="ask"):
+                self._lay_out_request(offer)
+            with gr.Column(elem_id="result"):
+                self._lay_out_results()
+            with gr.Column(elem_id="more"):
+                self._lay_out_examples(offer)
+                self._lay_out_settings(offer)
 
-    @property
-    def settings(self) -> list[Any]:
-        """The inputs of a drawing, in the order of the arguments of `page.Desk.draw`."""
-        return [
-            self.mode, self.prompt, self.image, self.editor, self.strength, self.negative_prompt,
-            self.width, self.height, self.num_inference_steps, self.guidance_scale, self.seed,
-            self.random_seed,
-        ]  # fmt: skip
+    def _lay_out_request(self, offer: Offer) -> None:
+        """Lay out the controls for the picture to draw and the one to start from."""
+        self.mode = gr.Radio(
+            MODES, value="generate", show_label=False, container=False, elem_id="mode"
+        )
+        with gr.Column(visible=False, elem_id="source") as self.source:
+            self.image = gr.Image(
+                offer.picture,
+                label="Picture to start from",
+                sources=["upload", "clipboard"],
+                type="filepath",
+                format="png",
+                height=280,
+                buttons=[],
+                elem_id="image",
+            )
+            vars(self.image)["preprocess"] = _path_of
+            self.editor = gr.ImageEditor(
+                offer.picture,
+                label="Paint over what should change",
+                sources=["upload", "clipboard"],
+                type="pil",
+                transforms=(),
+                brush=gr.Brush(colors=[BRUSH], default_color=BRUSH, color_mode="fixed"),
+                layers=False,
+                format="png",
+                height=420,
+                visible=False,
+                buttons=[],
+                elem_id="editor",
+            )
+            self.strength = gr.Slider(
+                0, 1, offer.strength["edit"], step=0.05, label="Strength",
+                info="0 keeps the picture, 1 ignores it", elem_id="strength",
+            )  # fmt: skip
+        self.prompt = gr.Textbox(
+            offer.prompts[0],
+            label="Prompt",
+            placeholder="What the picture shows",
+            lines=2,
+            max_lines=6,
+            elem_id="prompt",
+        )
+        with gr.Row(elem_id="buttons"):
+            self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
+            self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
 
-    @property
-    def of_a_mode(self) -> list[Any]:
-        """The controls that change with the mode."""
-        return [
-            self.mode, self.source, self.image, self.editor, self.strength, self.height, self.width
-        ]  # fmt: skip
+    def _lay_out_examples(self, offer: Offer) -> None:
+        """Lay out example prompts; a click puts one into the page."""
+        with gr.Column(elem_id="try"):
+            gr.HTML(note("Prompts to try"))
+            for text in offer.prompts:
+                button = gr.Button(text, size="sm")
+                button.click(None, None, self.prompt, js=f"() => {json.dumps(text)}")
 
+    def _lay_out_settings(self, offer: Offer) -> None:
+        """Lay out the settings that seldom change."""
+        first = inference_settings(offer.config)
+        with gr.Accordion("Settings", elem_id="settings"):
+            self.negative_prompt = gr.Textbox(
+                offer.negative_prompt,
+                label="Negative prompt",
+                placeholder="What the picture should not show",
+                max_lines=4,
+            )
+            with gr.Row():
+                self.width = _side("Width", offer.config.width, offer)
+                self.height = _side("Height", offer.config.height, offer)
+            with gr.Row():
+                self.num_inference_steps = gr.Slider(
+                    1, 100, first["num_inference_steps"], step=1, precision=0, label="Steps"
+                )
+                self.guidance_scale = gr.Slider(
+                    1, 15, first["guidance_scale"], step=0.5, label="Guidance"
+                )
+            with gr.Row(equal_height=True):
+                self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                self.random_seed = gr.Checkbox(True, label="New for each picture")
 
-@dataclass(frozen=True)
-class Results:
-    """The parts of the page that show what was drawn."""
-
-    picture: gr.Image
-    status: gr.HTML
-    edit: gr.Button
-    inpaint: gr.Button
-    reuse: gr.Button
-    gallery: gr.Gallery
-    shown: gr.State  # path of the visible picture, None before the first one
-    history: gr.State  # paths of the session's pictures, newest first
-
-    @property
-    def actions(self) -> list[gr.Button]:
-        """The buttons for the visible picture."""
-        return [self.edit, self.inpaint, self.reuse]
-
-    @property
-    def of_a_picture(self) -> list[Any]:
-        """The components that change with the visible picture."""
-        return [self.picture, self.status, self.shown, *self.actions]
-
-
-def lay_out(offer: Offer) -> tuple[Controls, Results]:
-    """Lay out the three parts of the page; `style.css` places them side by side if they fit."""
-    with gr.Row(elem_id="desk"):
-        with gr.Column(elem_id="ask"):
-            asked = _lay_out_request(offer)
-        with gr.Column(elem_id="result"):
-            results = _lay_out_results()
-        with gr.Column(elem_id="more"):
-            _lay_out_examples(offer, asked["prompt"])
-            settings = _lay_out_settings(offer)
-    return Controls(**asked, **settings), results
-
-
-def _lay_out_request(offer: Offer) -> dict[str, Any]:
-    """Lay out the controls for the picture to draw and the one to start from."""
-    mode = gr.Radio(MODES, value="generate", show_label=False, container=False, elem_id="mode")
-    with gr.Column(visible=False, elem_id="source") as source:
-        image = gr.Image(
-            offer.picture,
-            label="Picture to start from",
-            sources=["upload", "clipboard"],
+    def _lay_out_results(self) -> None:
+        """Lay out the picture, its settings and buttons, and the gallery."""
+        self.picture = gr.Image(
+            label="Picture",
+            show_label=False,
+            interactive=False,
             type="filepath",
             format="png",
-            height=280,
-            buttons=[],
-            elem_id="image",
+            height="min(60vh, 520px)",
+            buttons=["download", "fullscreen"],
+            elem_id="picture",
         )
-        vars(image)["preprocess"] = _path_of
-        editor = gr.ImageEditor(
-            offer.picture,
-            label="Paint over what should change",
-            sources=["upload", "clipboard"],
-            type="pil",
-            transforms=(),
-            brush=gr.Brush(colors=[(BRUSH, 0.7)], default_color=(BRUSH, 0.7), color_mode="fixed"),
-            layers=False,
-            format="png",
-            height=420,
+        self.status = gr.HTML(note("Say what the picture shows, and press Draw."), elem_id="status")
+        with gr.Row(elem_id="actions"):
+            self.edit = gr.Button("Edit this", size="sm", interactive=False)
+            self.inpaint = gr.Button("Inpaint this", size="sm", interactive=False)
+            self.reuse = gr.Button("Use its settings", size="sm", interactive=False)
+        self.gallery = gr.Gallery(
+            label="Drawn so far",
+            show_label=False,
+            columns=6,
+            fit_columns=False,
+            height="auto",
+            object_fit="contain",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
             visible=False,
-            buttons=[],
-            elem_id="editor",
+            elem_id="gallery",
         )
-        strength = gr.Slider(
-            0, 1, offer.strength["edit"], step=0.05, label="Strength",
-            info="0 keeps the picture, 1 ignores it", elem_id="strength",
-        )  # fmt: skip
-    prompt = gr.Textbox(
-        offer.prompts[0],
-        label="Prompt",
-        placeholder="What the picture shows",
-        lines=2,
-        max_lines=6,
-        elem_id="prompt",
-    )
-    with gr.Row(elem_id="buttons"):
-        draw = gr.Button("Draw", variant="primary", elem_id="draw")
-        stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
-    return {
-        "mode": mode, "source": source, "image": image, "editor": editor, "strength": strength,
-        "prompt": prompt, "draw": draw, "stop": stop,
-    }  # fmt: skip
+        self.shown = gr.State(None)  # path of the visible picture, None before the first one
+        self.history = gr.State([])  # paths of the session's pictures, newest first
 
 
 def _path_of(upload: Any) -> Any:
@@ -147,78 +177,6 @@ def _path_of(upload: Any) -> Any:
     Gradio itself would try all of Pillow's readers, and say little if they fail.
     """
     return upload and upload.path
-
-
-def _lay_out_examples(offer: Offer, prompt: gr.Textbox) -> None:
-    """Lay out example prompts; a click puts one into the page."""
-    with gr.Column(elem_id="try"):
-        gr.HTML(note("Prompts to try"))
-        for text in offer.prompts:
-            button = gr.Button(text, size="sm")
-            button.click(None, None, prompt, js=f"() => {json.dumps(text)}")
-
-
-def _lay_out_settings(offer: Offer) -> dict[str, Any]:
-    """Lay out the settings that seldom change."""
-    first = inference_settings(offer.config)
-    with gr.Accordion("Settings", elem_id="settings"):
-        negative_prompt = gr.Textbox(
-            offer.negative_prompt,
-            label="Negative prompt",
-            placeholder="What the picture should not show",
-            max_lines=4,
-        )
-        with gr.Row():
-            width = _side("Width", offer.config.width, offer)
-            height = _side("Height", offer.config.height, offer)
-        with gr.Row():
-            num_inference_steps = gr.Slider(
-                1, 100, first["num_inference_steps"], step=1, precision=0, label="Steps"
-            )
-            guidance_scale = gr.Slider(1, 15, first["guidance_scale"], step=0.5, label="Guidance")
-        with gr.Row(equal_height=True):
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-            random_seed = gr.Checkbox(True, label="New for each picture")
-    return {
-        "negative_prompt": negative_prompt, "width": width, "height": height,
-        "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
-        "seed": seed, "random_seed": random_seed,
-    }  # fmt: skip
-
-
-def _lay_out_results() -> Results:
-    """Lay out the picture, its settings and buttons, and the gallery."""
-    picture = gr.Image(
-        label="Picture",
-        show_label=False,
-        interactive=False,
-        type="filepath",
-        format="png",
-        height="min(60vh, 520px)",
-        buttons=["download", "fullscreen"],
-        elem_id="picture",
-    )
-    status = gr.HTML(note("Say what the picture shows, and press Draw."), elem_id="status")
-    with gr.Row(elem_id="actions"):
-        edit = gr.Button("Edit this", size="sm", interactive=False)
-        inpaint = gr.Button("Inpaint this", size="sm", interactive=False)
-        reuse = gr.Button("Use its settings", size="sm", interactive=False)
-    gallery = gr.Gallery(
-        label="Drawn so far",
-        show_label=False,
-        columns=6,
-        fit_columns=False,
-        height="auto",
-        object_fit="contain",
-        allow_preview=False,
-        interactive=False,
-        buttons=[],
-        visible=False,
-        elem_id="gallery",
-    )
-    return Results(
-        picture, status, edit, inpaint, reuse, gallery, shown=gr.State(None), history=gr.State([])
-    )
 
 
 def _side(label: str, value: int, offer: Offer) -> gr.Slider:

@@ -1,32 +1,24 @@
-"""The page: what its controls do, and what it then shows."""
+"""The page: what its controls do, what it then shows, and its server."""
 
 from __future__ import annotations
 
 import html
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ..errors import wording
 from ..images import load_image, read_metadata
 from ..sizes import proportional_size
-from .artist import Artist, Step
-from .controls import (
-    Controls,
-    Results,
-    header,
-    lay_out,
-    note,
-    problem,
-    progress,
-    settings_list,
-)
-from .settings import PAGE, Offer, Settings
+from .artist import PAGE, Artist, Settings, Step
+from .controls import Controls, Offer, header, note, problem, progress, settings_list
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,16 +33,17 @@ REUSED = (
 )  # fmt: skip
 NEW_SEEDS = 2**32  # number of different new seeds, which keeps them short
 
+STYLE = Path(__file__).with_name("style.css")
+# Browsers then fetch nothing from other servers, even if Gradio's page asks for it.
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+
 Updates = dict[Any, Any]  # new values of components
 Save = Callable[["Image.Image", Settings], Path]
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
 
 
-def build_page(
-    artist: Artist,
-    offer: Offer,
-    about: list[str],
-    save: Save,
-) -> gr.Blocks:
+def build_page(artist: Artist, offer: Offer, about: list[str], save: Save) -> gr.Blocks:
     """Return the page, ready to launch.
 
     Args:
@@ -67,58 +60,55 @@ def build_page(
     )
     with page:
         gr.HTML(header(about))
-        controls, results = lay_out(offer)
-        Desk(artist, offer, controls, results, save).wire()
+        Desk(artist, offer, Controls(offer), save).wire()
     page.queue(max_size=WAITING)
     return page
 
 
+@dataclass(eq=False)
 class Desk:
     """What the controls do. It has no state: the pictures of visitors are in their sessions."""
 
-    def __init__(
-        self,
-        artist: Artist,
-        offer: Offer,
-        controls: Controls,
-        results: Results,
-        save: Save,
-    ) -> None:
-        self.artist = artist
-        self.offer = offer
-        self.controls = controls
-        self.results = results
-        self.save = save
+    artist: Artist
+    offer: Offer
+    controls: Controls
+    save: Save
 
     def wire(self) -> None:
         """Connect the controls; call this within the page."""
-        controls, results = self.controls, self.results
+        page = self.controls
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
         at_once["api_visibility"] = "private"
-        buttons = [controls.draw, controls.stop, results.status]
-        asked = gr.on(
-            [controls.draw.click, controls.prompt.submit], self.begin, None, buttons, **at_once
-        )
+        buttons = [page.draw, page.stop, page.status]
+        size = [page.height, page.width]
+        of_a_mode = [page.mode, page.source, page.image, page.editor, page.strength, *size]
+        of_a_picture = [
+            page.picture, page.status, page.shown, page.edit, page.inpaint, page.reuse
+        ]  # fmt: skip
+        settings = [  # in the order of the arguments of `draw`
+            page.mode, page.prompt, page.image, page.editor, page.strength, page.negative_prompt,
+            page.width, page.height, page.num_inference_steps, page.guidance_scale, page.seed,
+            page.random_seed,
+        ]  # fmt: skip
+        asked = gr.on([page.draw.click, page.prompt.submit], self.begin, None, buttons, **at_once)
         drawing = asked.then(
             self.draw,
-            [*controls.settings, results.history],
-            [*results.of_a_picture, results.gallery, results.history, controls.seed],
+            [*settings, page.history],
+            [*of_a_picture, page.gallery, page.history, page.seed],
             show_progress="hidden",
             concurrency_limit=1,
             api_name="draw",
         )
         drawing.success(self.end, None, buttons[:2], **at_once)
         drawing.failure(self.end, None, buttons[:2], **at_once)
-        controls.stop.click(self.stop, None, buttons, cancels=[drawing], **at_once)
-        results.gallery.select(self.select, results.history, results.of_a_picture, **at_once)
-        controls.mode.input(self.switch, controls.mode, controls.of_a_mode, **at_once)
-        shown = results.shown
-        results.edit.click(self.edit_this, shown, controls.of_a_mode, **at_once)
-        results.inpaint.click(self.inpaint_this, shown, controls.of_a_mode, **at_once)
-        results.reuse.click(self.reuse, shown, [controls.source, *controls.settings], **at_once)
-        size = [controls.height, controls.width]
-        controls.image.upload(self.put_in, controls.image, size, **at_once)
-        controls.editor.upload(self.put_into_editor, controls.editor, size, **at_once)
+        page.stop.click(self.stop, None, buttons, cancels=[drawing], **at_once)
+        page.gallery.select(self.select, page.history, of_a_picture, **at_once)
+        page.mode.input(self.switch, page.mode, of_a_mode, **at_once)
+        page.edit.click(self.edit_this, page.shown, of_a_mode, **at_once)
+        page.inpaint.click(self.inpaint_this, page.shown, of_a_mode, **at_once)
+        page.reuse.click(self.reuse, page.shown, [page.source, *settings], **at_once)
+        page.image.upload(self.put_in, page.image, size, **at_once)
+        page.editor.upload(self.put_into_editor, page.editor, size, **at_once)
 
     # Drawing
 
@@ -127,7 +117,7 @@ class Desk:
         return {
             self.controls.draw: gr.update(interactive=False),
             self.controls.stop: gr.update(visible=True),
-            self.results.status: note("Waiting for its turn …"),
+            self.controls.status: note("Waiting for its turn …"),
         }
 
     def draw(
@@ -162,7 +152,7 @@ class Desk:
             width=width,
             strength=strength,
         )
-        yield {self.results.status: note("Starting …")}
+        yield {self.controls.status: note("Starting …")}
         try:
             with _page_errors():
                 for event in self.artist.draw(settings, *_pictures(mode, image, painted)):
@@ -171,7 +161,7 @@ class Desk:
                     else:
                         yield self._drawn(self.save(event, settings), settings, history)
         except gr.Error as error:
-            yield {self.results.status: problem(html.unescape(error.message))}
+            yield {self.controls.status: problem(html.unescape(error.message))}
             raise
 
     def end(self) -> Updates:
@@ -184,20 +174,19 @@ class Desk:
     def stop(self) -> Updates:
         """Show that the drawing was stopped; Gradio closes the iterator of `draw`."""
         return self.end() | {
-            self.results.status: note("Stopped. The unfinished picture is not kept.")
+            self.controls.status: note("Stopped. The unfinished picture is not kept.")
         }
 
     def _while_drawing(self, step: Step) -> Updates:
-        shown = {self.results.picture: step.preview} if step.preview else {}
-        return shown | {self.results.status: progress(step.number, step.total)}
+        shown = {self.controls.picture: step.preview} if step.preview else {}
+        return shown | {self.controls.status: progress(step.number, step.total)}
 
-    def _drawn(self, path: Path, settings: Settings, history: list[str]) -> Updates:
-        history = [str(path), *history][:HISTORY]
+    def _drawn(self, drawn: Path, settings: Settings, history: list[str]) -> Updates:
+        history = [str(drawn), *history][:HISTORY]
+        captioned = [(path, read_metadata(path)["prompt"]) for path in history]
         return self._show(history[0]) | {
-            self.results.gallery: gr.update(
-                value=_captioned(history), selected_index=0, visible=True
-            ),
-            self.results.history: history,
+            self.controls.gallery: gr.update(value=captioned, selected_index=0, visible=True),
+            self.controls.history: history,
             self.controls.seed: settings.seed,
         }
 
@@ -208,12 +197,12 @@ class Desk:
         return self._show(history[event.index])
 
     def _show(self, path: str) -> Updates:
-        results = self.results
-        buttons = dict.fromkeys(results.actions, gr.update(interactive=True))
+        page = self.controls
+        buttons = dict.fromkeys([page.edit, page.inpaint, page.reuse], gr.update(interactive=True))
         return buttons | {
-            results.picture: path,
-            results.shown: path,
-            results.status: settings_list(read_metadata(path)),
+            page.picture: path,
+            page.shown: path,
+            page.status: settings_list(read_metadata(path)),
         }
 
     def edit_this(self, path: str) -> Updates:
@@ -290,27 +279,14 @@ def _mask(layers: list[Image.Image]) -> Image.Image | None:
     return mask
 
 
-def _captioned(paths: list[str]) -> list[tuple[str, str]]:
-    """Return each picture with its prompt, which serves as its description."""
-    return [(path, read_metadata(path)["prompt"]) for path in paths]
-
-
 def _picture(source: str | Image.Image) -> Image.Image:
-    """Read a picture; errors have the name of its file, but not the server's folder.
-
-    Raises:
-        ValueError: it is not a picture.
-    """
+    """Read a picture; errors have the name of its file, but not the server's folder."""
     return load_image(source, Path(source).name if isinstance(source, str) else None)
 
 
 @contextmanager
 def _page_errors() -> Iterator[None]:
-    """Turn errors into messages of the page.
-
-    Raises:
-        gr.Error: with the message.
-    """
+    """Turn any error into a `gr.Error` with a message for the page."""
     try:
         yield
     except ValueError as error:
@@ -322,3 +298,60 @@ def _page_errors() -> Iterator[None]:
 
 def _error(message: str) -> gr.Error:
     return gr.Error(html.escape(message, quote=False), print_exception=False)
+
+
+# Serving
+
+
+def launch(page: gr.Blocks, host: str, port: int | None) -> str:
+    """Serve the page in threads until `page.close()`, and return its address.
+
+    Args:
+        page: from `build_page`.
+        host: an address of this machine.
+        port: None chooses a free one.
+
+    Raises:
+        OSError: the port is taken, or the host is not an address of this machine.
+    """
+    theme = gr.themes.Default(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=["ui-sans-serif", "system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        mcp_server=False,
+        footer_links=[],
+        max_file_size="64mb",
+        app_kwargs={"middleware": [Middleware(SelfContained)]},
+        theme=theme.set(body_background_fill="*neutral_50"),
+        css_paths=STYLE,
+    )
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{page.server_port}"
+
+
+class SelfContained:
+    """ASGI middleware that sends `POLICY` with each response."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
+        """Pass a request on."""
+
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", POLICY.encode())
+                message["headers"] = [*message.get("headers", []), policy]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)

@@ -1,8 +1,14 @@
 """Captioned scenes of plain shapes, drawn by rules: training data without a download."""
 
 from localdit.scenes.phrasing import Caption, describe, describe_often
-from localdit.scenes.sample import is_held_out, sample_scene, sample_scenes
-from localdit.scenes.scene import Scene, SceneObject, draw_scene
+from localdit.scenes.scene import (
+    Scene,
+    SceneObject,
+    draw_scene,
+    is_held_out,
+    sample_scene,
+    sample_scenes,
+)
 
 __all__ = [
     "Caption",

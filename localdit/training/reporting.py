@@ -16,7 +16,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from localdit.files import whole_file
-from localdit.machine import hidden
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData
 from localdit.training.run_folder import RunFolder
@@ -39,8 +38,8 @@ class Reporter:
         self.can_draw = importlib.util.find_spec("matplotlib") is not None
         self.step = 0
         self.bar: tqdm = tqdm(
-            total=args.stages[-1].end, desc="Training", unit="step", disable=hidden(not self.main)
-        )
+            total=args.stages[-1].end, desc="Training", unit="step", disable=not self.main or None
+        )  # None shows the bar on terminals only
 
     def begin(self, data: Sequence[StageData], step: int) -> None:
         """Print the data of each stage, and start the trackers."""

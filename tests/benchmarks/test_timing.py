@@ -3,8 +3,14 @@ import statistics
 import pytest
 
 from benchmarks.cases import Case
-from benchmarks.timing import at_depth, exponent, measure_times, paired_ratios, times_at_depth
-from localdit.machine import Spread
+from benchmarks.timing import (
+    Spread,
+    at_depth,
+    exponent,
+    measure_times,
+    paired_ratios,
+    times_at_depth,
+)
 
 
 def test_the_exponent_is_the_slope_of_a_power_law():
@@ -50,3 +56,7 @@ def test_all_models_of_a_case_are_timed(task):
         assert run["layers"] == 1
         assert len(run["seconds"]) == 2 and statistics.median(run["seconds"]) > 0
     assert results["PixArt"]["attention"][0] in results["PixArt"]["attention_choice"]
+
+
+def test_a_spread_is_a_median_within_its_ends():
+    assert Spread.of([4.0, 1.0, 2.0]) == Spread(median=2.0, lowest=1.0, highest=4.0)

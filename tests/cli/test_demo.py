@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from localdit.cli import demo, main
-from localdit.cli.arguments import ModelOptions
+from localdit.cli.demo import FIRST_PORT, free_port
 from localdit.images import read_metadata
 from tests.demo.conftest import artist, asked, config  # noqa: F401
 
@@ -26,11 +26,11 @@ def test_help_names_what_the_page_needs(capsys):
         assert option in shown
 
 
-def test_it_listens_to_this_machine_alone_unless_told_otherwise():
+def test_by_default_only_this_machine_can_open_the_page():
     assert demo.build_parser().parse_args([]).host == "127.0.0.1"
 
 
-def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
+def test_without_gradio_the_error_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 2
     assert 'error: the page needs Gradio: pip install "localdit[demo]"' in capsys.readouterr().err
@@ -45,7 +45,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
         (["--output", "{file}"], "can't write to the output folder"),
     ],
 )
-def test_mistakes_take_one_line_and_nothing_is_loaded(
+def test_mistakes_give_one_line_and_nothing_is_loaded(
     monkeypatch, capsys, tmp_path, arguments, message
 ):
     pytest.importorskip("gradio")
@@ -53,8 +53,8 @@ def test_mistakes_take_one_line_and_nothing_is_loaded(
     file = tmp_path / "file"
     file.touch()
     assert main(["demo", *(word.format(file=file) for word in arguments)]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("localdit demo: error: ") and message in told
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("localdit demo: error: ") and message in error
 
 
 def test_a_busy_port_is_a_mistake(monkeypatch, capsys):
@@ -68,7 +68,7 @@ def test_a_busy_port_is_a_mistake(monkeypatch, capsys):
 def test_saved_pictures_carry_the_settings_of_the_command_line(artist, asked, tmp_path):  # noqa: F811
     folder, keep = tmp_path / "page", tmp_path / "kept"
     keep.mkdir()
-    model = demo.page_model(ModelOptions(model="box"))
+    model = demo.page_model(demo.build_parser().parse_args(["--model", "box"]))
     save = demo.saving(artist.pipe, model, folder, keep)
     picture = Image.new("RGB", (32, 32))
     paths = [save(picture, asked("edit", strength=0.5, seed=9)) for _ in range(2)]
@@ -106,3 +106,32 @@ def test_the_command_serves_the_page_until_it_is_interrupted():
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
+
+
+# Ports
+
+
+def test_a_free_port_is_used():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert free_port("127.0.0.1", port) == port
+
+
+def test_the_error_about_a_busy_port_says_what_to_do():
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} is taken; give another --port, or leave"):
+            free_port("127.0.0.1", port)
+
+
+def test_without_a_port_the_first_free_one_is_used():
+    first = free_port("127.0.0.1", None)
+    assert first >= FIRST_PORT
+    with socket.create_server(("127.0.0.1", first)):
+        assert free_port("127.0.0.1", None) > first
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid", "1.2.3"])
+def test_hosts_that_are_not_this_machine_are_refused(host):
+    with pytest.raises(OSError, match=f"--host .*{host}"):
+        free_port(host, None)

@@ -1,8 +1,7 @@
 import pytest
 
 from localdit.config import Config
-from localdit.demo.artist import Artist
-from localdit.demo.settings import Settings
+from localdit.demo.artist import Artist, Settings
 from tests.tiny import tiny_pipeline
 
 SIZE = 32

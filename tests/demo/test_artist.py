@@ -1,11 +1,19 @@
+"""Settings of the page, pictures with their steps, and previews."""
+
 import threading
+import time
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
-from localdit.demo.artist import Step
+from localdit.demo.artist import MAX_SEED, Previews, Step, decode_small, expected_latents
 from localdit.inference import inference
+from localdit.pipelines import LocalDiTPipeline
+from localdit.utils import model_in_the_box
+from tests.tiny import tiny_pipeline
 
 RED = Image.new("RGB", (32, 32), "red")
 
@@ -27,7 +35,7 @@ def workers():
 
 @pytest.fixture
 def calls(artist, monkeypatch):
-    """How many calls of the transformer are at work at each call's begin."""
+    """The number of running calls of the transformer when each call begins."""
     at_work, counts = [], []
     forward = artist.pipe.transformer.forward
 
@@ -43,7 +51,7 @@ def calls(artist, monkeypatch):
     return counts
 
 
-def test_steps_come_with_previews_and_then_the_picture(artist, asked):
+def test_drawing_yields_steps_with_previews_then_the_picture(artist, asked):
     steps, picture = drawn(artist, asked())
     assert [(step.number, step.total) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert steps[0].preview.size == (32, 32)
@@ -51,7 +59,7 @@ def test_steps_come_with_previews_and_then_the_picture(artist, asked):
 
 
 @pytest.mark.parametrize("mode", ["generate", "edit", "inpaint"])
-def test_pictures_are_those_of_the_command_line(artist, asked, mode):
+def test_pictures_equal_those_of_inference(artist, asked, mode):
     settings = asked(mode, strength=0.75)
     image = None if mode == "generate" else RED
     mask = mask_of((0, 0, 16, 32)) if mode == "inpaint" else None
@@ -63,12 +71,12 @@ def test_pictures_are_those_of_the_command_line(artist, asked, mode):
     assert np.array_equal(picture, again[0])
 
 
-def test_editing_takes_the_steps_of_its_strength(artist, asked):
+def test_strength_sets_the_number_of_steps_of_an_edit(artist, asked):
     steps, _ = drawn(artist, asked("edit", strength=0.5), RED)
     assert len(steps) == 2
 
 
-def test_what_is_not_marked_stays_to_the_pixel(artist, asked):
+def test_unmarked_pixels_do_not_change(artist, asked):
     _, picture = drawn(artist, asked("inpaint"), RED, mask_of((0, 0, 16, 16)))
     pixels = np.asarray(picture)
     assert (pixels[16:] == (255, 0, 0)).all()
@@ -82,14 +90,14 @@ def test_an_inpainted_picture_keeps_its_size(artist, asked):
     assert picture.getpixel((90, 60)) == (255, 0, 0)
 
 
-def test_closing_stops_the_drawing_after_the_step_at_hand(artist, asked, calls):
+def test_closing_stops_the_drawing_after_the_current_step(artist, asked, calls):
     drawing = artist.draw(asked(num_inference_steps=100))
     assert next(drawing).number == 1
     drawing.close()
     assert len(calls) < 100
     assert not workers()
     assert artist.pipe.interrupt
-    assert drawn(artist, asked())[1].size == (32, 32)  # and the next one is drawn
+    assert drawn(artist, asked())[1].size == (32, 32)  # the next one is drawn
 
 
 def test_one_picture_is_drawn_at_a_time(artist, asked, calls):
@@ -117,7 +125,7 @@ def test_one_picture_is_drawn_at_a_time(artist, asked, calls):
         ("inpaint", RED, mask_of((0, 0, 0, 0)), "Nothing is marked"),
     ],
 )
-def test_missing_pictures_are_told_before_anything_is_computed(
+def test_missing_pictures_are_reported_before_anything_is_computed(
     artist, asked, calls, mode, image, mask, message
 ):
     with pytest.raises(ValueError, match=message):
@@ -125,7 +133,7 @@ def test_missing_pictures_are_told_before_anything_is_computed(
     assert not calls
 
 
-def test_failures_reach_who_asked(artist, asked, monkeypatch):
+def test_the_caller_gets_the_exceptions_of_the_drawing(artist, asked, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("out of memory")
 
@@ -135,3 +143,133 @@ def test_failures_reach_who_asked(artist, asked, monkeypatch):
     assert not workers()
     monkeypatch.undo()
     assert isinstance(next(artist.draw(asked())), Step)
+
+
+# Settings
+
+
+def test_settings_change_the_config(asked, config):
+    settings = asked(
+        "edit", num_inference_steps=7, guidance_scale=3.5, height=48, width=64, strength=0.25
+    )
+    made = settings.configure(config)
+    assert (made.denoising_steps, made.guidance_scale, made.denoising_strength) == (7, 3.5, 0.25)
+    assert (made.height, made.width) == (48, 64)
+    assert made.sample_size == config.sample_size
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompt": "  \n"}, "The prompt is empty"),
+        ({"height": 0}, "Height is 0; expected at least 1"),
+        ({"width": None}, "Width is None"),
+        ({"num_inference_steps": 0}, "Steps is 0; expected at least 1"),
+        ({"guidance_scale": float("nan")}, "Guidance is nan"),
+        ({"strength": 1.5}, "Strength is 1.5; expected at least 0 and at most 1"),
+        ({"seed": -1}, "The seed must be a whole number from 0"),
+        ({"seed": None}, "The seed must be a whole number from 0"),
+        ({"seed": MAX_SEED + 1}, "The seed must be a whole number from 0"),
+    ],
+)
+def test_errors_use_the_labels_of_the_page(asked, config, changes, message):
+    with pytest.raises(ValueError) as raised:
+        asked(**changes).configure(config)
+    assert str(raised.value).startswith(message)
+
+
+# Previews
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.mark.parametrize("scheduler", [None, UniPCMultistepScheduler])
+def test_the_expected_latents_are_without_noise_and_lead_to_the_picture(pipe, scheduler):
+    pipe = LocalDiTPipeline(**pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    expected, noisy = [], []
+
+    def on_step_end(pipe, index, timestep, tensors):
+        expected.append(expected_latents(pipe.scheduler, tensors["latents"]).clone())
+        noisy.append(tensors["latents"])
+        return {}
+
+    latents = pipe(
+        "a red circle",
+        num_inference_steps=5,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        callback_on_step_end=on_step_end,
+    ).images
+    distances = [float((one - latents).norm()) for one in expected]
+    assert len(distances) == 5
+    assert distances[-1] <= 0.02 * float(latents.norm())
+    assert not torch.equal(expected[0], noisy[0])
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+def test_schedulers_that_keep_no_estimate_show_the_latents_themselves(scheduler):
+    latents = torch.randn(1, 4, 2, 2)
+    assert expected_latents(scheduler(), latents) is latents
+
+
+def test_estimates_of_the_noise_are_no_estimates_of_the_picture(pipe):
+    scheduler = type(pipe.scheduler).from_config(
+        pipe.scheduler.config, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
+    )
+    scheduler.model_outputs = [None, torch.zeros(1, 4, 2, 2)]
+    latents = torch.ones(1, 4, 2, 2)
+    assert expected_latents(scheduler, latents) is latents
+
+
+def test_large_pictures_have_small_previews_of_the_same_proportions(pipe):
+    assert decode_small(pipe, torch.randn(1, 4, 64, 128)).size == (256, 128)
+    assert decode_small(pipe, torch.randn(1, 4, 4, 8)).size == (64, 32)
+
+
+def test_a_preview_of_the_last_step_is_the_picture():
+    pipe = LocalDiTPipeline.from_pretrained(model_in_the_box())
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+
+    def on_step_end(pipe, index, timestep, tensors):
+        seen.append(Previews().of(pipe, tensors["latents"]))
+        return {}
+
+    picture = pipe(
+        "a large red circle on a blue background",
+        num_inference_steps=8,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=on_step_end,
+    ).images[0]
+    final = np.asarray(picture, float)
+    differences = [np.abs(np.asarray(one, float) - final).mean() for one in seen]
+    assert differences[-1] < 1  # of 255
+    assert differences[0] > 5  # it changed on the way
+
+
+def test_previews_take_no_more_than_their_share_of_the_time(pipe, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def takes_three_seconds(pipe, latents):
+        now[0] += 3
+        return "preview"
+
+    monkeypatch.setattr("localdit.demo.artist.decode_small", takes_three_seconds)
+    previews, latents, made = Previews(work_per_preview=2.0), torch.zeros(1, 4, 2, 2), []
+    for _ in range(20):
+        now[0] += 1  # a step
+        made.append(previews.of(pipe, latents) is not None)
+    assert [step for step, one in enumerate(made, 1) if one] == [1, 7, 13, 19]
+
+
+def test_offloaded_models_are_not_moved_for_a_preview(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.vae, "_hf_hook", object(), raising=False)
+    assert Previews().of(pipe, torch.zeros(1, 4, 2, 2)) is None

@@ -12,10 +12,9 @@ from PIL import Image
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
 
-from localdit.cli.arguments import ModelOptions  # noqa: E402
-from localdit.cli.demo import make_page, page_model, scene  # noqa: E402
+from localdit.cli.demo import build_parser, make_page, page_model, scene  # noqa: E402
 from localdit.cli.drawing import load  # noqa: E402
-from localdit.demo.serving import launch  # noqa: E402
+from localdit.demo.page import launch  # noqa: E402
 from localdit.images import read_metadata  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser"])), None)
@@ -27,9 +26,9 @@ YELLOW_CIRCLE = "a large yellow circle at the top left on a blue background"
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Where the page is served as the command serves it."""
+    """The address of the page, served as by the command."""
     folder = tmp_path_factory.mktemp("pictures")
-    model = page_model(ModelOptions(model="box"))
+    model = page_model(build_parser().parse_args(["--model", "box"]))
     page = make_page(load(model), model, folder)
     yield launch(page, "127.0.0.1", None)
     page.close(verbose=False)

@@ -10,15 +10,15 @@ pytest.importorskip("gradio")
 
 from gradio_client.exceptions import AppError  # noqa: E402
 
-from localdit.demo.page import build_page  # noqa: E402
-from localdit.demo.serving import launch  # noqa: E402
-from localdit.demo.settings import Offer  # noqa: E402
+from localdit.config import Config  # noqa: E402
+from localdit.demo.controls import Offer  # noqa: E402
+from localdit.demo.page import build_page, launch  # noqa: E402
 from localdit.images import read_metadata, save_image  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def address(artist, config, tmp_path_factory):
-    """Where a page of the tiny model is served."""
+    """The address of a page with the tiny model."""
     folder = tmp_path_factory.mktemp("pictures")
 
     def save(picture, settings):
@@ -77,12 +77,12 @@ def test_new_seeds_differ(client):
         (arguments(prompt="a" * 20_000), "20000 characters"),
     ],
 )
-def test_mistakes_are_told_in_the_page(client, asked_for, message):
+def test_the_page_reports_mistakes(client, asked_for, message):
     with pytest.raises(AppError, match=message):
         client().predict(*asked_for, api_name="/draw")
 
 
-def test_files_that_are_no_pictures_are_told_in_the_page(client, tmp_path):
+def test_the_page_reports_files_that_are_not_pictures(client, tmp_path):
     file = tmp_path / "notes.png"
     file.write_text("no picture")
     with pytest.raises(AppError) as raised:
@@ -92,7 +92,7 @@ def test_files_that_are_no_pictures_are_told_in_the_page(client, tmp_path):
     assert "notes.png" in str(raised.value) and "/" not in str(raised.value)
 
 
-def test_two_people_at_once_both_get_their_picture(client, artist, asked):
+def test_two_visitors_at_once_both_get_their_picture(client, artist, asked):
     jobs = [client().submit(*arguments(seed=seed), api_name="/draw") for seed in (1, 2)]
     for seed, job in zip((1, 2), jobs, strict=True):
         *_, alone = artist.draw(asked(seed=seed))
@@ -110,3 +110,8 @@ def test_cancelling_stops_the_drawing_and_the_next_one_is_drawn(client):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert connected.predict(*arguments(), api_name="/draw")[0]
+
+
+def test_the_longest_side_is_twice_the_first_one():
+    offer = Offer(Config(height=768, width=1024), "", ["a"], {}, None, 32)
+    assert offer.sides == (32, 2048, 32)

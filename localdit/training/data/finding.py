@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from localdit.machine import hidden
 from localdit.training.data.encoded import MANIFEST, EncodedSet, open_encoded
 from localdit.training.data.listings import (
     PICTURE_SUFFIXES,
@@ -118,7 +117,7 @@ def examine(
         total=len(listing),
         desc="Examining the data",
         unit=" samples",
-        disable=hidden(not progress or len(listing) < MANY),
+        disable=not progress or len(listing) < MANY or None,  # None: on terminals only
     )
     # Pillow warns of much that is odd but harmless, and of bombs, which are refused anyway.
     with warnings.catch_warnings(), bar:

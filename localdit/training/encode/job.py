@@ -27,7 +27,6 @@ from localdit.core.parts import (
 )
 from localdit.files import whole_file
 from localdit.images import prepare_output_folder
-from localdit.machine import hidden
 from localdit.training.data.encoded import (
     EMPTY_CAPTION,
     MANIFEST,
@@ -276,7 +275,7 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
     pictures = read_pictures(plan, shards, batch_size, args.num_workers)
     total, broken = sum(len(plan.shard(shard)) for shard in shards), 0
     faults = deepcopy(job.faults)
-    with tqdm(total=total, desc="Encoding", unit=" samples", disable=hidden(quiet)) as progress:
+    with tqdm(total=total, desc="Encoding", unit=" samples", disable=quiet or None) as progress:
         encoder = ShardEncoder(
             args.output, job.manifest, plan, job.encoders, batch_size, progress.update
         )
