@@ -21,7 +21,6 @@ from ..checkpoint.layout import flat_name
 from ..checkpoint.loading import (
     CheckpointReport,
     empty_model,
-    load_checkpoint,
     parameter_shapes,
     plan_loading,
     require_float,
@@ -71,14 +70,14 @@ def load_transformer(
             unexpected, of the wrong shape or not finite, or if an argument contradicts them.
         TypeError: for an unknown argument.
     """
-    return load_checkpoint(
+    return plan_loading(
         LocalDiTTransformer2DModel,
         path,
         torch_dtype=torch_dtype,
         global_context=global_context,
         seed=seed,
         **overrides,
-    )
+    ).load()
 
 
 def inspect_checkpoint(
@@ -88,7 +87,9 @@ def inspect_checkpoint(
 
     Arguments and errors are those of `load_transformer`.
     """
-    return plan_loading(LocalDiTTransformer2DModel, path, global_context, seed, overrides).report
+    return plan_loading(
+        LocalDiTTransformer2DModel, path, global_context=global_context, seed=seed, **overrides
+    ).report
 
 
 def convert_to_diffusers(
@@ -122,22 +123,22 @@ def convert_to_diffusers(
     """
     folder = Path(folder).absolute()
     refuse_taken_folder(folder, overwrite)
-    report = inspect_checkpoint(checkpoint, global_context=global_context, seed=seed, **overrides)
+    plan = plan_loading(
+        LocalDiTTransformer2DModel,
+        checkpoint,
+        torch_dtype=torch_dtype,
+        global_context=global_context,
+        seed=seed,
+        **overrides,
+    )
     with _beside(folder) as scratch:
-        model = load_transformer(
-            checkpoint,
-            torch_dtype=torch_dtype,
-            global_context=global_context,
-            seed=seed,
-            **overrides,
-        )
-        model.save_pretrained(scratch / "new")
+        plan.load().save_pretrained(scratch / "new")
         for path in (scratch / "new").iterdir():
             _sync(path)
         if folder.exists():
             os.replace(folder, scratch / "old")
         os.replace(scratch / "new", folder)
-    return report
+    return plan.report
 
 
 def convert_to_single_file(

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from localdit.core.conditions import size_conditions
 from localdit.core.text import cut_padding
-from localdit.pipelines.guidance import DenoiserText, guided_steps
+from localdit.pipelines.request import DenoiserText, Request
 from tests.tiny import tiny_pipeline
 
 
@@ -110,6 +112,9 @@ def test_a_callback_may_replace_the_text(pipe, calls, in_place):
 
 
 def test_fractions_become_steps():
+    def guided_steps(interval, steps):
+        return Request.guided_steps(SimpleNamespace(guidance_interval=interval), steps)
+
     assert guided_steps((0.0, 1.0), 20) == range(20)
     assert guided_steps((0.25, 0.75), 10) == range(2, 7)
     assert not guided_steps((0.5, 0.5), 10)
