@@ -112,7 +112,7 @@ def latents_to_repaint(masks: torch.Tensor, scale: int, rows: int) -> torch.Tens
 
 
 def _rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """Repeat each row in place until there are `count` rows."""
+    """Repeat each row so that there are `count` rows."""
     return tensor.repeat_interleave(count // len(tensor), dim=0)
 
 

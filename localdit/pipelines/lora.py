@@ -114,7 +114,7 @@ def require_adapter(tensors: Tensors, source: str) -> None:
     if any(name.startswith(PREFIX) and "lora" in name for name in tensors):
         return
     if any(name.startswith("text_encoder") for name in tensors):
-        return  # has a message of its own
+        return  # `require_no_text_encoder` refuses these
     hint = ""
     if any(name.startswith("transformer_blocks.") and "lora" in name for name in tensors):
         hint = " Load it with `pipe.transformer.load_lora_adapter(..., prefix=None)`."

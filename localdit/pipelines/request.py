@@ -117,7 +117,7 @@ class Request:
     def check_prompts(self, can_encode: Callable[[list[str], int], bool]) -> None:
         """Refuse prompts that are missing, given twice, differ in number, or cannot be encoded.
 
-        `can_encode(prompts, tokens)` returns whether prompts can be encoded to so many tokens.
+        `can_encode(prompts, tokens)` returns whether prompts can be encoded at that length.
         """
         if (self.prompt is None) == (self.text.prompt_embeds is None):
             raise ValueError("Give either prompt or prompt_embeds, one of the two.")

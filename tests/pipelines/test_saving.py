@@ -175,7 +175,7 @@ def test_components_can_be_given_or_left_out(tmp_path, recwarn):
 
 
 class Hub:
-    """What would be done on the hub, recorded; `card` is what the repository has already."""
+    """A recorder of the calls to the hub; `card` is the card that the repository has."""
 
     def __init__(self, monkeypatch, card=None):
         self.made, self.uploaded, self.card = [], [], card
@@ -228,7 +228,7 @@ def test_saving_can_push_as_well(monkeypatch, tmp_path):
     assert json.loads(files["model_index.json"])["transformer"][0] == "diffusers"
 
 
-def test_a_card_that_is_there_is_kept(monkeypatch, tmp_path):
+def test_an_existing_card_is_kept(monkeypatch, tmp_path):
     mine = "---\nlicense: mit\n---\n# Mine\n"
     (tmp_path / "README.md").write_text(mine)
     pipe = tiny_pipeline()
@@ -246,7 +246,7 @@ def test_a_card_that_is_there_is_kept(monkeypatch, tmp_path):
     assert card.data.library_name == "diffusers"
 
 
-# What is refused to code of the hub is not asked of folders that only name our classes.
+# Folders that only name our classes need no trust.
 
 
 def test_the_hub_may_serve_our_folders_without_code(folder, remote_code):
