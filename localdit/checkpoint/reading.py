@@ -115,7 +115,15 @@ class CheckpointFile:
                 f"{self.path} is a truncated or damaged .safetensors file of "
                 f"{self.path.stat().st_size:,} bytes ({error}). Fetch it again."
             ) from error
-        self.config = _parse_config(self.metadata.get(CONFIG_KEY, "{}"), self.path)
+        try:
+            config = json.loads(self.metadata.get(CONFIG_KEY, "{}"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.path}: its metadata {CONFIG_KEY!r} is not JSON ({error})."
+            ) from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path}: its metadata {CONFIG_KEY!r} is not a JSON object.")
+        self.config = config
         return mapped
 
     def _map_torch(self) -> dict[str, torch.Tensor]:
@@ -200,16 +208,6 @@ def _file_kind(path: Path) -> str:
             what = description
             break
     raise ValueError(f"{path} is {what}. Expected a .safetensors or .pt file of tensors.")
-
-
-def _parse_config(text: str, path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: its metadata {CONFIG_KEY!r} is not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: its metadata {CONFIG_KEY!r} is not a JSON object.")
-    return config
 
 
 def _unwrap(contents: Any, path: Path) -> tuple[dict[str, torch.Tensor], str | None]:

@@ -139,13 +139,11 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
         The other arguments are those of `LocalDiTPipeline`.
 
         Args:
-            prompt: one prompt or a list of B.
             image: one image for all prompts or a list of B: PIL images, arrays `(H, W, 3)` or
                 tensors `(3, H, W)` in [0, 1], or latents as `output_type="latent"` returns them.
             strength: how much to change, in [0, 1]. The last `int(num_inference_steps * strength)`
                 timesteps are taken, starting from the encoded image with the noise of the first of
                 them. At 0 the image is only encoded and decoded.
-            negative_prompt: what to steer away from: one for all prompts, or one per prompt.
             height, width: pixels to scale the image to, multiples of 16; by default its own.
             latents: standard normal noise to add, `(B * n, C, height / 8, width / 8)`.
             guidance_interval: fractions (start, stop) of the steps that `strength` leaves.
