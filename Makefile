@@ -5,6 +5,7 @@ PYTHON ?= .venv/bin/python
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	PATH="$(dir $(PYTHON)):$$PATH" lint-imports
 
 type:
 	$(PYTHON) -m mypy
@@ -19,6 +20,7 @@ bench:
 	$(PYTHON) -m benchmarks.denoiser
 
 docs:
+	$(PYTHON) docs/make_architecture.py
 	$(PYTHON) -m mkdocs build --strict
 
 # Check the contents of wheel and sdist, and install them with all dependencies (gigabytes).

@@ -20,7 +20,7 @@ DOCS = [  # builds the site and runs the notebooks in tests
     "mkdocstrings[python]>=0.26",
     "nbclient>=0.8",
 ]
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "localdit/version.py").read_text())[1]
 
 setup(
     name="localdit",
@@ -62,6 +62,7 @@ setup(
             *TRITON,  # tests run its kernels in interpreter mode
             "build>=1.0",
             "hypothesis>=6.100",
+            "import-linter>=2.17",
             "mypy>=1.10",
             "playwright>=1.40",  # drives Chromium in the tests of the page
             "pytest>=8.0",

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,8 @@ def main() -> int:
     sys.path.insert(0, os.getcwd())
     with tempfile.TemporaryDirectory() as folder:
         recorded = dict(pictures()) | dict(trainings(Path(folder)))
-    np.savez_compressed(args.output, **recorded)
+    arrays: dict[str, Any] = recorded  # otherwise the stubs take them for `allow_pickle`
+    np.savez_compressed(args.output, **arrays)
     return 0
 
 

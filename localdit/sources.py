@@ -30,7 +30,10 @@ TEXT_ENCODER = Part(
     "text_encoder", ("", "text_encoder"), "config.json", ("model*.safetensors", "*model*.bin")
 )
 TOKENIZER = Part(
-    "text_encoder", ("", "tokenizer"), "tokenizer_config.json", ("tokenizer.json", "spiece.model")
+    "text_encoder",
+    ("", "tokenizer"),
+    "tokenizer_config.json",
+    ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json"),
 )
 VAE = Part(
     "vae", ("vae", ""), "config.json", ("diffusion_pytorch_model*.safetensors", "*model*.bin")

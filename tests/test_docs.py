@@ -164,10 +164,11 @@ def test_messages_in_troubleshooting_exist_in_the_code():
             assert known, f"no error message contains {part!r}"
 
 
-def test_the_file_tree_names_existing_files():
+def test_the_file_tree_names_every_module_and_existing_files():
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     tree = text.split("## The files\n\n```text\n")[1].split("```")[0]
     folders: list[str] = []
+    named = set()
     for line in tree.splitlines():
         indent = (len(line) - len(line.lstrip())) // 2
         if indent > 5:
@@ -175,8 +176,12 @@ def test_the_file_tree_names_existing_files():
         names = re.match(r"\s*((?:[\w./]+, )*[\w./]+)", line)[1].split(", ")
         folders = folders[:indent]
         for name in names:
-            assert (ROOT / "/".join(folders) / name).exists(), f"{line.strip()}: no {name}"
+            path = ROOT / "/".join(folders) / name
+            assert path.exists(), f"{line.strip()}: no {name}"
+            named.add(path)
         folders.append(names[0].rstrip("/"))
+    modules = {path for path in ROOT.glob("localdit/**/*.py") if not path.stem.startswith("__")}
+    assert not sorted(modules - named), "not in the file tree"
 
 
 # Generated files
@@ -192,10 +197,13 @@ def load_script(name):
 
 def test_drawings_are_up_to_date():
     drawings = load_script("make_drawings").DRAWINGS
+    drawings |= {"architecture": load_script("make_architecture").architecture}
     assert {path.stem for path in ROOT.glob("docs/images/*.svg")} == set(drawings)
     for name, draw in drawings.items():
         kept = (ROOT / f"docs/images/{name}.svg").read_text(encoding="utf-8")
-        assert kept == draw().svg(), "regenerate them: python docs/make_drawings.py"
+        assert kept == draw().svg(), (
+            "regenerate them: python docs/make_drawings.py, and docs/make_architecture.py"
+        )
 
 
 def test_drawn_windows_match_a_computation_by_hand():

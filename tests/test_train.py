@@ -37,7 +37,7 @@ def train(main, workplace, tmp_path, monkeypatch):
     return run
 
 
-def test_a_run_leaves_pipelines_that_make_pictures(train):
+def test_a_run_writes_pipelines_that_draw_pictures(train):
     run = train(
         "run", "--prediction-type", "v_prediction", "--save-interval", "2", "--lr-schedule",
         "cosine", "--validation-prompts", "a red picture", "a cat", "--validation-interval", "2",
@@ -73,7 +73,7 @@ def test_validation_pictures_come_from_fixed_noise(train):
     assert first.tobytes() == second.tobytes()
 
 
-def test_validation_losses_are_those_of_samples_kept_out(train):
+def test_validation_losses_are_measured_on_held_out_samples(train):
     run = train("run", "--validation-samples", "3", "--validation-interval", "4")
     (line,) = [line for line in lines(run) if "validation/ema/loss" in line]
     assert line["step"] == 4
@@ -102,7 +102,7 @@ def test_each_epoch_visits_each_sample_once(train):
     assert all(len(epoch) == len(set(epoch)) == 8 for epoch in epochs)
 
 
-def test_accumulation_makes_the_step_of_a_larger_batch(train):
+def test_accumulation_equals_the_step_of_a_larger_batch(train):
     large = train("large", "--batch-size", "4")
     small = train("small", "--batch-size", "1", "--gradient-accumulation-steps", "4")
     assert len(lines(small)) == 4
@@ -111,7 +111,7 @@ def test_accumulation_makes_the_step_of_a_larger_batch(train):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_encoded_data_trains_as_the_pictures_do(train, workplace, tmp_path, monkeypatch, capsys):
+def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monkeypatch, capsys):
     from localdit.training import setup
     from localdit.training.encode.__main__ import main as encode
 
@@ -151,7 +151,7 @@ def test_encoded_data_trains_as_the_pictures_do(train, workplace, tmp_path, monk
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
-def test_training_fits_what_it_sees(train, prediction):
+def test_training_fits_its_data(train, prediction):
     run = train(
         "run", "--max-train-steps", "40", "--learning-rate", "1e-2", "--prediction-type",
         prediction, "--batch-size", "6", "--token-dropout", "0",
@@ -172,7 +172,7 @@ def test_training_fits_what_it_sees(train, prediction):
         ["--data-format", "folder", "--max-upscale", "1"],
     ],
 )
-def test_options_that_go_with_any_run(train, more):
+def test_options_that_suit_any_run(train, more):
     assert [line["step"] for line in lines(train("run", *more))] == [1, 2, 3, 4]
 
 
@@ -214,7 +214,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(train, caps
     assert not (run / "final").exists()
 
 
-def test_broken_pictures_are_passed_over_and_listed(train, workplace, tmp_path):
+def test_broken_pictures_are_skipped_and_listed(train, workplace, tmp_path):
     shutil.copytree(workplace / "pictures", tmp_path / "data")
     whole = (tmp_path / "data/red.png").read_bytes()
     middle = len(whole) // 2
@@ -241,7 +241,7 @@ def test_resuming_another_run_is_refused(train, capsys):
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
 
 
-def test_a_damaged_checkpoint_is_passed_over(train, capsys):
+def test_a_damaged_checkpoint_is_skipped(train, capsys):
     run = train("run", "--save-interval", "2")
     expected = lines(run)
     file = run / "checkpoint-4/training/model.safetensors"
@@ -268,10 +268,10 @@ def test_a_damaged_checkpoint_is_passed_over(train, capsys):
         ),
         (["--validation-samples", "8"], "held out for validation"),
         (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),
-        (["--image-size", "512"], "holds no picture to train on: 8 samples, of which 8 are too"),
+        (["--image-size", "512"], "holds no picture to train on: of 8 samples, 8 are too small"),
     ],
 )
-def test_what_cannot_work_is_refused_in_a_line(train, more, message, monkeypatch, capsys):
+def test_impossible_options_are_refused_in_a_line(train, more, message, monkeypatch, capsys):
     # The released shape would take gigabytes to refuse.
     monkeypatch.setattr("localdit.training.initialization.PRESETS", {"released": {"num_layers": 1}})
     train("run", *more, expect=1)
@@ -304,7 +304,7 @@ def test_help_answers_at_once():
     assert "torch" not in result.stderr
 
 
-def test_a_student_learns_what_its_teacher_predicts(train, workplace):
+def test_a_student_learns_the_predictions_of_its_teacher(train, workplace):
     """The loss is the distance to the teacher's prediction; runs resume to the same bits."""
     teacher = workplace / "pipeline/transformer"
     distil = ["--method", "knowledge-distillation", "--teacher", teacher]
@@ -320,7 +320,7 @@ def test_a_student_learns_what_its_teacher_predicts(train, workplace):
     assert (adapters / "final/pytorch_lora_weights.safetensors").is_file()
 
 
-def test_another_method_is_another_run(train, workplace, capsys):
+def test_a_run_with_another_method_is_not_resumed(train, workplace, capsys):
     teacher = workplace / "pipeline/transformer"
     train("run", "--method", "knowledge-distillation", "--teacher", teacher)
     train("run", "--resume", "auto", expect=1)

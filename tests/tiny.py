@@ -1,6 +1,7 @@
 """Pipelines small enough to test with, built in memory from a seed, without any download."""
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -14,6 +15,7 @@ WORDS = (
     "quality blurry"
 )
 TEXT_WIDTH = 16
+TEXT_WIDTHS = {"flan-t5": 40, "umt5": 40, "gemma": 48, "clip": 32}  # of other text encoders
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -88,3 +90,31 @@ def tiny_pipeline(seed: int = 0, **transformer_overrides) -> LocalDiTPipeline:
     pipe = LocalDiTPipeline(**tiny_components(seed, **transformer_overrides))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_text_encoder(kind: str) -> transformers.PreTrainedModel:
+    """A text encoder of one of the kinds in `TEXT_WIDTHS`, with random weights."""
+    size = len(tiny_tokenizer())
+    settings = {"vocab_size": size, "num_hidden_layers": 2, "num_attention_heads": 2}
+    decoder = settings | {
+        "hidden_size": 48, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 16,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1,
+    }  # fmt: skip
+    t5 = {"vocab_size": size, "d_model": 40, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "umt5":
+            model = transformers.UMT5EncoderModel(transformers.UMT5Config(**t5))
+        elif kind == "flan-t5":
+            model = transformers.T5EncoderModel(
+                transformers.T5Config(**t5, feed_forward_proj="gated-gelu")
+            )
+        elif kind == "gemma":
+            model = transformers.Gemma2Model(transformers.Gemma2Config(**decoder))
+        else:
+            clip = settings | {
+                "hidden_size": 32, "intermediate_size": 32, "max_position_embeddings": 12,
+                "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1,
+            }  # fmt: skip
+            model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip))
+    return model.eval()

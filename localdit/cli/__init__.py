@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .. import __version__
 from ..parsing import Reporting, UsageError
+from ..version import __version__
 from .arguments import COMMAND_LINE
 
 PROGRAM = "localdit"

@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from .. import __version__
 from ..errors import Vocabulary, wording
 from ..parsing import UsageError
+from ..version import __version__
 
 BOX_NAME = "box"
 OPTIONS = TypeVar("OPTIONS")

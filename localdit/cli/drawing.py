@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..config import Config, inference_settings
 from ..parsing import Parser, run
+from ..version import __version__
 from . import arguments
 from .arguments import COMMAND_LINE, DrawingOptions, ModelOptions, read
 from .output import Output

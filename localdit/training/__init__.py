@@ -1,1 +1,1 @@
-"""What `train.py` is made of: data, encoders, initialisation, objective, averaging, run folder."""
+"""Training: data, encoding ahead, methods, the loop, checkpoints and results."""

@@ -11,11 +11,11 @@ from localdit.training.shutdown import StopRequest, TrainingStopped, run_and_exi
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Set the run up and train; print errors that a user can mend in one line.
+    """Set up a run and train. An error that a user can mend is printed in one line.
 
     Args:
-        argv: the options, by default the process's.
-        prog: the program's name in messages, by default the script's.
+        argv: the options, by default those of the process.
+        prog: name of the program in messages, by default that of the script.
 
     Returns:
         The exit code: 0, or 1 after an error.
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     stop = StopRequest()
     stop.listen()
 
-    # Loading PyTorch takes seconds: `--help` answers before, and signals are caught.
+    # Loading PyTorch takes seconds. Before that, `--help` answers and signals are caught.
     from localdit.machine import hide_loading_bars
     from localdit.training.session import set_up
     from localdit.training.trainer import train

@@ -1,8 +1,7 @@
-"""Reliable checkpoints: written whole, verified by checksums, deleted last.
+"""Reliable checkpoints: written whole, verified by checksums, and deleted last.
 
-A checkpoint is a folder. It is written under another name, flushed to the disk, and renamed, so a
-folder with a checkpoint's name is complete. Its `manifest.json` holds the SHA-256 of each file, so
-later damage is detected before the checkpoint is used.
+A checkpoint is a folder, complete as soon as it has its name (see `localdit.files`). Its
+`manifest.json` holds the SHA-256 of each file, so later damage is detected before it is used.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from localdit.files import flush_folder, remove_folder, whole_folder
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -28,45 +29,14 @@ class DamagedCheckpoint(ValueError):
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder that appears at `path` once all of it is on the disk, or not at all.
-
-    Raises:
-        OSError: if something can't be written; nothing of the folder is left then.
-    """
-    unfinished = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        _flush(unfinished)
-        with _put_aside(path):
-            os.replace(unfinished, path)
-        flush_entry(path.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def _put_aside(path: Path) -> Iterator[None]:
-    """Rename a folder so that it is no longer found, then delete it."""
-    aside = path.with_name(f".{path.name}.old.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    if path.exists():
-        os.replace(path, aside)
-    yield
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
 def new_checkpoint(run: Path, step: int) -> Iterator[Path]:
-    """Yield a folder that becomes `run/checkpoint-STEP`, and add its manifest.
+    """Make a folder that becomes `run/checkpoint-STEP`, and add its manifest.
 
     An earlier checkpoint of the same step is replaced.
 
     Raises:
-        OSError: if something can't be written; nothing of the folder is left then.
-        DamagedCheckpoint: if the files read back differently.
+        OSError: if something can't be written. Nothing of the folder is left then.
+        DamagedCheckpoint: if the files read back differently. Nothing of the folder is left then.
     """
     with whole_folder(run / f"checkpoint-{step}") as folder:
         yield folder
@@ -74,7 +44,7 @@ def new_checkpoint(run: Path, step: int) -> Iterator[Path]:
         manifest = {"format": FORMAT, "step": step, "sha256": sums}
         text = json.dumps(manifest, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
-        _flush(folder)
+        flush_folder(folder)
         verify_checkpoint(folder)
 
 
@@ -103,7 +73,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Return step and folder of each checkpoint, the newest first, including damaged ones."""
+    """Return step and folder of each checkpoint, including damaged ones, the newest first."""
     if not run.is_dir():
         return []
     named = ((_NAME.fullmatch(folder.name), folder) for folder in run.iterdir())
@@ -117,7 +87,7 @@ def step_of_checkpoint(folder: Path) -> int:
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that verifies, and why each newer one was skipped."""
+    """Return the newest undamaged checkpoint, and a reason for each newer one that was skipped."""
     skipped = []
     for _, folder in checkpoints(run):
         try:
@@ -130,10 +100,9 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:
-    """Rename the checkpoints after the step that a run resumes from: damaged or abandoned ones.
+    """Rename the checkpoints after the step that a run resumes from, damaged or abandoned.
 
-    From then on they are not taken for the newest ones, neither to resume from nor when old
-    checkpoints are deleted.
+    Otherwise they would count as the newest ones, for resuming and for deleting old checkpoints.
 
     Returns:
         A message for each.
@@ -151,17 +120,19 @@ def set_aside_after(run: Path, step: int) -> list[str]:
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, at least 2. The newest must be verified."""
+    """Delete all but the newest `keep` checkpoints, or 2 if that is more.
+
+    The newest one must have been verified.
+    """
     for _, folder in checkpoints(run)[max(keep, 2) :]:
-        with _put_aside(folder):
-            pass
+        remove_folder(folder)
 
 
 def remove_unfinished(run: Path) -> None:
-    """Delete the folders of checkpoints that a killed run was writing."""
-    for folder in run.iterdir():
-        if _UNFINISHED.fullmatch(folder.name) and folder.is_dir():
-            shutil.rmtree(folder)
+    """Delete the files and folders that a killed run was writing."""
+    for path in run.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -182,29 +153,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    """Flush all files and entries of a folder to the disk."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            if not (Path(parent) / name).is_symlink():
-                flush_entry(Path(parent) / name)
-        flush_entry(Path(parent))
-
-
-def flush_entry(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def link_or_copy(folder: Path, target: Path) -> None:
-    """Make `target` a link to a folder, or a copy where the file system has no links."""
-    try:
-        target.symlink_to(folder, target_is_directory=True)
-    except OSError:
-        shutil.copytree(folder, target)

@@ -17,7 +17,7 @@ from localdit.training.pixart import is_pixart, start_from_pixart
 
 
 def encoder_sources(args: argparse.Namespace) -> dict[str, str]:
-    """Return folder or hub name of tokenizer, text encoder and VAE, as the options say."""
+    """Return folder or hub name of tokenizer, text encoder and VAE from the options."""
     sources = {
         "tokenizer": args.pretrained or args.tokenizer or args.text_encoder,
         "text_encoder": args.pretrained or args.text_encoder,
@@ -27,11 +27,11 @@ def encoder_sources(args: argparse.Namespace) -> dict[str, str]:
 
 
 def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the transformer that the options ask for; no weights are read.
+    """Return the arguments of the transformer in the options. No weights are read.
 
     Raises:
         ValueError: if `--transformer-config` is neither a preset nor a JSON file, or
-            `--transformer` is no checkpoint.
+            `--transformer` is not a checkpoint.
     """
     if args.transformer is None or is_pixart(args.transformer):
         return _shape(args.transformer_config)
@@ -47,15 +47,15 @@ def load_transformer(
 
     Args:
         args: the options.
-        text_width, latent_channels: channels of text and latents. A preset follows them.
+        text_width, latent_channels: channels of text and latents. A preset adapts to them.
 
     Raises:
-        ValueError: if the options name nothing that can be trained, or it does not fit.
+        ValueError: if the transformer can't be trained, or does not fit the encoders.
     """
     source = args.transformer
     if args.lora_rank is not None and is_pixart(source):
         raise ValueError(
-            f"--transformer {source} is a PixArt, which has to be trained as a whole to become a "
+            f"--transformer {source} is a PixArt, whose weights must all be trained to become a "
             "LocalDiT: leave out --lora-rank, or name a LocalDiT."
         )
     if source is None or is_pixart(source):
@@ -123,17 +123,17 @@ def _json_shape(path: Path, option: str) -> dict[str, Any]:
 
 
 def require_same_prediction(source: Path, prediction_type: str, option: str) -> None:
-    """Refuse a transformer whose scheduler shows that it predicts something else.
+    """Refuse a transformer whose scheduler has another prediction type.
 
-    Adapters and a student learn what a model draws; they don't teach it to predict something else.
+    Adapters and a student can't change the prediction type of a model.
 
     Args:
-        source: the transformer; its pipeline's scheduler is looked for beside it.
-        prediction_type: of this run.
+        source: the transformer. The scheduler of its pipeline, if any, is in a folder beside it.
+        prediction_type: prediction type of this run.
         option: the option that names `source`.
 
     Raises:
-        ValueError: if the scheduler is made for another prediction type.
+        ValueError: if the prediction types differ.
     """
     file = source / "../scheduler/scheduler_config.json"
     if not file.is_file():
@@ -150,11 +150,7 @@ def require_same_prediction(source: Path, prediction_type: str, option: str) -> 
 def check_fit(
     transformer: LocalDiTTransformer2DModel, text_width: int, latent_channels: int
 ) -> None:
-    """Check that the transformer fits the encoders.
-
-    Raises:
-        ValueError: if widths differ.
-    """
+    """Raise ValueError unless the transformer fits the channels of text and latents."""
     wanted = transformer.config.caption_channels
     if wanted != text_width:
         raise ValueError(
@@ -172,13 +168,13 @@ def check_fit(
 
 @torch.no_grad()
 def initialize_weights(transformer: LocalDiTTransformer2DModel) -> None:
-    """Initialise a new transformer in place, as DiT (Peebles & Xie, 2023) and PixArt are.
+    """Initialise a new transformer in place, like DiT (Peebles & Xie, 2023) and PixArt.
 
     Linear layers are Xavier-uniform with zero bias, and so is the patch embedding, a convolution
     that acts as one. The embeddings of time and size, the AdaLN layer and the caption projection
-    start with weights of standard deviation 0.02. Cross-attention's output, the output layer and
-    the relative position biases start at zero: the untrained model predicts zero, and ignores the
-    text. Everything else stays as it was constructed.
+    start with weights of standard deviation 0.02. The output of cross-attention, the output layer
+    and the relative position biases start at zero, so the untrained model predicts zero and ignores
+    the text. Everything else keeps its initial values.
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""Metrics of a run: means over steps, shares of their time, use of the device."""
+"""Metrics of a run: means over steps, shares of time, and use of the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return a device's peak of dense operations per second, or None if it is unknown.
+    """Return the peak of a device in dense operations per second, or None if it is unknown.
 
     It is unknown in float32 if matrix products may be computed in TensorFloat32.
     """
@@ -50,9 +50,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 class Stopwatch:
     """Adds up the time spent in the parts of a step.
 
-    On CUDA this is the device's time: the device works through a queue, far behind the processor.
-    An event at each end of a part marks the place in the queue. So a part in which the processor
-    fetches data counts only as long as the device was idle.
+    On CUDA it measures the time of the device, which works through a queue, far behind the
+    processor. An event at each end of a part marks its place in the queue. So while the processor
+    fetches data, only the time in which the device is idle counts.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Count the time inside as `part`; parts don't nest."""
+        """Count the time inside as `part`. Parts don't nest."""
         if self._on_cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -89,8 +89,8 @@ class Stopwatch:
 class Metrics:
     """Means over the steps since the last line, and the pace.
 
-    The means depend on the steps alone, not on where a run was interrupted: `state_dict` holds the
-    sums. Times count from the last line or the start of the program.
+    The means depend only on the steps, not on interruptions of a run, because `state_dict` holds
+    the sums. Times count from the last line or the start of the program.
 
     Attributes:
         watch: measures the parts "data", "encoding" and "compute".
@@ -103,7 +103,7 @@ class Metrics:
 
         Args:
             device: the device of this process.
-            num_devices: devices of the whole run, which share the operations.
+            num_devices: number of devices of the run, which share the operations.
             peak: the peak of one device in operations per second, from `peak_flops`.
         """
         self.watch = Stopwatch(device)
@@ -120,7 +120,7 @@ class Metrics:
         """Count an optimizer step.
 
         Args:
-            loss, grad_norm: of the whole batch, over all processes.
+            loss, grad_norm: values of the whole batch, over all processes.
             learning_rate: the rate of the step.
             images: number of pictures in the whole batch.
             flops: operations of the model for all of them, forward and backward.

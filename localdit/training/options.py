@@ -1,4 +1,4 @@
-"""The command line of `train.py`: every option, its default and its check.
+"""The command line of `train.py`: its options, their defaults and checks, and the stages of a run.
 
 The defaults are those of `Config`. Nothing heavy is imported here, so `--help` answers at once.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from localdit.config import Config
 from localdit.parsing import Parser
-from localdit.training.stages import STAGE_OPTIONS, make_stages, read_stages
 
 DESCRIPTION = """Train a LocalDiT on captioned pictures.
 
@@ -22,20 +23,106 @@ DESCRIPTION = """Train a LocalDiT on captioned pictures.
     accelerate launch train.py --data-root pictures --image-size 512 --batch-size 2
 """
 FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
-PIXEL_MULTIPLE = 16  # 8 pixels per latent, 2 latents per token
 EXTRAS = "pip install -r requirements-train.txt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run, with the options of the command line.
+
+    Attributes:
+        index: number of the stage, from 0.
+        first_step: optimizer steps taken before it.
+    """
+
+    index: int
+    first_step: int
+    data_root: str
+    image_size: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_train_steps: int
+    learning_rate: float
+    lr_schedule: str
+    warmup_steps: int
+
+    @property
+    def end(self) -> int:
+        """Optimizer steps taken by the end of the stage."""
+        return self.first_step + self.max_train_steps
+
+    def global_batch(self, num_processes: int) -> int:
+        """Return the number of samples in an optimizer step."""
+        return num_processes * self.batch_size * self.gradient_accumulation_steps
+
+    def __str__(self) -> str:
+        return (
+            f"stage {self.index + 1}: {self.image_size} pixels, steps {self.first_step + 1:,} to "
+            f"{self.end:,}, learning rate {self.learning_rate:g}, {self.data_root}"
+        )
+
+
+STAGE_OPTIONS = tuple(field.name for field in fields(Stage))[2:]
+
+
+def make_stages(options: Mapping[str, Any], changes: list[dict[str, Any]]) -> list[Stage]:
+    """Return the stages in their order.
+
+    Args:
+        options: the options of the command line, which a stage takes unless it changes them.
+        changes: the options that each stage changes, by name.
+    """
+    stages: list[Stage] = []
+    for change in changes:
+        values = {name: change.get(name, options[name]) for name in STAGE_OPTIONS}
+        stages.append(Stage(len(stages), stages[-1].end if stages else 0, **values))
+    return stages
+
+
+def read_stages(path: Path) -> list[dict[str, Any]]:
+    """Read the options that each stage changes, by name.
+
+    The file is a JSON list of objects such as `{"image-size": 256, "max-train-steps": 10000}`.
+
+    Raises:
+        ValueError: if it is not such a list, or names another option.
+    """
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--stages {path} can't be read as JSON: {error}") from None
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+        raise ValueError(
+            f'--stages {path}: expected a list such as [{{"image-size": 256}}, '
+            '{"image-size": 512}]'
+        )
+    named = [{name.replace("-", "_"): value for name, value in s.items()} for s in stages]
+    for number, stage in enumerate(named, start=1):
+        for name in stage:
+            if name not in STAGE_OPTIONS:
+                known = ", ".join(option.replace("_", "-") for option in STAGE_OPTIONS)
+                raise ValueError(
+                    f"--stages {path}, stage {number}: {name!r} is not an option of a stage. "
+                    f"The options are {known}."
+                )
+    return named
+
+
+def stage_of_step(stages: list[Stage], step: int) -> Stage:
+    """Return the stage of the step after `step` steps; the last one if all are over."""
+    return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
 def parse_args(
     argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
 ) -> argparse.Namespace:
-    """The options as a flat namespace; ends the program with a message if one can't be right.
+    """Return the options; an invalid one ends the program with a message.
 
-    `stages` is made a list of `Stage`, a single one where no file of stages was named.
+    `stages` becomes a list of `Stage`, a single one if no file of stages was named.
 
     Args:
-        argv: the options, by default those of the process.
-        parser: what `make_parser` returned.
+        argv: the words of the command line, by default those of the process.
+        parser: the result of `make_parser`.
     """
     parser = parser or make_parser()
     args = parser.parse_args(argv)
@@ -50,7 +137,7 @@ def parse_args(
 
 
 def make_parser(prog: str | None = None) -> Parser:
-    """The parser of all options, in groups."""
+    """Return the parser of all options, in groups."""
     parser = Parser(prog=prog, description=DESCRIPTION, formatter_class=HelpFormatter)
     defaults = Config()
     data = parser.add_argument_group("data")
@@ -68,7 +155,7 @@ def make_parser(prog: str | None = None) -> Parser:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Names the default of each option that has one."""
+    """Show the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         has_default = action.default not in (None, False, [], argparse.SUPPRESS)
@@ -76,160 +163,162 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def add_data_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
-    """Where the data is and what sizes pictures are brought to; encoding ahead takes them too."""
+    """Add the options about the data and its sizes, which training and encoding share."""
     add = group.add_argument
     add("--data-root", required=True,
-        help="folder of captioned pictures, WebDataset tars ('shards/{000..123}.tar'), a data set "
-        "saved to disk, or a set encoded ahead")  # fmt: skip
+        help="folder of captioned pictures, WebDataset tars ('shards/{000..123}.tar'), a saved "
+        "Hugging Face dataset, or encoded data")  # fmt: skip
     add("--data-format", choices=FORMATS, default="auto",
-        help="what --data-root is, where it isn't told apart by itself")  # fmt: skip
+        help="format of the data at --data-root; auto recognises it by the files")  # fmt: skip
     add("--image-size", type=int, default=512,
-        help="side of a square picture in pixels: a multiple of the pixels per token, which are 16 "
-        "with the released VAE")  # fmt: skip
+        help="side of a square picture in pixels, a multiple of the pixels per token: 16 with the "
+        "released VAE")  # fmt: skip
     add("--crop", choices=["buckets", "center"], default="buckets",
-        help="bring pictures to the nearest aspect ratio of about as many pixels, or cut all of "
-        "them to the centre square")  # fmt: skip
+        help="scale each picture to the bucket of the nearest aspect ratio, which has about as "
+        "many pixels as the square, or crop all pictures to the square")  # fmt: skip
     add("--max-aspect-ratio", type=float, default=2.0,
-        help="longer over shorter side of a bucket, at most")  # fmt: skip
+        help="largest ratio of the longer side of a bucket to the shorter")  # fmt: skip
     add("--max-upscale", type=float, default=1.5,
-        help="factor up to which a picture is enlarged; smaller ones are left out")  # fmt: skip
+        help="largest factor by which a picture is enlarged; smaller pictures are left "
+        "out")  # fmt: skip
     add("--max-broken", type=float, default=0.1,
-        help="share of broken samples above which nothing is done")  # fmt: skip
+        help="largest share of broken samples; if there are more, the run stops")  # fmt: skip
     add("--max-caption-length", type=int, default=defaults.max_length,
-        help="text tokens a caption is cut at")  # fmt: skip
+        help="number of text tokens after which captions are cut")  # fmt: skip
     add("--num-workers", type=int,
-        help=f"per process, processes that read pictures; without it, {defaults.num_workers}, but "
-        "no more than there are cores")  # fmt: skip
+        help=f"processes that read pictures, for each training process; by default "
+        f"{defaults.num_workers}, or the number of cores if that is lower")  # fmt: skip
 
 
 def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
     add("--batch-size", type=int, default=defaults.batch_size,
-        help="pictures per process and batch")  # fmt: skip
+        help="pictures per batch on each process")  # fmt: skip
     add("--token-dropout", type=float, default=defaults.token_dropout,
-        help="share of captions replaced by the empty one, for the sake of "
-        "guidance")  # fmt: skip
-    add("--horizontal-flip", type=float, default=0.0, help="share of pictures mirrored")
+        help="share of captions replaced by the empty caption, which classifier-free guidance "
+        "needs")  # fmt: skip
+    add("--horizontal-flip", type=float, default=0.0,
+        help="share of pictures mirrored left to right")  # fmt: skip
     add("--stages", type=Path,
-        help="JSON list of stages, each an object that changes some of "
+        help="JSON file with a list of stages, each an object that changes some of these options: "
         f"{', '.join(name.replace('_', '-') for name in STAGE_OPTIONS)}")  # fmt: skip
     add("--dry-run", action="store_true",
-        help="say what was found in the data, and stop")  # fmt: skip
+        help="report what was found in the data, and stop")  # fmt: skip
 
 
 def _add_transformer_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--transformer", type=Path,
-        help="weights to start from: a Diffusers folder or a checkpoint file, of a LocalDiT or a "
-        "PixArt; without it, a new transformer is trained")  # fmt: skip
+        help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from; without "
+        "it, a new transformer is trained")  # fmt: skip
     add("--transformer-config", default="released",
-        help="shape of a new transformer, or of one that starts from a PixArt: released, tiny, or "
-        "a JSON file")  # fmt: skip
+        help="shape of the transformer if it is new or starts from a PixArt: released, tiny, or a "
+        "JSON file")  # fmt: skip
 
 
 def _add_method_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--method", choices=["fine-tuning", "knowledge-distillation"], default="fine-tuning",
-        help="train on the noise that was added (fine-tuning, also from nothing), or on the "
-        "prediction of --teacher")  # fmt: skip
+        help="learn from the data alone (fine-tuning, also for a new transformer), or from the "
+        "predictions of --teacher (knowledge-distillation)")  # fmt: skip
     add("--teacher", type=Path,
-        help="weights of the frozen LocalDiT for --method knowledge-distillation: a Diffusers "
-        "folder or a checkpoint file")  # fmt: skip
+        help="Diffusers folder or checkpoint file of the frozen LocalDiT that --method "
+        "knowledge-distillation learns from")  # fmt: skip
 
 
 def _add_lora_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--lora-rank", type=int,
-        help="train low-rank adapters of this rank, and leave the weights of --transformer as "
-        "they are; without it, all weights are trained")  # fmt: skip
+        help="train LoRA adapters of this rank, and freeze the weights of --transformer; without "
+        "it, all weights are trained")  # fmt: skip
     add("--lora-alpha", type=float,
-        help="adapters are multiplied by alpha / rank; without it, alpha is the rank")  # fmt: skip
+        help="strength of the LoRA adapters, which are multiplied by alpha / rank; by default the "
+        "rank")  # fmt: skip
     add("--lora-target-modules", nargs="+", metavar="NAME",
-        help="ends of the names of the linear layers that get adapters; without it, those of "
-        "attention and of the feed-forward")  # fmt: skip
+        help="linear layers that get LoRA adapters, by the ends of their names; by default all of "
+        "attention and feed-forward")  # fmt: skip
     add("--lora-dropout", type=float, default=0.0,
-        help="probability of dropping a channel before an adapter")  # fmt: skip
+        help="probability that an input channel of a LoRA adapter is dropped")  # fmt: skip
 
 
 def add_encoder_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
-    """Where VAE and text encoder come from; encoding ahead takes them too."""
+    """Add the options about VAE and text encoder, which training and encoding share."""
     add = group.add_argument
     add("--pretrained", type=Path,
-        help="pipeline folder that gives tokenizer, text encoder and VAE at once")  # fmt: skip
+        help="pipeline folder with tokenizer, text encoder and VAE")  # fmt: skip
     add("--vae", default=defaults.vae, help="folder or hub name of the VAE")
     add("--text-encoder", default=defaults.text_encoder,
         help="folder or hub name of the T5 encoder")  # fmt: skip
-    add("--tokenizer", help="folder or hub name of the tokenizer; without it, the text encoder's")
+    add("--tokenizer", help="folder or hub name of the tokenizer; by default the text encoder's")
 
 
 def _add_objective_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--prediction-type", choices=["epsilon", "v_prediction", "flow"], default="epsilon",
-        help="what the model predicts: the noise, the velocity of diffusion, or that of flow "
-        "matching")  # fmt: skip
+        help="what the model predicts: the noise, the velocity of diffusion, or the velocity of "
+        "flow matching")  # fmt: skip
     add("--timestep-sampling", choices=["uniform", "logit_normal"], default="uniform",
-        help="how often which timesteps are trained")  # fmt: skip
+        help="distribution of the timesteps in training")  # fmt: skip
     add("--min-snr-gamma", type=float,
-        help="cap of the signal-to-noise ratio in the loss's weight; without it, no "
-        "weighting")  # fmt: skip
+        help="cap of the signal-to-noise ratio in the weight of the loss; without it, the loss is "
+        "not weighted")  # fmt: skip
     add("--flow-shift", type=float, default=1.0,
-        help="of flow matching: how far timesteps are shifted towards noise, 3 for 1024 "
-        "pixels")  # fmt: skip
+        help="shift of flow matching's timesteps towards noise; 3 suits 1024 pixels")  # fmt: skip
 
 
 def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
     add("--max-train-steps", type=int, default=defaults.max_datasteps, help="optimizer steps")
-    add("--learning-rate", type=float, default=defaults.learning_rate, help="peak, for AdamW")
+    add("--learning-rate", type=float, default=defaults.learning_rate, help="highest learning rate")
     add("--lr-schedule", choices=["constant", "cosine"], default="constant",
-        help="the learning rate after warm-up")  # fmt: skip
-    add("--warmup-steps", type=int, default=0, help="steps of the learning rate's rise from 0")
+        help="learning rate after the warm-up: constant, or a cosine that falls to 0")  # fmt: skip
+    add("--warmup-steps", type=int, default=0, help="steps in which the learning rate rises from 0")
     add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw",
-        help="AdamW, or bitsandbytes' of 8-bit state")  # fmt: skip
-    add("--weight-decay", type=float, default=defaults.weight_decay, help="of AdamW")
+        help="AdamW, or the AdamW of bitsandbytes with an 8-bit state")  # fmt: skip
+    add("--weight-decay", type=float, default=defaults.weight_decay, help="weight decay of AdamW")
     add("--gradient-clip", type=float, default=defaults.gradient_clip,
-        help="largest norm of the gradient")  # fmt: skip
+        help="norm to which a larger gradient is scaled down")  # fmt: skip
     add("--gradient-accumulation-steps", type=int, default=1, help="batches per optimizer step")
     add("--gradient-checkpointing", action="store_true",
-        help="recompute activations: less memory, more time")  # fmt: skip
+        help="recompute activations in the backward pass: less memory, more time")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--mixed-precision", choices=["no", "fp16", "bf16"],
-        help="precision of the forward pass; without it, as Accelerate is configured")  # fmt: skip
+        help="precision of the forward pass; by default, as Accelerate is configured")  # fmt: skip
     add("--ema-decay", type=float, default=defaults.ema_beta,
-        help="decay of the averaged weights, the ones that pictures are made with")  # fmt: skip
+        help="decay of the averaged weights (EMA), which pipelines draw with")  # fmt: skip
     add("--ema-on-cpu", action="store_true", help="keep the averaged weights in CPU memory")
     add("--max-skipped-steps", type=int, default=10,
-        help="steps whose loss or gradient is not finite that are skipped before training "
-        "stops")  # fmt: skip
-    add("--seed", type=int, default=0, help="seed of weights, order, captions and noise")
+        help="number of steps that are skipped because their loss or gradient is not finite before "
+        "training stops")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of weights, order of samples, captions, noise")
 
 
 def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
-    add("--output", type=Path, default=Path("runs/train"), help="run folder")
+    add("--output", type=Path, default=Path("runs/train"), help="folder that the run writes to")
     add("--resume", metavar="CHECKPOINT",
-        help="go on from a checkpoint's folder, or with 'auto' from the newest sound one in "
-        "--output, if there is one")  # fmt: skip
+        help="folder of the checkpoint to resume from, or auto for the newest undamaged one in "
+        "--output, if any")  # fmt: skip
     add("--save-interval", type=int, default=defaults.save_checkpoint_interval,
         help="steps between checkpoints")  # fmt: skip
-    add("--keep-checkpoints", type=int, default=2, help="how many of them are kept, at least 2")
+    add("--keep-checkpoints", type=int, default=2, help="number of checkpoints to keep, at least 2")
     add("--log-interval", type=int, default=50, help="steps between lines of metrics.jsonl")
     add("--log-samples", action="store_true",
         help="write the ids of each step's samples to samples-RANK.jsonl")  # fmt: skip
     add("--validation-prompts", nargs="+", default=[], metavar="PROMPT",
-        help="prompts to make pictures of on the way")  # fmt: skip
+        help="prompts to draw pictures of during training")  # fmt: skip
     add("--validation-guidance-scale", type=float, default=defaults.guidance_scale,
-        help="guidance scale of these pictures")  # fmt: skip
+        help="guidance scale of the pictures of --validation-prompts")  # fmt: skip
     add("--validation-samples", type=int, default=0,
-        help="samples kept out of training to measure the loss on")  # fmt: skip
+        help="number of samples to hold out of training, to measure the loss on them")  # fmt: skip
     add("--validation-interval", type=int, default=defaults.validation_interval,
-        help="steps between both")  # fmt: skip
-    add("--use-wandb", action="store_true", help="log to Weights & Biases as well")
-    add("--use-tensorboard", action="store_true", help="log to TensorBoard as well")
+        help="steps between validations, both pictures and losses")  # fmt: skip
+    add("--use-wandb", action="store_true", help="also log to Weights & Biases")
+    add("--use-tensorboard", action="store_true", help="also log to TensorBoard")
 
 
 def _stages(args: argparse.Namespace) -> list[Any]:
-    """The stages, each of them checked as the command line is."""
+    """Return the stages, each checked like the command line."""
     changes = read_stages(args.stages) if args.stages else [{}]
     for number, change in enumerate(changes, start=1):
         for name, value in change.items():
@@ -237,8 +326,8 @@ def _stages(args: argparse.Namespace) -> list[Any]:
             wanted = (int, float) if isinstance(default, float) else type(default)
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise ValueError(
-                    f"--stages, stage {number}: {name.replace('_', '-')} is {value!r}; expected "
-                    f"such as {default!r}"
+                    f"--stages, stage {number}: {name.replace('_', '-')} is {value!r}; expected a "
+                    f"value such as {default!r}"
                 )
         try:
             _check(argparse.Namespace(**(vars(args) | change)))
@@ -248,7 +337,7 @@ def _stages(args: argparse.Namespace) -> list[Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError where the options can't be right."""
+    """Raise ValueError if an option is invalid."""
     check_data_options(vars(args))
     positive = ["batch_size", "max_train_steps", "learning_rate", "gradient_clip",
                 "gradient_accumulation_steps", "save_interval", "log_interval",
@@ -283,23 +372,23 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_lora(args: argparse.Namespace) -> None:
-    """Raise ValueError where the options about adapters can't be right."""
+    """Raise ValueError if an option about adapters is invalid."""
     if args.lora_rank is None:
         for name in ("lora_alpha", "lora_target_modules", "lora_dropout"):
             if getattr(args, name):
-                raise ValueError(f"{_flag(name)} is for adapters: give --lora-rank as well")
+                raise ValueError(f"{_flag(name)} is for adapters: also give --lora-rank")
         return
     require_positive(vars(args), ("lora_rank",) if args.lora_alpha is None else
                      ("lora_rank", "lora_alpha"))  # fmt: skip
     require_shares(vars(args), ("lora_dropout",))
     if args.transformer is None:
-        raise ValueError("--lora-rank adapts weights that are there: name them by --transformer")
+        raise ValueError("--lora-rank adapts existing weights: name them with --transformer")
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"--lora-rank needs peft: {EXTRAS}")
 
 
 def check_data_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError where the options about data and encoders can't be right."""
+    """Raise ValueError if an option about data and encoders is invalid."""
     require_positive(options, ("image_size", "max_caption_length", "max_upscale"))
     require_shares(options, ("max_broken",))
     if options["num_workers"] < 0:
@@ -307,11 +396,11 @@ def check_data_options(options: Mapping[str, Any]) -> None:
     if not options["max_aspect_ratio"] >= 1:
         raise ValueError(f"--max-aspect-ratio is {options['max_aspect_ratio']}; expected 1 or more")
     if options["pretrained"] and not options["pretrained"].is_dir():
-        raise ValueError(f"--pretrained {options['pretrained']} is no folder")
+        raise ValueError(f"--pretrained {options['pretrained']} is not a folder")
 
 
 def check_image_size(size: int, multiple: int) -> None:
-    """Raise ValueError if `--image-size` is not a multiple of a token's pixels."""
+    """Raise ValueError if `--image-size` is not a multiple of the pixels per token."""
     if size % multiple:
         nearest = max(1, round(size / multiple)) * multiple
         raise ValueError(
@@ -320,14 +409,14 @@ def check_image_size(size: int, multiple: int) -> None:
 
 
 def require_positive(options: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise ValueError unless these are more than 0."""
+    """Raise ValueError unless these options are more than 0."""
     for name in names:
         if not options[name] > 0:
             raise ValueError(f"{_flag(name)} is {options[name]}; expected more than 0")
 
 
 def require_shares(options: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise ValueError unless these are from 0 to 1."""
+    """Raise ValueError unless these options are from 0 to 1."""
     for name in names:
         if not 0 <= options[name] <= 1:
             raise ValueError(f"{_flag(name)} is {options[name]}; expected 0 to 1")

@@ -1,19 +1,19 @@
-"""Starting from PixArt: its weights in a LocalDiT of the same width.
+"""Starting from PixArt: copies its weights into a LocalDiT of the same width.
 
-What is the same in both models is copied by name: embeddings of patches, time and size, the
-projection of captions, attention to the text, feed-forward, modulation and output. Of PixArt's
-blocks evenly spaced ones are taken, the first and the last among them.
+The parts that both models share are copied by name: embeddings of patches, time and size, the
+caption projection, cross-attention, feed-forward, modulation and output. A LocalDiT with fewer or
+more blocks takes evenly spaced blocks of PixArt, including the first and the last.
 
-Self-attention is not the same, so the model that comes out needs training before it draws:
+Self-attention differs, so the resulting model needs training before it can draw:
 
-- a LocalDiT normalises queries and keys, in both kinds of attention, PixArt does not. The scale of
-  PixArt's logits depends on its inputs, which the weights don't tell; the norms start at ones;
-- it turns queries and keys by position, looks at windows, and adds the input of self-attention to
-  its output;
-- the relative position biases of windows start at zero;
-- a global context starts as it was constructed, but for its values: they start at zero, and the
-  values within windows are doubled, since the layer takes the mean of the two. So it starts
-  without effect.
+- A LocalDiT normalises queries and keys in self-attention and cross-attention; PixArt does not. The
+  scale of PixArt's logits depends on its inputs and can't be derived from its weights, so the norms
+  start at ones.
+- A LocalDiT has rotary positions, attends within windows, and adds the input of self-attention to
+  its output.
+- The relative position biases of windows start at zero.
+- A global context starts without effect. Its values are zero, and those of the windows are doubled,
+  because the layer takes the mean of both. Its other weights keep their initial values.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from localdit.models.attention import LocalDiTAttention
 # Diffusers' name of a model's weights, alone or as the index of several files.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 BLOCK = "transformer_blocks."
-MARK = f"{BLOCK}0.attn1.to_q.weight"  # of PixArt; a LocalDiT has queries, keys and values in one
-# What only a LocalDiT has.
+MARK = f"{BLOCK}0.attn1.to_q.weight"  # PixArt only: a LocalDiT has one tensor for q, k and v
+# Parameters that only a LocalDiT has.
 OURS = re.compile(r"\.norm_[qk]\.weight$|\.local_rel_pos_bias$|\.global_context\.")
-# What some files hold beside the weights: positions, and the embedding of the empty caption.
+# Tensors in some files beside the weights: positions, and the embedding of the empty caption.
 BUFFERS = ("pos_embed.pos_embed", "caption_projection.y_embedding")
 
 
 @dataclass(frozen=True)
 class PixArtReport:
-    """What became of a PixArt checkpoint.
+    """A report on the weights that were copied from PixArt.
 
     Attributes:
         source: the file or folder.
-        blocks: for each block of the LocalDiT, the block of PixArt it was copied from.
-        num_source_blocks: how many PixArt has.
-        copied: names of the parameters with weights of PixArt, in the LocalDiT.
-        fresh: names of the other parameters.
-        unused: names of the tensors of PixArt, apart from its other blocks, that have no place.
+        blocks: the PixArt block that each block of the LocalDiT was copied from.
+        num_source_blocks: number of blocks of PixArt.
+        copied: names of the LocalDiT's parameters that were copied.
+        fresh: names of its other parameters.
+        unused: names of the tensors of PixArt that were not copied, apart from unused blocks.
     """
 
     source: Path
@@ -62,12 +62,14 @@ class PixArtReport:
     unused: tuple[str, ...]
 
     def __str__(self) -> str:
-        """A few lines to show before training."""
+        """Return a few lines to print before training."""
+        # Names without the numbers of blocks, each once.
+        kinds = dict.fromkeys(re.sub(r"^transformer_blocks\.\d+\.", "", n) for n in self.fresh)
         lines = [
             f"Started from PixArt, {self.source}",
             f"  blocks: {', '.join(map(str, self.blocks))} of 0 to {self.num_source_blocks - 1}",
             f"  copied: {len(self.copied):,} parameters",
-            f"  fresh: {len(self.fresh):,} parameters ({', '.join(_kinds(self.fresh)) or 'none'})",
+            f"  fresh: {len(self.fresh):,} parameters ({', '.join(kinds) or 'none'})",
         ]
         if self.unused:
             lines.append(f"  unused: {few(self.unused)}")
@@ -75,7 +77,7 @@ class PixArtReport:
 
 
 def is_pixart(source: Path) -> bool:
-    """Whether a file or folder holds a PixArt transformer in Diffusers' names.
+    """Return whether a file or folder holds a PixArt transformer with Diffusers' names.
 
     Raises:
         ValueError: if a file is damaged.
@@ -87,28 +89,28 @@ def is_pixart(source: Path) -> bool:
 def start_from_pixart(transformer: LocalDiTTransformer2DModel, source: Path) -> PixArtReport:
     """Copy the weights of a PixArt into a new LocalDiT, in place.
 
-    Where PixArt predicts a variance beside the noise, only the noise is taken. Where only the
-    LocalDiT is conditioned on the picture's size, those embeddings start with an output of zero.
+    If PixArt also predicts a variance, that part is left out. If only the LocalDiT is conditioned
+    on the picture's size, these embeddings start with an output of zero.
 
     Args:
-        transformer: of the same width, heads and patch size, and with any number of blocks: block i
-            of m comes from block `round(i * (n - 1) / (m - 1))` of n.
-        source: a Diffusers folder (of the transformer or of its pipeline), or a `.safetensors` or
-            `.pt` file in Diffusers' names.
+        transformer: a LocalDiT of the same width, heads and patch size. Of its m blocks, block i
+            comes from block `round(i * (n - 1) / (m - 1))` of PixArt's n.
+        source: a Diffusers folder of the transformer or its pipeline, or a `.safetensors` or `.pt`
+            file with Diffusers' names.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no PixArt, or tensors are missing, unknown or of other shapes.
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is not a PixArt, or tensors are missing, unknown or of other shapes.
     """
     paths = _weight_files(source)
     if not paths:
         raise ValueError(
-            f"{source} holds no weights; expected {WEIGHTS[0]} in it, or in its folder transformer."
+            f"{source} has no weights; expected {WEIGHTS[0]} in it, or in its folder transformer."
         )
     files = _open(paths)
     if MARK not in files:
         raise ValueError(
-            f"{source} is no PixArt in Diffusers' names: there is no tensor {MARK}. Convert an "
+            f"{source} is not a PixArt with Diffusers' names: it has no tensor {MARK}. Convert an "
             "original checkpoint with Diffusers first."
         )
     _require_same_heads(transformer, paths[0])
@@ -126,13 +128,13 @@ def start_from_pixart(transformer: LocalDiTTransformer2DModel, source: Path) -> 
 
 
 def spaced_blocks(num_source: int, num_blocks: int) -> tuple[int, ...]:
-    """Which of `num_source` blocks become `num_blocks`: evenly spaced, first and last included."""
+    """Return `num_blocks` evenly spaced numbers of `num_source` blocks, with first and last."""
     gaps = max(1, num_blocks - 1)
     return tuple(round(i * (num_source - 1) / gaps) for i in range(num_blocks))
 
 
 def _weight_files(source: Path) -> list[Path]:
-    """The files that hold the weights: the source itself, or those in a Diffusers folder."""
+    """Return the files with the weights: the source itself, or those in a Diffusers folder."""
     if not source.is_dir():
         return [source]
     for folder in (source / "transformer", source):
@@ -146,12 +148,12 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 def _open(paths: list[Path]) -> dict[str, CheckpointFile]:
-    """The file of each tensor."""
+    """Return the file of each tensor, by name."""
     return {name: file for file in map(CheckpointFile, paths) for name in file.infos}
 
 
 def _require_same_heads(transformer: LocalDiTTransformer2DModel, path: Path) -> None:
-    """The number of heads shows in no shape; compare it where a configuration tells it."""
+    """Compare the numbers of heads, which no shape shows, if PixArt has a configuration."""
     if not (config := path.parent / "config.json").is_file():
         return
     heads = json.loads(config.read_text(encoding="utf-8")).get("num_attention_heads")
@@ -164,12 +166,12 @@ def _require_same_heads(transformer: LocalDiTTransformer2DModel, path: Path) -> 
 
 
 def _block_number(name: str) -> int:
-    """The number of the block that a tensor belongs to, -1 for none."""
+    """Return the number of the block that a tensor belongs to; -1 if it belongs to none."""
     return int(name.split(".")[1]) if name.startswith(BLOCK) else -1
 
 
 class Route(NamedTuple):
-    """Where a tensor of PixArt goes: a parameter, or one of three equal parts of it."""
+    """The destination of a tensor of PixArt: a parameter, or one of three equal parts of it."""
 
     target: str
     part: int | None = None
@@ -181,11 +183,7 @@ def _find_routes(
     blocks: tuple[int, ...],
     source: Path,
 ) -> dict[str, list[Route]]:
-    """Where each tensor of PixArt goes.
-
-    Raises:
-        ValueError: if tensors are missing or of other shapes.
-    """
+    """Return the destinations of each tensor of PixArt, after a check of names and shapes."""
     routes: dict[str, list[Route]] = {}
     missing, misshapen = [], []
     for target, parameter in transformer.named_parameters():
@@ -217,7 +215,7 @@ def _find_routes(
 
 
 def _sources(target: str, blocks: tuple[int, ...]) -> list[tuple[str, int | None]]:
-    """The tensors of PixArt that make one parameter, and the part of it that each makes."""
+    """Return the tensors of PixArt that make up a parameter, and the part that each makes."""
     if target.startswith(BLOCK):
         _, number, rest = target.split(".", 2)
         target = f"{BLOCK}{blocks[int(number)]}.{rest}"
@@ -236,16 +234,16 @@ def _unused(
     blocks: tuple[int, ...],
     source: Path,
 ) -> list[str]:
-    """The tensors that have no place, other blocks apart.
+    """Return the tensors without a destination, apart from unused blocks.
 
     Raises:
-        ValueError: if one of them is nothing that can be left out.
+        ValueError: if one of them is unknown.
     """
     rest = [name for name in files if name not in routes and _block_number(name) in (-1, *blocks)]
     unknown = [name for name in rest if name not in BUFFERS and not _of_size_embedders(name)]
     if unknown:
         raise ValueError(
-            f"{source} has tensors that no LocalDiT of this configuration takes: {few(unknown)}."
+            f"{source} has tensors that a LocalDiT of this configuration lacks: {few(unknown)}."
         )
     return rest
 
@@ -256,7 +254,7 @@ def _copy(
     files: Mapping[str, CheckpointFile],
     routes: Mapping[str, list[Route]],
 ) -> None:
-    """Send each tensor where it goes."""
+    """Copy each tensor to its destinations."""
     parameters = dict(transformer.named_parameters())
     patches = transformer.config.patch_size**2
     for file in dict.fromkeys(files.values()):
@@ -267,14 +265,14 @@ def _copy(
                     destination = destination.chunk(3)[part]
                 if len(tensor) == len(destination):
                     destination.copy_(tensor)
-                else:  # rows for each pixel of a patch: its noise, then its variance
+                else:  # for each pixel of a patch, rows of the noise, then of the variance
                     noise = tensor.unflatten(0, (patches, 2, -1))[:, 0]
                     destination.copy_(noise.flatten(0, 1))
 
 
 @torch.no_grad()
 def _start_fresh(transformer: LocalDiTTransformer2DModel, fresh: Iterable[str]) -> None:
-    """Let what PixArt doesn't have begin without effect, as far as it can."""
+    """Initialise the parameters that PixArt lacks, without effect where that is possible."""
     parameters = dict(transformer.named_parameters())
     for name in fresh:
         if name.endswith((".norm_q.weight", ".norm_k.weight")):
@@ -290,8 +288,3 @@ def _start_fresh(transformer: LocalDiTTransformer2DModel, fresh: Iterable[str]) 
             ):
                 of_windows.chunk(3)[2].mul_(2)
                 of_the_map.chunk(2)[1].zero_()
-
-
-def _kinds(names: Iterable[str]) -> list[str]:
-    """Names of parameters without the numbers of their blocks, each once."""
-    return list(dict.fromkeys(re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in names))

@@ -1,6 +1,6 @@
-"""The processes of a run: how Accelerate sets them up, and how they agree on things.
+"""The processes of a run: their setup by Accelerate, and their common decisions.
 
-Training computes the same sum on one process and on many.
+Training computes the same sums on one process as on many.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ def make_accelerator(batch_size: int, gradient_clip: float, **options: Any) -> A
     It differs from Accelerate's defaults in these points:
 
     - Without a GPU, several processes find each other (otherwise each would train alone), and
-      FSDP2 and DeepSpeed work there too.
-    - DDP keeps the layout of its buckets. By default the layout changes after a process's first
-      step, and with it the last bits of a sum over three or more processes, so a resumed run
+      FSDP2 and DeepSpeed also work.
+    - DDP keeps the layout of its buckets. By default the layout changes after the first step of a
+      process, and with it the last bits of a sum over three or more processes. So a resumed run
       would differ from an uninterrupted one.
-    - FSDP2 leaves inputs, weights and gradient sums in float32; `prepare` adds autocast, as for the
-      other engines. FSDP2's own casts would also round timesteps and sizes.
+    - FSDP2 keeps inputs, weights and gradient sums in float32. `prepare` adds autocast, which the
+      other engines also use. FSDP2's own casts would also round timesteps and sizes.
     - DeepSpeed clips at `gradient_clip`, and skips a step whose gradient is not finite
       (`accelerator.optimizer_step_was_skipped`). It does not divide the loss by the number of
       accumulated batches: see `loss_divisor`.
 
     Args:
         batch_size: samples per forward pass on one process.
-        gradient_clip: largest norm of the gradient; only DeepSpeed needs it in advance.
+        gradient_clip: largest norm of the gradient. Only DeepSpeed needs it in advance.
         **options: arguments of `Accelerator`.
 
     Raises:
-        RuntimeError: if the processes that were started don't find each other.
+        RuntimeError: if the processes don't find each other.
         ValueError: with FSDP's first version.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -73,7 +73,7 @@ def make_accelerator(batch_size: int, gradient_clip: float, **options: Any) -> A
 
 
 def _has_accelerator() -> bool:
-    """Whether training may use a GPU or another accelerator."""
+    """Return whether training may use a GPU or another accelerator."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return False
     return torch.accelerator.is_available()
@@ -112,7 +112,7 @@ def _configure_deepspeed(accelerator: Accelerator, batch_size: int, clip: float)
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Call `accelerator.prepare`, and add autocast for the engines without one."""
+    """Call `accelerator.prepare`, and add autocast for the engines that lack it."""
     dtype = DTYPES.get(accelerator.mixed_precision)
     if dtype is not None and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         autocast = torch.autocast(accelerator.device.type, dtype=dtype)
@@ -121,7 +121,7 @@ def prepare(
 
 
 def loss_divisor(accelerator: Accelerator) -> int:
-    """Return the number that `accelerator.backward` divides a loss by: batches per step, or 1."""
+    """Return the number by which `accelerator.backward` divides a loss: batches per step, or 1."""
     if accelerator.distributed_type == "DEEPSPEED":
         return 1
     return accelerator.gradient_accumulation_steps
@@ -164,7 +164,7 @@ class Agreement:
         return result
 
     def on_all(self, action: Callable[[], Result]) -> Result:
-        """Run `action` on every process; all of them learn of a failure.
+        """Run `action` on every process. If it fails on one, all stop.
 
         Raises:
             TrainingStopped: in every process, if one fails with an OSError or a ValueError.
@@ -185,9 +185,9 @@ def _attempt(action: Callable[[], Result]) -> tuple[Any, str | None]:
 
 
 def attention_kernels(device: torch.device, mixed_precision: str) -> list[SDPBackend]:
-    """Return the attention kernels of PyTorch to train with: all, but on a CPU in bfloat16.
+    """Return PyTorch's attention kernels to train with: all except on a CPU in bfloat16.
 
-    There the fused kernel takes several times as long to differentiate as plain matrix products.
+    There the backward pass of the fused kernel takes several times as long as matrix products.
     """
     if device.type == "cpu" and mixed_precision == "bf16":
         return [SDPBackend.MATH]

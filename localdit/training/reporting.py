@@ -1,4 +1,4 @@
-"""Reports of a run: the terminal, files in its folder, trackers, and curves of the losses."""
+"""Reports of a run: messages, files in its folder, trackers, and curves of the losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from localdit.files import whole_file
 from localdit.machine import hidden
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData
@@ -45,17 +45,17 @@ class Reporter:
     def begin(self, data: Sequence[StageData], step: int) -> None:
         """Print the data of each stage, and start the trackers."""
         processes = self.accelerator.num_processes
-        for stage, found in zip(self.args.stages, data, strict=True):
-            left_out = int((found.buckets < 0).sum())
+        for stage, stage_data in zip(self.args.stages, data, strict=True):
+            found, left_out = stage_data.found, int((stage_data.buckets < 0).sum())
             self.say(
-                f"{stage}: {len(found.found.samples):,} samples ({left_out:,} too small, "
-                f"{len(found.held_out):,} held out, {found.found.faults.total:,} broken), "
-                f"{len(found.sizes)} buckets, {stage.batch_size} x {processes} processes on "
+                f"{stage}: {len(found.samples):,} samples ({left_out:,} too small, "
+                f"{len(stage_data.held_out):,} held out, {found.faults.total:,} broken), "
+                f"{len(stage_data.sizes)} buckets, {stage.batch_size} x {processes} processes on "
                 f"{self.accelerator.device.type} x {stage.gradient_accumulation_steps} = "
                 f"{stage.global_batch(processes)} samples to a step"
             )
-            if found.found.faults.total:
-                self.say(str(found.found.faults))
+            if found.faults.total:
+                self.say(str(found.faults))
         if self.main:
             self.run.forget_after(step)
         if not self.can_draw:
@@ -91,7 +91,7 @@ class Reporter:
                 "grad_norm": f"{line['grad_norm']:.3g}",
             }
             self.bar.set_postfix(shown)
-            if self.bar.disable:  # there is no terminal, but perhaps a log
+            if self.bar.disable:  # not a terminal, but perhaps a log
                 text = ", ".join(f"{name} {value}" for name, value in shown.items())
                 self.say(f"step {step} of {self.args.stages[-1].end}: {text}")
         if self.lines % CURVES_EVERY == 0:
@@ -110,7 +110,7 @@ class Reporter:
             self._write(draw)
 
     def _write(self, action: Callable[[], object]) -> None:
-        """Write something that training can do without: a full disk only causes a message."""
+        """Write a log, which training can do without: an error only causes a message."""
         try:
             action()
         except OSError as error:
@@ -147,7 +147,7 @@ class Reporter:
         self.bar.update()
 
     def close(self) -> None:
-        """Draw the curves a last time, and end the trackers."""
+        """Draw the curves one last time, and end the trackers."""
         if self.main:
             self._draw_curves()
         self.bar.close()
@@ -155,13 +155,14 @@ class Reporter:
 
 
 def draw_curves(metrics_jsonl: Path, png: Path) -> None:
-    """Plot what a run has logged so far; the file is written whole or not at all.
+    """Plot the metrics of a run. The file is written whole or not at all.
 
-    The upper plot has the training loss of each line, the same smoothed, and the validation losses
-    of model and average; the lower one has the learning rate. An incomplete last line is left out.
+    The upper plot shows the training loss of each line, the smoothed training loss, and the
+    validation losses of model and average. The lower plot shows the learning rate. An incomplete
+    last line is left out.
 
     Args:
-        metrics_jsonl: a JSON object per line, with `step` and any of `loss`, `learning_rate`,
+        metrics_jsonl: file with a JSON object per line: `step` and any of `loss`, `learning_rate`,
             `validation/model/loss` and `validation/ema/loss`.
         png: file to write.
 
@@ -194,19 +195,15 @@ def draw_curves(metrics_jsonl: Path, png: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
 
-    unfinished = png.with_name(f".{png.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(unfinished, format="png", dpi=100)
-        os.replace(unfinished, png)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(png) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics file, without an incomplete last one.
 
-    A run that resumed from an earlier checkpoint repeats steps: a line replaces all lines above it
-    with later steps.
+    A run that resumes from an earlier checkpoint repeats steps. So a line replaces all lines above
+    it with later steps.
 
     Raises:
         ValueError: if another line is not a JSON object.
@@ -227,10 +224,10 @@ def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the mean over a share of `SMOOTHING` of the values around each, centred on it.
+    """Return the mean of a window around each value, which holds a share `SMOOTHING` of them.
 
-    The window is smaller near the start, so a steep fall stays where it is, and it is cut off at
-    the end. Values that are not finite are left out.
+    The window is smaller near the start, so a steep fall keeps its place. It is cut off at the end.
+    Values that are not finite are left out.
     """
     reach = int(len(values) * SMOOTHING / 2)
     means = []
@@ -264,7 +261,7 @@ def _draw_losses(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _limit(axes: Axes, training: Sequence[float], validation: Sequence[float]) -> None:
-    """Cut off a few outliers of training, such as its start, that would flatten the rest."""
+    """Cut off a few outliers, such as the start of training, which would flatten the rest."""
     finite = sorted(filter(math.isfinite, training))
     if len(finite) < 20:
         return

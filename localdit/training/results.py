@@ -1,24 +1,25 @@
-"""The folders that a run leaves: a pipeline with averaged weights, or adapters."""
+"""The results of a run: a pipeline with averaged weights, or LoRA adapters (Hu et al., 2022)."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
+from torch import nn
 
 from localdit.checkpoint.reading import few
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
-from localdit.training.adapters import ADAPTER
-from localdit.training.checkpointing import link_or_copy
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -27,27 +28,21 @@ if TYPE_CHECKING:
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # Diffusers' name
 BASE = "base.json"
-
-
-class ResultFolder(Protocol):
-    """Writes averaged weights into a folder for inference, and reads them again."""
-
-    def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
-        """Write the averages of the trained parameters, under their names."""
-
-    def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Return the averages that `write` wrote."""
+# Attention within the picture and to the text, feed-forward, values of the global context.
+TARGETS = ("to_qkv", "to_q", "to_k", "to_v", "to_out.0", "to_global_kv",
+           "ff.net.0.proj", "ff.net.2")  # fmt: skip
+ADAPTER = "default"  # of the adapter, within the transformer
 
 
 @dataclass
 class PipelineFolder:
-    """Write averaged weights as the folder of a pipeline, with the frozen parts linked.
+    """Writes averaged weights as the folder of a pipeline, with the frozen parts linked.
 
     Attributes:
-        transformer: in training; its configuration is used, not its weights.
-        scheduler: to sample with.
+        transformer: the transformer in training; only its configuration is used.
+        scheduler: the scheduler to sample with.
         encoders: folders of "tokenizer", "text_encoder" and "vae" on this machine.
-        classes: library and class of each of them.
+        classes: library and class of each encoder.
     """
 
     transformer: LocalDiTTransformer2DModel
@@ -58,8 +53,8 @@ class PipelineFolder:
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write a folder that `LocalDiTPipeline.from_pretrained` loads.
 
-        Text encoder, tokenizer and VAE are links to their sources; `cp -rL` makes a copy that
-        stands alone.
+        Text encoder, tokenizer and VAE are links to their sources. `cp -rL` makes a copy without
+        links.
         """
         with_weights(self.transformer, averages).save_pretrained(folder / "transformer")
         self.scheduler.save_pretrained(folder / "scheduler")
@@ -83,6 +78,14 @@ class PipelineFolder:
         return weights
 
 
+def link_or_copy(folder: Path, target: Path) -> None:
+    """Make `target` a link to a folder, or a copy where the file system has no links."""
+    try:
+        target.symlink_to(folder, target_is_directory=True)
+    except OSError:
+        shutil.copytree(folder, target)
+
+
 def with_weights(
     transformer: LocalDiTTransformer2DModel, weights: Mapping[str, torch.Tensor]
 ) -> LocalDiTTransformer2DModel:
@@ -90,7 +93,7 @@ def with_weights(
 
     The weights are shared, not copied, and keep their device.
     """
-    # This draws weights and drops them. They must not come from the numbers that training draws.
+    # The constructor draws weights, which must not change the random numbers of training.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         second = type(transformer).from_config(transformer.config)
         for name, settings in getattr(transformer, "peft_config", {}).items():
@@ -100,14 +103,61 @@ def with_weights(
     return second.to(next(iter(weights.values())).device).eval()
 
 
+def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespace) -> None:
+    """Freeze a transformer and add the adapters that the options ask for.
+
+    They start without effect, because one half of each is zero.
+
+    Raises:
+        ValueError: if a target can't have an adapter.
+    """
+    from peft import LoraConfig
+
+    transformer.requires_grad_(False)
+    settings = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank if args.lora_alpha is None else args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=_targets(transformer, args.lora_target_modules),
+    )
+    transformer.add_adapter(settings, ADAPTER)
+
+
+def _targets(transformer: nn.Module, names: Sequence[str] | None) -> list[str]:
+    """Return the ends of the names of the layers to adapt.
+
+    Raises:
+        ValueError: if a name is not the end of linear layers alone.
+    """
+    layers: dict[str, nn.Module] = dict(transformer.named_modules())
+    ends = {
+        target: [m for name, m in layers.items() if f".{name}".endswith(f".{target}")]
+        for target in names or TARGETS
+    }
+    if names is None:
+        return [target for target, found in ends.items() if found]
+    for target, found in ends.items():
+        if not found or not all(isinstance(module, nn.Linear) for module in found):
+            linear = {
+                name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: None
+                for name, module in layers.items()
+                if isinstance(module, nn.Linear)
+            }
+            raise ValueError(
+                f"--lora-target-modules {target} is not the end of the names of linear layers; "
+                f"those of this transformer are {', '.join(linear)}."
+            )
+    return list(names)
+
+
 @dataclass
 class AdapterFolder:
-    """Write averaged adapters as a folder that `load_lora_weights` reads.
+    """Writes averaged adapters as a folder that `load_lora_weights` reads.
 
     Attributes:
-        transformer: the one in training, with its adapters.
-        source: where the frozen base came from.
-        fingerprint: SHA-256 of the base's weights.
+        transformer: the transformer in training, with its adapters.
+        source: path of the frozen base.
+        fingerprint: SHA-256 of the weights of the base.
     """
 
     transformer: LocalDiTTransformer2DModel
@@ -115,7 +165,7 @@ class AdapterFolder:
     fingerprint: str
 
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
-        """Write the adapters and the fingerprint of their base, whose weights are left out."""
+        """Write the adapters and the fingerprint of their base, without the weights of the base."""
         LocalDiTPipeline.save_lora_weights(
             folder,
             {name: averages[parameter].contiguous() for name, parameter in self._names().items()},
@@ -130,13 +180,13 @@ class AdapterFolder:
         """Return the averages that `write` wrote, by the names of the parameters.
 
         Raises:
-            ValueError: if they belong to another base or to other layers.
+            ValueError: if the adapters belong to another base or to other layers.
         """
         base: dict[str, Any] = json.loads((folder / BASE).read_text(encoding="utf-8"))
         if base["sha256"] != self.fingerprint:
             raise ValueError(
                 f"{folder} holds adapters of {base['transformer']}, whose weights are not those of "
-                f"--transformer {self.source}. Name the same ones."
+                f"--transformer {self.source}. Name the same base."
             )
         tensors = load_file(folder / LORA_WEIGHTS)
         names = {f"transformer.{name}": parameter for name, parameter in self._names().items()}
@@ -157,9 +207,12 @@ class AdapterFolder:
         )
 
     def _names(self) -> dict[str, str]:
-        """Return the parameters of the adapters, by their names in a file."""
+        """Return the names of the adapters' parameters by their names in a file."""
         return {
             name.replace(f".{ADAPTER}.", "."): name
             for name, _ in self.transformer.named_parameters()
             if ".lora_" in name
         }
+
+
+ResultFolder = PipelineFolder | AdapterFolder

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from localdit.files import whole_file, whole_folder
 from localdit.images import image_grid, prepare_output_folder, save_image
 from localdit.training.checkpointing import (
     DamagedCheckpoint,
@@ -22,20 +23,26 @@ from localdit.training.checkpointing import (
     set_aside_after,
     step_of_checkpoint,
     verify_checkpoint,
-    whole_folder,
 )
 from localdit.training.results import ResultFolder
 from localdit.training.state import Snapshot
+
+# A run with another value of these options would be a different run.
+FIXED = (
+    "method", "teacher", "prediction_type", "seed", "lora_rank", "lora_alpha",
+    "lora_target_modules",
+)  # fmt: skip
+IGNORED = ("resume", "output")
 
 
 class RunFolder:
     """The folder that a run writes to.
 
     `config.json` holds the options, `metrics.jsonl` a line for each log interval, `curves.png`
-    plots of them, `checkpoint-N` the state at step N, `validation/N.png` pictures, and `final` the
-    pipeline. Each checkpoint is also the folder of a pipeline with the averaged weights; its folder
-    `training` holds what else training needs to resume. In a run that trains adapters, both hold
-    the adapters instead of a pipeline.
+    plots of these lines, `checkpoint-N` the state at step N, `validation/N.png` pictures, and
+    `final` the pipeline. Each checkpoint is also the folder of a pipeline with the averaged
+    weights. Its folder `training` holds the rest of the state, for resuming. In a run that trains
+    adapters, checkpoints and `final` hold the adapters instead of a pipeline.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +55,7 @@ class RunFolder:
             resume: folder of a checkpoint, "auto", or None for a new run.
 
         Returns:
-            The checkpoint, or None where training starts from the beginning.
+            The checkpoint, or None if training starts from the beginning.
 
         Raises:
             FileExistsError: if the folder holds a run and `resume` is None.
@@ -73,7 +80,7 @@ class RunFolder:
         _write_whole(self.path / "config.json", json.dumps(options, indent=2) + "\n")
 
     def _find(self, resume: str) -> Path | None:
-        """Return the checkpoint that `--resume` names; print which ones were skipped."""
+        """Return the checkpoint that `--resume` names, and print which ones were skipped."""
         if resume != "auto":
             try:
                 verify_checkpoint(Path(resume))
@@ -139,7 +146,7 @@ class RunFolder:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line, and infinity for the broken line that a kill leaves behind."""
+    """Return the step of a line; infinity for an incomplete line, left by a run that was killed."""
     try:
         return json.loads(line)["step"]
     except (KeyError, TypeError, ValueError):
@@ -147,6 +154,48 @@ def _step_of(line: str) -> float:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options as plain values for JSON."""
+    stages = [vars(stage) for stage in args.stages] if len(args.stages) > 1 else None
+    plain = vars(args) | {"stages": stages}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def changed_options(
+    checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Return name, old and new value of each option that differs from the saved run's.
+
+    Raises:
+        ValueError: if one of `FIXED` differs.
+    """
+    before = {"method": "fine-tuning", **before}  # older runs had no --method
+    names = sorted((before.keys() | now.keys()) - set(IGNORED))
+    changes = [
+        (name, before.get(name), now.get(name))
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    for name, old, new in changes:
+        if name in FIXED:
+            raise ValueError(_another_run(checkpoint, name, old, new, before))
+    return changes
+
+
+def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mapping[str, Any]) -> str:
+    """Return the message about an option that may not change."""
+    flag = f"--{name.replace('_', '-')}"
+    was, given = (
+        f"without {flag}" if value is None else f"with {flag} {value}" for value in (old, new)
+    )
+    new_run = f" from its weights with --transformer {checkpoint}/transformer"
+    if before.get("lora_rank") is not None:
+        new_run = " in another --output"
+    return (
+        f"{checkpoint} is of a run {was}, not {given}. Resume it {was}, or start a new run"
+        f"{new_run}."
+    )

@@ -1,4 +1,4 @@
-"""A run between its steps: stages, data, validation, checkpoints, and how all of it is set up."""
+"""A run apart from its steps: its setup, stages, data, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from localdit.training.data.batches import Batch, Draws
-from localdit.training.data.dry_run import dry_run_report
 from localdit.training.data.order import Step
-from localdit.training.data.stage_data import StageData, held_out_batches, stage_batches
+from localdit.training.data.samples import require_few
+from localdit.training.data.stage_data import (
+    StageData,
+    dry_run_report,
+    held_out_batches,
+    stage_batches,
+)
 from localdit.training.methods import Method
 from localdit.training.optimizer import learning_rate
+from localdit.training.options import Stage, stage_of_step
 from localdit.training.processes import Agreement, attention_kernels
 from localdit.training.reporting import Reporter
 from localdit.training.results import with_weights
-from localdit.training.resuming import changed_options, options_of, resume_data
-from localdit.training.run_folder import RunFolder
+from localdit.training.run_folder import RunFolder, changed_options, options_of
 from localdit.training.setup import (
     Models,
     find_data,
@@ -33,7 +38,6 @@ from localdit.training.setup import (
     start_processes,
 )
 from localdit.training.shutdown import StopRequest
-from localdit.training.stages import Stage, stage_of_step
 from localdit.training.state import TRANSFORMER, TrainingState, saved_options
 from localdit.training.validation import ValidationBatch, validation_losses
 
@@ -45,13 +49,13 @@ class Session:
     Attributes:
         args: the options.
         accelerator, agreement: the processes, and their common decisions.
-        run: the folder.
+        run: the folder of the run.
         data: the data of each stage.
-        models: the transformer, and the frozen parts around it.
-        method: the models that are trained, and their loss.
+        models: the transformer and the objects that use it.
+        method: the trained models and their loss.
         state: everything that a step changes.
-        reporter: logs and messages.
-        stop: signals that ask the run to end.
+        reporter: writes logs and messages.
+        stop: the signal that asked the run to end.
         kernels: PyTorch's attention kernels to train with.
         saved: step of the newest checkpoint.
     """
@@ -70,10 +74,10 @@ class Session:
     saved: int = -1
 
     def resume(self, checkpoint: Path) -> None:
-        """Load the state of a checkpoint, and print what differs from the run that saved it.
+        """Load a checkpoint, and print the options that differ from those it was saved with.
 
         Raises:
-            ValueError: if it is a checkpoint of another run, model or optimizer.
+            ValueError: if it belongs to another run, model or optimizer.
         """
         folder = checkpoint / "training"
         changes = changed_options(checkpoint, saved_options(folder), options_of(self.args))
@@ -87,12 +91,12 @@ class Session:
         stage = stage_of_step(self.args.stages, progress.step)
         if progress.step > stage.first_step:
             global_batch = stage.global_batch(self.accelerator.num_processes)
-            message = resume_data(progress, self.data[stage.index].digest, global_batch)
+            message = progress.resume(self.data[stage.index].digest, global_batch)
             if message:
                 self.reporter.say(message)
 
     def begin_stage(self) -> Stage:
-        """Prepare for the stage that the next step belongs to."""
+        """Prepare for the stage of the next step, and return it."""
         progress, stages = self.state.progress, self.args.stages
         stage = stage_of_step(stages, progress.step)
         if progress.step == stage.first_step:
@@ -103,7 +107,7 @@ class Session:
         return stage
 
     def batches(self, stage: Stage) -> Iterator[tuple[Step, list[Batch]]]:
-        """Yield the coming steps, each with this process's batches, without end."""
+        """Yield steps without end, each with the batches of this process."""
         data, accelerator = self.data[stage.index], self.accelerator
         processes = accelerator.num_processes
         steps = stage_batches(
@@ -122,7 +126,7 @@ class Session:
             yield step
 
     def set_learning_rate(self, stage: Stage) -> float:
-        """Set the learning rate of the coming step, and return it."""
+        """Set the learning rate of the next step, and return it."""
         rate = learning_rate(
             self.state.progress.step - stage.first_step,
             stage.max_train_steps,
@@ -180,7 +184,7 @@ class Session:
         )
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one.
+        """Write a checkpoint of the current step, unless it exists.
 
         Raises:
             TrainingStopped: in every process, if it can't be written.
@@ -216,11 +220,12 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     agreement = Agreement(accelerator)
     data = agreement.on_main(lambda: find_data(args))
     if args.dry_run:
-        for stage, found in zip(args.stages, data, strict=True):
+        for stage, stage_data in zip(args.stages, data, strict=True):
             batch = stage.global_batch(accelerator.num_processes)
-            accelerator.print(dry_run_report(found.found, found.sizes, found.buckets, batch))
-    for found in data:
-        agreement.on_main(partial(found.require_few_broken, args.max_broken))
+            accelerator.print(dry_run_report(stage_data, batch))
+    for found in (stage_data.found for stage_data in data):
+        faults, healthy = found.faults, len(found.samples)
+        agreement.on_main(partial(require_few, faults, healthy, args.max_broken))
     if args.dry_run:
         return None
 

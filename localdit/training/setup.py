@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: processes, data, models, state."""
+"""Setting up the parts of a run: processes, data, models, training method and state."""
 
 from __future__ import annotations
 
@@ -21,23 +21,21 @@ from localdit.core.parts import (
     weights_fingerprint,
 )
 from localdit.sizes import PIXELS_PER_LATENT
-from localdit.training import adapters, initialization, processes, sharding
+from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
 from localdit.training.data.encoded import EncodedSet, require_latent_statistics
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
-from localdit.training.inputs import InputMaker
-from localdit.training.methods import Method
+from localdit.training.methods import InputMaker, Method
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.methods.knowledge_distillation import KnowledgeDistillation
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import check_image_size
-from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder
+from localdit.training.options import Stage, check_image_size
+from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
+from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
-from localdit.training.stages import Stage
-from localdit.training.state import Progress, TrainingState
-from localdit.training.trained_model import ExponentialMovingAverage, TrainedModel
+from localdit.training.state import ExponentialMovingAverage, Progress, TrainedModel, TrainingState
 from localdit.training.validation import PromptPictures
 
 if TYPE_CHECKING:
@@ -47,10 +45,10 @@ if TYPE_CHECKING:
 
 
 def start_processes(args: argparse.Namespace) -> Accelerator:
-    """Start Accelerate, with the trackers that were asked for.
+    """Start Accelerate with the trackers of the options.
 
     Raises:
-        TrainingStopped: if the processes can't work together as they were started.
+        TrainingStopped: if the processes can't work together.
     """
     trackers = [name for name in ("wandb", "tensorboard") if getattr(args, f"use_{name}")]
     try:
@@ -68,7 +66,7 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
 
 
 def find_data(args: argparse.Namespace) -> list[StageData]:
-    """The data of every stage, so that nothing is missed on the way; each root is searched once.
+    """Find the data of all stages before training begins. Each root is searched once.
 
     Raises:
         ValueError, OSError: if a stage has nothing to train on.
@@ -103,22 +101,22 @@ def _pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
     if found.encoded is not None:
         return found.encoded.manifest.vae_scale
     source = initialization.encoder_sources(args)["vae"]
-    if source == str(Config.vae):  # known, so that a dry run fetches nothing
+    if source == str(Config.vae):  # its scale is known, so a dry run fetches nothing
         return PIXELS_PER_LATENT
     return LatentFormat.from_config(vae_config(locate_encoder("vae", source))).pixels_per_latent
 
 
 @dataclass
 class Models:
-    """The models of a run, and what is made with them.
+    """The models of a run, and the objects that use them.
 
     Attributes:
-        transformer: in training, bare.
-        teacher: frozen, for methods that need one.
-        objective: what the transformer learns to predict.
+        transformer: the transformer in training, bare.
+        teacher: the frozen teacher of methods that need one.
+        objective: the training objective.
         make_inputs: encodes batches.
-        latents: the numbers of the latent space.
-        result: writes what a run leaves: the folder of a pipeline, or of adapters.
+        latents: format of the latent space.
+        result: writes the result of the run, a pipeline or adapters.
         pictures: draws the validation prompts, if there are any.
     """
 
@@ -133,7 +131,7 @@ class Models:
     def dataset(
         self, data: StageData, stage: Stage, args: argparse.Namespace, draws: Draws | None = None
     ) -> VisitDataset:
-        """The samples of a stage, with the random choices of training unless others are given."""
+        """Return the samples of a stage, by default with the random choices of training."""
         draws = draws or Draws(
             (args.seed, stage.index),
             args.token_dropout,
@@ -153,7 +151,7 @@ class Models:
 def load_models(
     args: argparse.Namespace, data: list[StageData], accelerator: Accelerator
 ) -> Models:
-    """Load what the run needs; of encoded data that is neither VAE nor text encoder.
+    """Load the models. Encoded data needs neither VAE nor text encoder.
 
     Raises:
         ValueError, OSError: if models are missing or don't fit each other.
@@ -233,7 +231,7 @@ def _result_folder(
     objective: Objective,
     sources: dict[str, str],
 ) -> ResultFolder:
-    """What the run leaves; where that is adapters, they are put into the transformer.
+    """Return the writer of the result. If that is adapters, add them to the transformer.
 
     Raises:
         ValueError, OSError: if encoders are missing, or the transformer can't have the adapters.
@@ -247,15 +245,15 @@ def _result_folder(
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
     initialization.require_same_prediction(args.transformer, args.prediction_type, "--transformer")
-    adapters.add_adapters(transformer, args)
+    add_adapters(transformer, args)
     return AdapterFolder(transformer, args.transformer, fingerprint)
 
 
 def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | None:
-    """The encoded data of a run, if there is any; of several sets one, for they go together.
+    """Return the first encoded set of a run, None if there is none.
 
     Raises:
-        ValueError: if they don't, or captions were cut at another length.
+        ValueError: if sets have different encoders, or captions were cut at another length.
     """
     sets = [stage.found.encoded for stage in data if stage.found.encoded is not None]
     for encoded in sets:
@@ -273,8 +271,8 @@ def _require_same_encoders(expected: dict[str, str], given: dict[str, str]) -> N
     different = [part for part, fingerprint in expected.items() if given[part] != fingerprint]
     if different:
         raise ValueError(
-            f"Not all data was encoded with the same {' and '.join(different)}, or those that the "
-            "options name are others. Encode it anew, or name the ones it was encoded with."
+            f"The encoded data of two stages, or encoded data and the options, differ in "
+            f"{' and '.join(different)}. Encode the data again, or name the models that encoded it."
         )
 
 
@@ -292,7 +290,7 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
     """Prepare the models of a method and their optimizers for the processes, and start averages.
 
     Raises:
-        ValueError: if the processes can't train these models, or not with this optimizer.
+        ValueError: if the processes can't train these models, or can't use this optimizer.
     """
     engine, precision = accelerator.distributed_type, accelerator.mixed_precision
     if args.lora_rank is not None and engine == "DEEPSPEED":
@@ -307,7 +305,7 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
     models = {}
     for name, bare in method.trained.items():
         optimizer = make_optimizer(
-            [parameter for _, parameter in sharding.trained_parameters(bare)],
+            [parameter for _, parameter in trained_parameters(bare)],
             args.optimizer,
             args.learning_rate,
             args.weight_decay,
@@ -315,7 +313,7 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
         )
         module, optimizer = processes.prepare(accelerator, bare, optimizer)
         average = ExponentialMovingAverage(
-            sharding.trained_parameters(module), args.ema_decay, "cpu" if args.ema_on_cpu else None
+            trained_parameters(module), args.ema_decay, "cpu" if args.ema_on_cpu else None
         )
         models[name] = TrainedModel(module, optimizer, average)
     dtype = processes.DTYPES.get(precision)

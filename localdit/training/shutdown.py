@@ -1,4 +1,4 @@
-"""Ending a run: the signals that ask for it, the error that stops it, and the process's exit.
+"""Ending a run: the signals that ask for it, the error that stops it, and the exit.
 
 Nothing heavy is imported here, because signals are caught before PyTorch is loaded.
 """
@@ -17,11 +17,11 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class TrainingStopped(Exception):
-    """Training cannot continue; every process raises this at the same point, with one message."""
+    """Training can't continue. Every process raises this at the same point with one message."""
 
 
 class StopRequest:
-    """Records the first of these signals; the run obeys it between two steps.
+    """Records the first signal. The run obeys it between two steps.
 
     A second Ctrl-C ends the program at once.
 
@@ -48,9 +48,9 @@ def run_and_exit(main: Callable[[], int]) -> None:
     """Call `main` and end the process with its exit code, at once.
 
     When the interpreter shuts down, the destructor of PyTorch's process group (gloo, seen with
-    2.13) waits for one of its threads, which waits for the interpreter: now and then a finished
+    2.13) waits for one of its threads, which waits for the interpreter. Sometimes a finished
     process would hang forever. So the shutdown is skipped. `SystemExit` passes through, because
-    the command line raises it before there is any process group.
+    the command line raises it before there is a process group.
     """
     try:
         code = main()

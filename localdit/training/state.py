@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,143 @@ from torch import nn
 
 from localdit.training.data.order import Position, Step
 from localdit.training.metrics import Metrics
+from localdit.training.optimizer import load_optimizer_state, optimizer_state
 from localdit.training.processes import Agreement
-from localdit.training.trained_model import Tensors, TrainedModel
+from localdit.training.sharding import (
+    gather_shards,
+    load_model_state,
+    local,
+    model_state,
+    named_parameters,
+    shard_of,
+    trained_parameters,
+    whole,
+    whole_of,
+)
 
-# The model that pipelines sample with. Its files bear no name, as those of a run that trains no
-# other model always did; its averages are the pipeline or the adapters in a checkpoint.
+Tensors = dict[str, torch.Tensor]
+# Name of the model that pipelines sample with. In a checkpoint its averages are the pipeline or the
+# adapters, and its files have no name, so that older checkpoints can be read.
 TRANSFORMER = "transformer"
+
+
+class ExponentialMovingAverage:
+    """Averages, in float32, of the parameters of a model in training.
+
+    At update n the decay is `min(decay, (1 + n) / (10 + n))`, so the average forgets the random
+    start even in a short run. With a sharded model, each process averages its shards.
+
+    Attributes:
+        averages: this process's shard of the average of each parameter, by name.
+        updates: number of calls of `update`.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.Tensor]],
+        decay: float,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Start from the parameters as they are.
+
+        Args:
+            parameters: names and parameters, as `named_parameters` yields them.
+            decay: share of the average that an update keeps in the long run.
+            device: device of the averages; None for that of the parameters.
+        """
+        self.averages = {
+            name: local(parameter).detach().to(device, torch.float32, copy=True)
+            for name, parameter in parameters
+        }
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Move the averages towards the present parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = dict(parameters)
+        weights = [
+            local(current[name]).detach().to(average.device, torch.float32)
+            for name, average in self.averages.items()
+        ]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+
+
+@dataclass
+class TrainedModel:
+    """A model in training.
+
+    Attributes:
+        module: the model as Accelerate prepared it.
+        optimizer: its optimizer, as Accelerate prepared it.
+        average: the average of the trained weights; None if none is kept.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: ExponentialMovingAverage | None = None
+
+    def update_average(self) -> None:
+        """Move the average, if there is one, towards the weights after a step."""
+        if self.average is not None:
+            self.average.update(named_parameters(self.module))
+
+    def averaged_weights(self) -> Tensors:
+        """Return the averaged weights in full, on every process. Collective.
+
+        Frozen weights, and all weights of a model without an average, are returned as they are.
+        Nothing is copied where nothing is sharded.
+        """
+        averages = self._shards()
+        return {
+            name: whole_of(averages[name], parameter)
+            if name in averages
+            else whole(parameter.detach())
+            for name, parameter in named_parameters(self.module)
+        }
+
+    def gathered_average(self) -> Tensors:
+        """Return the averages of the trained weights, in full, on the main process. Collective.
+
+        For a model without an average, these are copies of the weights.
+        """
+        return gather_shards(self._shards(), self.module)
+
+    def _shards(self) -> Mapping[str, torch.Tensor]:
+        if self.average is not None:
+            return self.average.averages
+        return {
+            name: local(parameter).detach() for name, parameter in trained_parameters(self.module)
+        }
+
+    def state(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
+        """Gather weights, the optimizer's tensors, and the other values for JSON. Collective.
+
+        The tensors are complete on the main process only.
+        """
+        tensors, groups = optimizer_state(self.module, self.optimizer)
+        updates = self.average.updates if self.average is not None else None
+        return model_state(self.module), tensors, {"ema_updates": updates, "optimizer": groups}
+
+    def load_state(
+        self, weights: Tensors, optimizer: Tensors, average: Tensors, notes: Mapping[str, Any]
+    ) -> None:
+        """Load what `state` and `gathered_average` returned, on any number of processes.
+
+        Raises:
+            ValueError: if it is the state of another model or optimizer.
+        """
+        load_model_state(self.module, weights)
+        load_optimizer_state(self.module, self.optimizer, optimizer, notes["optimizer"])
+        if self.average is None:
+            return
+        parameters = dict(named_parameters(self.module))
+        for name, shard in self.average.averages.items():
+            shard.copy_(shard_of(average[name], parameters[name]))
+        # If the saved run kept no average, one starts from the weights.
+        self.average.updates = notes["ema_updates"] or 0
 
 
 @dataclass
@@ -46,6 +177,27 @@ class Progress:
         """Go to the beginning of a stage's data."""
         self.position, self.broken, self.data = Position(), 0, data
 
+    def resume(self, data: str, global_batch: int) -> str | None:
+        """Find the position in the present data again.
+
+        Args:
+            data: fingerprint of the present data. If it has changed, a new epoch begins.
+            global_batch: samples in an optimizer step now.
+
+        Returns:
+            A message if data or batch size have changed.
+        """
+        if self.data != data:
+            self.position, self.data = Position(self.position.epoch + 1), data
+            return "The data has changed: a new epoch of it begins."
+        taken = self.position.taken
+        if taken and taken[-1][0] != global_batch:
+            return (
+                f"An optimizer step has {global_batch} samples now, it had {taken[-1][0]}. The "
+                "rest of the epoch is divided again: each of its samples still comes exactly once."
+            )
+        return None
+
     def advance(self, step: Step, broken: int, skipped: bool) -> None:
         """Count a step. Its samples are used up whether or not it was skipped."""
         self.step += 1
@@ -55,22 +207,22 @@ class Progress:
         self.position = step.position
 
     def to_json(self) -> dict[str, Any]:
-        """Return the progress in plain values."""
+        """Return the progress as plain values."""
         return vars(self) | {"position": self.position.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        """Return the progress that `to_json` described."""
+        """Invert `to_json`."""
         return cls(**values | {"position": Position.from_json(values["position"])})
 
 
 @dataclass
 class Snapshot:
-    """A full training state on the CPU: what is written to a checkpoint.
+    """A full training state on the CPU, to be written to a checkpoint.
 
     Attributes:
-        tensors: by the name of their file.
-        averages: of the transformer, which the checkpoint stores as a pipeline or as adapters.
+        tensors: the tensors of each file, by its name.
+        averages: averages of the transformer, which a checkpoint stores as a pipeline or adapters.
         values: everything else, ready for JSON.
     """
 
@@ -89,7 +241,7 @@ class Snapshot:
 
 @dataclass
 class TrainingState:
-    """Everything that a training step changes; frozen models are not part of it.
+    """Everything that a training step changes. Frozen models are not part of it.
 
     A checkpoint holds `model.safetensors` and `optimizer.safetensors` of the transformer,
     `model-NAME.safetensors`, `optimizer-NAME.safetensors` and `average-NAME.safetensors` of each
@@ -97,7 +249,7 @@ class TrainingState:
 
     Attributes:
         models: the models in training, by name.
-        scaler: of float16 gradients, if there is one.
+        scaler: scales float16 gradients; None for other types.
         metrics: measurements since the last line was logged.
         progress: the position of the run.
     """
@@ -118,15 +270,15 @@ class TrainingState:
             yield from model.module.parameters()
 
     def set_learning_rate(self, value: float) -> None:
-        """Use this learning rate for the coming steps of all models."""
+        """Set the learning rate of all models."""
         for model in self.models.values():
             for group in model.optimizer.param_groups:
                 group["lr"] = value
 
     def snapshot(self, agreement: Agreement, options: dict[str, Any]) -> Snapshot:
-        """Gather the state. Collective; the result is complete on the main process.
+        """Gather the state, to store it with the options of the run. Collective.
 
-        The options of the run are stored with it.
+        The result is complete on the main process only.
         """
         tensors: dict[str, Tensors] = {}
         notes: dict[str, dict[str, Any]] = {}
@@ -160,8 +312,8 @@ class TrainingState:
         """Load the state of a checkpoint. Every process calls this.
 
         Args:
-            folder: the one that `Snapshot.write` made.
-            averages: of the transformer.
+            folder: the folder that `Snapshot.write` made.
+            averages: averages of the transformer.
             rank: number of this process.
 
         Raises:
@@ -179,7 +331,7 @@ class TrainingState:
         for name, model in self.models.items():
             average = averages
             if name != TRANSFORMER:
-                # A model that had no average before starts one from its weights.
+                # If the saved run kept no average, one starts from the weights.
                 kept = notes[name]["ema_updates"] is not None
                 average = _load(folder, "average" if kept else "model", name)
             model.load_state(
@@ -202,7 +354,7 @@ class TrainingState:
 
 
 def _file(kind: str, model: str) -> str:
-    """Return the name, without its ending, of a file of tensors of a model."""
+    """Return the name of a file of a model's tensors, without its suffix."""
     return kind if model == TRANSFORMER else f"{kind}-{model}"
 
 
@@ -240,7 +392,7 @@ def random_state() -> Tensors:
 
 
 def set_random_state(state: Tensors) -> None:
-    """Set what `random_state` returned. An empty state, of a process added since, does nothing."""
+    """Load what `random_state` returned. A process that is new since then has an empty state."""
     if not state:
         return
     torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""The training loop: steps, their gradients, and the processes' agreement on each of them."""
+"""The training loop: the gradient of each step, and the agreement of the processes on it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from localdit.training.data.batches import Batch
+from localdit.training.options import stage_of_step
 from localdit.training.processes import loss_divisor
 from localdit.training.session import Session
 from localdit.training.shutdown import TrainingStopped
-from localdit.training.stages import stage_of_step
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a step before the optimizer takes it, the same on all processes.
+    """The result of a step before the optimizer's update, the same on all processes.
 
     Attributes:
         loss: mean over the samples.
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def train(session: Session) -> None:
-    """Take the steps of all stages, from the present one."""
+    """Train from the current step to the end of the last stage."""
     args, state, reporter = session.args, session.state, session.reporter
     while state.progress.step < args.stages[-1].end:
         stage = session.begin_stage()
@@ -135,15 +135,7 @@ def _agree(
     count: float,
     flops: int,
 ) -> Outcome:
-    """Combine the results of all processes.
-
-    Args:
-        session: the run.
-        batches: of this process.
-        losses: (accumulations, B) of their samples.
-        norm: of the whole gradient.
-        count: sound samples of all processes.
-        flops: operations of this process.
+    """Combine the results of all processes: of their losses (accumulations, B) and operations.
 
     Raises:
         TrainingStopped: if too many steps were not finite, or too many samples are broken.

@@ -15,8 +15,7 @@ from localdit.models import LocalDiTTransformer2DModel
 from localdit.pipelines import LocalDiTPipeline
 from localdit.training.data.buckets import Size
 from localdit.training.data.order import stable_hash
-from localdit.training.inputs import Inputs
-from localdit.training.methods import noised_prediction
+from localdit.training.methods import Inputs, noised_prediction
 
 
 @dataclass
@@ -24,8 +23,8 @@ class ValidationBatch:
     """Encoded samples of one size.
 
     Attributes:
-        size: of the pictures, in pixels.
-        ids: (B,) of the samples: their noise follows from them.
+        size: height and width of the pictures, in pixels.
+        ids: (B,) ids of the samples, which determine their noise.
         inputs: latents, text and conditions.
         weights: (B,) 1 for samples, 0 for placeholders.
     """
@@ -47,30 +46,31 @@ def validation_losses(
     seed: int = 0,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """The mean squared errors of a model, by size and by how much noise there was.
+    """Return the mean squared errors of a model, by size and by amount of noise.
 
-    The timesteps are divided into bins of equal length. Each sample is seen once in each, at a
-    timestep and with noise that follow from the seed, the sample and the bin: so losses of
-    different steps, models and runs compare. Errors are not weighted by the objective.
+    The timesteps are divided into bins of equal length. Each sample is evaluated once per bin, with
+    a timestep and noise that depend only on the seed, the sample and the bin. So losses of
+    different steps, models and runs are comparable. Errors are not weighted by the objective.
 
     Args:
-        model: the model, or its average; put into evaluation mode meanwhile.
-        objective: what it learns to predict.
-        batches: the held-out samples of this process, on the model's device. Where parameters are
-            sharded over processes, each process has to bring as many batches.
-        sizes: all that may come, the same in every process.
-        name: what the losses are called by, "model" or "ema".
+        model: the model, or its average. It is in evaluation mode during the call.
+        objective: the objective of the training.
+        batches: the held-out samples of this process, on the model's device. With sharded
+            parameters, each process must have the same number of batches.
+        sizes: all possible sizes, the same in every process.
+        name: name of the model in the result, "model" or "ema".
         num_bins: number of bins.
-        seed: of timesteps and noise.
+        seed: seed of timesteps and noise.
         reduce: sums a tensor over all processes, for example
             `functools.partial(accelerator.reduce, reduction="sum")`; None for one process.
 
     Returns:
         `validation/{name}/loss`, the mean over samples and bins; `validation/{name}/{bin}` and
-        `validation/{name}/{height}x{width}/{bin or "loss"}`, a bin called by its ends in [0, 1],
-        for example "0.25-0.50". Sizes without samples are left out.
+        `validation/{name}/{height}x{width}/{bin or "loss"}`. The name of a bin consists of its
+        ends in [0, 1], for example "0.25-0.50". Sizes without samples are left out.
     """
-    sums = torch.zeros(len(sizes), num_bins + 1, dtype=torch.float64)  # the last: how many samples
+    # Sums of errors; the last column counts the samples.
+    sums = torch.zeros(len(sizes), num_bins + 1, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
@@ -97,7 +97,7 @@ def _errors(
     num_bins: int,
     seed: int,
 ) -> torch.Tensor:
-    """The errors of a batch in one bin, `(B,)` on the CPU."""
+    """Return the errors of a batch in one bin, `(B,)` on the CPU."""
     latents = batch.inputs.latents
     noise, positions = [], []
     for sample in batch.ids:
@@ -116,7 +116,7 @@ def _errors(
 
 
 def _named(sums: torch.Tensor, sizes: Sequence[Size], prefix: str) -> dict[str, float]:
-    """Means by name, of sums `(sizes, bins + 1)` whose last column has the numbers of samples."""
+    """Return means by name, from sums `(sizes, bins + 1)` with counts in the last column."""
     num_bins = sums.shape[1] - 1
     ends = [f"{n / num_bins:.2f}-{(n + 1) / num_bins:.2f}" for n in range(num_bins)]
     rows = {prefix: sums.sum(dim=0)}
@@ -133,16 +133,16 @@ def _named(sums: torch.Tensor, sizes: Sequence[Size], prefix: str) -> dict[str, 
 
 
 class PromptPictures:
-    """Draw the same prompts from the same noise each time; the processes share the prompts.
+    """Draws the same prompts from the same noise each time. The processes share the prompts.
 
     The prompts are encoded once, so the text encoder is not needed afterwards.
 
     Args:
-        prompts: of all processes.
-        encoders: to encode this process's prompts with, and to decode latents.
-        max_length: text tokens a prompt is cut at.
+        prompts: the prompts of all processes.
+        encoders: encode the prompts of this process, and decode latents.
+        max_length: number of text tokens after which prompts are cut.
         seed: picture i starts from noise of `seed + i`.
-        guidance_scale, num_inference_steps: of sampling.
+        guidance_scale, num_inference_steps: the settings of the pipeline.
         rank, num_processes: this process draws the prompts `rank`, `rank + num_processes`, ...
     """
 

@@ -7,7 +7,8 @@ import transformers
 
 from localdit import Config, LocalDiTPipeline, load_model
 from localdit.core.text import MAX_PROMPT_CHARACTERS, TextSpace, check_prompts, pad_states
-from tests.tiny import tiny_components, tiny_tokenizer
+from tests.tiny import TEXT_WIDTHS as WIDTHS
+from tests.tiny import tiny_components, tiny_text_encoder, tiny_tokenizer
 
 
 def test_one_prompt_becomes_a_list_and_an_empty_prompt_is_one():
@@ -181,40 +182,9 @@ def test_padding_does_not_change_the_states_of_a_text(text):
 # Text encoders of other kinds
 
 
-def make_encoder(kind):
-    """A tiny text encoder with random weights, whose width is its index of 32, 40, ..."""
-    size = len(tiny_tokenizer())
-    settings = {"vocab_size": size, "num_hidden_layers": 2, "num_attention_heads": 2}
-    decoder = settings | {
-        "hidden_size": 48, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 16,
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1,
-    }  # fmt: skip
-    t5 = {"vocab_size": size, "d_model": 40, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if kind == "umt5":
-            model = transformers.UMT5EncoderModel(transformers.UMT5Config(**t5))
-        elif kind == "flan-t5":
-            model = transformers.T5EncoderModel(
-                transformers.T5Config(**t5, feed_forward_proj="gated-gelu")
-            )
-        elif kind == "gemma":
-            model = transformers.Gemma2Model(transformers.Gemma2Config(**decoder))
-        else:
-            clip = settings | {
-                "hidden_size": 32, "intermediate_size": 32, "max_position_embeddings": 12,
-                "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1,
-            }  # fmt: skip
-            model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip))
-    return model.eval()
-
-
-WIDTHS = {"flan-t5": 40, "umt5": 40, "gemma": 48, "clip": 32}
-
-
 @pytest.mark.parametrize("kind", WIDTHS)
 def test_padding_has_no_effect_with_any_text_encoder(kind):
-    space = TextSpace(tiny_tokenizer(), make_encoder(kind))
+    space = TextSpace(tiny_tokenizer(), tiny_text_encoder(kind))
     assert space.width == WIDTHS[kind]
     texts = ["a cat", "a small red dog on the left", ""]
     states, mask = space.encode_batch(texts, 120)
@@ -229,7 +199,7 @@ def test_padding_has_no_effect_with_any_text_encoder(kind):
 
 
 def test_a_clip_encoder_cuts_at_its_positions(caplog):
-    space = TextSpace(tiny_tokenizer(), make_encoder("clip"))
+    space = TextSpace(tiny_tokenizer(), tiny_text_encoder("clip"))
     states, mask = space.encode(["a cat " * 20], 120, torch.device("cpu"))
     assert states.shape == (1, 120, 32)
     assert mask.sum() == 12
@@ -237,7 +207,7 @@ def test_a_clip_encoder_cuts_at_its_positions(caplog):
 
 
 def test_a_model_that_predicts_tokens_is_refused():
-    settings = make_encoder("gemma").config
+    settings = tiny_text_encoder("gemma").config
     space = TextSpace(tiny_tokenizer(), transformers.Gemma2ForCausalLM(settings))
     with pytest.raises(ValueError, match="Gemma2ForCausalLM predicts tokens.*base_model"):
         space.encode_batch(["a cat"], 8)
@@ -246,7 +216,7 @@ def test_a_model_that_predicts_tokens_is_refused():
 @pytest.mark.parametrize("kind", WIDTHS)
 def test_pipelines_with_other_text_encoders_draw_save_and_load(kind, tmp_path):
     parts = tiny_components(caption_channels=WIDTHS[kind])
-    pipe = LocalDiTPipeline(**parts | {"text_encoder": make_encoder(kind)})
+    pipe = LocalDiTPipeline(**parts | {"text_encoder": tiny_text_encoder(kind)})
     pipe.set_progress_bar_config(disable=True)
 
     def draw(pipe):

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from localdit.training.optimizer_state import load_optimizer_state, optimizer_state
+from localdit.training.optimizer import load_optimizer_state, optimizer_state
 from localdit.training.processes import loss_divisor, make_accelerator, prepare
 from localdit.training.sharding import (
     gather_shards,
+    load_model_state,
     local,
+    model_state,
     named_parameters,
 )
-from localdit.training.trained_model import load_model_state, model_state
 from tests.tiny import tiny_components
 
 SAMPLES = 6

@@ -19,7 +19,6 @@ from localdit.training.checkpointing import (
     set_aside_after,
     step_of_checkpoint,
     verify_checkpoint,
-    whole_folder,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -32,34 +31,6 @@ def save(run, step, content="weights"):
         (folder / "other").write_text("other")
         (folder / "link").symlink_to("/")
     return run / f"checkpoint-{step}"
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    def write(fail):
-        with whole_folder(tmp_path / "a") as folder:
-            (folder / "one").write_text("1")
-            assert not (tmp_path / "a").exists()
-            if fail:
-                raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write(fail=True)
-    assert os.listdir(tmp_path) == []
-    write(fail=False)
-    assert os.listdir(tmp_path) == ["a"]
-    assert os.listdir(tmp_path / "a") == ["one"]
-
-
-def test_an_existing_folder_is_replaced_only_by_a_whole_one(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/old").write_text("old")
-    with pytest.raises(OSError), whole_folder(tmp_path / "a"):
-        raise OSError
-    assert os.listdir(tmp_path / "a") == ["old"]
-    with whole_folder(tmp_path / "a") as folder:
-        (folder / "new").write_text("new")
-    assert os.listdir(tmp_path) == ["a"]
-    assert os.listdir(tmp_path / "a") == ["new"]
 
 
 def test_everything_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -156,10 +127,11 @@ def test_damaged_checkpoints_never_displace_later_ones(tmp_path):
     assert len(set_aside_after(tmp_path, 120)) == 1  # a second time, in the place of the first
 
 
-def test_unfinished_folders_of_a_killed_run_are_removed(tmp_path):
+def test_unfinished_files_and_folders_of_a_killed_run_are_removed(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".checkpoint-2.tmp").mkdir()
     (tmp_path / ".checkpoint-1.old.tmp").mkdir()
+    (tmp_path / ".config.json.12ab34cd.tmp").write_text("{")
     (tmp_path / ".mine").mkdir()
     remove_unfinished(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".mine", "checkpoint-1"]

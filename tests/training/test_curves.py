@@ -41,7 +41,7 @@ def test_losses_and_learning_rate_are_drawn(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["loss.png", "metrics.jsonl"]
 
 
-def test_validation_losses_are_drawn_where_there_are_some(tmp_path):
+def test_validation_losses_are_drawn_if_there_are_any(tmp_path):
     lines = training(60)
     lines[20] |= {"validation/model/loss": 0.05, "validation/ema/loss": 0.04}
     lines.append({"step": 60, "validation/model/loss": 0.04, "validation/ema/loss": 0.03})
@@ -68,7 +68,7 @@ def test_short_and_odd_runs_are_drawn(tmp_path, losses):
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-def test_a_run_without_losses_is_told(tmp_path):
+def test_a_run_without_losses_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no line with a step and a loss"):
         draw_curves(write(tmp_path, [{"step": 1}]), tmp_path / "loss.png")
 
@@ -87,7 +87,7 @@ def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
         draw_curves(write(tmp_path, training(3)), tmp_path / "loss.png")
 
 
-def test_an_unfinished_last_line_is_left_out_and_another_named(tmp_path):
+def test_an_incomplete_last_line_is_left_out_and_any_other_is_an_error(tmp_path):
     path = write(tmp_path, training(3), tail='{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
@@ -95,7 +95,7 @@ def test_an_unfinished_last_line_is_left_out_and_another_named(tmp_path):
         read_metrics(path)
 
 
-def test_repeated_steps_take_the_place_of_the_first_ones(tmp_path):
+def test_repeated_steps_replace_the_earlier_ones(tmp_path):
     first = [{"step": n, "loss": 1.0} for n in (10, 20, 30, 40)]
     again = [{"step": n, "loss": 2.0} for n in (25, 35)]
     lines = read_metrics(write(tmp_path, first + again))
@@ -104,7 +104,7 @@ def test_repeated_steps_take_the_place_of_the_first_ones(tmp_path):
     ]  # fmt: skip
 
 
-def test_smoothing_keeps_a_slope_and_calms_noise():
+def test_smoothing_keeps_a_slope_and_reduces_noise():
     slope = [float(n) for n in range(200)]
     assert smoothed(slope)[:190] == pytest.approx(slope[:190])
     noise = [(-1.0) ** n for n in range(200)]

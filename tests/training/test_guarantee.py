@@ -101,7 +101,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("names", CASES, ids="-".join)
-def test_a_run_that_breaks_off_goes_on_to_the_same_bits(names, workplace, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_bits(names, workplace, tmp_path, monkeypatch):
     """In one process of Python, where an exception stands for the kill: quick enough for always."""
     main = load_main()
 
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_on_all(processes, w
 
 
 @pytest.mark.slow
-def test_more_processes_go_on_with_the_rest_of_the_epoch(workplace, tmp_path):
+def test_more_processes_continue_the_rest_of_the_epoch(workplace, tmp_path):
     run = tmp_path / "run"
     more = [*case(workplace, "folder"), "--batch-size", "3"]
     finish(workplace, run, *more, "--max-train-steps", "2")

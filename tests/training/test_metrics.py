@@ -73,7 +73,7 @@ def test_skipped_steps_are_counted_and_have_no_loss(clock):
     assert "skipped_steps" not in again.line(4)
 
 
-def test_use_is_left_out_where_the_peak_is_unknown(clock):
+def test_utilisation_is_left_out_if_the_peak_is_unknown(clock):
     found = Metrics(CPU)
     clock.wait(1)
     found.add(1.0, 1.0, 0.1, images=1, flops=10**12)
@@ -101,7 +101,7 @@ def test_an_interrupted_run_logs_the_same_line(clock):
     assert found["images_per_second"] == 8.0
 
 
-def test_the_state_at_the_time_of_saving_stays(clock):
+def test_a_saved_state_does_not_change(clock):
     found = Metrics(CPU)
     found.add(1.0, 1.0, 0.1, images=1)
     state = found.state_dict()
@@ -140,7 +140,7 @@ class Event:
         return (end.at - self.at) * 1000
 
 
-def test_on_cuda_the_time_is_that_of_the_device(monkeypatch, clock):
+def test_on_cuda_the_stopwatch_measures_the_device(monkeypatch, clock):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     watch = Stopwatch(torch.device("cuda"))
     with watch("data"):
@@ -163,7 +163,7 @@ def test_on_cuda_the_time_is_that_of_the_device(monkeypatch, clock):
         ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
     ],
 )
-def test_peaks_are_those_of_whole_known_devices(monkeypatch, name, dtype, peak):
+def test_peaks_are_known_for_whole_devices_only(monkeypatch, name, dtype, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda:0"), dtype) == peak
 

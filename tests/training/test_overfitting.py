@@ -87,7 +87,7 @@ def psnr(image, other):
 # Noise prediction takes far more steps: at the noisiest timesteps, where a picture begins, the
 # smallest error in the noise is a large one in the picture.
 @pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
-def test_overfitting_one_picture_gives_it_back(sample, wanted, prediction):
+def test_an_overfitted_model_reproduces_its_picture(sample, wanted, prediction):
     before, after = (psnr(sample(prediction, steps), wanted) for steps in (1, 400))
     print(f"{prediction}: {before:.1f} dB after 1 step, {after:.1f} dB after 400")
     assert before < 15

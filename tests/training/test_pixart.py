@@ -141,7 +141,7 @@ def test_blocks_can_be_taken_twice(pixart):
 
 
 @pytest.mark.parametrize("layout", ["model", "pipeline", "shards", "half", "pt"])
-def test_every_kind_of_checkpoint_gives_the_same(pixart, tmp_path, layout):
+def test_all_kinds_of_checkpoints_load_the_same_weights(pixart, tmp_path, layout):
     model, path = pixart
     expected = make_localdit()
     start_from_pixart(expected, path)
@@ -170,7 +170,7 @@ def test_every_kind_of_checkpoint_gives_the_same(pixart, tmp_path, layout):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0, msg=name)
 
 
-def test_size_conditions_are_taken_where_both_have_them(tmp_path):
+def test_size_conditions_are_copied_if_both_models_have_them(tmp_path):
     make_pixart(use_additional_conditions=False).save_pretrained(tmp_path)
     without, conditioned = make_localdit(use_additional_conditions=False), make_localdit()
     start_from_pixart(without, tmp_path)
@@ -187,7 +187,7 @@ def test_size_conditions_are_taken_where_both_have_them(tmp_path):
     assert "unused: 'adaln_single.emb." in str(report)
 
 
-def test_both_predictions_are_taken_where_both_have_them(pixart):
+def test_noise_and_variance_are_copied_if_both_models_have_them(pixart):
     model, path = pixart
     localdit = make_localdit(out_channels=8)
     start_from_pixart(localdit, path)
@@ -203,7 +203,7 @@ def test_both_predictions_are_taken_where_both_have_them(pixart):
             r"caption_projection.linear_1.weight \(24, 16\) instead of \(24, 12\)",
         ),
         ({"patch_size": 1}, r"pos_embed.proj.weight"),
-        ({"caption_channels": None}, "tensors that no LocalDiT of this configuration takes: 'cap"),
+        ({"caption_channels": None}, "tensors that a LocalDiT of this configuration lacks: 'cap"),
         ({"out_channels": 2}, r"proj_out.weight \(32, 24\) instead of \(8, 24\)"),
     ],
 )
@@ -220,7 +220,7 @@ def test_missing_and_unknown_tensors_are_named(pixart, tmp_path):
     with pytest.raises(ValueError, match=r"without 'transformer_blocks\.2\.ff\.net\.2\.bias'"):
         start_from_pixart(make_localdit(), path)
     save_file({**state, "transformer_blocks.1.attn3.to_q.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"takes: 'transformer_blocks\.1\.attn3"):
+    with pytest.raises(ValueError, match=r"lacks: 'transformer_blocks\.1\.attn3"):
         start_from_pixart(make_localdit(), path)
     save_file({**state, "pos_embed.pos_embed": torch.zeros(1, 16, 24)}, path)
     assert start_from_pixart(make_localdit(), path).unused == ("pos_embed.pos_embed",)
@@ -232,13 +232,13 @@ def test_another_number_of_heads_is_refused(tmp_path):
         start_from_pixart(make_localdit(), tmp_path)
 
 
-def test_what_is_no_pixart_is_told(tmp_path):
-    with pytest.raises(ValueError, match="holds no weights"):
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no weights"):
         start_from_pixart(make_localdit(), tmp_path)
     assert not is_pixart(tmp_path)
     make_localdit().save_pretrained(tmp_path)
     assert not is_pixart(tmp_path)
-    with pytest.raises(ValueError, match="is no PixArt in Diffusers' names"):
+    with pytest.raises(ValueError, match="is not a PixArt with Diffusers' names"):
         start_from_pixart(make_localdit(), tmp_path)
     with pytest.raises(FileNotFoundError):
         start_from_pixart(make_localdit(), tmp_path / "no.safetensors")

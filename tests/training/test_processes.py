@@ -87,7 +87,7 @@ def first_gradient(run):
     ],
     ids=["accumulation", "DDP", "DDP-accumulation", "FSDP2"],
 )
-def test_processes_and_accumulation_make_the_same_sum(
+def test_processes_and_accumulation_compute_the_same_sum(
     train, alone, processes, batch_size, accumulated, engine
 ):
     run = train(processes, batch_size, accumulated, **engine)

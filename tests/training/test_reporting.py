@@ -39,7 +39,7 @@ def test_tensorboard_has_numbers_and_pictures(run):
 
 
 @pytest.mark.slow
-def test_wandb_works_offline_and_goes_on_in_its_place(run, monkeypatch):
+def test_wandb_works_offline_and_resumes_its_run(run, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = run("--use-wandb", "--max-train-steps", "2", *PICTURES)
@@ -52,7 +52,7 @@ def test_wandb_works_offline_and_goes_on_in_its_place(run, monkeypatch):
     assert len(list(folder.rglob("validation_*.png"))) >= 2
 
 
-def test_a_line_that_cannot_be_written_does_not_end_the_run(run, monkeypatch, capsys):
+def test_an_unwritable_log_does_not_end_the_run(run, monkeypatch, capsys):
     def full(self, line, name="metrics.jsonl"):
         raise OSError(28, "No space left on device")
 
@@ -62,7 +62,7 @@ def test_a_line_that_cannot_be_written_does_not_end_the_run(run, monkeypatch, ca
     assert (folder / "final").is_dir()
 
 
-def test_without_matplotlib_there_are_no_curves_but_a_message(run, monkeypatch, capsys):
+def test_without_matplotlib_a_message_replaces_the_curves(run, monkeypatch, capsys):
     from importlib.util import find_spec
 
     monkeypatch.setattr(

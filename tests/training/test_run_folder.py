@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from localdit.training.checkpointing import link_or_copy, new_checkpoint
+from localdit.training.checkpointing import new_checkpoint
+from localdit.training.results import link_or_copy
 from localdit.training.run_folder import RunFolder
 from localdit.training.state import Snapshot
 

@@ -13,7 +13,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from localdit.training.processes import make_accelerator
 from localdit.training.sharding import (
     gather_shards,
+    load_model_state,
     local,
+    model_state,
     named_parameters,
     plain_name,
     shard_like,
@@ -22,7 +24,6 @@ from localdit.training.sharding import (
     whole,
     whole_of,
 )
-from localdit.training.trained_model import load_model_state, model_state
 from tests.tiny import tiny_components
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def test_another_shape_is_refused():
         shard_of(torch.zeros(3), torch.zeros(4))
 
 
-def test_wrappers_leave_no_trace_in_names(transformer):
+def test_names_of_wrappers_are_removed(transformer):
     compiled = torch.compile(transformer)
     assert unwrap(compiled) is transformer
     assert list(dict(named_parameters(compiled))) == list(dict(transformer.named_parameters()))
@@ -230,7 +231,7 @@ def test_state_passes_between_one_process_and_two(run, alone, kind, engine):
 @pytest.mark.parametrize(
     ("processes", "engine"), [(2, {}), (3, {}), pytest.param(3, FSDP2, marks=needs_fsdp2)]
 )
-def test_resumed_processes_go_on_to_the_same_bits(run, processes, engine):
+def test_resumed_processes_reach_the_same_bits(run, processes, engine):
     half = run(processes, steps=2, **engine)
     require_same_state(run(processes, half, **engine), run(processes, steps=4, **engine))
 

@@ -16,9 +16,54 @@ from torch import nn
 from localdit.training.data.order import Position, Step
 from localdit.training.metrics import Metrics
 from localdit.training.processes import Agreement
-from localdit.training.state import Progress, TrainingState, random_state, set_random_state
-from localdit.training.trained_model import ExponentialMovingAverage, TrainedModel
+from localdit.training.state import (
+    ExponentialMovingAverage,
+    Progress,
+    TrainedModel,
+    TrainingState,
+    random_state,
+    set_random_state,
+)
 from tests.training import two_models_run
+
+
+def model(value, dtype=torch.float32):
+    module = torch.nn.Linear(2, 1, dtype=dtype)
+    for parameter in module.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return module
+
+
+def test_the_average_trails_with_a_decay_that_warms_up():
+    ema = ExponentialMovingAverage(model(0.0).named_parameters(), decay=0.5)
+    expected = 0.0
+    for update in range(1, 20):
+        ema.update(model(1.0).named_parameters())
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay)
+        assert ema.averages["weight"].tolist() == [[pytest.approx(expected)] * 2]
+    assert ema.updates == 19
+
+
+def test_the_model_is_unchanged_and_the_average_has_no_gradient():
+    module = model(3.0)
+    ema = ExponentialMovingAverage(module.named_parameters(), decay=0.9)
+    with torch.no_grad():
+        module.weight.fill_(5.0)
+    assert (ema.averages["weight"] == 3).all()
+    ema.update(module.named_parameters())
+    assert (module.weight == 5).all()
+    assert not ema.averages["weight"].requires_grad
+
+
+def test_averages_are_float32_for_any_type_of_model():
+    ema = ExponentialMovingAverage(model(1.0, torch.bfloat16).named_parameters(), 0.999, "cpu")
+    assert ema.averages["bias"].dtype == torch.float32
+    before = ema.averages["bias"].clone()
+    for _ in range(100):
+        ema.update(model(1.01, torch.bfloat16).named_parameters())
+    assert before < ema.averages["bias"] < 1.01  # bfloat16 would have rounded each update away
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +141,7 @@ def require_same_state(folder, other):
             assert [key for key in one if not torch.equal(one[key], two[key])] == []
 
 
-def test_further_models_are_saved_under_their_names_and_resume_to_the_same_bits(run):
+def test_other_models_are_saved_by_name_and_resume_to_the_same_bits(run):
     half = run("half")
     assert sorted(path.name for path in (half / "training").iterdir()) == [
         "average-critic.safetensors", "model-critic.safetensors", "model-student.safetensors",
@@ -108,7 +153,7 @@ def test_further_models_are_saved_under_their_names_and_resume_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_further_models_pass_between_one_process_and_two(run):
+def test_other_models_pass_between_one_process_and_two(run):
     two = run("two", processes=2)
     alone = run("alone", two, steps=0)
     for name in ("model", "model-critic", "average-critic", "optimizer-student"):
@@ -125,7 +170,7 @@ def one_model(name="transformer"):
     return TrainingState({name: model}, None, Metrics(torch.device("cpu")), Progress())
 
 
-def test_the_files_of_one_transformer_have_the_format_of_the_first_version(tmp_path):
+def test_the_files_of_a_single_transformer_keep_their_first_format(tmp_path):
     state = one_model()
     snapshot = state.snapshot(Agreement(Accelerator(cpu=True)), {"seed": 3})
     assert list(snapshot.tensors) == ["model", "optimizer", "random"]

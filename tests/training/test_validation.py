@@ -3,7 +3,7 @@ import torch
 
 from localdit.core.diffusion import Objective
 from localdit.training.data.buckets import Size
-from localdit.training.inputs import Inputs
+from localdit.training.methods import Inputs
 from localdit.training.validation import ValidationBatch, validation_losses
 from tests.tiny import TEXT_WIDTH, tiny_components
 
@@ -52,7 +52,7 @@ def test_losses_are_the_same_every_time_and_in_any_batches(model, chosen):
     assert other["validation/model/loss"] != first["validation/model/loss"]
 
 
-def test_losses_are_means_of_what_each_sample_gives(model):
+def test_losses_are_means_over_samples(model):
     def losses(*batches, name="ema"):
         return validation_losses(model, Objective(), batches, SIZES, name)
 
@@ -90,7 +90,7 @@ class Recorder(torch.nn.Module):
         return (torch.zeros_like(sample),)
 
 
-def test_each_sample_is_seen_once_in_each_bin():
+def test_each_sample_is_evaluated_once_per_bin():
     model = Recorder().train()
     found = validation_losses(model, Objective("flow"), [make_batch("abc")], SIZES, num_bins=5)
     assert len(model.asked) == 5
@@ -121,7 +121,7 @@ def test_placeholders_do_not_count(model):
     assert close(validation_losses(model, Objective(), [padded], SIZES), expected)
 
 
-def test_processes_together_give_what_one_gives(model):
+def test_several_processes_return_the_losses_of_one(model):
     mine, theirs = make_batch("ab"), make_batch("c", WIDE)
     expected = validation_losses(model, Objective(), [mine, theirs], SIZES)
     sums = []
@@ -140,7 +140,7 @@ def test_processes_together_give_what_one_gives(model):
     assert alone["validation/model/32x96/loss"] == expected["validation/model/32x96/loss"]
 
 
-def test_the_model_goes_on_as_it_was(model):
+def test_the_model_keeps_its_mode(model):
     model.train()
     validation_losses(model, Objective(), [make_batch("a")], SIZES)
     assert model.training

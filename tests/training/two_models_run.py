@@ -13,8 +13,7 @@ from torch import nn
 from localdit.training.metrics import Metrics
 from localdit.training.processes import Agreement, loss_divisor, make_accelerator, prepare
 from localdit.training.sharding import named_parameters
-from localdit.training.state import Progress, TrainingState
-from localdit.training.trained_model import ExponentialMovingAverage, TrainedModel
+from localdit.training.state import ExponentialMovingAverage, Progress, TrainedModel, TrainingState
 
 SAMPLES = 4
 

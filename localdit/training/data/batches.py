@@ -1,4 +1,4 @@
-"""From visits to batches: reading, decoding, and every random choice of a visit.
+"""Batches of visited samples: reading, decoding, and the random choices of each visit.
 
 The random choices of a visit (caption, dropout, flip, noise and timestep) depend only on the seed,
 the stage, the epoch and the sample. So they are the same in any process or worker, and a run needs
@@ -44,14 +44,14 @@ class Item:
 
 @dataclass
 class Batch:
-    """The samples that one process sees at a time.
+    """The samples of one forward pass on one process.
 
     Attributes:
-        size: of the pictures, in pixels.
-        ids: of the samples, empty for placeholders.
+        size: height and width of the pictures, in pixels.
+        ids: ids of the samples, empty for placeholders.
         weights: (B,) 1 for samples, 0 for placeholders.
         noise: (B, C, h, w).
-        positions: (B,) of the timesteps, in [0, 1).
+        positions: (B,) positions of the timesteps, in [0, 1).
         pixels, captions: (B, 3, H, W) uint8 and their texts; or
         latents, text: (B, C, h, w) and the states of each caption, (tokens, channels).
         faults: the samples that turned out to be broken.
@@ -101,33 +101,25 @@ class Draws:
         return torch.randn(*shape, generator=generator), position
 
 
+@dataclass(eq=False)
 class VisitDataset(Dataset[Item]):
-    """Samples by visit: pictures with captions, or their latents and text states, encoded ahead.
+    """Samples by visit: pictures with captions, or encoded latents and text states.
 
-    Args:
+    Attributes:
         samples: all samples.
-        sizes: of the buckets, in pixels.
+        sizes: sizes of the buckets, in pixels.
         draws: the random choices.
-        latent_channels: of the VAE.
+        latent_channels: channels of the VAE's latents.
         pixels_per_latent: pixels per latent, along each side.
-        encoded: the set that encoded samples belong to, otherwise None.
+        encoded: the set of encoded samples, otherwise None.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        sizes: Sequence[Size],
-        draws: Draws,
-        latent_channels: int,
-        pixels_per_latent: int,
-        encoded: EncodedSet | None = None,
-    ) -> None:
-        self.samples = samples
-        self.sizes = sizes
-        self.draws = draws
-        self.latent_channels = latent_channels
-        self.pixels_per_latent = pixels_per_latent
-        self.encoded = encoded
+    samples: Sequence[Sample]
+    sizes: Sequence[Size]
+    draws: Draws
+    latent_channels: int
+    pixels_per_latent: int
+    encoded: EncodedSet | None = None
 
     def __getitem__(self, visit: Visit) -> Item:
         size = self.sizes[visit.bucket]

@@ -38,10 +38,11 @@ class Manifest:
 
     Attributes:
         image_size, window_size, crop, max_aspect_ratio, max_upscale: the options of these names.
-        sizes: of the buckets, in pixels.
+        sizes: sizes of the buckets, in pixels.
         max_caption_length: number of text tokens after which captions are cut.
         mixed_precision: precision in which the pictures were encoded.
-        latent_channels, vae_scale, scaling_factor: of the VAE; the scale is pixels per latent.
+        latent_channels, vae_scale, scaling_factor: channels of latents, pixels per latent, and the
+            scaling factor of the VAE.
         text_width: channels of the text states.
         fingerprints: SHA-256 of tokenizer, text encoder and VAE.
         samples, shards, samples_per_shard: planned numbers.
@@ -156,8 +157,8 @@ def require_latent_statistics(folder: Path, manifest: Manifest, config: Mapping[
     """Refuse a set whose latents were not shifted and scaled as its VAE asks for.
 
     Args:
-        folder: of the set.
-        manifest: of the set.
+        folder: folder of the set.
+        manifest: manifest of the set.
         config: configuration of the VAE that encoded the set.
 
     Raises:
@@ -192,7 +193,7 @@ class EncodedSet:
     """An encoded set, without its samples.
 
     Attributes:
-        folder: of the set.
+        folder: folder of the set.
         manifest: the data, the encoders and the options.
         empty_text: text states of the empty caption, (tokens, text width) bfloat16.
     """
@@ -264,10 +265,10 @@ def read_shard(
     """Read the samples of a shard, and those that turned out to be broken during encoding.
 
     Args:
-        folder: of the set.
-        shard: its number.
-        manifest: of the set.
-        digest: of the manifest.
+        folder: folder of the set.
+        shard: number of the shard.
+        manifest: manifest of the set.
+        digest: digest of the manifest.
 
     Raises:
         ValueError: if the index is damaged or of another set, or the tar has another size than
@@ -331,7 +332,7 @@ def read_encoded(
     """Read the latents of an encoded sample, and the text states of one of its captions.
 
     Args:
-        sample: from `open_encoded`.
+        sample: a sample from `open_encoded`.
         caption: the number of the caption; None if it is dropped.
 
     Returns:

@@ -12,25 +12,27 @@ from pathlib import Path
 from tqdm import tqdm
 
 from localdit.machine import hidden
-from localdit.training.data.captions import CAPTION_SUFFIXES, read_captions
 from localdit.training.data.encoded import MANIFEST, EncodedSet, open_encoded
-from localdit.training.data.folders import (
+from localdit.training.data.listings import (
     PICTURE_SUFFIXES,
     list_files,
+    list_metadata,
     list_pictures,
+    list_saved,
+    metadata_files,
     split_suffix,
 )
-from localdit.training.data.metadata import list_metadata, metadata_files
 from localdit.training.data.pictures import inspect_picture
 from localdit.training.data.samples import (
+    CAPTION_SUFFIXES,
     BrokenSample,
     Candidate,
     Fault,
     Faults,
     Sample,
     map_reads,
+    read_captions,
 )
-from localdit.training.data.saved import list_saved
 from localdit.training.data.tars import COMPRESSED_SUFFIXES, find_tars, list_tars
 
 FORMATS = {
@@ -52,7 +54,7 @@ class Found:
 
     Attributes:
         format: one of `FORMATS`.
-        samples: in an order that is the same on every machine.
+        samples: the samples, in an order that is the same on every machine.
         faults: the broken samples.
         encoded: the set that encoded samples belong to, otherwise None.
     """

@@ -43,7 +43,7 @@ def inspect_picture(image: Readable) -> tuple[int, int]:
     """Return the size of a picture, from its header.
 
     Args:
-        image: where its bytes are; of files and tars, only a few kilobytes are read.
+        image: the stored picture. Only a few kilobytes of files and tars are read.
 
     Returns:
         Height and width in pixels, upright.
@@ -74,7 +74,7 @@ def read_picture(image: Readable, size: Size, flip: bool = False) -> torch.Tenso
     """Decode a picture, scale it to cover `size`, and crop two opposite edges.
 
     Args:
-        image: where its bytes are.
+        image: the stored picture.
         size: height and width in pixels.
         flip: mirror it, left to right.
 

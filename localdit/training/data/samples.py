@@ -1,13 +1,16 @@
-"""Samples: where their bytes are, how broken ones are counted, and reading many at a time."""
+"""Samples: their bytes, their captions, and the counts of broken ones."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from localdit.core.text import MAX_PROMPT_CHARACTERS
 
 KINDS = {
     "missing": "the picture does not exist",
@@ -25,6 +28,10 @@ KINDS = {
     "duplicate": "another sample has the same name",
 }
 EXAMPLES = 5  # kept of each kind
+# In order of preference, among the files beside a picture and the keys of a JSON object.
+CAPTION_SUFFIXES = ("txt", "caption", "json")
+CAPTION_KEYS = ("text", "caption", "captions", "prompt")
+MAX_FILE_BYTES = 1_000_000
 
 THREADS = 16
 PATIENCE = 2.0  # seconds of waiting per second of work above which threads pay
@@ -63,8 +70,8 @@ class Candidate(NamedTuple):
     """An entry of a listing that may become a sample.
 
     Attributes:
-        id: of the sample.
-        image: where the picture is.
+        id: id of the sample.
+        image: the stored picture.
         captions: anything that `read_captions` takes.
     """
 
@@ -79,9 +86,9 @@ class Sample:
 
     Attributes:
         id: name in reports: the path within the data, the same on every machine.
-        image: where its bytes are.
+        image: the stored picture.
         captions: each visit draws one of them.
-        height, width: in pixels, upright.
+        height, width: sides of the upright picture, in pixels.
     """
 
     id: str
@@ -182,3 +189,72 @@ def map_reads(function: Callable[[Entry], Result], entries: Iterable[Entry]) -> 
         if waited > max(NOTABLE, PATIENCE * worked):
             with ThreadPoolExecutor(THREADS) as pool:
                 yield from pool.map(function, rest)
+
+
+class CaptionFile(NamedTuple):
+    """A stored caption: the suffixes "txt" and "caption" stand for plain text, "json" for JSON."""
+
+    suffix: str
+    blob: Blob
+
+
+def read_captions(source: object) -> tuple[str, ...]:
+    """Return the captions of a picture.
+
+    Args:
+        source: a caption; a list of captions; an object with them under one of `CAPTION_KEYS`; or
+            a file with any of these.
+
+    Returns:
+        At least one caption, each stripped, in their order, without duplicates.
+
+    Raises:
+        BrokenSample: "no caption" or "bad caption".
+    """
+    if isinstance(source, CaptionFile):
+        source = _read_file(source)
+    if isinstance(source, dict):
+        source = next((source[key] for key in CAPTION_KEYS if key in source), None)
+    texts = source if isinstance(source, list) else [source]
+    captions = dict.fromkeys(_clean(text) for text in texts if text is not None)
+    captions.pop("", None)
+    if not captions:
+        raise BrokenSample("no caption")
+    return tuple(captions)
+
+
+def _read_file(file: CaptionFile) -> Any:
+    path, offset, size = file.blob
+    limit = MAX_FILE_BYTES + 1
+    data = Blob(path, offset, limit if size is None else min(size, limit)).read()
+    if len(data) == limit:
+        raise BrokenSample("bad caption", f"the file has more than {MAX_FILE_BYTES:,} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+        return json.loads(text) if file.suffix == "json" and text.strip() else text
+    except UnicodeDecodeError as error:
+        raise BrokenSample("bad caption", "it is not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenSample("bad caption", f"the file is not JSON: {error}") from error
+
+
+def _clean(text: object) -> str:
+    if not isinstance(text, str):
+        raise BrokenSample("bad caption", f"it is of type {type(text).__name__}, expected text")
+    text = text.strip()
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise BrokenSample(
+            "bad caption", f"it has {len(text):,} characters, more than {MAX_PROMPT_CHARACTERS:,}"
+        )
+    if not is_unicode(text):
+        raise BrokenSample("bad caption", "it has half of a surrogate pair")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded; half surrogate pairs, which JSON may hold, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

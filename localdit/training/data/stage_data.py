@@ -1,16 +1,17 @@
-"""The data of one stage of a run: found, sorted into buckets, and put in order."""
+"""The data of one stage: sorted into buckets, put in order, and described by `--dry-run`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from localdit.training.data.batches import Batch, VisitDataset, load_batches
 from localdit.training.data.buckets import Size, assign_buckets, crop_sizes
-from localdit.training.data.finding import Found
+from localdit.training.data.finding import FORMATS, Found
 from localdit.training.data.order import (
     Order,
     Position,
@@ -19,8 +20,11 @@ from localdit.training.data.order import (
     epoch_batches,
     hold_out,
 )
-from localdit.training.data.samples import require_few
-from localdit.training.stages import Stage
+from localdit.training.data.samples import EXAMPLES
+from localdit.training.options import Stage
+
+FREQUENT = 5  # resolutions that are listed
+CAPTION_CHARACTERS = 100  # of a caption that is quoted
 
 
 @dataclass
@@ -29,9 +33,9 @@ class StageData:
 
     Attributes:
         found: the samples, and the broken ones.
-        sizes: of the buckets, in pixels.
-        buckets: (N,) the bucket of each sample, -1 for samples that are too small.
-        held_out: indices of the samples that are held out of training, to validate on.
+        sizes: sizes of the buckets, in pixels.
+        buckets: (N,) bucket of each sample, -1 for samples that are too small.
+        held_out: indices of the samples held out of training for validation.
     """
 
     found: Found
@@ -41,16 +45,12 @@ class StageData:
 
     @property
     def digest(self) -> str:
-        """Fingerprint of the data; a position is valid only for data with the same fingerprint."""
+        """Fingerprint of the data. A position is valid only for the data it was saved with."""
         digest = hashlib.sha256(repr((self.sizes, self.held_out)).encode())
         digest.update(self.buckets.tobytes())
         for sample in self.found.samples:
             digest.update(f"{sample.id}\n{len(sample.captions)}\n".encode())
         return digest.hexdigest()
-
-    def require_few_broken(self, allowed: float) -> None:
-        """Refuse data in which too large a share of the samples is broken; see `require_few`."""
-        require_few(self.found.faults, len(self.found.samples), allowed)
 
     def order(self, stage: Stage, global_batch: int, seed: int) -> Order:
         """Return the order in which the samples are visited.
@@ -88,7 +88,7 @@ def prepare_data(
         found: the samples.
         stage: the stage that trains on them.
         window_size: side of the model's windows, in tokens.
-        pixels_per_token: side of a token, in pixels: pixels per latent times the patch size.
+        pixels_per_token: pixels per latent times the patch size.
         crop, max_aspect_ratio, max_upscale, validation_samples: the options of these names.
 
     Raises:
@@ -160,3 +160,96 @@ def held_out_batches(
         step = Step(row, int(data.buckets[row.max()]), 0, Position())
         visits += list(step.share(rank, num_processes, batch_size))
     return load_batches(dataset, visits, num_workers)
+
+
+def dry_run_report(data: StageData, global_batch: int) -> str:
+    """Describe the data, its buckets and its batches in several lines of text.
+
+    Args:
+        data: the data of a stage.
+        global_batch: samples in an optimizer step.
+    """
+    found, too_small = data.found, int((data.buckets < 0).sum())
+    broken, total = found.faults.total, len(found.samples) + found.faults.total
+    sections = [
+        f"Format: {found.format} ({FORMATS[found.format]})",
+        f"Samples: {len(found.samples) - too_small:,} to train on, {too_small:,} too small, "
+        f"{broken:,} broken ({broken / max(total, 1):.1%} of {total:,})",
+    ]
+    if found.samples:
+        sections += [
+            _resolutions(found),
+            _buckets(data, global_batch),
+            _captions(found),
+        ]
+    if broken:
+        sections.append("Broken:\n" + _indented(str(found.faults)))
+    if found.samples:
+        sections.append("Examples:\n" + _indented(_examples(data)))
+    return "\n".join(sections)
+
+
+def _resolutions(found: Found) -> str:
+    counts = Counter(Size(sample.height, sample.width) for sample in found.samples)
+    pixels = sorted(counts, key=lambda size: (size.height * size.width, size))
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:FREQUENT]
+    listed = ", ".join(f"{size} ({count:,})" for size, count in frequent)
+    return (
+        f"Resolutions: {len(counts):,}, from {pixels[0]} to {pixels[-1]} (height x width)\n"
+        f"  most frequent: {listed}"
+    )
+
+
+def _buckets(data: StageData, global_batch: int) -> str:
+    rows = [("size", "samples", "batches", "in the last batch")]
+    places = 0
+    for index, size in enumerate(data.sizes):
+        if count := int((data.buckets == index).sum()):
+            batches = -(-count // global_batch)
+            places += batches * global_batch
+            last = count - (batches - 1) * global_batch
+            rows.append((str(size), f"{count:,}", f"{batches:,}", f"{last:,} of {global_batch:,}"))
+    if len(rows) == 1:
+        return "Buckets: none in use"
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    empty = 1 - int((data.buckets >= 0).sum()) / places
+    title = (
+        f"Buckets: {len(rows) - 1:,} of {len(data.sizes):,} in use; {empty:.1%} of the places in "
+        "the batches of an epoch stay empty"
+    )
+    return title + "\n" + _indented("\n".join(lines))
+
+
+def _captions(found: Found) -> str:
+    numbers = [len(sample.captions) for sample in found.samples]
+    lengths = [len(caption) for sample in found.samples for caption in sample.captions]
+    missing = found.faults.counts["no caption"]
+    return (
+        f"Captions: {sum(numbers):,}, {_range(numbers)} per picture; {_range(lengths)} "
+        f"characters long (median {np.median(lengths):,.0f}); pictures without: {missing:,}"
+    )
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _examples(data: StageData) -> str:
+    """Describe samples from all over the data, with their first captions."""
+    samples, lines = data.found.samples, []
+    for index in np.linspace(0, len(samples) - 1, min(EXAMPLES, len(samples))).astype(int):
+        sample, bucket = samples[index], data.buckets[index]
+        place = f"bucket {data.sizes[bucket]}" if bucket >= 0 else "too small"
+        caption = " ".join(sample.captions[0].split())
+        if len(caption) > CAPTION_CHARACTERS:
+            caption = caption[:CAPTION_CHARACTERS].rstrip() + "..."
+        others = f" (and {len(sample.captions) - 1:,} more)" if len(sample.captions) > 1 else ""
+        lines.append(f"{sample.id}: {Size(sample.height, sample.width)}, {place}")
+        lines.append(f'  "{caption}"{others}')
+    return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())

@@ -16,9 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from localdit.training.data.captions import CAPTION_SUFFIXES, CaptionFile
-from localdit.training.data.folders import PICTURE_SUFFIXES, printable
-from localdit.training.data.samples import Blob, Candidate, Fault, map_reads
+from localdit.training.data.listings import PICTURE_SUFFIXES, printable
+from localdit.training.data.samples import (
+    CAPTION_SUFFIXES,
+    Blob,
+    Candidate,
+    CaptionFile,
+    Fault,
+    map_reads,
+)
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED_SIGNATURES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -97,7 +103,7 @@ def list_tars(paths: Sequence[str], root: Path | None = None) -> list[Candidate 
     """Return the samples in tars.
 
     Args:
-        paths: of the tars.
+        paths: paths of the tars.
         root: the folder that names in reports start from; by default the one that holds all tars.
 
     Raises:
@@ -130,8 +136,8 @@ def _list_tar(path: str, tar: str) -> list[Candidate | Fault]:
     """Return the samples in a tar, in its order.
 
     Args:
-        path: of the tar.
-        tar: its name in reports.
+        path: path of the tar.
+        tar: name of the tar in reports.
     """
     try:
         if not os.path.getsize(path):

@@ -1,4 +1,4 @@
-"""One job of encoding: the data, the encoders, the manifest, the output folder, and the work."""
+"""A job of encoding: the data, the encoders, the manifest, the output folder, and the work."""
 
 from __future__ import annotations
 
@@ -41,8 +41,14 @@ from localdit.training.data.encoded import (
 )
 from localdit.training.data.finding import find_samples
 from localdit.training.data.samples import Faults, require_few
-from localdit.training.encode.plan import DiskNeed, Plan, disk_need, make_plan
-from localdit.training.encode.shards import ShardEncoder, read_pictures
+from localdit.training.encode.shards import (
+    DiskNeed,
+    Plan,
+    ShardEncoder,
+    disk_need,
+    make_plan,
+    read_pictures,
+)
 from localdit.training.initialization import encoder_sources
 from localdit.training.options import check_image_size
 
@@ -57,9 +63,9 @@ class Job:
     Attributes:
         plan: the samples.
         faults: the broken samples that were found.
-        manifest: of the set to write.
-        need: the disk space it needs.
-        encoders: on the device.
+        manifest: manifest of the set to write.
+        need: the disk space that the samples need.
+        encoders: the encoders on the device.
     """
 
     plan: Plan
@@ -123,8 +129,8 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet:
     Args:
         args: the options.
         command: the whole command, which the manifest names for resuming.
-        device: of the encoders.
-        quiet: whether to hide the progress.
+        device: device of the encoders.
+        quiet: hide the progress.
 
     Raises:
         OSError: if data or encoders are missing.
@@ -178,7 +184,7 @@ def _manifest(
 
 
 def check_folder(folder: Path, manifest: Manifest) -> None:
-    """Check that a folder may take the shards of a set.
+    """Check that the shards of a set may be written to a folder.
 
     Raises:
         ValueError: if it has other files, or a set with other settings.
@@ -202,7 +208,7 @@ def check_folder(folder: Path, manifest: Manifest) -> None:
 
 
 def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> list[int]:
-    """Make a folder ready for its shards, and return the numbers of those to be written.
+    """Prepare a folder for its shards, and return the numbers of the missing ones.
 
     Raises:
         OSError: if it can't be written to.
@@ -231,7 +237,7 @@ def lock_folder(folder: Path) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    # It stays open, because closing it unlocks.
+    # The file stays open, because closing it unlocks it.
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,20 +251,20 @@ def lock_folder(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free space for a folder, existing or not; its unfinished files count as free."""
+    """Return the free space for a folder, existing or not. Its unfinished files count as free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     unfinished = sum(path.stat().st_size for path in folder.glob(UNFINISHED))
     return shutil.disk_usage(existing).free + unfinished
 
 
 def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: bool) -> None:
-    """Write shards, one after the other; each is safe once it is written.
+    """Write shards one after the other. Each is safe once it is written.
 
     Args:
         args: the options.
         job: the samples and encoders.
         shards: the numbers of this process's shards.
-        quiet: whether to hide the progress.
+        quiet: hide the progress.
 
     Raises:
         OSError: if they can't be written.
@@ -272,14 +278,7 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
     faults = deepcopy(job.faults)
     with tqdm(total=total, desc="Encoding", unit=" samples", disable=hidden(quiet)) as progress:
         encoder = ShardEncoder(
-            args.output,
-            plan,
-            job.manifest.digest(),
-            job.encoders,
-            args.max_caption_length,
-            batch_size,
-            bf16=args.mixed_precision == "bf16",
-            progress=progress.update,
+            args.output, job.manifest, plan, job.encoders, batch_size, progress.update
         )
         for shard in shards:
             for fault in encoder.write(shard, pictures):

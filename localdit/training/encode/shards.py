@@ -1,38 +1,175 @@
-"""Encode shards: from pictures and captions to a tar and its index, whole or not at all."""
+"""Shards of encoded data: the plan of their samples, the disk space they need, and writing them."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import io
 import json
 import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
 from localdit.core.parts import Encoders
+from localdit.core.text import TextSpace
 from localdit.files import whole_file
-from localdit.training.data.encoded import FORMAT, index_path, tar_path
+from localdit.training.data.buckets import Size, assign_buckets, crop_sizes
+from localdit.training.data.encoded import FORMAT, Manifest, index_path, tar_path
 from localdit.training.data.pictures import read_picture
-from localdit.training.data.samples import BrokenSample, Fault
+from localdit.training.data.samples import BrokenSample, Fault, Sample
 from localdit.training.data.tars import BLOCK
-from localdit.training.encode.plan import Plan
 
-if TYPE_CHECKING:
-    pass
+CHUNK = 256  # samples whose latents and text are in memory at once
+COUNTED_CAPTIONS = 10_000  # of more captions, the number of tokens is extrapolated
+TENSOR_HEADER = 75  # bytes of a safetensors header per tensor, approximately
+INDEX_ENTRY = 100  # bytes per sample in an index besides id and captions, approximately
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Samples in the order of encoding: bucket by bucket, so that each batch has one size.
+
+    Attributes:
+        samples: the samples to encode.
+        buckets: (N,) bucket of each sample.
+        sizes: sizes of all buckets, in pixels.
+        samples_per_shard: samples per tar.
+        too_small: number of samples left out because they would have been enlarged too much.
+    """
+
+    samples: list[Sample]
+    buckets: np.ndarray
+    sizes: list[Size]
+    samples_per_shard: int
+    too_small: int = 0
+
+    @property
+    def num_shards(self) -> int:
+        """Number of tars."""
+        return -(-len(self.samples) // self.samples_per_shard)
+
+    def size(self, index: int) -> Size:
+        """Return the size to which a sample is scaled."""
+        return self.sizes[self.buckets[index]]
+
+    def shard(self, number: int) -> range:
+        """Return the indices of a shard's samples."""
+        start = number * self.samples_per_shard
+        return range(start, min(start + self.samples_per_shard, len(self.samples)))
+
+    def chunks(self, shard: int) -> Iterator[range]:
+        """Yield the parts of a shard that are encoded and written at once."""
+        indices = self.shard(shard)
+        return (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
+
+    def batches(self, chunk: range, batch_size: int) -> list[list[int]]:
+        """Return the batches of a chunk, each within one bucket."""
+        runs = [list(run) for _, run in groupby(chunk, key=lambda index: self.buckets[index])]
+        return [
+            run[start : start + batch_size]
+            for run in runs
+            for start in range(0, len(run), batch_size)
+        ]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the samples: their ids, captions and sizes."""
+        digest = hashlib.sha256()
+        for index, sample in enumerate(self.samples):
+            entry = [sample.id, sample.captions, sample.height, sample.width, self.size(index)]
+            digest.update(json.dumps(entry).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def make_plan(samples: Sequence[Sample], args: argparse.Namespace, pixels_per_token: int) -> Plan:
+    """Sort samples into the buckets of the options.
+
+    Raises:
+        ValueError: if all are too small.
+    """
+    sizes = crop_sizes(
+        args.crop, args.image_size, args.window_size, pixels_per_token, args.max_aspect_ratio
+    )
+    shapes = [(sample.height, sample.width) for sample in samples]
+    buckets = assign_buckets(shapes, sizes, args.max_upscale)
+    order = np.argsort(buckets, kind="stable")
+    order = order[buckets[order] >= 0]
+    if not len(order):
+        square = Size(args.image_size, args.image_size)
+        raise ValueError(
+            f"All {len(samples):,} pictures are too small: for {square} pixels, each would have to "
+            f"be enlarged by more than {args.max_upscale:g}. Choose a smaller --image-size, or a "
+            "larger --max-upscale."
+        )
+    return Plan(
+        samples=[samples[index] for index in order],
+        buckets=buckets[order],
+        sizes=sizes,
+        samples_per_shard=args.samples_per_shard,
+        too_small=len(samples) - len(order),
+    )
+
+
+class DiskNeed(NamedTuple):
+    """Bytes that each sample needs, (N,) each.
+
+    Attributes:
+        latents, text: bytes of the values alone.
+        total: bytes of the values with their headers, in the tar and its index.
+        tokens_per_caption: mean number of text tokens.
+    """
+
+    latents: np.ndarray
+    text: np.ndarray
+    total: np.ndarray
+    tokens_per_caption: float
+
+
+def disk_need(plan: Plan, text: TextSpace, manifest: Manifest) -> DiskNeed:
+    """Estimate the disk space that encoding needs, if no sample turns out to be broken.
+
+    The text of more than `COUNTED_CAPTIONS` captions is extrapolated from that many of them.
+    """
+    areas = np.array([size.height * size.width for size in plan.sizes])
+    latents = areas[plan.buckets] // manifest.vae_scale**2 * manifest.latent_channels * 2
+
+    captions_of = np.array([len(sample.captions) for sample in plan.samples])
+    texts = list(chain.from_iterable(sample.captions for sample in plan.samples))
+    counted = np.linspace(0, len(texts) - 1, min(len(texts), COUNTED_CAPTIONS)).astype(int)
+    lengths = np.array(
+        text.count_tokens([texts[index] for index in counted], manifest.max_caption_length),
+        dtype=float,
+    )
+    tokens = np.full(len(texts), lengths.mean())
+    tokens[counted] = lengths
+    starts = np.cumsum(captions_of) - captions_of
+    states = np.add.reduceat(tokens, starts) * manifest.text_width * 2
+
+    names = np.array([len(json.dumps([s.id, s.captions])) for s in plan.samples])
+    header = TENSOR_HEADER * (captions_of + 1) + 8
+    total = _in_tar(latents + states + header) + _in_tar(names + 110) + names + INDEX_ENTRY
+    return DiskNeed(latents, states, total, float(lengths.mean()))
+
+
+def _in_tar(size: np.ndarray) -> np.ndarray:
+    """Return the bytes that members of these sizes take in a tar: a header and whole blocks."""
+    return BLOCK + np.ceil(size / BLOCK) * BLOCK
 
 
 class PictureBatch(NamedTuple):
-    """Pictures of one size, and those of the batch that turned out to be broken.
+    """The healthy pictures of a batch, which have one size, and the broken ones.
 
     Attributes:
-        indices: of the healthy pictures.
+        indices: indices of the healthy pictures.
         pixels: (B, 3, H, W) uint8; None if all are broken.
         faults: the broken pictures.
     """
@@ -43,7 +180,7 @@ class PictureBatch(NamedTuple):
 
 
 class PlannedPictures(Dataset[tuple[int, torch.Tensor | Fault]]):
-    """The pictures of a plan, at their sizes."""
+    """The pictures of a plan, scaled to their sizes."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -87,37 +224,33 @@ class ShardEncoder:
     """Writes shards.
 
     Attributes:
-        folder: of the set.
+        folder: folder of the set.
+        manifest: manifest of the set.
         plan: the samples.
-        digest: of the manifest.
-        encoders: of pictures and captions.
-        max_caption_length: text tokens that a caption is cut at.
+        encoders: encoders of pictures and captions.
         batch_size: pictures per batch.
-        bf16: whether pictures are encoded in bfloat16.
         progress: called after each batch with its number of samples.
     """
 
     folder: Path
+    manifest: Manifest
     plan: Plan
-    digest: str
     encoders: Encoders
-    max_caption_length: int
     batch_size: int
-    bf16: bool = False
-    progress: Callable[[int], Any] = field(default=lambda samples: None)
+    progress: Callable[[int], Any]
 
     def write(self, shard: int, pictures: Iterator[PictureBatch]) -> list[Fault]:
         """Write the tar of a shard, then its index, which marks the tar as complete.
 
         Args:
-            shard: its number.
-            pictures: an iterator whose next batches are those of the shard.
+            shard: number of the shard.
+            pictures: iterator that yields the batches of the shard next.
 
         Returns:
             The samples that turned out to be broken.
 
         Raises:
-            OSError: if they can't be written; then no incomplete file is left.
+            OSError: if a file can't be written. No incomplete file is left then.
         """
         entries, faults = [], []
         with whole_file(tar_path(self.folder, shard)) as file:
@@ -127,7 +260,7 @@ class ShardEncoder:
                     entries += self._write_chunk(tar, latents)
                     faults += broken
             size = file.tell()
-        index = {"format": FORMAT, "set": self.digest, "bytes": size, "samples": entries,
+        index = {"format": FORMAT, "set": self.manifest.digest(), "bytes": size, "samples": entries,
                  "faults": faults}  # fmt: skip
         with whole_file(index_path(self.folder, shard)) as file:
             file.write(json.dumps(index).encode())
@@ -139,11 +272,12 @@ class ShardEncoder:
         """Return the latents (C, h, w) float16 of healthy pictures by index, and the faults."""
         latents: dict[int, torch.Tensor] = {}
         faults: list[Fault] = []
+        bf16 = self.manifest.mixed_precision == "bf16"
         for planned in self.plan.batches(chunk, self.batch_size):
             indices, pixels, broken = next(pictures)
             faults += broken
             if pixels is not None:
-                encoded = self.encoders.latents.encode_pixels(pixels, self.bf16)
+                encoded = self.encoders.latents.encode_pixels(pixels, bf16)
                 encoded = encoded.to("cpu", torch.float16)
                 latents |= dict(zip(indices, encoded, strict=True))
             self.progress(len(planned))
@@ -158,13 +292,13 @@ class ShardEncoder:
         samples = {index: self.plan.samples[index] for index in latents}
         text = self.encoders.text.encode_unpadded(
             [caption for sample in samples.values() for caption in sample.captions],
-            self.max_caption_length,
+            self.manifest.max_caption_length,
         )
         entries = []
         for index, sample in samples.items():
             tensors = {"latents": latents[index].clone(memory_format=torch.contiguous_format)}
             for number, caption in enumerate(sample.captions):
-                # Safetensors refuses one tensor under two names, as repeated captions would be.
+                # Safetensors refuses one tensor under two names, such as for repeated captions.
                 tensors[f"text_{number}"] = text[caption].clone()
             size = self.plan.size(index)
             described = {"id": sample.id, "captions": sample.captions, **size._asdict()}

@@ -1,28 +1,93 @@
-"""Training methods: which models are trained, beside which frozen ones, on which loss.
+"""Training methods: the models that are trained, the frozen ones beside them, and the loss.
 
-Loop, state, checkpoints and processes know a method by `Method` alone.
+The loop, the state, checkpoints and processes know a method only by `Method`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from localdit.core.conditions import size_conditions
 from localdit.core.diffusion import Objective
-from localdit.training.inputs import Inputs
+from localdit.core.parts import Encoders
+from localdit.core.text import pad_states
+from localdit.training.data.batches import Batch
+
+
+class Inputs(NamedTuple):
+    """Latents, text and conditions of a batch, on the training device.
+
+    Attributes:
+        latents: (B, C, h, w) float32, without noise.
+        text: (B, L, channels) float32.
+        text_mask: (B, L), 1 = token.
+        conditions: the transformer's `added_cond_kwargs`; see `size_conditions`.
+    """
+
+    latents: torch.Tensor
+    text: torch.Tensor
+    text_mask: torch.Tensor
+    conditions: dict[str, torch.Tensor | None]
+
+
+class InputMaker:
+    """Encodes batches of pictures, and passes on batches of encoded data.
+
+    Args:
+        device: device of the inputs.
+        encoders: encoders of pictures and captions; None for encoded data.
+        max_caption_length: number of text tokens after which captions are cut.
+        models: models that take the inputs, conditioned on picture sizes or not.
+        bf16: encode pictures in bfloat16.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        encoders: Encoders | None,
+        max_caption_length: int,
+        models: Iterable[torch.nn.Module | None],
+        bf16: bool = False,
+    ) -> None:
+        self.device = device
+        self.encoders = encoders
+        self.max_caption_length = max_caption_length
+        # A model that is not conditioned on sizes ignores them.
+        self.conditioned = any(
+            getattr(model, "use_additional_conditions", False) for model in models
+        )
+        self.bf16 = bf16
+
+    def __call__(self, batch: Batch) -> Inputs:
+        """Return the transformer's inputs for a batch, without noise."""
+        if batch.pixels is not None:
+            assert self.encoders is not None
+            latents = self.encoders.latents.encode_pixels(batch.pixels, self.bf16)
+            text, mask = self.encoders.text.encode_batch(batch.captions, self.max_caption_length)
+        else:
+            assert batch.latents is not None
+            latents = batch.latents
+            text, mask = pad_states(batch.text)
+        return Inputs(
+            latents.to(self.device, torch.float32, non_blocking=True),
+            text.to(self.device, torch.float32, non_blocking=True),
+            mask.to(self.device, non_blocking=True),
+            size_conditions(self.conditioned, *batch.size, self.device),
+        )
 
 
 class Method(ABC):
     """Models by name, and the loss of a batch.
 
     Attributes:
-        trained: bare models whose weights are trained, as far as they require a gradient.
-        frozen: models that the loss needs and no step changes, on the training device. They are
-            not part of the training state.
+        trained: bare models. Their weights are trained if they require a gradient.
+        frozen: models on the training device that the loss needs and no step changes. They are not
+            part of the training state.
     """
 
     def __init__(
@@ -47,7 +112,7 @@ class Method(ABC):
             models: the trained models as Accelerate prepared them, and the frozen ones, by name.
             inputs: latents, text and conditions of the batch.
             noise: (B, C, h, w) float32.
-            positions: (B,) in [0, 1), from the latents to the noise: see `Objective.timesteps`.
+            positions: (B,) in [0, 1), from the latents to the noise; see `Objective.timesteps`.
         """
 
     @abstractmethod
@@ -60,7 +125,7 @@ class Method(ABC):
 
 
 class NoisedPrediction(NamedTuple):
-    """A model's prediction for noised latents, beside what it should have predicted.
+    """A model's prediction for noised latents, and its target.
 
     Attributes:
         prediction, target: (B, C, h, w).
@@ -79,11 +144,11 @@ def noised_prediction(
     noise: torch.Tensor,
     positions: torch.Tensor,
 ) -> NoisedPrediction:
-    """Add noise to the latents and let a model predict. Training and validation share this.
+    """Add noise to latents and predict the target, for training and validation.
 
     Args:
-        model: called as the transformer is.
-        objective: gives timesteps, noised latents and target.
+        model: a model with the transformer's arguments.
+        objective: defines timesteps, noised latents and target.
         inputs: latents, text and conditions, on the model's device.
         noise: (B, C, h, w) float32.
         positions: (B,) in [0, 1).

@@ -1,4 +1,4 @@
-"""Training one transformer, or adapters on it, to predict what the objective asks for."""
+"""Fine-tuning: a transformer, or adapters on it, learn the target of the objective."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.models.flops import forward_flops
-from localdit.training.inputs import Inputs
-from localdit.training.methods import Method, noised_prediction
+from localdit.training.methods import Inputs, Method, noised_prediction
 from localdit.training.state import TRANSFORMER
 
 if TYPE_CHECKING:
@@ -22,9 +21,9 @@ class FineTuning(Method):
     """Trains a transformer from noise, from weights, or through adapters.
 
     Attributes:
-        transformer: in training, bare.
-        objective: what it learns to predict.
-        adapters: whether the transformer's own weights are frozen, and adapters are trained.
+        transformer: the transformer in training, bare.
+        objective: defines the target.
+        adapters: whether adapters are trained and the transformer's own weights are frozen.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class FineTuning(Method):
     def step_flops(self, inputs: Inputs) -> int:
         """Return the operations of the transformer.
 
-        Frozen weights need no gradient, which saves a third; adapters hardly count.
+        Frozen weights need no gradient, which saves a third. Adapters hardly count.
         """
         rows, _, height, width = inputs.latents.shape
         sizes = (height, width, inputs.text.shape[1])
@@ -65,7 +64,7 @@ class FineTuning(Method):
     def set_sample_size(self, size: int) -> None:
         """Scale the transformer's positions to the size, unless its own weights are frozen.
 
-        Adapters will be used with that transformer as it is, whatever the size of the pictures.
+        Adapters are later used with the unchanged transformer, at any size of the pictures.
         """
         if not self.adapters:
             self.transformer.set_sample_size(size)

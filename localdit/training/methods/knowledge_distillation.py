@@ -1,4 +1,4 @@
-"""Training a transformer to predict what a frozen teacher predicts."""
+"""Knowledge distillation: a transformer learns the predictions of a frozen teacher."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import nn
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.flops import forward_flops
-from localdit.training.inputs import Inputs
-from localdit.training.methods import noised_prediction
+from localdit.training.methods import Inputs, noised_prediction
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.state import TRANSFORMER
 
@@ -25,7 +24,7 @@ class KnowledgeDistillation(FineTuning):
     predicts for the same noised latents, text and picture sizes.
 
     Attributes:
-        teacher: frozen, on the training device.
+        teacher: the frozen teacher, on the training device.
     """
 
     def __init__(

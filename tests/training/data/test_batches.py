@@ -40,7 +40,7 @@ def visit(sample, epoch=0):
     return Visit(sample, epoch, sample % 2)
 
 
-def test_a_visit_depends_on_nothing_but_its_sample_and_epoch(samples):
+def test_a_visit_depends_only_on_its_sample_and_epoch(samples):
     data = dataset(samples, token_dropout=0.3, flip=0.5)
     item, again = data[visit(4)], dataset(samples, token_dropout=0.3, flip=0.5)[visit(4)]
     assert torch.equal(item.noise, again.noise)
@@ -53,7 +53,7 @@ def test_a_visit_depends_on_nothing_but_its_sample_and_epoch(samples):
     assert not torch.equal(item.noise, other_stage[visit(4)].noise)
 
 
-def test_captions_dropout_and_flips_come_as_often_as_asked(samples):
+def test_captions_dropout_and_flips_have_the_right_frequency(samples):
     draws = Draws((0,), token_dropout=0.2, flip=0.25)
     drawn = [draws.choices(Visit(1, epoch, 0), 3) for epoch in range(4000)]
     captions = Counter(caption for caption, _ in drawn)
@@ -78,7 +78,7 @@ def test_flips_mirror_the_picture(samples):
     assert torch.equal(plain.pixels, flipped.pixels.flip(2))
 
 
-def test_what_is_broken_or_nothing_leaves_a_place_of_no_weight(samples):
+def test_broken_and_missing_samples_are_placeholders_without_weight(samples):
     data = dataset(samples)
     batch = data.batch([data[v] for v in (visit(1), visit(3), Visit(NOTHING, 0, 1), visit(5))])
     assert batch.size == SIZES[1]
@@ -93,7 +93,7 @@ def test_what_is_broken_or_nothing_leaves_a_place_of_no_weight(samples):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 3])
-def test_an_epoch_brings_each_sound_sample_once(samples, num_workers, processes):
+def test_an_epoch_has_each_sound_sample_once(samples, num_workers, processes):
     order = Order(np.arange(10) % 2, 2 * processes, [0])
     seen, faults = Counter(), []
     for rank in range(processes):
@@ -110,7 +110,7 @@ def test_an_epoch_brings_each_sound_sample_once(samples, num_workers, processes)
     assert sorted(faults) == ["3", "7"]
 
 
-def test_workers_leave_the_global_generators_alone(samples):
+def test_workers_do_not_change_the_global_generators(samples):
     before = torch.get_rng_state()
     list(load_batches(dataset(samples), [[visit(0)], [visit(2)]], num_workers=1))
     assert torch.equal(torch.get_rng_state(), before)

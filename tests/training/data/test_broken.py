@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from localdit.training.data.buckets import Size
-from localdit.training.data.captions import CaptionFile
 from localdit.training.data.finding import _examine, find_samples
-from localdit.training.data.folders import list_files, list_pictures
+from localdit.training.data.listings import list_files, list_pictures
 from localdit.training.data.pictures import read_picture
-from localdit.training.data.samples import BrokenSample, Candidate
+from localdit.training.data.samples import BrokenSample, Candidate, CaptionFile
 from localdit.training.data.tars import list_tars
 from tests.training.data.drawn import (
     animation,
@@ -139,7 +138,7 @@ def test_a_broken_sample_costs_less_than_five_milliseconds(where, request):
     assert max(medians.values()) < MOST_MS, medians
 
 
-def test_a_few_of_each(tmp_path):
+def test_all_kinds_of_broken_samples_are_counted(tmp_path):
     """The same in small, for every run of the tests."""
     for number, (_, picture, caption) in enumerate(ALL.values()):
         (tmp_path / f"{number}.jpg").write_bytes(picture)

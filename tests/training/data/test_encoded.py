@@ -24,8 +24,7 @@ from localdit.training.data.encoded import (
 from localdit.training.data.finding import find_samples
 from localdit.training.data.samples import Blob, BrokenSample, Sample
 from localdit.training.encode.job import open_folder
-from localdit.training.encode.plan import Plan
-from localdit.training.encode.shards import ShardEncoder, read_pictures
+from localdit.training.encode.shards import Plan, ShardEncoder, read_pictures
 from tests.tiny import TEXT_WIDTH, tiny_components
 from tests.training.manifests import some_manifest
 
@@ -52,14 +51,14 @@ def folder(parts, tmp_path):
     manifest = some_manifest(sizes=tuple(SIZES), samples=4, shards=2, samples_per_shard=2)
     folder = tmp_path / "encoded"
     shards = open_folder(folder, manifest, torch.ones(1, TEXT_WIDTH, dtype=torch.bfloat16))
-    encoder = ShardEncoder(folder, plan, manifest.digest(), encoders, 120, batch_size=2)
+    encoder = ShardEncoder(folder, manifest, plan, encoders, 2, progress=lambda samples: None)
     pictures = read_pictures(plan, shards, batch_size=2, num_workers=0)
     for shard in shards:
         encoder.write(shard, pictures)
     return folder
 
 
-def test_what_was_encoded_is_found(folder):
+def test_encoded_samples_are_found(folder):
     found = find_samples(folder)
     assert found.format == "encoded"
     assert [sample.id for sample in found.samples] == ["red.png", "blue.png", "white.png"]
@@ -72,7 +71,7 @@ def test_what_was_encoded_is_found(folder):
     assert torch.equal(found.encoded.empty_text, torch.ones(1, 16, dtype=torch.bfloat16))
 
 
-def test_a_sample_is_read_with_any_of_its_captions(folder, parts):
+def test_any_caption_of_a_sample_can_be_read(folder, parts):
     text_space = TextSpace(parts["tokenizer"], parts["text_encoder"])
     sample = find_samples(folder).samples[2]
     for number, caption in enumerate(sample.captions):
@@ -97,7 +96,7 @@ def test_a_single_flipped_bit_is_noticed(folder, place):
     assert broken.value.kind == "damaged"
 
 
-def test_a_tar_that_is_gone_is_noticed(folder):
+def test_a_missing_tar_is_noticed(folder):
     sample = find_samples(folder).samples[0]
     tar_path(folder, 0).unlink()
     with pytest.raises(BrokenSample) as broken:
@@ -114,7 +113,7 @@ def test_a_tar_that_is_gone_is_noticed(folder):
         save({"latents": torch.zeros(4, 8, 4), "text_0": torch.zeros(1, 16)}),  # lies on its side
     ],
 )
-def test_what_is_no_encoded_sample_is_damaged(tmp_path, data):
+def test_other_files_in_a_tar_are_damaged_samples(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
     member = Member(str(tmp_path / "a.tar"), 0, len(data), zlib.crc32(data))
     with pytest.raises(BrokenSample) as broken:
@@ -122,7 +121,7 @@ def test_what_is_no_encoded_sample_is_damaged(tmp_path, data):
     assert broken.value.kind == "damaged"
 
 
-def test_an_unfinished_set_says_how_to_go_on(folder):
+def test_an_unfinished_set_is_refused_with_the_command_to_resume(folder):
     index_path(folder, 1).unlink()
     assert unwritten_shards(folder, read_manifest(folder)) == [1]
     with pytest.raises(ValueError, match="1 of 2 shards .* Resume with: python -m the command"):

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from localdit.training.data import finding
-from localdit.training.data.captions import CaptionFile
 from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import CHUNK, FORMATS, MANY, Found, examine, find_samples
-from localdit.training.data.samples import Blob, Candidate, Fault, Faults, Sample
+from localdit.training.data.samples import Blob, Candidate, CaptionFile, Fault, Faults, Sample
 from tests.training.data.drawn import picture_bytes, png_claiming, tar_bytes, write_files
 from tests.training.manifests import some_manifest
 
@@ -88,14 +87,14 @@ def test_encoded_data_is_opened_by_its_own_reader(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_is_ambiguous_has_to_be_said(tmp_path, files, message):
+def test_ambiguous_data_needs_a_format(tmp_path, files, message):
     write_files(tmp_path, files)
     with pytest.raises(ValueError, match=message):
         find_samples(tmp_path)
     assert find_samples(tmp_path, "folder").samples[0].image == Blob(str(tmp_path / "a.jpg"))
 
 
-def test_where_nothing_fits_it_says_what_was_looked_for_and_what_is_there(tmp_path):
+def test_unknown_data_is_refused_with_the_known_formats_and_the_files_found(tmp_path):
     write_files(tmp_path, {"a.mp4": b"", "b.mp4": b"", "README": b"", "c.parquet": b""})
     with pytest.raises(ValueError, match="nothing to train on") as raised:
         find_samples(tmp_path)
@@ -115,7 +114,7 @@ def test_pictures_without_captions_are_counted(tmp_path):
     assert (found.format, found.samples, found.faults.counts) == ("folder", [], {"no caption": 2})
 
 
-def test_what_is_not_there_or_no_data(tmp_path):
+def test_missing_and_empty_data_is_refused(tmp_path):
     write_files(tmp_path, BESIDE)
     for data_format in ("auto", "folder"):
         with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -183,7 +182,7 @@ def test_no_warnings_of_large_pictures(tmp_path):
         (MANY - 1, True, False),
     ],
 )
-def test_a_progress_bar_where_there_are_many(number, progress, shown, capsys, monkeypatch):
+def test_many_samples_have_a_progress_bar(number, progress, shown, capsys, monkeypatch):
     monkeypatch.setattr(finding, "_examine", lambda candidate: Fault("empty", candidate.id))
     for terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)

@@ -38,7 +38,7 @@ def test_each_epoch_visits_every_sample_once_and_one_bucket_at_a_time(buckets, s
 
 
 @given(buckets, st.integers(1, 6), st.integers(0, 30))
-def test_any_position_goes_on_as_if_nothing_had_happened(buckets, size, taken):
+def test_any_position_continues_the_same_order(buckets, size, taken):
     order = Order(buckets, size, [7])
     whole = list(islice(order.steps(Position()), taken + 20))
     position = whole[taken - 1].position if taken else Position()
@@ -50,7 +50,7 @@ def test_any_position_goes_on_as_if_nothing_had_happened(buckets, size, taken):
 
 
 @given(buckets, st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=4))
-def test_another_batch_size_within_an_epoch_loses_and_repeats_nothing(buckets, parts):
+def test_a_change_of_batch_size_within_an_epoch_loses_and_repeats_nothing(buckets, parts):
     position, steps = Position(), []
     for size, count in parts:
         for step in islice(Order(buckets, size, [1]).steps(position), count):
@@ -74,7 +74,7 @@ def test_epochs_seeds_and_stages_differ():
     assert first([0, 0], 1) == orders[1]
 
 
-def test_batches_of_buckets_come_mixed():
+def test_batches_of_different_buckets_are_mixed():
     buckets = np.repeat([0, 1], 500)
     steps = epoch(Order(buckets, 10, [0]))
     changes = sum(a.bucket != b.bucket for a, b in pairwise(steps))
@@ -82,7 +82,7 @@ def test_batches_of_buckets_come_mixed():
 
 
 @pytest.mark.parametrize(("processes", "batch", "accumulated"), [(1, 12, 1), (2, 3, 2), (3, 4, 1)])
-def test_processes_share_out_the_same_step(processes, batch, accumulated):
+def test_processes_divide_the_same_step(processes, batch, accumulated):
     order = Order(np.zeros(30, dtype=int), 12, [5])
     for step in islice(order.steps(Position()), 5):
         shares = [list(step.share(rank, processes, batch)) for rank in range(processes)]
@@ -101,7 +101,7 @@ def test_nothing_to_visit_is_refused():
         Order(np.array([-1, -1]), 2, [0])
 
 
-def test_the_choice_of_samples_depends_on_their_ids_alone():
+def test_the_choice_of_samples_depends_only_on_their_ids():
     ids = [f"folder/{n}.png" for n in range(1000)]
     chosen = hold_out(ids, 50)
     assert len(set(chosen)) == 50
@@ -116,7 +116,7 @@ def test_the_choice_of_samples_depends_on_their_ids_alone():
     assert len(hold_out(ids, 0)) == 0
 
 
-def test_no_more_is_held_out_than_leaves_something():
+def test_something_must_be_left_to_train_on():
     assert len(hold_out([], 0)) == 0
     for count in (3, -1):
         with pytest.raises(ValueError, match="Hold out fewer"):

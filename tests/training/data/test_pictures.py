@@ -63,7 +63,7 @@ def test_healthy_pictures(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["BMP", "JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.1])
-def test_a_missing_end_is_seen_without_decoding(tmp_path, kind, share, monkeypatch):
+def test_a_missing_end_is_found_without_decoding(tmp_path, kind, share, monkeypatch):
     data = picture_bytes(kind, 256, 256)
     cut = data[: int(share * len(data))]
     for image in stored(tmp_path, cut):
@@ -74,13 +74,13 @@ def test_a_missing_end_is_seen_without_decoding(tmp_path, kind, share, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PPM", "TIFF"])
-def test_of_other_kinds_a_missing_end_is_seen_when_they_are_decoded(tmp_path, kind):
+def test_a_missing_end_of_other_kinds_is_found_when_decoding(tmp_path, kind):
     data = picture_bytes(kind, 256, 256)
     for image in stored(tmp_path, data[: len(data) // 2]):
         assert kind_of(read_picture, image, Size(64, 64)) == "truncated"
 
 
-def test_a_photograph_with_more_behind_it_or_a_preview_in_it(tmp_path):
+def test_photographs_with_appended_data_or_a_preview(tmp_path):
     photograph = picture_bytes("JPEG", 256, 256)
     film = np.random.default_rng(0).bytes(5000).replace(b"\xff\xd9", b"")
     for image in stored(tmp_path, photograph + film):
@@ -97,7 +97,7 @@ def test_a_photograph_with_more_behind_it_or_a_preview_in_it(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_sizes_and_pixels_are_those_of_the_upright_picture(kind, orientation):
+def test_sizes_and_pixels_belong_to_the_upright_picture(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = Image.new("RGB", (64, 32), "white")
@@ -109,7 +109,7 @@ def test_sizes_and_pixels_are_those_of_the_upright_picture(kind, orientation):
     assert torch.equal(pixels, torch.from_numpy(np.array(upright)).permute(2, 0, 1))
 
 
-def test_it_is_scaled_to_cover_and_cut_in_the_middle():
+def test_pictures_are_scaled_to_cover_and_cropped_in_the_middle():
     picture = Image.new("RGB", (96, 32), "red")
     picture.paste("blue", (32, 0, 64, 32))
     pixels = read_picture(Bytes(encode(picture, "PNG")), Size(16, 16))
@@ -126,7 +126,7 @@ def test_a_large_photograph_decoded_at_a_smaller_scale_looks_the_same(tmp_path):
     assert (small - read_picture(Bytes(png), Size(128, 128)).float()).abs().mean() < 1.5
 
 
-def test_what_is_no_picture_to_train_on(tmp_path):
+def test_unusable_pictures_are_broken(tmp_path):
     for data, kind in [
         (b"", "empty"),
         (b"<svg/>", "wrong type"),
@@ -146,13 +146,13 @@ def test_what_is_no_picture_to_train_on(tmp_path):
     assert kind_of(inspect_picture, Blob(str(tmp_path))) == "unreadable"
 
 
-def test_damage_that_only_decoding_shows(tmp_path):
+def test_damage_that_only_decoding_finds(tmp_path):
     for image in stored(tmp_path, damaged_png()):
         assert inspect_picture(image) == (32, 48)
         assert kind_of(read_picture, image, Size(32, 32)) == "damaged"
 
 
-def test_several_pictures_in_one_file_of_a_phone_are_no_animation():
+def test_several_pictures_in_a_file_of_a_phone_are_not_an_animation():
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     image = Bytes(encode(frames[0], "MPO", save_all=True, append_images=frames[1:]))
     assert inspect_picture(image) == (16, 16)
@@ -160,7 +160,7 @@ def test_several_pictures_in_one_file_of_a_phone_are_no_animation():
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_large_photograph_that_is_cut_off_costs_little(progressive):
+def test_a_large_truncated_photograph_costs_little(progressive):
     data = picture_bytes("JPEG", 1500, 1500, progressive=progressive, quality=95)
     assert len(data) > 8 * LONG_TAIL
     costs = []
@@ -171,7 +171,7 @@ def test_a_large_photograph_that_is_cut_off_costs_little(progressive):
     assert min(costs) < 0.005
 
 
-def test_of_a_large_file_little_is_read(tmp_path):
+def test_only_a_little_of_a_large_file_is_read(tmp_path):
     big = tmp_path / "big.bmp"
     Image.new("RGB", (6000, 4000)).save(big)  # 72 MB
     start = time.perf_counter()

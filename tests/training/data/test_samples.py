@@ -1,21 +1,26 @@
-"""Bytes of files and of parts of files."""
+"""Tests of samples: their bytes, their captions, and the counts of broken ones."""
 
+import json
 import pickle
 import threading
 import time
 
 import pytest
 
+from localdit.core.text import MAX_PROMPT_CHARACTERS
 from localdit.training.data.samples import (
     EXAMPLES,
     KINDS,
+    MAX_FILE_BYTES,
     THREADS,
     Blob,
     BrokenSample,
+    CaptionFile,
     Fault,
     Faults,
     Sample,
     map_reads,
+    read_captions,
     require_few,
 )
 
@@ -32,7 +37,7 @@ def test_a_blob_is_a_file_or_a_part_of_one(tmp_path):
         Blob(str(tmp_path / "gone")).read()
 
 
-def test_a_sample_can_be_sent_to_a_worker_and_not_be_changed():
+def test_a_sample_can_be_pickled_and_is_frozen():
     sample = Sample("a", Blob("a.png", 1, 2), ("red", "blue"), 3, 4)
     assert pickle.loads(pickle.dumps(sample)) == sample
     with pytest.raises(AttributeError):
@@ -67,7 +72,7 @@ def test_a_broken_sample_explains_itself():
         BrokenSample("odd")
 
 
-def test_the_threshold():
+def test_the_threshold_of_broken_samples():
     faults = Faults(Fault("empty", str(number)) for number in range(10))
     require_few(faults, 90, 0.1)
     require_few(faults, 0, 1.0)
@@ -91,15 +96,91 @@ def threads_of(function, number):
     return len({*seen})
 
 
-def test_waiting_is_done_together():
+def test_waiting_is_done_in_threads():
     start = time.perf_counter()
     assert 1 < threads_of(lambda: time.sleep(0.01), 160) <= THREADS + 1
     assert time.perf_counter() - start < 0.8  # 1.6 s one after the other
 
 
-def test_work_is_done_alone():
+def test_work_is_done_in_one_thread():
     assert threads_of(lambda: sum(range(50_000)), 20) == 1
 
 
 def test_nothing():
     assert list(map_reads(str, [])) == []
+
+
+def caption_file(tmp_path, suffix, content):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return CaptionFile(suffix, Blob(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("source", "captions"),
+    [
+        (" a bear\n", ("a bear",)),
+        (["a bear", "Bär ", "a bear", "", None], ("a bear", "Bär")),
+        ({"caption": "two", "text": "one"}, ("one",)),
+        ({"caption": ["two", "three"]}, ("two", "three")),
+        ({"captions": ["two"], "other": 5}, ("two",)),
+        ({"prompt": "p"}, ("p",)),
+        ("x" * MAX_PROMPT_CHARACTERS, ("x" * MAX_PROMPT_CHARACTERS,)),
+    ],
+)
+def test_values(tmp_path, source, captions):
+    assert read_captions(source) == captions
+    assert read_captions(caption_file(tmp_path, "json", json.dumps(source))) == captions
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        (None, "no caption"),
+        (" \n", "no caption"),
+        ([], "no caption"),
+        ([None, ""], "no caption"),
+        ({"title": "a"}, "no caption"),
+        ({"text": None}, "no caption"),
+        (5, "bad caption"),
+        (["a", 5], "bad caption"),
+        ({"text": {"de": "Bär"}}, "bad caption"),
+        ("x" * (MAX_PROMPT_CHARACTERS + 1), "bad caption"),
+        ("half \ud83d", "bad caption"),
+    ],
+)
+def test_values_that_are_none(tmp_path, source, kind):
+    for place in (source, caption_file(tmp_path, "json", json.dumps(source))):
+        with pytest.raises(BrokenSample) as raised:
+            read_captions(place)
+        assert raised.value.kind == kind
+
+
+def test_a_text_file_is_one_caption(tmp_path):
+    for suffix in ("txt", "caption"):
+        both = caption_file(tmp_path, suffix, "\ufeffone\ntwo\n")
+        assert read_captions(both) == ("one\ntwo",)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "kind"),
+    [
+        ("txt", b"", "no caption"),
+        ("json", b"", "no caption"),
+        ("txt", "Bär".encode("latin-1"), "bad caption"),
+        ("txt", b"x" * (MAX_FILE_BYTES + 1), "bad caption"),
+        ("json", b"{", "bad caption"),
+        ("json", b"[" * 100_000, "bad caption"),
+        ("json", b"a bear", "bad caption"),
+    ],
+)
+def test_files_without_a_caption_are_broken(tmp_path, suffix, content, kind):
+    with pytest.raises(BrokenSample) as raised:
+        read_captions(caption_file(tmp_path, suffix, content))
+    assert raised.value.kind == kind
+
+
+def test_a_caption_within_a_tar_ends_where_its_file_ends(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"headera bearfooter")
+    assert read_captions(CaptionFile("txt", Blob(str(path), 6, 6))) == ("a bear",)

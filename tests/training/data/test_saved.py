@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from localdit.training.data.finding import examine
-from localdit.training.data.saved import list_saved
+from localdit.training.data.listings import list_saved
 from tests.training.data.drawn import damaged_png, picture_bytes
 
 datasets = pytest.importorskip("datasets")
@@ -52,7 +52,7 @@ def test_another_process_opens_the_dataset_itself(tmp_path):
     assert int(ran.stdout) == len(picture_bytes())
 
 
-def test_pictures_that_are_stored_as_paths(tmp_path):
+def test_pictures_stored_as_paths(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(picture_bytes("PNG"))
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
@@ -101,7 +101,7 @@ def test_columns(tmp_path):
         list_saved(tmp_path / "bytes")
 
 
-def test_a_dataset_that_can_not_be_opened(tmp_path):
+def test_a_damaged_dataset_is_refused(tmp_path):
     saved(tmp_path / "data", [{"image": picture_bytes(), "text": "a"}])
     [arrow] = (tmp_path / "data").glob("*.arrow")
     arrow.write_bytes(b"not arrow")

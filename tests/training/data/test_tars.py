@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localdit.training.data.captions import read_captions
 from localdit.training.data.finding import examine
-from localdit.training.data.samples import Candidate
+from localdit.training.data.samples import Candidate, read_captions
 from localdit.training.data.tars import (
     BLOCK,
     TarMember,
@@ -104,7 +103,7 @@ def test_a_tar_cut_anywhere_gives_its_whole_samples_and_at_most_one_half(tmp_pat
             assert halves == {f"t.tar/{len(whole)}"}
 
 
-def test_a_picture_at_a_cut_is_half_a_sample_and_elsewhere_one_without_a_caption(tmp_path):
+def test_a_picture_alone_is_half_a_sample_at_a_cut_and_without_a_caption_elsewhere(tmp_path):
     whole = tar_bytes([("a.jpg", "A"), ("b.jpg", "B")])
     assert listed(tmp_path / "t.tar", whole) == {"t.tar/a": [None], "t.tar/b": [None]}
     cut = whole[: whole.index(b"b.jpg") + 1024]
@@ -123,7 +122,7 @@ def test_a_damaged_header(tmp_path):
     }
 
 
-def test_what_is_no_tar_does_not_keep_from_the_others(tmp_path):
+def test_a_file_that_is_not_a_tar_does_not_affect_the_others(tmp_path):
     good = tar_bytes([("a.jpg", picture_bytes()), ("a.txt", "of a")])
     write_files(tmp_path, {"0.tar": "<html>" * 200, "1.tar": good, "2.tar": b""})
     paths = [str(tmp_path / f"{number}.tar") for number in range(4)]
@@ -144,7 +143,7 @@ def test_compressed_tars(tmp_path):
             list_tars([str(tmp_path / name)])
 
 
-def test_nothing_but_pictures_and_captions_is_opened(tmp_path):
+def test_only_pictures_and_captions_are_opened(tmp_path):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -158,7 +157,7 @@ def test_nothing_but_pictures_and_captions_is_opened(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_ids_are_seen_from_the_folder_that_all_tars_are_in(tmp_path):
+def test_ids_are_relative_to_the_common_folder_of_the_tars(tmp_path):
     data = tar_bytes([("x.jpg", "X"), ("x.txt", "of x")])
     write_files(tmp_path, {"one/0.tar": data, "two/0.tar": data})
     paths = [str(tmp_path / "one/0.tar"), str(tmp_path / "two/0.tar")]
@@ -222,7 +221,7 @@ def written(tmp_path_factory, data):
 
 
 @given(members=members, format=formats)
-def test_files_are_those_that_the_standard_library_finds(tmp_path_factory, members, format):
+def test_files_are_the_same_as_with_the_standard_library(tmp_path_factory, members, format):
     data = tar_bytes(members, format)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         expected = [TarMember(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
@@ -258,7 +257,7 @@ def test_sizes_beyond_octal_digits(tmp_path):
         path.unlink()
 
 
-def test_tars_appended_to_one_another(tmp_path):
+def test_concatenated_tars(tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(b"".join(tar_bytes([(name, name)]) for name in ("a.txt", "b.txt", "c.txt")))
     index = index_tar(str(path))
@@ -303,7 +302,7 @@ def test_a_damaged_header_costs_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"<html>not found</html>" * 100, b"\xff" * 2000])
-def test_what_is_no_tar(tmp_path, data):
+def test_other_files_are_refused(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(ValueError, match="doesn't begin with the header of a tar"):
         index_tar(str(tmp_path / "a.tar"))

@@ -74,7 +74,7 @@ def stopped(argv):
     return told.getvalue()
 
 
-def test_latents_and_text_are_what_the_encoders_give(workplace):
+def test_latents_and_text_are_those_of_the_encoders(workplace):
     pipeline = str(workplace / "pipeline")
     encoders = load_encoders(
         {"tokenizer": pipeline, "text_encoder": pipeline, "vae": pipeline}, torch.float32
@@ -95,7 +95,7 @@ def test_latents_and_text_are_what_the_encoders_give(workplace):
     torch.testing.assert_close(found.encoded.empty_text.float(), empty, rtol=1e-2, atol=1e-2)
 
 
-def test_samples_come_bucket_by_bucket(workplace):
+def test_samples_are_encoded_bucket_by_bucket(workplace):
     samples = find_samples(workplace / "encoded").samples
     assert [sample.id for sample in samples] == [
         f"{number}.png" for number in (1, 2, 4, 5, 7, 8, 10, 0, 3, 6, 9)
@@ -117,7 +117,7 @@ def test_webdataset_reads_the_shards(workplace):
     assert (first["original_height"], first["original_width"]) == (50, 50)
 
 
-def test_the_disk_it_takes_is_said_before(workplace, tmp_path, capsys):
+def test_the_disk_space_is_reported_in_advance(workplace, tmp_path, capsys):
     main(options(workplace, tmp_path / "new", "--dry-run"))
     assert not (tmp_path / "new").exists()
     said = capsys.readouterr().out
@@ -133,14 +133,14 @@ def test_the_disk_it_takes_is_said_before(workplace, tmp_path, capsys):
     assert f"text {job.human_size(text)} " in said
 
 
-def test_without_room_on_the_disk_nothing_is_begun(workplace, tmp_path, monkeypatch, capsys):
+def test_nothing_is_written_without_enough_disk_space(workplace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(job, "free_bytes", lambda folder: 9_999)
     message = stopped(options(workplace, tmp_path / "new"))
     assert "10 kB are free. Make room" in message
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_goes_on_where_it_was(workplace, tmp_path, capsys):
+def test_an_interrupted_job_resumes(workplace, tmp_path, capsys):
     folder = tmp_path / "encoded"
     main(options(workplace, folder))
     expected = shards(workplace / "encoded")
@@ -176,7 +176,7 @@ def test_a_set_is_not_mixed_with_another(workplace, tmp_path, capsys):
     assert shards(folder) == before
 
 
-def test_the_same_encoders_elsewhere_are_the_same(workplace, tmp_path, capsys):
+def test_the_same_encoders_in_another_folder_are_accepted(workplace, tmp_path, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "moved")
     argv = options(workplace, workplace / "encoded", "--pretrained", f"{tmp_path}/moved")
     main(argv)
@@ -194,7 +194,7 @@ def test_other_folders_are_left_alone(workplace, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_folder_takes_one_command_at_a_time(workplace, tmp_path, capsys):
+def test_a_folder_accepts_one_command_at_a_time(workplace, tmp_path, capsys):
     folder = tmp_path / "encoded"
     shutil.copytree(workplace / "encoded", folder)
     (folder / "shard-00002.json").unlink()
@@ -311,7 +311,7 @@ def test_small_pictures_are_left_out(workplace, tmp_path, capsys):
     assert "All 11 pictures are too small: for 64 x 64 pixels, each" in message
 
 
-def test_a_full_disk_ends_it_with_a_message(workplace, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_encoding_with_a_message(workplace, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "encoded"
     synced = []
 
@@ -374,7 +374,7 @@ def test_two_processes_share_the_work(workplace, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_shards(workplace, tmp_path):
+def test_a_job_killed_at_any_time_resumes_to_the_same_shards(workplace, tmp_path):
     draw(tmp_path / "pictures", count=150)
     shutil.copytree(workplace / "pipeline", tmp_path / "pipeline")
     alone = start(tmp_path, tmp_path / "whole")

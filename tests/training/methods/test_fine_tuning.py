@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from localdit.core.diffusion import Objective
-from localdit.training.inputs import Inputs
-from localdit.training.methods import noised_prediction
+from localdit.training.methods import Inputs, noised_prediction
 from localdit.training.methods.fine_tuning import FineTuning
 from tests.tiny import TEXT_WIDTH, tiny_components
 
@@ -46,7 +45,7 @@ def test_the_prepared_model_is_called_and_not_the_bare_one(inputs):
     assert losses.tolist() == [4.0] * 3
 
 
-def test_adapters_leave_the_transformer_as_it_is_and_save_a_third_of_the_operations(inputs):
+def test_adapters_leave_the_transformer_unchanged_and_save_a_third_of_the_operations(inputs):
     transformer = tiny_components()["transformer"]
     size = transformer.config.sample_size
     whole, adapters = (FineTuning(transformer, Objective(), flag) for flag in (False, True))

@@ -1,16 +1,126 @@
-"""Pictures named by metadata files, and entries that can't be understood."""
+"""Tests of pictures in folders: with captions beside them, or named by metadata files."""
 
 import csv
 import io
 import json
+import os
 
 import pytest
 
-from localdit.training.data.captions import read_captions
-from localdit.training.data.folders import list_files
-from localdit.training.data.metadata import list_metadata, metadata_files
-from localdit.training.data.samples import Blob, Candidate
+from localdit.training.data.listings import (
+    list_files,
+    list_metadata,
+    list_pictures,
+    metadata_files,
+    printable,
+    split_suffix,
+)
+from localdit.training.data.samples import Blob, Candidate, CaptionFile, Fault, read_captions
 from tests.training.data.drawn import write_files
+
+
+def test_files_are_sorted_by_code_points(tmp_path, monkeypatch):
+    names = [
+        "b.png",
+        "B.png",
+        "a/z.png",
+        "a/Z.png",
+        "a.png",
+        "é.png",
+        "a-b/c.png",
+        "10.png",
+        "9.png",
+    ]
+    write_files(tmp_path, dict.fromkeys(names, b""))
+    assert list_files(tmp_path) == sorted(names)
+
+    class Reversed(list):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: Reversed(reversed([*scandir(path)])))
+    assert list_files(tmp_path) == sorted(names)
+
+
+def test_hidden_files_links_and_special_files(tmp_path):
+    write_files(
+        tmp_path, {".a.png": b"", ".git/b.png": b"", "c/d.png": b"", "elsewhere/e.png": b""}
+    )
+    root = tmp_path / "c"
+    (root / "back").symlink_to(tmp_path)
+    (root / "here").symlink_to(root)
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(root / "pipe.png")
+    assert list_files(root) == ["d.png", "gone.png", "linked/e.png"]
+
+
+def test_captions_beside_pictures(tmp_path):
+    write_files(
+        tmp_path,
+        {
+            "a.png": b"",
+            "a.txt": "of a",
+            "a.json": '"never read"',
+            "sub/b.c.JPG": b"",
+            "sub/b.c.caption": "of b.c",
+            "sub/b.txt": "of nothing",
+            "d.webp": b"",
+            "d.JSON": '["one", "two"]',
+            "e.gif": b"",
+            "notes.txt": "no picture",
+            "README": "",
+        },
+    )
+    listing = list_pictures(tmp_path, list_files(tmp_path))
+    assert all(isinstance(entry, Candidate) for entry in listing)
+    assert [entry.id for entry in listing] == ["a.png", "d.webp", "e.gif", "sub/b.c.JPG"]
+    assert listing[3].image == Blob(str(tmp_path / "sub/b.c.JPG"))
+    assert listing[1].captions == CaptionFile("json", Blob(str(tmp_path / "d.JSON")))
+    assert listing[2].captions is None
+    texts = [read_captions(listing[index].captions) for index in (0, 1, 3)]
+    assert texts == [("of a",), ("one", "two"), ("of b.c",)]
+
+
+def test_files_of_an_unknown_type_with_a_caption_are_faults(tmp_path):
+    write_files(
+        tmp_path,
+        {
+            "a.heic": b"",
+            "a.txt": "of a",
+            "b.png": b"",
+            "b.psd": b"",
+            "b.txt": "of b",
+            "c.mov": b"",
+        },
+    )
+    assert [entry[:2] for entry in list_pictures(tmp_path, list_files(tmp_path))] == [
+        ("wrong type", "a.heic"),
+        ("b.png", Blob(str(tmp_path / "b.png"))),
+    ]
+    assert isinstance(list_pictures(tmp_path, list_files(tmp_path))[0], Fault)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
+def test_a_name_that_is_not_utf8_can_be_reported(tmp_path):
+    name = os.fsdecode(b"b\xe4r.png")
+    try:
+        (tmp_path / name).write_bytes(b"")
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    [entry] = list_pictures(tmp_path, list_files(tmp_path))
+    assert entry.id == r"b\xe4r.png"
+    assert entry.image.read() == b""
+
+
+def test_names():
+    assert split_suffix("a/b.c/d") == ("a/b.c/d", "")
+    assert split_suffix("a/b.tar.gz") == ("a/b.tar", "gz")
+    assert printable("Bär") == "Bär"
 
 
 def jsonl(*rows):
@@ -114,7 +224,7 @@ def test_a_picture_named_twice_has_the_captions_of_both(tmp_path):
         b'{"file_name": "b\xe4r.png", "text": "a"}',
     ],
 )
-def test_lines_that_can_not_be_understood(tmp_path, line):
+def test_invalid_lines_of_json_are_faults(tmp_path, line):
     good = [b'{"file_name": "a.png", "text": "1"}', b'{"file_name": "b.png", "text": "2"}']
     line = line if isinstance(line, bytes) else line.encode()
     write_files(tmp_path, {"metadata.jsonl": b"\n".join([good[0], line, good[1]])})
@@ -128,7 +238,7 @@ def test_lines_that_can_not_be_understood(tmp_path, line):
     "row",
     ["b.png", "b.png,a bear, red", '"b.png"x,a', f"b.png,{'x' * 200_000}", ",a", "../b.png,a"],
 )
-def test_rows_that_can_not_be_understood(tmp_path, row):
+def test_invalid_rows_of_csv_are_faults(tmp_path, row):
     write_files(tmp_path, {"metadata.csv": f"file_name,text\na.png,1\n{row}\nc.png,2\n"})
     assert listed(tmp_path) == (
         {"a.png": ("1",), "c.png": ("2",)},
@@ -136,12 +246,12 @@ def test_rows_that_can_not_be_understood(tmp_path, row):
     )
 
 
-def test_a_row_whose_quote_is_never_closed(tmp_path):
+def test_a_row_with_an_open_quote(tmp_path):
     write_files(tmp_path, {"metadata.csv": 'file_name,text\na.png,1\nb.png,"2\nc.png,3\n'})
     assert listed(tmp_path) == ({"a.png": ("1",)}, {"metadata.csv, entry 2": "bad entry"})
 
 
-def test_metadata_that_can_not_be_used(tmp_path):
+def test_unusable_metadata_is_refused(tmp_path):
     cases = {
         "metadata.jsonl": (jsonl({"image": "a.png", "text": "a"}), "has a file_name"),
         "metadata.csv": (

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from localdit.core.diffusion import Objective
-from localdit.training.adapters import add_adapters
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.options import parse_args
+from localdit.training.results import add_adapters
 from localdit.training.setup import make_state
 from tests.tiny import tiny_components
 from tests.training.test_processes import first_gradient
@@ -61,7 +61,7 @@ def train(workplace, tmp_path, monkeypatch):
     return run
 
 
-def test_a_run_leaves_adapters_that_draw_what_validation_drew(train, workplace):
+def test_the_adapters_of_a_run_draw_its_validation_pictures(train, workplace):
     run = train(
         "run", "--lora-alpha", "6", "--save-interval", "2", "--validation-prompts", "a cat",
         "--validation-interval", "4", "--validation-guidance-scale", "1", "--learning-rate", "0.1",
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_trains_the_same(train):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_a_run_of_stages_adapts_at_every_size(train, tmp_path):
+def test_a_run_with_stages_adapts_at_every_size(train, tmp_path):
     stages = [{"image-size": 96, "max-train-steps": 2}, {"image-size": 64, "max-train-steps": 2}]
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     run = train("run", "--stages", tmp_path / "stages.json")
@@ -162,19 +162,21 @@ def test_a_run_of_stages_adapts_at_every_size(train, tmp_path):
                  "start a new run in another --output"),
     ],
 )  # fmt: skip
-def test_another_kind_of_run_does_not_go_on(train, workplace, more, adapters, message, capsys):
+def test_a_run_with_other_adapters_is_not_resumed(
+    train, workplace, more, adapters, message, capsys
+):
     train("run", "--max-train-steps", "1")
     train("run", "--resume", "auto", *more, adapters=adapters, expect=1)
     assert message in capsys.readouterr().err
 
 
-def test_a_full_run_does_not_go_on_with_adapters(train, capsys):
+def test_a_full_run_is_not_resumed_with_adapters(train, capsys):
     train("run", "--max-train-steps", "1", adapters=[])
     train("run", "--resume", "auto", expect=1)
     assert "of a run without --lora-rank, not with --lora-rank 2" in capsys.readouterr().err
 
 
-def test_another_base_is_found_out_wherever_it_lies(train, workplace, tmp_path, capsys):
+def test_another_base_is_refused_in_any_folder(train, workplace, tmp_path, capsys):
     run = train("run", "--max-train-steps", "1")
     base = LocalDiTTransformer2DModel.from_pretrained(workplace / "pipeline/transformer")
     base.save_pretrained(tmp_path / "moved")
@@ -195,27 +197,27 @@ def test_another_base_is_found_out_wherever_it_lies(train, workplace, tmp_path, 
         (["--prediction-type", "flow"], "comes with a scheduler for epsilon: give --prediction"),
     ],
 )
-def test_what_cannot_be_adapted_is_refused_in_a_line(train, more, message, capsys):
+def test_layers_that_cannot_have_adapters_are_refused_in_a_line(train, more, message, capsys):
     train("run", *more, expect=1)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
 
 
-def test_a_pixart_has_to_be_trained_as_a_whole(train, tmp_path, capsys):
+def test_a_pixart_can_not_have_adapters(train, tmp_path, capsys):
     (tmp_path / "pixart").mkdir()
     save_file({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(1)},
               tmp_path / "pixart/diffusion_pytorch_model.safetensors")  # fmt: skip
     train("run", "--transformer", tmp_path / "pixart", expect=1)
-    assert "is a PixArt, which has to be trained as a whole" in capsys.readouterr().err
+    assert "is a PixArt, whose weights must all be trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--lora-rank", "0"], "--lora-rank is 0; expected more than 0"),
-        (["--lora-rank", "4"], "--lora-rank adapts weights that are there: name them by --trans"),
-        (["--lora-alpha", "4"], "--lora-alpha is for adapters: give --lora-rank as well"),
+        (["--lora-rank", "4"], "--lora-rank adapts existing weights: name them with --trans"),
+        (["--lora-alpha", "4"], "--lora-alpha is for adapters: also give --lora-rank"),
         (["--lora-rank", "4", "--lora-alpha", "-1"], "--lora-alpha is -1.0; expected more than 0"),
         (["--lora-rank", "4", "--lora-dropout", "2"], "--lora-dropout is 2.0; expected 0 to 1"),
     ],
@@ -226,7 +228,7 @@ def test_wrong_options_end_the_program(capsys, more, message):
     assert message in capsys.readouterr().err
 
 
-def test_without_peft_the_extra_is_named(capsys, monkeypatch, workplace):
+def test_missing_peft_is_named(capsys, monkeypatch, workplace):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         parse_args(["--data-root", "x", *lora(workplace)])

@@ -1,0 +1,346 @@
+"""Lists of the pictures in folders, in metadata files and in saved Hugging Face datasets.
+
+- A folder has pictures, each with a caption file beside it.
+- A `metadata.jsonl`, `metadata.csv` or `metadata.parquet` names pictures by `file_name`, relative
+  to its own folder, with a caption under `text` or another of `CAPTION_KEYS`: the image folder
+  convention of Hugging Face datasets. JSON Lines and Parquet may also hold lists of captions.
+  Several folders of the data may have such a file.
+- `save_to_disk` of a `Dataset` or `DatasetDict` writes a saved dataset.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from localdit.training.data.samples import (
+    CAPTION_KEYS,
+    CAPTION_SUFFIXES,
+    Blob,
+    BrokenSample,
+    Candidate,
+    CaptionFile,
+    Fault,
+    is_unicode,
+)
+
+# Of the formats that `localdit.images` reads.
+PICTURE_SUFFIXES = frozenset(
+    {"bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm"}
+    | {"tif", "tiff", "webp"}
+)
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+Row = Mapping[str, Any] | BrokenSample
+
+
+def list_files(root: Path) -> list[str]:
+    """Return the files in a folder and below it, in an order that is the same on every machine.
+
+    Hidden files and folders, whose names begin with a dot, are skipped. Links are followed, except
+    to a folder that contains the link.
+
+    Returns:
+        Their paths relative to `root`, with slashes, sorted by code points.
+    """
+    return sorted(_walk(str(root), ""))
+
+
+def _walk(root: str, folder: str) -> Iterator[str]:
+    here = os.path.join(root, folder)
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = folder + entry.name
+            broken_link = entry.is_symlink() and not os.path.exists(entry.path)
+            if entry.is_file() or broken_link:  # a broken link is reported when it is opened
+                yield name
+            elif entry.is_dir() and not (entry.is_symlink() and _leads_back(entry.path, here)):
+                yield from _walk(root, name + "/")
+
+
+def _leads_back(link: str, folder: str) -> bool:
+    return Path(folder).resolve().is_relative_to(Path(link).resolve())
+
+
+def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
+    """Return the pictures among files, each with the caption file of its name.
+
+    `a.png` takes its caption from `a.txt`, `a.caption` or `a.json`, the first of these that
+    exists. A file with a caption but an unknown suffix, such as `a.heic`, is a fault.
+
+    Args:
+        root: the folder.
+        files: the result of `list_files`.
+    """
+    suffixes: dict[str, list[str]] = {}
+    for file in files:
+        stem, suffix = split_suffix(file)
+        suffixes.setdefault(stem, []).append(suffix)
+    listing: list[Candidate | Fault] = []
+    for file in files:
+        stem, suffix = split_suffix(file)
+        beside = {other.lower(): f"{stem}.{other}" for other in suffixes[stem]}
+        kind = next((kind for kind in CAPTION_SUFFIXES if kind in beside), None)
+        if suffix.lower() in PICTURE_SUFFIXES:
+            caption = kind and CaptionFile(kind, Blob(os.path.join(root, beside[kind])))
+            listing.append(Candidate(printable(file), Blob(os.path.join(root, file)), caption))
+        elif kind and suffix.lower() not in CAPTION_SUFFIXES and not PICTURE_SUFFIXES & {*beside}:
+            listing.append(Fault("wrong type", printable(file), f".{suffix} files are not read"))
+    return listing
+
+
+def split_suffix(file: str) -> tuple[str, str]:
+    """Split a path into the part before its last suffix, and the suffix without the dot."""
+    suffix = PurePosixPath(file).suffix
+    return file.removesuffix(suffix), suffix[1:]
+
+
+def printable(name: str) -> str:
+    """Return a file's name for reports: bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def metadata_files(files: Sequence[str]) -> list[str]:
+    """Return the metadata files among the result of `list_files`."""
+    return [file for file in files if posixpath.basename(file) in METADATA_NAMES]
+
+
+def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
+    """Return the pictures that metadata files name.
+
+    A picture that is named several times gets all of the captions. Names outside of `root` are
+    faults.
+
+    Args:
+        root: the folder of the data.
+        files: the result of `list_files`.
+
+    Raises:
+        ValueError: if a folder has several metadata files, or one can't be read at all or lacks the
+            columns.
+    """
+    metadata = metadata_files(files)
+    folders = [posixpath.dirname(file) for file in metadata]
+    if len({*folders}) < len(folders):
+        raise ValueError(f"Expected one metadata file per folder, found {', '.join(metadata)}.")
+    captions: dict[str, list[Any]] = {}
+    faults: list[Fault] = []
+    for file, folder in zip(metadata, folders, strict=True):
+        for number, row in enumerate(_rows(root / file), start=1):
+            try:
+                if isinstance(row, BrokenSample):
+                    raise row
+                name = posixpath.normpath(posixpath.join(folder, _file_name(row)))
+                if name == ".." or name.startswith("../"):
+                    raise BrokenSample("bad entry", f"{name} is outside of the data folder")
+                caption = next((row[key] for key in CAPTION_KEYS if key in row), None)
+                captions.setdefault(name, []).append(caption)
+            except BrokenSample as broken:
+                faults.append(Fault(broken.kind, f"{file}, entry {number}", broken.detail))
+    candidates = [
+        Candidate(printable(name), Blob(os.path.join(root, name)), _joined(texts))
+        for name, texts in captions.items()
+    ]
+    return [*candidates, *faults]
+
+
+def _file_name(row: Mapping[str, Any]) -> str:
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise BrokenSample("bad entry", f"file_name is {name!r}, expected the path of a picture")
+    if "\0" in name or not is_unicode(name) or posixpath.isabs(name):
+        raise BrokenSample(
+            "bad entry", f"file_name {name[:100]!r} is not a path within the data folder"
+        )
+    return name
+
+
+def _joined(texts: list[Any]) -> Any:
+    """Join the captions of a picture that is named once or several times."""
+    if len(texts) == 1:
+        return texts[0]
+    return [one for text in texts for one in (text if isinstance(text, list) else [text])]
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    """Yield the entries of a metadata file; an exception stands for one that can't be parsed."""
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    return readers[path.suffix](path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    named = read = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            read += 1
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+            except (ValueError, RecursionError) as error:
+                yield BrokenSample("bad entry", f"not a line of JSON: {error}")
+                continue
+            named += "file_name" in row
+            yield row
+    if read and not named:
+        raise ValueError(
+            f"No line of {path} has a file_name. Expected lines such as "
+            '{"file_name": "a.png", "text": "a caption"}.'
+        )
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            columns = next(rows, [])
+        except csv.Error as error:
+            raise ValueError(f"The first line of {path} is not CSV: {error}.") from error
+        _require_columns(path, columns)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield BrokenSample("bad entry", f"not a line of CSV: {error}")
+                continue
+            if not row:
+                continue
+            if len(row) != len(columns):
+                detail = f"{len(row)} cells, expected {len(columns)}: is a quote missing?"
+                yield BrokenSample("bad entry", detail)
+            else:
+                yield dict(zip(columns, row, strict=True))
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {path} needs pyarrow: pip install -r requirements-train.txt"
+        ) from error
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            _require_columns(path, columns)
+            wanted = [column for column in columns if column in ("file_name", *CAPTION_KEYS)]
+            for batch in file.iter_batches(columns=wanted):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} can't be read as Parquet: {error}") from error
+
+
+def _require_columns(path: Path, columns: Sequence[str]) -> None:
+    if "file_name" not in columns or not {*CAPTION_KEYS} & {*columns}:
+        raise ValueError(
+            f"{path} has the columns {', '.join(columns) or '(none)'}; expected file_name and one "
+            f"of {', '.join(CAPTION_KEYS)}."
+        )
+
+
+class Cell(NamedTuple):
+    """A picture in a row of a saved dataset.
+
+    Sending it to another process is cheap: that process opens the dataset on its first read.
+    """
+
+    folder: str
+    split: str | None
+    column: str
+    row: int
+
+    def read(self) -> bytes:
+        """Return the bytes of the picture's file, which the dataset holds or knows the path of.
+
+        Raises:
+            OSError: if they can't be read.
+            BrokenSample: if the cell is empty.
+        """
+        cell = _open_pictures(self.folder, self.split, self.column)[self.row][self.column]
+        if cell and cell["bytes"] is not None:
+            return cell["bytes"]
+        if not (cell and cell["path"]):
+            raise BrokenSample("missing", f"{self.column} is empty")
+        return Path(cell["path"]).read_bytes()
+
+
+def list_saved(root: Path) -> list[Candidate | Fault]:
+    """Return the rows of a saved dataset; of several splits, those of "train".
+
+    Raises:
+        ValueError: if it can't be opened, or has no such split or columns.
+        ImportError: if the datasets package is missing.
+    """
+    dataset, split = _open(str(root))
+    image, caption = _columns(root, dataset)
+    prefix = f"{split} row" if split else "row"
+    listing: list[Candidate | Fault] = []
+    for batch in dataset.select_columns([caption]).iter(batch_size=1000):
+        for text in batch[caption]:
+            row = len(listing)
+            cell = Cell(str(root), split, image, row)
+            listing.append(Candidate(f"{prefix} {row}", cell, text))
+    return listing
+
+
+@lru_cache(maxsize=8)
+def _open_pictures(folder: str, split: str | None, column: str) -> Any:
+    """Open a dataset that returns its pictures without decoding them."""
+    from datasets import Image
+
+    dataset, _ = _open(folder, split)
+    return dataset.select_columns([column]).cast_column(column, Image(decode=False))
+
+
+def _open(folder: str, split: str | None = None) -> tuple[Any, str | None]:
+    """Open a saved dataset; of several splits, the one to train on. Also return its name."""
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {folder} needs datasets: pip install -r requirements-train.txt"
+        ) from error
+    try:
+        dataset = load_from_disk(folder)
+    except Exception as error:  # damaged JSON, Arrow files that are missing or cut off, ...
+        raise ValueError(f"{folder} can't be opened as a saved dataset: {error}") from error
+    if not isinstance(dataset, DatasetDict):
+        return dataset, None
+    names = list(dataset)
+    split = split or ("train" if len(names) != 1 else names[0])
+    if split not in dataset:
+        raise ValueError(
+            f"{folder} has the splits {', '.join(names) or '(none)'}, none of them called train. "
+            "Give the folder of one split."
+        )
+    return dataset[split], split
+
+
+def _columns(root: Path, dataset: Any) -> tuple[str, str]:
+    """Return the names of the columns with pictures and captions."""
+    from datasets import Image
+
+    images = [name for name, kind in dataset.features.items() if isinstance(kind, Image)]
+    image = images[0] if len(images) == 1 else "image"
+    caption = next((key for key in CAPTION_KEYS if key in dataset.features), None)
+    if image not in images or caption is None:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in dataset.features.items())
+        raise ValueError(
+            f"{root} has the columns {columns}. Expected one column of type Image, "
+            f"or one called image among several, and captions in {', '.join(CAPTION_KEYS[:-1])} or "
+            f"{CAPTION_KEYS[-1]}; see rename_column and cast_column of datasets."
+        )
+    return image, caption
