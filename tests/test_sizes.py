@@ -1,8 +1,12 @@
 """Sizes: pixels per token, the nearest sizes that work, and proportions."""
 
 import json
+import re
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from localdit.config import Config
 from localdit.errors import Field
@@ -51,6 +55,29 @@ def test_a_size_that_does_not_work_is_refused_with_the_nearest_that_do(value, ne
         f"height must be a positive multiple of 16 pixels, got {value!r}; the nearest that work: "
         f"{nearest}."
     )
+
+
+@given(st.integers(-100, 5000), st.sampled_from([8, 16, 32]))
+def test_sizes_are_accepted_or_the_nearest_that_work_are_named(value, multiple):
+    if value > 0 and value % multiple == 0:
+        check_size(Field("height"), value, multiple)
+        return
+    with pytest.raises(ValueError, match=f"height .* {multiple} pixels, got {value};") as error:
+        check_size(Field("height"), value, multiple)
+    named = [int(size) for size in re.findall(r"\d+", str(error.value).split(";")[1])]
+    working = range(multiple, 6000, multiple)
+    assert min(working, key=lambda size: abs(size - value)) in named
+    assert set(named) <= set(working)
+
+
+@pytest.mark.parametrize("value", [64.0, "64", True, None, float("nan")])
+def test_a_size_is_an_integer(value):
+    with pytest.raises(ValueError, match="width must be"):
+        check_size(Field("width"), value, 16)
+
+
+def test_a_numpy_integer_is_a_size():
+    check_size(Field("width"), np.int64(64), 16)
 
 
 def test_sizes_that_work_are_accepted():

@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_skipped(train, capsys):
 )
 def test_impossible_options_are_refused_in_a_line(train, more, message, monkeypatch, capsys):
     # The released shape would take gigabytes to refuse.
-    monkeypatch.setattr("localdit.models.presets.PRESETS", {"released": {"num_layers": 1}})
+    monkeypatch.setattr("localdit.training.initialization.PRESETS", {"released": {"num_layers": 1}})
     train("run", *more, expect=1)
     error = capsys.readouterr().err
     assert message in error

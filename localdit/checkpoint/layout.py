@@ -1,4 +1,4 @@
-"""The layout of a checkpoint: the parameters and the sizes of a model, from names and shapes.
+"""The parameters and the sizes of a model, from the names and shapes in a checkpoint.
 
 No values are read here.
 """
@@ -86,7 +86,12 @@ def read_layout(infos: Mapping[str, TensorInfo], where: str) -> Layout:
     shapes = {name: infos[source].shape for name, source in sources.items()}
     num_layers = _count_layers(shapes, where)
     layout.facts = _facts(shapes, num_layers, where)
-    layout.layer_types = [_layer_type(shapes, layer) for layer in range(num_layers)]
+    for layer in range(num_layers):
+        block = f"transformer_blocks.{layer}."
+        kind = "local" if block + _LOCAL_BIAS in shapes else None
+        if any(name.startswith(block + _GLOBAL_CONTEXT) for name in shapes):
+            kind = "local_global"
+        layout.layer_types.append(kind)
     return layout
 
 
@@ -101,11 +106,6 @@ def flat_name(name: str) -> str:
     """Return the flat checkpoint's name of a parameter: the inverse of `our_name`."""
     name = name.replace(_GLOBAL_CONTEXT, "attn1.processor.")
     return name.replace(_LOCAL_BIAS, "attn1.processor.local_rel_pos_bias")
-
-
-def name_is_of_processor(name: str) -> bool:
-    """Return whether flat checkpoints name a parameter `attn1.processor.*`."""
-    return flat_name(name) != name
 
 
 def common_prefix(names: Collection[str]) -> str:
@@ -148,10 +148,7 @@ def _route(sources: Mapping[str, str], layout: Layout) -> None:
     """
     for name, source in sources.items():
         match = _PROJECTION.fullmatch(name)
-        if match is None:
-            layout.routes.append(Route(source, name))
-            continue
-        attn, projection, kind = match.groups()
+        attn, projection, kind = match.groups() if match else ("", "", "")
 
         def present(projections: str, attn: str = attn) -> bool:
             return any(
@@ -189,13 +186,6 @@ def _count_layers(names: Collection[str], where: str) -> int:
             f"'transformer_blocks.{absent}.*'."
         )
     return len(layers)
-
-
-def _layer_type(names: Collection[str], layer: int) -> str | None:
-    block = f"transformer_blocks.{layer}."
-    if any(name.startswith(block + _GLOBAL_CONTEXT) for name in names):
-        return "local_global"
-    return "local" if block + _LOCAL_BIAS in names else None
 
 
 def _facts(shapes: Mapping[str, tuple[int, ...]], num_layers: int, where: str) -> dict[str, Fact]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,13 +19,13 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..errors import Field, FieldValueError
-from .layout import Layout, Route, name_is_of_processor, read_layout
+from .layout import Layout, Route, flat_name, read_layout
 from .reading import CheckpointFile, few
 
 logger = logging.getLogger(__name__)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
+_FLOAT_NAMES = ", ".join(map(str, FLOATS))
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,16 +93,78 @@ class CheckpointReport:
 
 @dataclass
 class Plan(Generic[Model]):
-    """Everything that is known before the first value is read."""
+    """A checkpoint that fits a model, before its values are read.
+
+    Attributes:
+        file, routes: the file, and the parameters that its tensors become.
+        model: the model, with its parameters on the meta device.
+        dtype: dtype of the model to load.
+        seed: seed of a global context that is drawn.
+        report: the contents of the checkpoint.
+    """
 
     file: CheckpointFile
-    layout: Layout
-    model: Model  # its parameters have no values
+    routes: list[Route]
+    model: Model
     dtype: torch.dtype
+    seed: int | None
     report: CheckpointReport
 
+    def load(self) -> Model:
+        """Read the values into the model and return it, in evaluation mode."""
+        state = self._read_state()
+        self._add_missing(state)
+        self.model.load_state_dict(state, assign=True)
+        logger.info("%s", self.report)
+        return self.model.eval()
 
-def load_checkpoint(
+    def _read_state(self) -> dict[str, torch.Tensor]:
+        """Read the routed tensors into new ones, which do not refer to the file."""
+        by_source: dict[str, list[Route]] = {}
+        for route in self.routes:
+            by_source.setdefault(route.source, []).append(route)
+        shapes = parameter_shapes(self.model)
+        # Allocated first and all at once: between tensors that are freed, they would leave holes.
+        targets = dict.fromkeys(route.target for route in self.routes)
+        state = {target: torch.empty(shapes[target], dtype=self.dtype) for target in targets}
+        for name, tensor in self.file.tensors(by_source):
+            for route in by_source[name]:
+                rows = _part(state[route.target], route.target_part)
+                rows.copy_(_part(tensor, route.source_part))
+                if not _is_finite(rows):
+                    narrow = _is_finite(tensor)
+                    raise FieldValueError(
+                        "{path}: {name!r} has values that are not finite{as_dtype}. Expected "
+                        "finite ones: the file is damaged, or the training diverged"
+                        + (", or a wider {field} is needed." if narrow else "."),
+                        path=self.file.path,
+                        name=name,
+                        as_dtype=f" as {self.dtype}" if narrow else "",
+                        field=Field("torch_dtype", "`torch_dtype`"),
+                    )
+        return state
+
+    def _add_missing(self, state: dict[str, torch.Tensor]) -> None:
+        """Add the weights that a released file lacks: position biases, and the global context."""
+        for layer in self.report.zeroed_layers:
+            name = f"transformer_blocks.{layer}.attn1.local_rel_pos_bias"
+            state[name] = torch.zeros(self.model.get_parameter(name).shape, dtype=self.dtype)
+        for layer in self.report.folded_layers:
+            for kind in ("weight", "bias"):
+                _part(state[f"transformer_blocks.{layer}.attn1.to_qkv.{kind}"], (2, 3)).mul_(0.5)
+        if self.seed is None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            for layer in self.report.drawn_layers:
+                name = f"transformer_blocks.{layer}.attn1.global_context"
+                context: Any = self.model.get_submodule(name).to_empty(device="cpu")
+                context.reset_parameters()
+                for key, tensor in context.state_dict().items():
+                    state[f"{name}.{key}"] = tensor.to(self.dtype)
+
+
+def plan_loading(
     model_class: type[Model],
     path: str | Path,
     *,
@@ -109,29 +172,12 @@ def load_checkpoint(
     global_context: str = "fold",
     seed: int | None = None,
     **overrides: Any,
-) -> Model:
-    """Load a checkpoint file into a new model of a class.
+) -> Plan[Model]:
+    """Prepare to load a checkpoint into a new model, and refuse it unless every tensor fits.
 
-    Arguments, result and errors are those of `localdit.checkpoint.load_transformer`.
+    Arguments and errors are those of `localdit.checkpoint.load_transformer`.
     """
     require_float(torch_dtype)
-    plan = plan_loading(model_class, path, global_context, seed, overrides)
-    dtype = torch_dtype or plan.dtype
-    state = read_state(plan.file, plan.layout.routes, parameter_shapes(plan.model), dtype)
-    _add_missing(plan, state, dtype, seed)
-    plan.model.load_state_dict(state, assign=True)
-    logger.info("%s", plan.report)
-    return plan.model.eval()
-
-
-def plan_loading(
-    model_class: type[Model],
-    path: str | Path,
-    global_context: str,
-    seed: int | None,
-    overrides: dict[str, Any],
-) -> Plan[Model]:
-    """Prepare to load a file, and refuse it unless every tensor has its place."""
     known = list(inspect.signature(model_class.__init__).parameters)[1:]
     _require_sound_arguments(known, global_context, seed, overrides)
     drawn = global_context == "draw"
@@ -151,7 +197,7 @@ def plan_loading(
     model: Any = empty_model(model_class, config)
 
     shapes = parameter_shapes(model)
-    absent = [name for name in shapes if released and name_is_of_processor(name)]
+    absent = [name for name in shapes if released and flat_name(name) != name]
     layers = tuple(sorted({int(name.split(".")[1]) for name in absent}))
     dtype = _check(file, layout, {n: shape for n, shape in shapes.items() if n not in absent})
     live = {route.source for route in layout.routes}
@@ -169,7 +215,7 @@ def plan_loading(
         folded_layers=() if drawn else layers,
         drawn_layers=layers if drawn else (),
     )
-    return Plan(file, layout, model, dtype, report)
+    return Plan(file, layout.routes, model, torch_dtype or dtype, seed, report)
 
 
 def _require_sound_arguments(
@@ -231,7 +277,8 @@ def _check(file: CheckpointFile, layout: Layout, expected: dict[str, torch.Size]
         The narrowest dtype that holds all live tensors.
     """
     targets = {route.target for route in layout.routes}
-    missing = [n for n in expected if n not in targets and not _pieces(n, layout)]
+    pieces = {re.sub(r"\.to_[qkv]\.", ".to_qkv.", name) for name in layout.missing}
+    missing = [name for name in expected if name not in targets and name not in pieces]
     missing += layout.missing
     unexpected = [route.source for route in layout.routes if route.target not in expected]
     if missing or unexpected:
@@ -249,47 +296,10 @@ def _check(file: CheckpointFile, layout: Layout, expected: dict[str, torch.Size]
             raise ValueError(f"{file.path}: {route.source!r} has shape {shape}; expected {wanted}.")
         if dtype not in FLOATS:
             raise ValueError(
-                f"{file.path}: {route.source!r} is {dtype}; expected one of {_listed(FLOATS)}."
+                f"{file.path}: {route.source!r} is {dtype}; expected one of {_FLOAT_NAMES}."
             )
     dtypes = (file.infos[route.source].dtype for route in layout.routes)
     return functools.reduce(torch.promote_types, dtypes)
-
-
-def _pieces(name: str, layout: Layout) -> bool:
-    """Return whether a separate projection of the parameter is reported missing already."""
-    attn, _, kind = name.rpartition(".to_qkv.")
-    return bool(attn) and f"{attn}.to_q.{kind}" in layout.missing
-
-
-def read_state(
-    file: CheckpointFile,
-    routes: list[Route],
-    shapes: dict[str, torch.Size],
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """Read the routed tensors into new ones, which do not refer to the file."""
-    by_source: dict[str, list[Route]] = {}
-    for route in routes:
-        by_source.setdefault(route.source, []).append(route)
-    # Allocated first and all at once: between tensors that are freed, they would leave holes.
-    targets = dict.fromkeys(route.target for route in routes)
-    state = {target: torch.empty(shapes[target], dtype=dtype) for target in targets}
-    for name, tensor in file.tensors(by_source):
-        for route in by_source[name]:
-            rows = _part(state[route.target], route.target_part)
-            rows.copy_(_part(tensor, route.source_part))
-            if not _is_finite(rows):
-                narrow = _is_finite(tensor)
-                raise FieldValueError(
-                    "{path}: {name!r} has values that are not finite{as_dtype}. Expected "
-                    "finite ones: the file is damaged, or the training diverged"
-                    + (", or a wider {field} is needed." if narrow else "."),
-                    path=file.path,
-                    name=name,
-                    as_dtype=f" as {dtype}" if narrow else "",
-                    field=Field("torch_dtype", "`torch_dtype`"),
-                )
-    return state
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -299,27 +309,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _part(tensor: torch.Tensor, part: tuple[int, int]) -> torch.Tensor:
     index, count = part
     return tensor if count == 1 else tensor.chunk(count)[index]
-
-
-def _add_missing(
-    plan: Plan[Any], state: dict[str, torch.Tensor], dtype: torch.dtype, seed: int | None
-) -> None:
-    """Add the weights that a released file lacks: position biases, and the global context."""
-    for layer in plan.report.zeroed_layers:
-        name = f"transformer_blocks.{layer}.attn1.local_rel_pos_bias"
-        state[name] = torch.zeros(parameter_shapes(plan.model)[name], dtype=dtype)
-    for layer in plan.report.folded_layers:
-        for kind in ("weight", "bias"):
-            _part(state[f"transformer_blocks.{layer}.attn1.to_qkv.{kind}"], (2, 3)).mul_(0.5)
-    if seed is None:
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        for layer in plan.report.drawn_layers:
-            name = f"transformer_blocks.{layer}.attn1.global_context"
-            context: Any = plan.model.get_submodule(name).to_empty(device="cpu")
-            context.reset_parameters()
-            state |= {f"{name}.{n}": tensor.to(dtype) for n, tensor in context.state_dict().items()}
 
 
 def empty_model(model_class: type[Model], config: dict[str, Any]) -> Model:
@@ -340,9 +329,5 @@ def require_float(dtype: torch.dtype | None) -> None:
             "{field} is {dtype}; choose one of {known}.",
             field=Field("torch_dtype", "`torch_dtype`"),
             dtype=dtype,
-            known=_listed(FLOATS),
+            known=_FLOAT_NAMES,
         )
-
-
-def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(map(str, dtypes))

@@ -58,6 +58,7 @@ class CheckpointFile:
         kind: "safetensors" or "torch".
         wrapper: key under which a `.pt` file has its state dict; None if it is flat.
         infos: shape and dtype of each tensor, in the file's order.
+        metadata: texts by name in the header of a `.safetensors` file.
         config: the model's configuration if the file has one; otherwise empty.
 
     Raises:
@@ -69,6 +70,7 @@ class CheckpointFile:
         self.path = Path(path)
         self.kind = _file_kind(self.path)
         self.wrapper: str | None = None
+        self.metadata: dict[str, str] = {}
         self.config: dict[str, Any] = {}
         mapped = self._map()
         self.infos = {
@@ -106,14 +108,22 @@ class CheckpointFile:
     def _map_safetensors(self) -> dict[str, torch.Tensor]:
         try:
             with safe_open(os.fspath(self.path), framework="pt") as file:
-                metadata = file.metadata() or {}
+                self.metadata = file.metadata() or {}
                 mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
                 f"{self.path} is a truncated or damaged .safetensors file of "
                 f"{self.path.stat().st_size:,} bytes ({error}). Fetch it again."
             ) from error
-        self.config = _parse_config(metadata.get(CONFIG_KEY, "{}"), self.path)
+        try:
+            config = json.loads(self.metadata.get(CONFIG_KEY, "{}"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self.path}: its metadata {CONFIG_KEY!r} is not JSON ({error})."
+            ) from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path}: its metadata {CONFIG_KEY!r} is not a JSON object.")
+        self.config = config
         return mapped
 
     def _map_torch(self) -> dict[str, torch.Tensor]:
@@ -128,7 +138,7 @@ class CheckpointFile:
                 f"{self.path} {what}. Only tensors in plain dicts are read from a .pt file; "
                 "nothing in it was executed. Have it saved as .safetensors by somebody you trust."
             ) from error
-        except Exception as error:  # a foreign archive fails in any way it likes
+        except Exception as error:  # a foreign archive may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"{self.path} is a truncated or damaged .pt file, or an archive of another kind, "
@@ -198,16 +208,6 @@ def _file_kind(path: Path) -> str:
             what = description
             break
     raise ValueError(f"{path} is {what}. Expected a .safetensors or .pt file of tensors.")
-
-
-def _parse_config(text: str, path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: its metadata {CONFIG_KEY!r} is not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: its metadata {CONFIG_KEY!r} is not a JSON object.")
-    return config
 
 
 def _unwrap(contents: Any, path: Path) -> tuple[dict[str, torch.Tensor], str | None]:

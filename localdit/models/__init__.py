@@ -13,8 +13,7 @@ from .attention import (
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
 )
-from .presets import PRESETS
-from .transformer import LocalDiTTransformer2DModel
+from .transformer import PRESETS, LocalDiTTransformer2DModel
 
 __all__ = [
     "PRESETS",

@@ -101,7 +101,18 @@ def why_not_triton(
     if head_dim % 2 or head_dim > kernel.MAX_HEAD_DIM:
         most = kernel.MAX_HEAD_DIM
         return f"its heads have an even number of channels, at most {most}, not {head_dim}"
-    return _why_not_here(qkv.device, window_size)
+    device = qkv.device
+    interpreting = device.type == "cpu" and _is_interpreting()
+    if device.type != "cuda" and not interpreting:
+        return f"it runs on CUDA devices, not on {device.type}"
+    version = _triton_version()
+    if version is None:
+        return "Triton is not installed (`pip install triton`, on Linux)"
+    if interpreting:
+        return None
+    if version < (3, 3) and window_size > 5:
+        return "windows of more than 5 tokens a side need Triton 3.3 or newer"
+    return _why_not_on_gpu(device.index)
 
 
 # Largest difference between the kernel and PyTorch's operations in the same dtype, as a fraction of
@@ -162,21 +173,6 @@ def why_not_trusted(
             stacklevel=2,
         )
     return reason
-
-
-def _why_not_here(device: torch.device, window_size: int) -> str | None:
-    """Return the reason why Triton's kernel cannot run on this device, or None."""
-    interpreting = device.type == "cpu" and _is_interpreting()
-    if device.type != "cuda" and not interpreting:
-        return f"it runs on CUDA devices, not on {device.type}"
-    version = _triton_version()
-    if version is None:
-        return "Triton is not installed (`pip install triton`, on Linux)"
-    if interpreting:
-        return None
-    if version < (3, 3) and window_size > 5:
-        return "windows of more than 5 tokens a side need Triton 3.3 or newer"
-    return _why_not_on_gpu(device.index)
 
 
 @torch.compiler.assume_constant_result

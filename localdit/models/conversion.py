@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from ..checkpoint.layout import flat_name
 from ..checkpoint.loading import (
     CheckpointReport,
     empty_model,
-    load_checkpoint,
     parameter_shapes,
     plan_loading,
     require_float,
@@ -71,14 +70,14 @@ def load_transformer(
             unexpected, of the wrong shape or not finite, or if an argument contradicts them.
         TypeError: for an unknown argument.
     """
-    return load_checkpoint(
+    return plan_loading(
         LocalDiTTransformer2DModel,
         path,
         torch_dtype=torch_dtype,
         global_context=global_context,
         seed=seed,
         **overrides,
-    )
+    ).load()
 
 
 def inspect_checkpoint(
@@ -88,7 +87,9 @@ def inspect_checkpoint(
 
     Arguments and errors are those of `load_transformer`.
     """
-    return plan_loading(LocalDiTTransformer2DModel, path, global_context, seed, overrides).report
+    return plan_loading(
+        LocalDiTTransformer2DModel, path, global_context=global_context, seed=seed, **overrides
+    ).report
 
 
 def convert_to_diffusers(
@@ -122,22 +123,22 @@ def convert_to_diffusers(
     """
     folder = Path(folder).absolute()
     refuse_taken_folder(folder, overwrite)
-    report = inspect_checkpoint(checkpoint, global_context=global_context, seed=seed, **overrides)
+    plan = plan_loading(
+        LocalDiTTransformer2DModel,
+        checkpoint,
+        torch_dtype=torch_dtype,
+        global_context=global_context,
+        seed=seed,
+        **overrides,
+    )
     with _beside(folder) as scratch:
-        model = load_transformer(
-            checkpoint,
-            torch_dtype=torch_dtype,
-            global_context=global_context,
-            seed=seed,
-            **overrides,
-        )
-        model.save_pretrained(scratch / "new")
+        plan.load().save_pretrained(scratch / "new")
         for path in (scratch / "new").iterdir():
             _sync(path)
         if folder.exists():
             os.replace(folder, scratch / "old")
         os.replace(scratch / "new", folder)
-    return report
+    return plan.report
 
 
 def convert_to_single_file(
@@ -172,14 +173,13 @@ def convert_to_single_file(
     path = Path(path).absolute()
     refuse_taken_file(path, overwrite)
     if isinstance(source, LocalDiTTransformer2DModel):
-        config, state = dict(source.config), source.state_dict()
+        config, state = _public(source.config), source.state_dict()
     else:
         config, state = _read_folder(Path(source))
     state = {
         flat_name(name): tensor.to("cpu", torch_dtype or tensor.dtype).contiguous()
         for name, tensor in state.items()
     }
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(config, sort_keys=True)}
     with _beside(path) as scratch:
         save_file(state, scratch / path.name, metadata=metadata)
@@ -245,14 +245,23 @@ def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return configuration and tensors of a Diffusers folder, the latter mapped into memory."""
     folder, config = transformer_folder(folder)
+    index = folder / f"{WEIGHTS}.index.json"
+    shards = {WEIGHTS}
+    if index.exists():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    files = [folder / Path(name).name for name in sorted(shards)]
+    absent = [file.name for file in files if not file.exists()]
+    if absent:
+        raise FileNotFoundError(f"{folder} lacks its weights {few(absent)}.")
+
     state: dict[str, torch.Tensor] = {}
-    for shard in _shards(folder):
+    for shard in files:
         try:
             with safe_open(os.fspath(shard), framework="pt") as file:
                 state.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{shard} is truncated or damaged ({error}).") from error
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = _public(config)
     expected = parameter_shapes(empty_model(LocalDiTTransformer2DModel, config))
     wrong = [key for key in {**expected, **state} if (key in expected) != (key in state)]
     wrong += [key for key, shape in expected.items() if key in state and state[key].shape != shape]
@@ -264,16 +273,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     return config, state
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.index.json"
-    names = {WEIGHTS}
-    if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    shards = [folder / Path(name).name for name in sorted(names)]
-    absent = [shard.name for shard in shards if not shard.exists()]
-    if absent:
-        raise FileNotFoundError(f"{folder} lacks its weights {few(absent)}.")
-    return shards
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from .attention import (
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
 )
-from .global_context import GlobalContext, SqueezeExcitation
+from .global_context import SqueezeExcitation
 from .layers import FeedForward
 from .transformer import LocalDiTTransformer2DModel
 
@@ -57,7 +57,9 @@ def forward_flops(
         if isinstance(module, LocalDiTAttention):
             products += _self_attention(module, rows, columns)
         elif isinstance(module, CrossAttention):
-            products += _cross_attention(module, tokens, text_tokens)
+            products += tokens * (_weights(module.to_q) + _weights(module.to_out))
+            products += text_tokens * (_weights(module.to_k) + _weights(module.to_v))
+            products += 2 * tokens * text_tokens * module.num_heads * module.head_dim
         elif isinstance(module, FeedForward):
             products += tokens * _weights(module)
     return 2 * products
@@ -81,21 +83,11 @@ def _self_attention(attn: LocalDiTAttention, rows: int, columns: int) -> int:
     slots = grid.rows * grid.columns * w * w
     products += 2 * slots * w * w * dim
     if isinstance(attn.processor, LocalGlobalAttnProcessor):
-        assert attn.global_context is not None
-        products += 2 * slots * w * w * dim
-        products += _global_context(attn.global_context, tokens, slots)
+        context = attn.global_context
+        assert context is not None
+        products += 2 * slots * w * w * dim + tokens * _weights(context.to_global_kv)
+        # The gates of the channels are computed once for the map.
+        excitations = (x for x in context.modules() if isinstance(x, SqueezeExcitation))
+        gates = sum(map(_weights, excitations))
+        products += slots * (_weights(context.query_feat_extract) - gates) + gates
     return products
-
-
-def _global_context(context: GlobalContext, tokens: int, slots: int) -> int:
-    # The gates of the channels are computed once for the map.
-    gates = sum(_weights(part) for part in context.modules() if isinstance(part, SqueezeExcitation))
-    products = tokens * _weights(context.to_global_kv)
-    return products + slots * (_weights(context.query_feat_extract) - gates) + gates
-
-
-def _cross_attention(attn: CrossAttention, tokens: int, text_tokens: int) -> int:
-    per_text_token = _weights(attn.to_k) + _weights(attn.to_v)
-    per_token = _weights(attn.to_q) + _weights(attn.to_out)
-    dim = attn.num_heads * attn.head_dim
-    return text_tokens * per_text_token + tokens * (per_token + 2 * text_tokens * dim)

@@ -20,7 +20,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from einops import rearrange
 from torch import nn
 
-from ..checkpoint.loading import load_checkpoint
+from ..checkpoint.loading import plan_loading
 from ..checkpoint.reading import local_file
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
@@ -180,7 +180,7 @@ class LocalDiTTransformer2DModel(
             **overrides: further arguments of `load_transformer`.
         """
         file = local_file(path, local_files_only)
-        return load_checkpoint(cls, file, torch_dtype=torch_dtype, **overrides)
+        return plan_loading(cls, file, torch_dtype=torch_dtype, **overrides).load()
 
     def set_sample_size(self, sample_size: int) -> None:
         """Scale the model's positions to pictures of another size; the weights stay.
@@ -394,3 +394,18 @@ def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
     if mask is None or mask.ndim == 3:
         return mask
     return (1 - mask.to(dtype))[:, None] * -10000.0
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The released 0.52B model, without global context: the defaults of the class.
+    "released": {},
+    # The model in the box: 128 x 128 pixels on a laptop's processor.
+    "tiny": {
+        "num_attention_heads": 4,
+        "attention_head_dim": 48,
+        "num_layers": 6,
+        "sample_size": 16,
+        "caption_channels": 128,
+    },
+}
+"""Shapes by name, as keyword arguments: `LocalDiTTransformer2DModel(**PRESETS["tiny"])`."""

@@ -28,7 +28,7 @@ def window_attention(
     """Return `softmax(q k^T / sqrt(d) + bias) v` within each window, q and k normed and rotated.
 
     Logits depend only on differences between rotary positions (RoFormer, section 3.1), and tokens
-    that see each other are neighbours on the map. So positions within the window serve every
+    that see each other are neighbours on the map. So positions within the window work for every
     window.
 
     Args:

@@ -1,4 +1,4 @@
-"""Shifted windows as address arithmetic: the slot of each token, and the tokens that it sees.
+"""Shifted windows as address arithmetic: the slot of each token, and the tokens it attends to.
 
 Hidden state: `window_layout` caches up to 256 layouts and `relative_position_index` up to 32
 tensors, on their devices; `localdit.models.clear_caches` clears them.
@@ -111,7 +111,7 @@ def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
         hidden = None
         if row_shift > 0 or column_shift > 0 or (height, width) != (len(rows), len(columns)):
             # Rows below the seam of the roll came from the top edge, and columns right of it from
-            # the left edge. Padding is a region of its own.
+            # the left edge. Padding is a separate region.
             wrapped_rows = torch.arange(len(rows), device=device) >= len(rows) - row_shift
             wrapped_columns = torch.arange(len(columns), device=device) >= (
                 len(columns) - column_shift

@@ -26,8 +26,7 @@ from ..core.text import TextCache, TextSpace, check_prompts
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import PIXELS_PER_LATENT
-from .guidance import DenoiserText, guided_steps
-from .request import Request, TextEmbeddings
+from .request import DenoiserText, Request, TextEmbeddings
 from .saving import SavedPipeline
 
 
@@ -92,7 +91,7 @@ class LocalDiTBasePipeline(SavedPipeline):
                 setattr(made, name, getattr(pipeline, name))
         return made
 
-    # What the pipeline is made of
+    # Components
 
     @property
     def latent_space(self) -> LatentSpace:
@@ -116,7 +115,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         """Pixels along the side of one token; heights and widths are multiples of it."""
         return self.vae_scale_factor * self.transformer.config.patch_size
 
-    # The state of a call
+    # State of a call
 
     @property
     def guidance_scale(self) -> float:
@@ -130,7 +129,7 @@ class LocalDiTBasePipeline(SavedPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the negative prompt takes part in the present step.
+        """True if the negative prompt takes part in the present step.
 
         It does if the guidance scale exceeds 1, within the guidance interval.
         """
@@ -154,11 +153,11 @@ class LocalDiTBasePipeline(SavedPipeline):
     # Stages
 
     def check_inputs(self, request: Request) -> None:
-        """Refuse what cannot work, before any work.
+        """Check all arguments of a call before any work.
 
         Raises:
-            ValueError: an argument cannot work; the message says what to do.
-            TypeError: an argument is of a wrong type.
+            ValueError: if an argument has an unusable value; the message says what to do.
+            TypeError: if an argument has a wrong type.
         """
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
         request.check_embeddings(self.transformer.config.caption_channels)
@@ -169,8 +168,8 @@ class LocalDiTBasePipeline(SavedPipeline):
         """Set the scheduler's timesteps, from the most noise to the least, and return them.
 
         Raises:
-            ValueError: timesteps and sigmas were both given, or the scheduler takes no such thing,
-                or its timesteps do not descend, or there are more of them than it can tell apart.
+            ValueError: if both timesteps and sigmas are given, the scheduler does not accept them,
+                the timesteps do not descend, or there are more than the scheduler has.
         """
         custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
         schedule: dict[str, Any] = {k: v for k, v in custom.items() if v is not None}
@@ -189,7 +188,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         return self.scheduler.timesteps
 
     def encode_request(self, request: Request) -> TextEmbeddings:
-        """Encode the request's prompts; see `encode_prompt`."""
+        """Encode the prompts of a request: see `encode_prompt`."""
         return TextEmbeddings(
             *self.encode_prompt(
                 request.prompt,
@@ -216,15 +215,15 @@ class LocalDiTBasePipeline(SavedPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Encode prompts, or prepare given embeddings, one row per picture.
 
-        Prompts are encoded once: `prompt_cache` keeps their states for later calls.
+        `prompt_cache` keeps the states of encoded prompts for later calls.
 
         Args:
             prompt: B prompts; None with `prompt_embeds`.
-            do_classifier_free_guidance: whether negative embeddings are wanted.
+            do_classifier_free_guidance: return negative embeddings as well.
             negative_prompt: one for all prompts or one per prompt; None is the empty prompt.
             num_images_per_prompt: rows per prompt, n.
-            device: where to put the results; by default where the pipeline computes.
-            prompt_embeds, negative_prompt_embeds: encoded before, `(B, L, C)`.
+            device: device of the results; by default the one that the pipeline computes on.
+            prompt_embeds, negative_prompt_embeds: embeddings to use instead, `(B, L, C)`.
             prompt_attention_mask, negative_prompt_attention_mask: their masks, `(B, L)`.
             max_sequence_length: tokens L that a prompt is padded or cut to.
 
@@ -254,13 +253,11 @@ class LocalDiTBasePipeline(SavedPipeline):
                 if len(prompts) not in (1, rows):
                     raise ValueError(f"{rows} prompts but {len(prompts)} negative prompts.")
                 repeats *= rows // len(prompts)
-            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
-            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
-            negative_prompt_attention_mask = negative_prompt_attention_mask.to(device)
-            negative_prompt_attention_mask = negative_prompt_attention_mask.repeat_interleave(
-                repeats, dim=0
+            negative_prompt_embeds, negative_prompt_attention_mask = (
+                negative_prompt_embeds.to(device, dtype).repeat_interleave(repeats, dim=0),
+                negative_prompt_attention_mask.to(device).repeat_interleave(repeats, dim=0),
             )
-        # The one return statement, of names that are arguments of a call: Diffusers' tests read it.
+        # Diffusers' tests read the names in the return statement: those of `__call__`.
         return (
             prompt_embeds,
             prompt_attention_mask,
@@ -269,11 +266,11 @@ class LocalDiTBasePipeline(SavedPipeline):
         )
 
     def release_text_encoder(self) -> None:
-        """Drop the text encoder and free its memory; prompts encoded before go on working.
+        """Drop the text encoder and free its memory; prompts encoded before still work.
 
-        They are in `prompt_cache`, so they do not outlast the process. Any other prompt raises
-        `ValueError` until `text_encoder` is set again. Memory is freed only if nothing else holds
-        the encoder: another pipeline of the same components, or a variable.
+        Their states are in `prompt_cache`, for the life of the process. Any other prompt raises
+        `ValueError` until `text_encoder` is set again. Memory is freed only if nothing else refers
+        to the encoder, such as another pipeline of the same components, or a variable.
         """
         self.text_encoder = None
         # Offloading holds each model in the hook of the next one; this sets the hooks up again.
@@ -281,9 +278,9 @@ class LocalDiTBasePipeline(SavedPipeline):
         give_memory_back()
 
     def prepare_noise(self, request: Request) -> torch.Tensor:
-        """Return standard normal noise `(B, C, h, w)`, in latents: drawn, or as given.
+        """Return standard normal noise `(B, C, h, w)`: the request's latents, or drawn.
 
-        It is float32 in every case, so that a seed means the same picture in any dtype.
+        It is float32 in every case, so that a seed gives the same picture in any dtype.
         """
         noise = request.latents
         if noise is None:
@@ -311,12 +308,12 @@ class LocalDiTBasePipeline(SavedPipeline):
         """Step the latents through the timesteps.
 
         Args:
-            latents: `(B, C, H, W)`, noisy as at the first timestep.
-            timesteps: the timesteps to take, a tail of the scheduler's.
+            latents: `(B, C, H, W)`, with the noise of the first timestep.
+            timesteps: the timesteps to take: the scheduler's, or the last of them.
             text: B rows each; the negative ones may be None without guidance.
-            request: for guidance, eta, generators and callback.
-            after_step: maps the latents after a step, and its index, to those to go on with; it
-                is called before the callback.
+            request: gives guidance, eta, generators and callback.
+            after_step: called with the latents after a step and the step's index, before the
+                callback; returns the latents to continue with.
 
         Returns:
             The denoised latents, `(B, C, H, W)`.
@@ -329,7 +326,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         options = {"eta": request.eta, "generator": request.generator}
         step_options = {name: value for name, value in options.items() if name in accepted}
-        guided = guided_steps(request.guidance_interval, len(timesteps))
+        guided = request.guided_steps(len(timesteps))
         self._guidance_scale = request.guidance_scale
         self._cross_attention_kwargs = request.cross_attention_kwargs
         self._num_timesteps = len(timesteps)
@@ -361,10 +358,10 @@ class LocalDiTBasePipeline(SavedPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict what the scheduler steps with, guided if the guidance scale exceeds 1.
+        """Return the transformer's prediction, with classifier-free guidance if it is on.
 
-        Classifier-free guidance (Ho and Salimans, 2022) as `uncond + g * (text - uncond)`, both
-        halves in one batch, the negative prompts first; within the guidance interval.
+        Guidance (Ho and Salimans, 2022) is `uncond + g * (text - uncond)`, with both halves in one
+        batch, the negative prompts first.
         """
         guided = self.do_classifier_free_guidance
         pairs = [(prompt_embeds, prompt_attention_mask)]
@@ -399,7 +396,7 @@ class LocalDiTBasePipeline(SavedPipeline):
 
     @contextmanager
     def _clean_state(self) -> Iterator[None]:
-        """Begin and end a run of steps without anything left over from another one."""
+        """Clear the state that steps share, before and after a run of steps."""
         self._reset_between_runs()
         try:
             yield
@@ -409,15 +406,15 @@ class LocalDiTBasePipeline(SavedPipeline):
             self._current_timestep = None
 
     def _reset_between_runs(self) -> None:
-        """Forget what is carried from step to step: joined text, and a step cache's states."""
+        """Clear what is carried from step to step: joined text, and a step cache's states."""
         self._denoiser_text.clear()
         self._latest_context = None
         self.transformer._reset_stateful_cache()
 
     def _cache_context(self, name: str) -> AbstractContextManager[None]:
-        """Name the kind of call for a step cache.
+        """Name the kind of call for a step cache, and drop its states of another kind.
 
-        States that it kept of another kind have another batch size and are steps old: drop them.
+        Those have another batch size and are several steps old.
         """
         if name != self._latest_context:
             self.transformer._reset_stateful_cache()
@@ -427,7 +424,7 @@ class LocalDiTBasePipeline(SavedPipeline):
     def decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         """Decode latents `(B, C, h, w)` into pictures `(B, 3, H, W)` in [0, 1].
 
-        If latents are asked for, they are returned as they are.
+        If the output type is "latent", the latents are returned as they are.
         """
         if request.output_type == "latent":
             return latents
@@ -435,7 +432,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         return self.image_processor.postprocess(pictures, output_type="pt")
 
     def output(self, pictures: torch.Tensor, request: Request) -> ImagePipelineOutput | tuple[Any]:
-        """Return what `decode` gave in the form asked for; free offloaded models."""
+        """Return decoded pictures in the requested output type; free offloaded models."""
         images: Any = pictures
         if request.output_type in ("np", "pil"):
             images = self.image_processor.pt_to_numpy(pictures)

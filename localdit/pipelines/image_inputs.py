@@ -1,4 +1,4 @@
-"""Images and masks as the pipelines take them in: files' pictures, arrays, tensors, or latents."""
+"""Images and masks for the pipelines: PIL images, arrays, tensors or latents, read as tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,23 +10,23 @@ from PIL import Image
 
 from ..images import load_image
 
-# From this value of a mask on, a pixel is repainted. Values between 0 and 1 say how much of the new
-# picture is laid over the old one.
+# A pixel is repainted if its mask has at least this value. Values between 0 and 1 also set how much
+# of the new picture is blended into the old one.
 REPAINTED = 0.5
 
 
 def read_images(image: Any, latent_channels: int) -> torch.Tensor:
-    """Return images as one float32 tensor `(N, 3, H, W)` in [0, 1], latents as they are.
+    """Return images as one float32 tensor `(N, 3, H, W)` in [0, 1], and latents unchanged.
 
     Args:
         image: one of these or a list of them: a PIL image of any mode; an array `(H, W, 3)` or
             `(N, H, W, 3)`, or a tensor `(3, H, W)` or `(N, 3, H, W)`, of floats in [0, 1] or of
             uint8; a tensor of latents `(latent_channels, h, w)` or `(N, latent_channels, h, w)`.
-        latent_channels: what tells latents from pictures.
+        latent_channels: channels by which latents are recognised.
 
     Raises:
-        TypeError: it is nothing of the kind.
-        ValueError: there are none, their sizes differ, or values are out of range or not finite.
+        TypeError: if it is none of these.
+        ValueError: if the list is empty, sizes differ, or values are out of range or not finite.
     """
     images = _read_all("image", image, load_image, [3], [3, latent_channels])
     if images.shape[1] == 3:
@@ -35,18 +35,18 @@ def read_images(image: Any, latent_channels: int) -> torch.Tensor:
 
 
 def read_masks(mask_image: Any) -> torch.Tensor:
-    """Return masks as one float32 tensor `(N, 1, H, W)` in [0, 1], 1 = to be repainted.
+    """Return masks as one float32 tensor `(N, 1, H, W)` in [0, 1], 1 = repaint.
 
     Args:
-        mask_image: one of these or a list of them: a PIL image of any mode, what is transparent
-            counting as black; an array `(H, W)`, `(H, W, 1 or 3)` or `(N, H, W, 1 or 3)`, or a
+        mask_image: one of these or a list of them: a PIL image of any mode, with transparent pixels
+            counted as black; an array `(H, W)`, `(H, W, 1 or 3)` or `(N, H, W, 1 or 3)`, or a
             tensor `(H, W)`, `(1 or 3, H, W)` or `(N, 1 or 3, H, W)`, of floats in [0, 1], of uint8
             or of bool.
 
     Raises:
-        TypeError: it is nothing of the kind.
-        ValueError: there are none, their sizes differ, values are out of range or not finite, or
-            one has nothing to repaint.
+        TypeError: if it is none of these.
+        ValueError: if the list is empty, sizes differ, values are out of range or not finite, or
+            a mask has nothing to repaint.
     """
     masks = _read_all("mask_image", mask_image, _over_black, [1, 3], [1, 3])
     _check_range("mask_image", masks)
@@ -59,17 +59,13 @@ def read_masks(mask_image: Any) -> torch.Tensor:
     return masks
 
 
-def scale_images(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Scale pictures `(N, 3, H, W)` in [0, 1] to `height` x `width`, not keeping proportions."""
-    return _scale(images, height, width, "bicubic")
+def scale_images(
+    images: torch.Tensor, height: int, width: int, mode: str = "bicubic"
+) -> torch.Tensor:
+    """Scale pictures or masks `(N, C, H, W)` in [0, 1], without keeping their proportions.
 
-
-def scale_masks(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Scale masks `(N, 1, H, W)` likewise, so that what is black stays it: bicubic would ripple."""
-    return _scale(masks, height, width, "bilinear")
-
-
-def _scale(images: torch.Tensor, height: int, width: int, mode: str) -> torch.Tensor:
+    Masks are scaled with `mode="bilinear"`, because bicubic filters ripple at edges.
+    """
     if images.shape[-2:] == (height, width):
         return images
     scaled = F.interpolate(images, (height, width), mode=mode, antialias=True)
@@ -83,15 +79,7 @@ def _read_all(
     array_channels: list[int],
     tensor_channels: list[int],
 ) -> torch.Tensor:
-    """Return one input or a list of them as `(N, C, H, W)`.
-
-    Args:
-        name: what error messages call them.
-        given: PIL images, arrays, tensors.
-        to_rgb: from any PIL image to one of mode RGB.
-        array_channels: numbers of channels that an array may have.
-        tensor_channels: likewise.
-    """
+    """Return one input or a list of them as `(N, C, H, W)`; error messages call them `name`."""
     images = given if isinstance(given, list) else [given]
     if not images:
         raise ValueError(f"{name} is an empty list: give at least one image.")
@@ -153,7 +141,7 @@ def _check_range(name: str, images: torch.Tensor) -> None:
 
 
 def _over_black(mask: Image.Image) -> Image.Image:
-    """A mask of any mode as RGB; what is transparent is black, and so is kept."""
+    """Convert a mask of any mode to RGB; transparent pixels become black, so they are kept."""
     if "transparency" not in mask.info and not mask.mode.upper().endswith("A"):
         return load_image(mask)
     black = Image.new("RGBA", mask.size, "black")

@@ -1,15 +1,101 @@
-"""Text and image to image."""
+"""Image to image, and the stages of all pipelines that start from images."""
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from .checks import check_number
-from .from_images import FromImagesPipeline
-from .image_inputs import read_images
-from .request import Generators, Request, StepCallback, TextEmbeddings
+from ..core.diffusion import add_noise
+from .base import LocalDiTBasePipeline
+from .image_inputs import read_images, scale_images
+from .request import (
+    Generators,
+    Request,
+    StepCallback,
+    TextEmbeddings,
+    check_number,
+    check_one_each,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class FromImagesPipeline(LocalDiTBasePipeline):
+    """The stages from given images to the latents that sampling starts from."""
+
+    def size_of(
+        self, images: torch.Tensor, height: int | None, width: int | None
+    ) -> tuple[int, int]:
+        """Return the pictures' height and width in pixels: as given, or else the images'."""
+        pixels = self.vae_scale_factor if self.are_latents(images) else 1
+        return (
+            pixels * images.shape[2] if height is None else height,
+            pixels * images.shape[3] if width is None else width,
+        )
+
+    def are_latents(self, images: torch.Tensor) -> bool:
+        """Return whether images `(N, C, H, W)` are latents, judged by their channels."""
+        return images.shape[1] == self.transformer.config.in_channels
+
+    def check_images(self, images: torch.Tensor, request: Request) -> None:
+        """Refuse a wrong number of images, and latents of a wrong size.
+
+        Raises:
+            ValueError: if the images do not fit the request; the message says what to do.
+        """
+        check_one_each("image", len(images), request.num_prompts)
+        size = (request.height // self.vae_scale_factor, request.width // self.vae_scale_factor)
+        if self.are_latents(images) and images.shape[2:] != size:
+            raise ValueError(
+                f"The latents given as image are {tuple(images.shape[2:])}, but height and width "
+                f"need {size}. Latents cannot be scaled: leave height and width out."
+            )
+
+    def get_timesteps(self, strength: float) -> torch.Tensor:
+        """Return the last `int(steps * strength)` steps of the scheduler's timesteps."""
+        timesteps, order = self.scheduler.timesteps, self.scheduler.order
+        steps = math.ceil(len(timesteps) / order)
+        kept = int(steps * strength)
+        if strength > 0 and kept == 0:
+            logger.warning(
+                "Strength %g of %d steps is less than one step: no step is taken.", strength, steps
+            )
+        first = (steps - kept) * order
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        return timesteps[first:]
+
+    def encode_images(self, images: torch.Tensor, request: Request) -> torch.Tensor:
+        """Encode images `(N, 3, H, W)` in [0, 1] as latents `(B, C, height / 8, width / 8)`.
+
+        Each image is encoded once, and each picture draws a sample of the posterior. Images that
+        are latents are returned as they are.
+        """
+        repeats = request.batch_size // len(images)
+        images = images.to(self._execution_device)
+        if self.are_latents(images):
+            return images.repeat_interleave(repeats, dim=0)
+        images = scale_images(images, request.height, request.width)
+        if self.image_processor.config.do_normalize:
+            images = self.image_processor.normalize(images)
+        return self.latent_space.encode(
+            images, sample=True, generator=request.generator, repeats=repeats
+        )
+
+    def add_noise(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Add the noise of the first timestep to come to latents `(B, C, h, w)`, if there is one.
+
+        The scheduler must be at that timestep: schedulers with sigmas use their step index instead
+        of the timestep.
+        """
+        if len(timesteps) == 0:
+            return latents
+        return add_noise(self.scheduler, latents, noise, timesteps[:1])
 
 
 class LocalDiTImg2ImgPipeline(FromImagesPipeline):
@@ -50,22 +136,20 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Change pictures to follow prompts.
 
-        Arguments that are not listed are those of `LocalDiTPipeline`.
+        The other arguments are those of `LocalDiTPipeline`.
 
         Args:
-            prompt: one prompt or a list of B.
             image: one image for all prompts or a list of B: PIL images, arrays `(H, W, 3)` or
                 tensors `(3, H, W)` in [0, 1], or latents as `output_type="latent"` returns them.
-            strength: how much to change, in [0, 1]: the last `int(num_inference_steps * strength)`
-                timesteps are taken, from the encoded image with the noise of the first of them.
-                At 0 the image comes back as the autoencoder renders it.
-            negative_prompt: what to steer away from: one for all prompts, or one for each.
+            strength: how much to change, in [0, 1]. The last `int(num_inference_steps * strength)`
+                timesteps are taken, starting from the encoded image with the noise of the first of
+                them. At 0 the image is only encoded and decoded.
             height, width: pixels to scale the image to, multiples of 16; by default its own.
             latents: standard normal noise to add, `(B * n, C, height / 8, width / 8)`.
-            guidance_interval: fractions (start, stop) of the steps that are taken.
+            guidance_interval: fractions (start, stop) of the steps that `strength` leaves.
 
         Returns:
-            The B * n pictures, those of the first prompt first, as `output.images` or `(images,)`.
+            The B * n pictures, prompt by prompt, as `output.images` or `(images,)`.
 
         Raises:
             ValueError: an argument cannot work; the message says what to do.

@@ -1,24 +1,125 @@
-"""Text, image and mask to image."""
+"""Inpainting: parts of pictures are repainted, the rest is kept."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..core.diffusion import initial_scale
-from .canvas import Canvas, latents_to_repaint
-from .checks import check_integer, check_number, check_one_each
-from .from_images import FromImagesPipeline
-from .image_inputs import read_images, read_masks
-from .request import Generators, Request, StepCallback, TextEmbeddings
+from .image_inputs import REPAINTED, read_images, read_masks, scale_images
+from .image_to_image import FromImagesPipeline
+from .request import (
+    Generators,
+    Request,
+    StepCallback,
+    TextEmbeddings,
+    check_integer,
+    check_number,
+    check_one_each,
+)
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels, the latter two exclusive
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Pictures and masks to work on: one of each for all prompts, or one per prompt.
+
+    Attributes:
+        images: `(N, 3, H, W)` in [0, 1].
+        masks: `(M, 1, H, W)` in [0, 1], 1 = repaint.
+        boxes: the crop of each of the max(N, M) pairs; None for whole pictures.
+    """
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    boxes: list[Box] | None = None
+
+    @classmethod
+    def scaled(cls, images: torch.Tensor, masks: torch.Tensor, height: int, width: int) -> Canvas:
+        """Return a canvas of whole pictures, scaled to `height` x `width`."""
+        return cls(
+            scale_images(images, height, width), scale_images(masks, height, width, "bilinear")
+        )
+
+    @classmethod
+    def around_masks(
+        cls, images: torch.Tensor, masks: torch.Tensor, height: int, width: int, padding: int
+    ) -> Canvas:
+        """Return a canvas with crops around the masks, with `padding` pixels on each side.
+
+        A crop has the proportions of `height` to `width` if the picture is large enough.
+        """
+        regions = [
+            VaeImageProcessor.get_crop_region(mask, width, height, padding)
+            for mask in VaeImageProcessor.numpy_to_pil(
+                (masks >= REPAINTED).float().permute(0, 2, 3, 1).cpu().numpy()
+            )
+        ]
+        count = max(len(images), len(masks))
+        return cls(images, masks, [regions[i % len(regions)] for i in range(count)])
+
+    def part(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pictures and masks to work on, scaled to `height` x `width`."""
+        if self.boxes is None:
+            return self.images, self.masks
+        count = len(self.boxes)
+        images, masks = [], []
+        for box, image, mask in zip(
+            self.boxes, _rows(self.images, count), _rows(self.masks, count), strict=True
+        ):
+            left, top, right, bottom = box
+            images.append(scale_images(image[None, :, top:bottom, left:right], height, width))
+            crop = mask[None, :, top:bottom, left:right]
+            masks.append(scale_images(crop, height, width, "bilinear"))
+        return torch.cat(images), torch.cat(masks)
+
+    def put_back(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Blend repainted parts `(B, 3, height, width)` into the pictures, weighted by the masks.
+
+        Returns:
+            `(B, 3, H, W)` in [0, 1], float32; where the mask is 0, the picture is unchanged.
+        """
+        images, masks = (
+            _rows(whole, len(pictures)).to(pictures.device) for whole in (self.images, self.masks)
+        )
+        if self.boxes is None:
+            return torch.lerp(images, pictures.float(), masks)
+        painted = images.clone()
+        repeats = len(pictures) // len(self.boxes)
+        for row, picture in enumerate(pictures.float()):
+            left, top, right, bottom = self.boxes[row // repeats]
+            size = bottom - top, right - left
+            painted[row, :, top:bottom, left:right] = scale_images(picture[None], *size)[0]
+        return torch.lerp(images, painted, masks)
+
+
+def latents_to_repaint(masks: torch.Tensor, scale: int, rows: int) -> torch.Tensor:
+    """Return True for each latent that has a pixel to repaint, `(rows, 1, H / scale, W / scale)`.
+
+    Args:
+        masks: `(M, 1, H, W)` in [0, 1].
+        scale: pixels along the side of a latent.
+        rows: number of pictures.
+    """
+    return _rows(F.max_pool2d(masks, scale) >= REPAINTED, rows)
+
+
+def _rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Repeat each row so that there are `count` rows."""
+    return tensor.repeat_interleave(count // len(tensor), dim=0)
 
 
 class LocalDiTInpaintPipeline(FromImagesPipeline):
-    """Repaint parts of pictures to follow prompts; the rest is kept, to the pixel.
+    """Repaint parts of pictures to follow prompts; the other pixels stay exactly the same.
 
-    After each step, what is to be kept is put back with the noise of that step (RePaint, Lugmayr et
+    After each step, the kept latents are put back with the noise of that step (RePaint, Lugmayr et
     al., 2022, without its resampling). See `LocalDiTBasePipeline` for the components.
     """
 
@@ -65,31 +166,30 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Repaint parts of pictures to follow prompts.
 
-        Arguments that are not listed are those of `LocalDiTPipeline`.
+        The other arguments are those of `LocalDiTPipeline`.
 
         Args:
-            prompt: one prompt or a list of B: what the whole picture is to show.
+            prompt: one prompt or a list of B, describing the whole picture.
             image: one image for all prompts or a list of B: PIL images, arrays `(H, W, 3)` or
                 tensors `(3, H, W)` in [0, 1], or latents as `output_type="latent"` returns them.
             mask_image: one mask for all prompts or a list of B, of the image's size in pixels: PIL
-                images, arrays `(H, W)` or tensors `(1, H, W)` in [0, 1]. White (from 0.5 on) is
-                repainted. Values between 0 and 1 blend old and new, so that a blurred mask hides
-                the seam; where it is 0, the picture stays as it was.
-            strength: how much to change what is repainted, in [0, 1]: as in image to image, but
-                that at 1 it starts from noise alone.
-            padding_mask_crop: if given, only the surroundings of the mask are worked on: its
-                bounding box with so many pixels around it, scaled to `height` x `width` and
-                afterwards back. So a small part of a large picture is painted in full detail.
-            negative_prompt: what to steer away from: one for all prompts, or one for each.
+                images, arrays `(H, W)` or tensors `(1, H, W)` in [0, 1]. White (0.5 or more) is
+                repainted. Values between 0 and 1 blend old and new, so a blurred mask hides the
+                seam. Where the mask is 0, the picture does not change.
+            strength: how much to change the repainted part, in [0, 1], as in image to image. At 1
+                it starts from pure noise.
+            padding_mask_crop: if given, repaint a crop: the bounding box of the mask with this many
+                pixels around it is scaled to `height` x `width`, repainted, and scaled back. A
+                small part of a large picture is then painted in full detail.
             height, width: pixels to scale the image to, multiples of 16; by default its own.
             latents: standard normal noise, `(B * n, C, height / 8, width / 8)`.
-            guidance_interval: fractions (start, stop) of the steps that are taken.
+            guidance_interval: fractions (start, stop) of the steps that `strength` leaves.
 
         Returns:
-            The B * n pictures, those of the first prompt first, as `output.images` or `(images,)`,
+            The B * n pictures, prompt by prompt, as `output.images` or `(images,)`,
             of `height` x `width` pixels or, with `padding_mask_crop`, of the image's size. "pt" and
-            "np" are float32. What is kept is the image itself, scaled if need be; where latents
-            were given or are asked for, it is its latents.
+            "np" are float32. The kept part is that of the image, scaled if necessary. If the image
+            or the output is latents, the kept part is that of its latents.
 
         Raises:
             ValueError: an argument cannot work; the message says what to do.
@@ -150,10 +250,10 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         repaint: torch.Tensor,
         schedule: torch.Tensor,
     ) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """Make the function that puts back, after each step, the latents that are kept.
+        """Make the function that puts back the kept latents after each step.
 
-        Schedulers of second order take a step in two halves. In between, the latents are at no
-        level of noise that `add_noise` knows, and what is kept follows from the step's beginning.
+        Second-order schedulers take a step in two halves. Between the halves the latents are at no
+        noise level that `add_noise` knows, so nothing is put back there.
 
         Args:
             encoded: the image's latents `(B, C, h, w)`.
@@ -178,10 +278,11 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         padding_mask_crop: int | None,
         request: Request,
     ) -> None:
-        """Refuse masks that do not fit the images, and what `padding_mask_crop` cannot do.
+        """Refuse masks that do not fit the images, and crops of latents.
 
         Raises:
-            ValueError: it is so; the message says what to do.
+            ValueError: if a mask or `padding_mask_crop` cannot be used; the message says what to
+                do.
         """
         check_one_each("mask", len(masks), request.num_prompts)
         pixels = self.vae_scale_factor if self.are_latents(images) else 1

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al., 2022) of a pipeline's transformer: files of them, checked and read."""
+"""LoRA adapters (Hu et al., 2022) of a pipeline's transformer: read and check their files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from diffusers.loaders.lora_base import (
     LORA_WEIGHT_NAME,
     LORA_WEIGHT_NAME_SAFE,
 )
-from safetensors import safe_open
 
 from ..checkpoint.reading import CheckpointFile, few
 from ..models.transformer import LocalDiTTransformer2DModel
@@ -27,14 +26,14 @@ PREFIX = "transformer."  # of the names of tensors in a file
 def adapter_of(
     transformer: LocalDiTTransformer2DModel, adapter_name: str | None = None
 ) -> tuple[Tensors, dict[str, Any]]:
-    """An adapter's tensors by name, and its settings.
+    """Return an adapter's tensors by name, and its settings.
 
     Args:
-        transformer: the model that has it.
-        adapter_name: which; not needed where there is one.
+        transformer: the model with the adapter.
+        adapter_name: name of the adapter, if the model has several.
 
     Raises:
-        ValueError: if the model has no such adapter, or several and none was named.
+        ValueError: if the adapter is missing, or there are several and none was named.
     """
     names = list(getattr(transformer, "peft_config", {}))
     if adapter_name is None and len(names) == 1:
@@ -49,12 +48,12 @@ def adapter_of(
 
 
 def bare(model: Any) -> Any:
-    """The model inside one that `torch.compile` made; anything else as it is."""
+    """Return the model that `torch.compile` has wrapped; anything else as it is."""
     return getattr(model, "_orig_mod", model)
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON can hold them, the same in every process: sets have no order."""
+    """Return settings for JSON, with sets sorted: their order differs between processes."""
     return {
         name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()
     }
@@ -63,10 +62,12 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 def local_file(
     source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **_: Any
 ) -> Path | None:
-    """The file that is meant, if `source` is one or a folder here; None if it is a hub name.
+    """Return the file that a local file or folder stands for; None for a hub name.
 
     Raises:
-        FileNotFoundError: if it looks like a path, or a folder holds no such file.
+        FileNotFoundError: if `source` looks like a path and is missing, or the folder lacks the
+            file.
+        ValueError: if the folder holds several files and none was named.
     """
     path = Path(source)
     if path.is_file():
@@ -92,17 +93,14 @@ def local_file(
 
 
 def read_adapter(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
-    """The tensors in a file and, where it has them, an adapter's settings.
+    """Return the tensors in a file, and the adapter's settings if the file has them.
 
     Raises:
-        ValueError: if it is damaged, or holds anything but tensors.
+        ValueError: if the file is damaged, or holds anything but tensors.
     """
     checkpoint = CheckpointFile(file)
     tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors(checkpoint.infos)}
-    if checkpoint.kind != "safetensors":
-        return tensors, None
-    with safe_open(file, framework="pt") as opened:
-        text = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    text = checkpoint.metadata.get(LORA_ADAPTER_METADATA_KEY)
     try:
         return tensors, None if text is None else dict(json.loads(text))
     except (TypeError, ValueError) as error:
@@ -112,11 +110,11 @@ def read_adapter(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
 
 
 def require_adapter(tensors: Tensors, source: str) -> None:
-    """Raise ValueError for what is no LoRA of a transformer in Diffusers' layout."""
+    """Refuse tensors that are no LoRA of a transformer in Diffusers' layout, with ValueError."""
     if any(name.startswith(PREFIX) and "lora" in name for name in tensors):
         return
     if any(name.startswith("text_encoder") for name in tensors):
-        return  # has a message of its own
+        return  # `require_no_text_encoder` refuses these
     hint = ""
     if any(name.startswith("transformer_blocks.") and "lora" in name for name in tensors):
         hint = " Load it with `pipe.transformer.load_lora_adapter(..., prefix=None)`."
@@ -127,6 +125,7 @@ def require_adapter(tensors: Tensors, source: str) -> None:
 
 
 def require_no_text_encoder(tensors: Tensors) -> None:
+    """Refuse a LoRA with weights for a text encoder, with ValueError."""
     names = [name for name in tensors if name.startswith("text_encoder")]
     if names:
         raise ValueError(
@@ -137,7 +136,7 @@ def require_no_text_encoder(tensors: Tensors) -> None:
 
 
 def require_fit(tensors: Tensors, transformer: LocalDiTTransformer2DModel) -> None:
-    """Raise ValueError unless each adapted layer is there, and of the adapter's width."""
+    """Refuse adapters of layers that are missing or have another width, with ValueError."""
     layers = {
         name: getattr(module, "base_layer", module) for name, module in transformer.named_modules()
     }
@@ -161,7 +160,7 @@ def require_fit(tensors: Tensors, transformer: LocalDiTTransformer2DModel) -> No
 
 
 def _width(layer: torch.nn.Module, half: str) -> int | None:
-    """Channels that a layer takes (for an adapter's half A) or gives (B); None if unknown."""
+    """Return a layer's input channels (for half A of an adapter) or output channels (half B)."""
     if half not in ("_A.weight", "_B.weight"):
         return None
     kinds = ("in_features", "in_channels") if half[1] == "A" else ("out_features", "out_channels")

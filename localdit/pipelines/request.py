@@ -1,15 +1,16 @@
-"""The arguments that all LocalDiT pipelines share, checked as a whole before any work."""
+"""The arguments that all LocalDiT pipelines share, and their checks before any work."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 
-from ..core.text import NO_ENCODER, check_prompts
+from ..core.text import NO_ENCODER, check_prompts, cut_padding
 from ..errors import Field
 from ..sizes import check_size
-from . import checks
 
 Generators = torch.Generator | list[torch.Generator] | None
 StepCallback = Callable[..., dict[str, Any] | None]
@@ -18,7 +19,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class TextEmbeddings(NamedTuple):
-    """Encoded prompts: embeddings (B, L, C) and masks (B, L), 1 = token and 0 = padding."""
+    """Encoded prompts: embeddings `(B, L, C)` and masks `(B, L)`, 1 = token and 0 = padding."""
 
     prompt_embeds: torch.Tensor | None
     prompt_attention_mask: torch.Tensor | None
@@ -28,7 +29,7 @@ class TextEmbeddings(NamedTuple):
 
 @dataclass
 class Request:
-    """One call of a pipeline; `LocalDiTPipeline.__call__` says what each argument is."""
+    """One call of a pipeline; `LocalDiTPipeline.__call__` describes the arguments."""
 
     prompt: str | list[str] | None
     negative_prompt: str | list[str] | None
@@ -69,51 +70,54 @@ class Request:
         start, stop = self.guidance_interval
         return self.guidance_scale > 1 and start < stop
 
-    def check_values(self, multiple: int, callback_tensors: list[str]) -> None:
-        """Raise for single values that cannot work.
+    def guided_steps(self, steps: int) -> range:
+        """The guided steps of `steps`: from `int(start * steps)` to `int(stop * steps)`."""
+        start, stop = self.guidance_interval
+        return range(int(start * steps), int(stop * steps))
 
-        Args:
-            multiple: what height and width must be multiples of, in pixels.
-            callback_tensors: the names of tensors that a callback can ask for.
+    def check_values(self, multiple: int, callback_tensors: list[str]) -> None:
+        """Refuse single values that cannot work.
+
+        Height and width are multiples of `multiple` pixels. A callback can ask for the tensors
+        named in `callback_tensors`.
         """
         check_size(Field("height"), self.height, multiple)
         check_size(Field("width"), self.width, multiple)
-        checks.check_integer("num_inference_steps", self.num_inference_steps, 1)
-        checks.check_integer("num_images_per_prompt", self.num_images_per_prompt, 1)
-        checks.check_integer("max_sequence_length", self.max_sequence_length, 1)
-        checks.check_number("guidance_scale", self.guidance_scale)
-        checks.check_interval("guidance_interval", self.guidance_interval)
-        checks.check_one_of("output_type", [self.output_type], OUTPUT_TYPES)
+        check_integer("num_inference_steps", self.num_inference_steps, 1)
+        check_integer("num_images_per_prompt", self.num_images_per_prompt, 1)
+        check_integer("max_sequence_length", self.max_sequence_length, 1)
+        check_number("guidance_scale", self.guidance_scale)
+        check_interval("guidance_interval", self.guidance_interval)
+        check_one_of("output_type", [self.output_type], OUTPUT_TYPES)
         for name, value in (self.cross_attention_kwargs or {}).items():
-            checks.check_one_of("cross_attention_kwargs", [name], ["scale"])
-            checks.check_number("the scale in cross_attention_kwargs", value)
-        checks.check_one_of(
+            check_one_of("cross_attention_kwargs", [name], ["scale"])
+            check_number("the scale in cross_attention_kwargs", value)
+        check_one_of(
             "callback_on_step_end_tensor_inputs",
             self.callback_on_step_end_tensor_inputs,
             callback_tensors,
         )
 
     def check_embeddings(self, channels: int) -> None:
-        """Raise for embeddings without their mask or of another shape than `(B, L, channels)`."""
+        """Refuse embeddings without a mask, or of another shape than `(B, L, channels)`."""
         for name in ("prompt", "negative_prompt"):
             embeds = getattr(self.text, f"{name}_embeds")
             mask = getattr(self.text, f"{name}_attention_mask")
             if (embeds is None) != (mask is None):
                 raise ValueError(f"{name}_embeds and {name}_attention_mask go together: give both.")
             if embeds is not None:
-                checks.check_tensor(f"{name}_embeds", embeds, (None, None, channels))
-                checks.check_tensor(f"{name}_attention_mask", mask, embeds.shape[:2])
+                check_tensor(f"{name}_embeds", embeds, (None, None, channels))
+                check_tensor(f"{name}_attention_mask", mask, embeds.shape[:2])
         negative = self.text.negative_prompt_embeds
         if negative is not None:
             positive = self.text.prompt_embeds
             length = self.max_sequence_length if positive is None else positive.shape[1]
-            checks.check_tensor("negative_prompt_embeds", negative, (None, length, channels))
+            check_tensor("negative_prompt_embeds", negative, (None, length, channels))
 
     def check_prompts(self, can_encode: Callable[[list[str], int], bool]) -> None:
-        """Raise for prompts that are missing, given twice, too long, or differ in number.
+        """Refuse prompts that are missing, given twice, differ in number, or cannot be encoded.
 
-        Args:
-            can_encode: tells whether prompts can be encoded, at a number of tokens.
+        `can_encode(prompts, tokens)` returns whether prompts can be encoded at that length.
         """
         if (self.prompt is None) == (self.text.prompt_embeds is None):
             raise ValueError("Give either prompt or prompt_embeds, one of the two.")
@@ -136,7 +140,7 @@ class Request:
             raise ValueError(NO_ENCODER)
 
     def _to_encode(self) -> Iterator[tuple[list[str], int]]:
-        """The prompts that no embeddings are given for, each list with its number of tokens."""
+        """Yield the prompts without embeddings, each list with its number of tokens."""
         length = self.max_sequence_length
         if self.prompt is not None:
             yield check_prompts(self.prompt), length
@@ -146,7 +150,121 @@ class Request:
             yield check_prompts(self.negative_prompt or "", "negative_prompt"), length
 
     def check_noise(self, latents_shape: tuple[int, ...]) -> None:
-        """Raise for generators of a wrong number and for latents of another shape."""
-        checks.check_generator(self.generator, self.batch_size)
+        """Refuse a wrong number of generators, and latents of another shape."""
+        check_generator(self.generator, self.batch_size)
         if self.latents is not None:
-            checks.check_tensor("latents", self.latents, latents_shape)
+            check_tensor("latents", self.latents, latents_shape)
+
+
+def _is_integer(value: Any) -> bool:  # NumPy's too
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Refuse anything but an integer of at least `low`, with `ValueError`."""
+    if not _is_integer(value) or value < low:
+        expected = "a positive integer" if low == 1 else f"an integer of at least {low}"
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse anything but a finite number in [low, high], with `ValueError`."""
+    if not _is_finite(value) or not low <= value <= high:
+        expected = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+def check_interval(name: str, value: Any) -> None:
+    """Refuse anything but two numbers with 0 <= start <= stop <= 1, with `ValueError`."""
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_finite, value))
+    if not pair or not 0 <= value[0] <= value[1] <= 1:
+        raise ValueError(
+            f"{name} must be two fractions of the steps, (start, stop) with 0 <= start <= stop <= "
+            f"1, got {value!r}."
+        )
+
+
+def check_generator(generator: Any, batch_size: int) -> None:
+    """Refuse anything but None, one `torch.Generator`, or a list with one per picture."""
+    if generator is None:
+        return
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"generator is a list of {len(generator)}, but {batch_size} pictures are to be made: "
+            "give one generator for all, or a list with one for each picture."
+        )
+    for one in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator or a list of them, got {type(one).__name__}."
+            )
+
+
+def check_tensor(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
+    """Refuse anything but a tensor of finite values with this shape (None: any length)."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    fits = len(shape) == tensor.ndim and all(
+        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}.")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} contains NaN or infinite values.")
+
+
+def check_one_of(name: str, values: Sequence[Any], available: Sequence[str]) -> None:
+    """Refuse values that are not `available`, with `ValueError`."""
+    unknown = [value for value in values if value not in available]
+    if unknown:
+        raise ValueError(
+            f"{name}: {', '.join(map(repr, unknown))} is none of {', '.join(available)}."
+        )
+
+
+def check_one_each(what: str, count: int, prompts: int) -> None:
+    """Refuse a number of images (or of `what`) other than one for all prompts or one per prompt."""
+    if count not in (1, prompts):
+        raise ValueError(
+            f"There are {count} {what}s but {prompts} prompts: give one {what} for all, or one for "
+            "each prompt."
+        )
+
+
+class DenoiserText:
+    """The text for the denoiser: embeddings joined, and their common padding cut.
+
+    The latest result is kept, and used again until one of the tensors changes.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the latest result and free its memory."""
+        self._made_from: list[tuple[torch.Tensor, int]] = []
+        self._made: Any = None
+
+    def __call__(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, Any]:
+        """Join pairs of embeddings and mask, in order: `(sum of B, L, C)` and `(sum of B, L)`."""
+        tensors = [tensor for pair in pairs for tensor in pair]
+        if any(tensor.is_inference() for tensor in tensors):  # these have no version counter
+            return self._join(pairs)
+        same = len(tensors) == len(self._made_from) and all(
+            tensor is known and tensor._version == version
+            for tensor, (known, version) in zip(tensors, self._made_from, strict=True)
+        )
+        if not same:
+            self._made_from = [(tensor, tensor._version) for tensor in tensors]
+            self._made = self._join(pairs)
+        return self._made
+
+    @staticmethod
+    def _join(pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> tuple[Any, Any]:
+        embeds, masks = zip(*pairs, strict=True)
+        return cut_padding(torch.cat(embeds), torch.cat(masks))

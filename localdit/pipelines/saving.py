@@ -1,7 +1,8 @@
-"""A pipeline's files: folders, checkpoints in one file, LoRA adapters, the Hugging Face hub."""
+"""Loading and saving of pipelines: folders with a model card, single files, LoRA, the hub."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.hub_utils import populate_model_card
-from huggingface_hub import ModelCard, create_repo
+from huggingface_hub import ModelCard, ModelCardData, create_repo
 from huggingface_hub.utils import EntryNotFoundError
 
 from ..config import Config
@@ -22,7 +23,6 @@ from ..core.parts import PARTS, load_parts, locate_parts
 from ..models.transformer import LocalDiTTransformer2DModel
 from . import lora
 from .lora import Tensors
-from .model_card import make_model_card
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,17 +36,54 @@ CODE_TEXT = '''"""For `trust_remote_code=True`: these pipelines need localdit to
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
 '''
 
-# The library that a folder names for the transformer. `localdit.registration` adds it there. Under
-# its own module, Diffusers would take it for code to be fetched from the hub, and refuse it.
+# The library and class that a folder names for the transformer; `localdit.registration` adds the
+# class to Diffusers. If the folder named localdit, Diffusers would look for code on the hub.
 TRANSFORMER = ["diffusers", "LocalDiTTransformer2DModel"]
+
+URL = "https://github.com/yourusername/localdit"
+PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "flow"}
+
+CARD_TEXT = """
+# {title}
+
+Pictures from text with [LocalDiT]({url}), a diffusion transformer whose self-attention looks only
+at small shifted windows.
+
+*This card was written when the pipeline was saved. What is missing: what the model was trained on,
+what it can do, and where it fails.*
+
+## Use
+
+[Install LocalDiT]({url}), then:
+
+```python
+{use}
+image = pipe("a photo of a mountain lake at sunset").images[0]
+```
+
+## What is inside
+
+| | |
+|---|---|
+{facts}
+"""
+USE = """\
+import localdit  # makes its classes known to Diffusers
+from diffusers import DiffusionPipeline  # or AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+pipe = DiffusionPipeline.from_pretrained("{name}")"""
+USE_REMOTE_CODE = """\
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)"""
 
 
 class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     """Loading and saving of a pipeline; sampling is in `LocalDiTBasePipeline`.
 
-    Diffusers' LoRA loader for Sana is the one that knows a transformer and nothing else. The
-    methods here refuse, with a message that says why, what can't be a LoRA of this transformer, and
-    save an adapter with its settings. Adapters of text encoders are not supported.
+    Diffusers' LoRA loader for Sana is the one that handles a transformer and nothing else. The
+    methods here also refuse files that are no LoRA of this transformer, with the reason, and save
+    an adapter with its settings. Adapters of text encoders are not supported.
     """
 
     def save_pretrained(
@@ -69,19 +106,19 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         """Save the pipeline as a folder, with a model card if the folder has none.
 
         Args:
-            save_directory: the folder, made if need be.
+            save_directory: the folder, created if necessary.
             safe_serialization: write safetensors, not pickles.
-            variant: goes into the names of the weights, as in `model.fp16.safetensors`.
+            variant: part of the names of the weights, as in `model.fp16.safetensors`.
             max_shard_size: weights above it are split; bytes, or a string such as "2GB".
             push_to_hub: upload the folder as well.
-            remote_code: let the folder say that its pipeline is a Python file in it, which imports
-                localdit. `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then
-                needs no `import localdit` before, but demands to be trusted even after it, and the
-                `AutoPipelineFor...` classes do not read such folders. The pipelines of localdit
-                load them as any other.
-            license: of the weights, for the card; by default that of LocalDiT.
-            repo_id: where to upload to, by default the folder's name in one's own namespace; this
-                and the following are for `push_to_hub`.
+            remote_code: add a Python file that imports localdit, and name it as the pipeline's
+                code. `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` then works
+                without `import localdit`. The folder always has to be trusted, and the
+                `AutoPipelineFor...` classes cannot read it. The pipelines of localdit load it as
+                any other folder.
+            license: licence of the weights, for the card; by default that of LocalDiT.
+            repo_id: repository to upload to, by default one with the folder's name in the user's
+                namespace; this and the following arguments are for `push_to_hub`.
             commit_message, private, token, create_pr: as in Diffusers.
             **kwargs: as in Diffusers.
         """
@@ -101,17 +138,19 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             make_model_card(self, name, license, remote_code).save(folder / CARD)
         if push_to_hub:
             repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
-            if new_card:
-                _take_over_card(repo_id, folder / CARD, token)
+            if new_card:  # the repository's own card, if any, takes precedence
+                with contextlib.suppress(EntryNotFoundError):
+                    known = ModelCard.load(repo_id, token=token)
+                    populate_model_card(known).save(folder / CARD)
             self._upload_folder(
                 folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Upload the pipeline to the Hugging Face hub; a card that is there already is kept.
+        """Upload the pipeline to the Hugging Face hub; a card in the repository is kept.
 
         Args:
-            repo_id: the repository, made if need be.
+            repo_id: the repository, created if necessary.
             **kwargs: arguments of `save_pretrained`.
         """
         with TemporaryDirectory() as folder:
@@ -121,7 +160,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     def _dict_from_json_file(
         cls, json_file: str | os.PathLike[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """Read an index. Whoever loads with our class needs no code from the folder."""
+        """Read an index, and ignore the folder's code: these classes do not need it."""
         config = super()._dict_from_json_file(json_file, **kwargs)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
@@ -137,28 +176,36 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         local_files_only: bool = False,
         **kwargs: Any,
     ) -> Self:
-        """Load a checkpoint in one file, and the parts that it lacks from elsewhere.
+        """Load a transformer from one file, and the other parts from elsewhere.
 
         Args:
             path: `.safetensors`, or `.pt` with nothing but tensors in it: a file, or its address on
                 the Hugging Face hub.
-            config: a pipeline, as folder or repository of the hub, whose other parts are taken; by
-                default those of the released model are, from their repositories.
-            torch_dtype: dtype of all parts; None keeps that of each.
-            local_files_only: take files of the hub from the cache, and fetch nothing.
-            **kwargs: parts that are there already, such as `vae`; and arguments of
+            config: folder or hub repository of a pipeline to take the other parts from; by default
+                they are those of the released model, from their repositories.
+            torch_dtype: dtype of all parts; None keeps the dtype of each.
+            local_files_only: take files of the hub from the cache, and download nothing.
+            **kwargs: parts that are loaded already, such as `vae`; and arguments of
                 `localdit.checkpoint.load_transformer`.
 
         Raises:
-            OSError: the file or a part is missing, or cannot be fetched.
-            ValueError: the file is no checkpoint of a LocalDiT, is damaged, or contradicts an
+            OSError: if the file or a part is missing, or cannot be downloaded.
+            ValueError: if the file is no checkpoint of a LocalDiT, is damaged, or contradicts an
                 argument.
             TypeError: for an unknown argument.
         """
         given = {name: kwargs.pop(name) for name in PARTS if name in kwargs}
         absent = [name for name in PARTS if name not in given]
         released = Config()
-        where = {} if config else _locate(released, absent, local_files_only)
+        where = {}
+        if not config:
+            try:
+                where = locate_parts(released, absent, local_files_only)
+            except OSError as error:
+                raise OSError(
+                    f"{error}; or give from_single_file a pipeline as `config`, or the parts "
+                    f"themselves: {', '.join(absent)}."
+                ) from error
         transformer = LocalDiTTransformer2DModel.from_single_file(
             path, torch_dtype=torch_dtype, local_files_only=local_files_only, **kwargs
         )
@@ -184,16 +231,16 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder with one, a hub name, or tensors
-                by name. Beside `.safetensors`, a `.bin` or `.pt` of plain tensors is read; nothing
-                in it is executed.
-            adapter_name: what the adapter is called from now on; by default `default_0` and so on.
-            hotswap: whether to put the weights in the place of those of `adapter_name`.
-            **kwargs: as Diffusers takes them: `weight_name`, `subfolder`, `revision`, `token` ...
+                by name. Files are `.safetensors`, or `.bin` or `.pt` with plain tensors; nothing in
+                them is executed.
+            adapter_name: name for the adapter; by default `default_0` and so on.
+            hotswap: replace the weights of the loaded adapter `adapter_name`.
+            **kwargs: as in Diffusers: `weight_name`, `subfolder`, `revision`, `token` ...
 
         Raises:
             ImportError: if peft is missing.
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is damaged or holds no LoRA, or it is one of another model.
+            FileNotFoundError: if the file is missing.
+            ValueError: if the file is damaged, holds no LoRA, or holds a LoRA of another model.
         """
         if not USE_PEFT_BACKEND:
             raise ImportError(lora.NEEDS_PEFT)
@@ -205,7 +252,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: str | Path | Tensors, **kwargs: Any
     ) -> Tensors | tuple[Tensors, dict[str, Any] | None]:
-        """The tensors of an adapter by name, and with `return_lora_metadata` its settings as well.
+        """Return an adapter's tensors by name, and its settings with `return_lora_metadata`.
 
         Raises:
             FileNotFoundError, ValueError: as `load_lora_weights` does.
@@ -222,7 +269,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             tensors, metadata = super().lora_state_dict(
                 str(source), return_lora_metadata=True, **kwargs
             )
-        if not isinstance(source, dict):  # of a dict, Diffusers warns that it is of no use
+        if not isinstance(source, dict):  # for a dict, Diffusers warns about what it cannot use
             lora.require_adapter(tensors, str(source))
         lora.require_no_text_encoder(tensors)
         return (tensors, metadata) if with_metadata else tensors
@@ -235,10 +282,10 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Make sure that an adapter fits the transformer, then put it in.
+        """Check that an adapter fits the transformer, and load it.
 
         Raises:
-            ValueError: if it does not.
+            ValueError: if it does not fit.
         """
         lora.require_fit(state_dict, lora.bare(transformer))
         super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
@@ -256,20 +303,20 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         *,
         adapter_name: str | None = None,
     ) -> None:
-        """Write an adapter to `pytorch_lora_weights.safetensors`, as `load_lora_weights` reads it.
+        """Save an adapter to `pytorch_lora_weights.safetensors`, for `load_lora_weights`.
 
         Args:
-            save_directory: folder to write to; made where there is none.
-            transformer_lora_layers: the transformer whose adapter is to be saved, with its rank,
-                alpha and targets. Or tensors by name, as Diffusers' training scripts pass them:
-                then `transformer_lora_adapter_metadata` has to say those; without it, alpha is
-                taken to be the rank when the file is loaded.
+            save_directory: folder to write to, created if necessary.
+            transformer_lora_layers: the transformer with the adapter: its rank, alpha and targets
+                are saved too. Or tensors by name, as in Diffusers' training scripts: then
+                `transformer_lora_adapter_metadata` has the rank, alpha and targets. Without them,
+                loading takes the rank as alpha.
             is_main_process, weight_name, save_function: as in Diffusers.
-            safe_serialization, transformer_lora_adapter_metadata: likewise.
-            adapter_name: which of the transformer's adapters; not needed where there is one.
+            safe_serialization, transformer_lora_adapter_metadata: as in Diffusers.
+            adapter_name: which adapter to save, if the transformer has several.
 
         Raises:
-            ValueError: if there is no such adapter, or `save_directory` is a file.
+            ValueError: if the adapter is missing, or `save_directory` is a file.
         """
         layers, metadata = lora.bare(transformer_lora_layers), transformer_lora_adapter_metadata
         if isinstance(layers, LocalDiTTransformer2DModel):
@@ -288,7 +335,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
 
 
 def _write_index(folder: Path, class_name: str, remote_code: bool) -> None:
-    """Name the classes so that they are found, and write the code that remote code is."""
+    """Write the classes' names into the index, and the file that serves as remote code."""
     index = json.loads((folder / INDEX).read_text("utf-8"))
     index["_class_name"] = [CODE, class_name] if remote_code else class_name
     if index["transformer"][1] == TRANSFORMER[1]:
@@ -301,20 +348,45 @@ def _write_index(folder: Path, class_name: str, remote_code: bool) -> None:
         code.unlink(missing_ok=True)
 
 
-def _take_over_card(repo_id: str, card: Path, token: str | None) -> None:
-    """Keep the card of the repository, if it has one."""
-    try:
-        known = ModelCard.load(repo_id, token=token)
-    except EntryNotFoundError:
-        return
-    populate_model_card(known).save(card)
+def make_model_card(pipeline: Any, name: str, license: str, remote_code: bool) -> ModelCard:
+    """Make the model card of a pipeline: its README.md.
+
+    Args:
+        pipeline: the pipeline to describe.
+        name: folder or repository that the pipeline is loaded from.
+        license: the hub's identifier of the weights' licence.
+        remote_code: whether the folder has to be loaded with `trust_remote_code=True`.
+    """
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=license,
+        tags=["localdit", "text-to-image", "image-to-image", "inpainting"],
+    )
+    facts = "\n".join(f"| {what} | {fact} |" for what, fact in _facts(pipeline).items())
+    title = name.rstrip("/").rsplit("/", 1)[-1]
+    use = (USE_REMOTE_CODE if remote_code else USE).format(name=name)
+    text = CARD_TEXT.format(title=title, use=use, url=URL, facts=facts)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def _locate(config: Config, absent: list[str], local_files_only: bool) -> dict[str, Any]:
-    try:
-        return locate_parts(config, absent, local_files_only)
-    except OSError as error:
-        raise OSError(
-            f"{error}; or give from_single_file a pipeline as `config`, or the parts themselves: "
-            f"{', '.join(absent)}."
-        ) from error
+def _facts(pipeline: Any) -> dict[str, str]:
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    config = transformer.config
+    side = config.sample_size * pipeline.vae_scale_factor
+    window = f"{config.window_size} x {config.window_size} tokens"
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    facts = {
+        "parameters of the transformer": f"{sum(p.numel() for p in transformer.parameters()):,}",
+        "blocks": str(config.num_layers),
+        "windows of attention": window + (", with global context" if config.use_global else ""),
+        "size of pictures, by default": f"{side} x {side} pixels",
+        "the transformer predicts": PREDICTIONS.get(kind, kind),
+        "scheduler": type(scheduler).__name__,
+        "autoencoder": type(pipeline.vae).__name__,
+    }
+    if pipeline.text_encoder is not None:
+        encoder = pipeline.text_encoder
+        count = sum(p.numel() for p in encoder.parameters())
+        facts["text encoder"] = f"{type(encoder).__name__}, {count:,} parameters"
+    return facts

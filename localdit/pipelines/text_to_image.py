@@ -44,35 +44,35 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         """Make pictures from prompts.
 
         Args:
-            prompt: one prompt or a list of B; lower-cased and stripped, as in training. One that is
-                longer than `max_sequence_length` tokens is cut, with a warning.
-            negative_prompt: what to steer away from: one for all prompts, or one for each.
+            prompt: one prompt or a list of B; lower-cased and stripped, as in training. A prompt of
+                more than `max_sequence_length` tokens is cut, with a warning.
+            negative_prompt: what to steer away from: one for all prompts, or one per prompt.
             height, width: pixels, multiples of 16 (the autoencoder's 8 times the patch size 2); by
                 default the transformer's `sample_size` times 8.
             num_inference_steps: denoising steps, at least 1.
-            timesteps, sigmas: a schedule of one's own, where the scheduler takes one.
-            guidance_scale: g in `uncond + g * (text - uncond)`. At 1 and below the negative prompt
-                is not computed at all, in half the time.
-            num_images_per_prompt: pictures of each prompt, n.
-            eta: for schedulers that have one (DDIM), in [0, 1].
-            generator: one for all, or a list of B * n with which each picture is the same as alone.
+            timesteps, sigmas: a custom schedule, if the scheduler accepts one.
+            guidance_scale: g in `uncond + g * (text - uncond)`. At 1 and below, the negative prompt
+                is not computed, which halves the time.
+            num_images_per_prompt: pictures per prompt, n.
+            eta: noise added at each step by DDIM, in [0, 1]; other schedulers ignore it.
+            generator: one for all pictures, or a list of B * n: each picture is then the same as
+                if it were made alone.
             latents: standard normal noise to start from, `(B * n, C, height / 8, width / 8)`.
             prompt_embeds, prompt_attention_mask: from `encode_prompt`, instead of `prompt`.
-            negative_prompt_embeds, negative_prompt_attention_mask: likewise.
+            negative_prompt_embeds, negative_prompt_attention_mask: the same for `negative_prompt`.
             output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent".
-            return_dict: whether to return an output object or a tuple.
+            return_dict: return an output object rather than a tuple.
             callback_on_step_end: called after each step as `callback(pipeline, step index,
                 timestep, tensors)`; it may return tensors that replace the pipeline's.
-            callback_on_step_end_tensor_inputs: names of the tensors it is given: "latents" and any
-                of the four embeddings and masks.
-            max_sequence_length: tokens of a prompt.
-            guidance_interval: fractions (start, stop) of the steps between which the guidance scale
-                holds; the others are computed without the negative prompt, in half the time
-                (Kynkaanniemi et al., 2024).
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets:
+                "latents" and any of the four embeddings and masks.
+            max_sequence_length: largest number of tokens in a prompt.
+            guidance_interval: fractions (start, stop) of the steps that are guided. The other steps
+                leave out the negative prompt and take half the time (Kynkaanniemi et al., 2024).
             cross_attention_kwargs: `{"scale": factor}` multiplies the active LoRA adapters.
 
         Returns:
-            The B * n pictures, those of the first prompt first, as `output.images` or `(images,)`.
+            The B * n pictures, prompt by prompt, as `output.images` or `(images,)`.
 
         Raises:
             ValueError: an argument cannot work; the message says what to do.

@@ -1,4 +1,4 @@
-"""The pipelines, and a call of each that takes a moment: what the tests here are run on."""
+"""The pipelines that the tests here run, with arguments for a short call of each."""
 
 import inspect
 
@@ -19,7 +19,7 @@ BATCHED = ("prompt", "negative_prompt", "image", "mask_image")
 
 
 def make(kind, components=None, **overrides):
-    """A pipeline of a kind, of tiny components of its own, with every weight drawn at random.
+    """A pipeline of a kind, made of new tiny components with random weights.
 
     Weights that a fresh model has at zero, or at one, would hide that something is left out.
     """
@@ -39,7 +39,7 @@ def scramble(model, seed=0):
 
 def simplest_components():
     """Components as Diffusers' own tests of PixArt make them: an autoencoder that does not scale,
-    a scheduler without noise levels of its own, a variance that is learned."""
+    a scheduler without noise levels, a variance that is learned."""
     components = tiny_components(out_channels=8, use_additional_conditions=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ def simplest_components():
 
 
 def arguments(kind, **changes):
-    """Arguments of a call: a prompt, a seed and, where the pipeline takes them, image and mask."""
+    """Arguments of a call: a prompt, a seed and, if the pipeline takes them, image and mask."""
     given = {
         "prompt": "a large red circle",
         "generator": torch.Generator().manual_seed(0),
@@ -70,7 +70,7 @@ def arguments(kind, **changes):
 
 
 def draw(pipe, **changes):
-    """Pictures `(B, H, W, 3)`, or what else `output_type` asks for, of a call with `arguments`."""
+    """Return the pictures `(B, H, W, 3)` of a call, or the result in another `output_type`."""
     return pipe(**arguments(type(pipe), **changes)).images
 
 

@@ -1,4 +1,4 @@
-"""What Diffusers' shared tests of models ask of every model."""
+"""The requirements of Diffusers' shared tests of models."""
 
 import inspect
 import json
@@ -83,7 +83,7 @@ def test_the_same_input_gives_the_same_output(model):
         assert torch.equal(run(model), model(**inputs()).sample)
 
 
-def test_conditions_of_one_row_serve_the_batch(model):
+def test_conditions_of_one_row_apply_to_the_batch(model):
     one_row = {name: rows[:1] for name, rows in inputs()["added_cond_kwargs"].items()}
     with torch.no_grad():
         output = model(**{**inputs(), "added_cond_kwargs": one_row}).sample
@@ -106,7 +106,7 @@ def test_attributes_of_the_configuration_are_deprecated_and_others_are_not(model
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_a_saved_model_comes_back(model, dtype, low_cpu_mem_usage, tmp_path):
+def test_a_saved_model_loads_unchanged(model, dtype, low_cpu_mem_usage, tmp_path):
     model.to(dtype)
     expected = run(model, dtype)
     model.save_pretrained(tmp_path)
@@ -119,7 +119,7 @@ def test_a_saved_model_comes_back(model, dtype, low_cpu_mem_usage, tmp_path):
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("parallel", [False, True])
-def test_sharded_weights_come_back(model, variant, parallel, tmp_path, monkeypatch):
+def test_sharded_weights_load_unchanged(model, variant, parallel, tmp_path, monkeypatch):
     if parallel:
         monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", True)
     size = model.get_memory_footprint()
@@ -202,7 +202,7 @@ def test_diffusers_ema_follows_the_model(model, tmp_path):
 # Attention
 
 
-def test_processors_are_set_counted_and_taken_back(model):
+def test_processors_are_set_counted_and_reset(model):
     assert len(model.attn_processors) == 6
     expected, kinds = run(model), [type(p) for p in model.attn_processors.values()]
     model.set_attn_processor(FullAttnProcessor())
@@ -215,7 +215,7 @@ def test_processors_are_set_counted_and_taken_back(model):
         model.set_attn_processor(one)
 
 
-def test_a_mixed_model_gets_its_own_processors_back():
+def test_a_mixed_model_gets_its_default_processors_back():
     model = make(**LAYERS["mixed"])
     model.set_attn_processor(LocalAttnProcessor())
     model.set_default_attn_processor()
@@ -224,7 +224,7 @@ def test_a_mixed_model_gets_its_own_processors_back():
     assert [type(processor) for processor in own] == kinds
 
 
-def test_projections_are_fused_and_taken_apart(model, tmp_path):
+def test_projections_are_fused_and_unfused(model, tmp_path):
     expected = run(model)
     model.fuse_qkv_projections()
     attentions = [m for m in model.modules() if isinstance(m, AttentionModuleMixin)]
@@ -240,7 +240,7 @@ def test_projections_are_fused_and_taken_apart(model, tmp_path):
     assert distance(run(model), expected) > 1e-3
 
 
-def test_adapters_that_come_after_fusing_are_heard():
+def test_adapters_added_after_fusing_take_effect():
     peft = pytest.importorskip("peft")
     model = make()
     model.fuse_qkv_projections()
@@ -268,12 +268,12 @@ def test_backends_of_attention_are_chosen(model):
         model.set_attention_backend("no such one")
 
 
-# Compiling, as far as a graph: what becomes of it is the compiler's business
+# Compiling to graphs; the compiler's backend is not tested
 
 
 @pytest.fixture
 def graphs():
-    """Counts graphs; forgets those made before and after."""
+    """Count the graphs of a test, apart from earlier and later ones."""
     torch._dynamo.reset()
     yield CompileCounter()
     torch._dynamo.reset()
@@ -283,7 +283,7 @@ def graphs():
     "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
     reason="PyTorch counts the graphs of all blocks together",
 )
-def test_blocks_that_shift_alike_share_a_graph(graphs):
+def test_blocks_with_equal_shifts_share_a_graph(graphs):
     model = make()  # they shift by 0, 1, 0
     expected = run(model)
     model.compile_repeated_blocks(backend=graphs, fullgraph=True)

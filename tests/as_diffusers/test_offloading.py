@@ -1,4 +1,4 @@
-"""Weights that are elsewhere until they are needed: offloading, casting layer by layer.
+"""Offloading of weights, and casting layer by layer.
 
 Offloading is meant for accelerators. Given the CPU as one its hooks do all that they do there, and
 weights that lie ready for no one are turned to NaN here: whoever reads one past the hooks shows.
@@ -25,7 +25,7 @@ def model(request):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Have groups of weights be NaN while they are offloaded."""
+    """Set groups of weights to NaN while they are offloaded."""
     kept = {}
 
     def tensors(group):
@@ -58,7 +58,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-def test_groups_of_weights_come_when_they_are_needed(model, poisoned, groups):
+def test_groups_of_weights_are_loaded_when_needed(model, poisoned, groups):
     expected = run(model)
     model.enable_group_offload(CPU, **groups)
     assert len(poisoned) == len(list(model.parameters()))
@@ -68,7 +68,7 @@ def test_groups_of_weights_come_when_they_are_needed(model, poisoned, groups):
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-def test_groups_of_weights_wait_on_disk(model, groups, tmp_path):
+def test_groups_of_weights_are_offloaded_to_disk(model, groups, tmp_path):
     expected = run(model)
     model.enable_group_offload(CPU, offload_to_disk_path=str(tmp_path), **groups)
     assert list(tmp_path.glob("*.safetensors"))
@@ -83,7 +83,7 @@ def test_groups_and_casting_together(model, groups):
     assert distance(run(model), expected) < 0.05 * expected.abs().max()
 
 
-def test_each_module_fetches_its_weights(model):
+def test_each_module_loads_its_weights(model):
     """Between calls weights are on the meta device, where nothing can be computed with them."""
     expected = run(model)
     cpu_offload(model, execution_device=CPU)
@@ -91,7 +91,7 @@ def test_each_module_fetches_its_weights(model):
     assert torch.equal(run(model), expected)
 
 
-def test_weights_wait_on_disk(model, tmp_path):
+def test_weights_are_offloaded_to_disk(model, tmp_path):
     expected = run(model)
     disk_offload(model, tmp_path, execution_device=CPU)
     assert {p.device.type for p in model.parameters()} == {"meta"}
@@ -132,7 +132,7 @@ def test_casting_stores_linear_layers_small_and_keeps_the_sensitive_ones(model):
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_training_goes_through_casting(storage):
+def test_training_works_with_casting(storage):
     model = make()
     model.enable_layerwise_casting(storage, torch.float32)
     with torch.autocast("cpu"):
@@ -186,7 +186,7 @@ def test_single_components_of_a_pipeline_offload_groups(kind, poisoned):
     assert distance(draw(pipe), expected) == 0
 
 
-def test_pipelines_draw_from_a_transformer_cast_layer_by_layer(kind):
+def test_pipelines_work_with_layerwise_casting(kind):
     pipe = make_pipeline(kind).to(dtype=torch.bfloat16)
     expected = draw(pipe)
     pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What Diffusers' shared tests of pipelines ask of every pipeline."""
+"""The requirements of Diffusers' shared tests of pipelines."""
 
 import ast
 import contextlib
@@ -42,7 +42,7 @@ def components(request):
     return request.param()
 
 
-def test_a_call_takes_what_diffusers_calls_take(kind):
+def test_calls_accept_the_arguments_of_diffusers_pipelines(kind):
     parameters = inspect.signature(kind.__call__).parameters
     expected = {
         *("prompt", "negative_prompt", "height", "width", "guidance_scale"),
@@ -55,7 +55,7 @@ def test_a_call_takes_what_diffusers_calls_take(kind):
     assert required == {"self"}
 
 
-def test_the_components_are_those_it_was_made_of(kind, components):
+def test_the_components_are_those_passed_to_the_constructor(kind, components):
     assert set(make(kind, components).components) == set(components)
 
 
@@ -66,8 +66,8 @@ def test_a_tuple_holds_the_same_pictures(kind, components):
     assert distance(pictures[0], draw(pipe)) == 0
 
 
-def test_a_batch_draws_what_each_call_alone_draws(kind, components):
-    """Prompts of different lengths, the last one of more words than are read."""
+def test_a_batch_gives_the_same_pictures_as_single_calls(kind, components):
+    """Prompts of different lengths, the last one too long to be read whole."""
     pipe = make(kind, components)
     given = arguments(kind)
     batch = {name: [given[name]] * 3 for name in BATCHED if name in given}
@@ -118,14 +118,14 @@ def test_kinds_of_image_agree(kind, components):
 
 
 @from_images
-def test_latents_given_as_image_draw_what_their_image_draws(kind, components):
-    """With an image processor that leaves values alone, so that the autoencoder can be asked."""
+def test_latents_as_image_give_the_same_picture_as_the_image(kind, components):
+    """Use an image processor that leaves values alone, to compare with the autoencoder."""
     image, pipe = arguments(kind)["image"], make(kind, components)
     pipe.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         latents = pipe.vae.encode(image).latent_dist.sample(generator)
-    # Where latents are given, inpainting puts latents back, not pixels; so everything is repainted.
+    # Given latents, inpainting puts back latents, not pixels; so everything is repainted.
     given = arguments(kind)
     mask = {name: torch.ones_like(given[name]) for name in given if name == "mask_image"}
     scaled = latents * pipe.vae.config.scaling_factor
@@ -137,7 +137,7 @@ def test_latents_given_as_image_draw_what_their_image_draws(kind, components):
 
 
 class ReturnedNames(ast.NodeVisitor):
-    """The names in a function's return statements: how Diffusers tells what it returns."""
+    """Return the names in a function's return statements: Diffusers reads them as its results."""
 
     def __init__(self, function):
         self.names = []
@@ -148,7 +148,7 @@ class ReturnedNames(ast.NodeVisitor):
 
 
 def test_prompts_are_encoded_in_isolation(kind, components):
-    """One pipeline has but the text encoder, another one all but it."""
+    """One pipeline has only the text encoder, the other has everything else."""
     is_text = {name: name in ("tokenizer", "text_encoder") for name in components}
     with_text, without = (
         kind(**{n: c if is_text[n] is kept else None for n, c in components.items()})
@@ -164,7 +164,7 @@ def test_prompts_are_encoded_in_isolation(kind, components):
     assert distance(pictures.images, draw(make(kind, components))) < 1e-5
 
 
-def test_optional_components_stay_out(kind, components, tmp_path):
+def test_optional_components_may_be_absent(kind, components, tmp_path):
     pipe = make(kind, components)
     with torch.no_grad():
         embeds = dict(zip(TEXT, pipe.encode_prompt("a cat"), strict=True))
@@ -236,7 +236,7 @@ def test_the_progress_bar_shows_unless_it_is_switched_off(kind):
 # Saving, loading, sharing
 
 
-def test_variants_and_none_other_are_saved_and_loaded(kind, tmp_path):
+def test_only_the_variant_is_saved_and_loaded(kind, tmp_path):
     pipe = make(kind)
     pipe.save_pretrained(tmp_path, variant="fp16")
     models = [n for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)]
@@ -260,7 +260,7 @@ def test_each_component_has_its_own_dtype(kind, tmp_path):
         assert np.isfinite(draw(loaded)).all()
 
 
-def test_half_precision_saves_loads_and_draws(kind, components, tmp_path):
+def test_half_precision_pipelines_save_load_and_run(kind, components, tmp_path):
     pipe = make(kind, components)
     exact = draw(pipe)
     pipe.to(dtype=torch.float16)
@@ -280,7 +280,7 @@ def test_a_pipeline_loads_onto_a_device(kind, tmp_path):
     assert distance(draw(loaded), draw(pipe)) == 0
 
 
-def test_pipelines_become_one_another_and_draw_as_if_made_so(kind, components):
+def test_pipelines_convert_into_one_another_with_the_same_results(kind, components):
     first = make(LocalDiTPipeline, components)
     there = kind.from_pipe(first)
     back = LocalDiTPipeline.from_pipe(there)
@@ -290,7 +290,7 @@ def test_pipelines_become_one_another_and_draw_as_if_made_so(kind, components):
     assert distance(draw(converted), draw(there)) == 0
 
 
-# What a pipeline or its autoencoder can be told
+# Options of a pipeline and its autoencoder
 
 
 @pytest.mark.parametrize("size", [1, "auto", "max"])

@@ -37,7 +37,7 @@ def folder(request, tmp_path):
 @pytest.mark.parametrize(
     "config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"]
 )
-def test_every_linear_layer_is_quantized_and_the_output_stays_near(folder, config):
+def test_every_linear_layer_is_quantized_and_the_output_stays_close(folder, config):
     exact = run(LocalDiTTransformer2DModel.from_pretrained(folder))
     model = quantized(folder, getattr(ao, config)())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -53,7 +53,7 @@ def test_layers_can_be_left_out(folder):
     assert is_quantized(model.transformer_blocks[0].attn1.to_qkv)
 
 
-def test_a_quantized_model_is_saved_and_loaded_as_such(folder, tmp_path):
+def test_a_quantized_model_is_saved_and_loaded_quantized(folder, tmp_path):
     model = quantized(folder)
     model.save_pretrained(tmp_path / "small")
     loaded = LocalDiTTransformer2DModel.from_pretrained(tmp_path / "small", torch_dtype=BF16)
@@ -63,7 +63,7 @@ def test_a_quantized_model_is_saved_and_loaded_as_such(folder, tmp_path):
         loaded.to(torch.float16)
 
 
-def test_gradients_pass_through_to_what_is_not_quantized(folder):
+def test_gradients_reach_the_weights_that_are_not_quantized(folder):
     model = quantized(folder).requires_grad_(False)
     tables = [block.scale_shift_table.requires_grad_() for block in model.transformer_blocks]
     model.enable_gradient_checkpointing()

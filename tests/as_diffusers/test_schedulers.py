@@ -1,4 +1,4 @@
-"""Schedulers of every family, swapped in."""
+"""Schedulers of every family in the pipelines."""
 
 import diffusers
 import pytest
@@ -31,7 +31,7 @@ def kind(request):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_scheduler_serves(kind, name):
+def test_a_scheduler_works(kind, name):
     pipe = make(kind)
     options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     pipe.scheduler = scheduler_of(name, **options)
@@ -67,7 +67,7 @@ def test_runge_kutta_steps_of_pndm_are_taken():
 
 
 def test_flow_matching_takes_the_same_steps_as_the_solver_for_flows():
-    """First-order DPM-Solver and Euler's method are two ways to write one step of a flow."""
+    """First-order DPM-Solver and Euler's method take the same step along a flow."""
     pipe = make(LocalDiTPipeline)
     sigmas = [1.0, 0.75, 0.5, 0.25]
     pipe.scheduler = scheduler_of("FlowMatchEulerDiscreteScheduler")
@@ -96,16 +96,16 @@ def test_noise_is_added_to_a_picture_as_a_flow_mixes_them():
     torch.testing.assert_close(seen[0], (1 - sigma) * picture + sigma * noise)
 
 
-def test_a_scheduler_that_knows_no_noise_says_so():
+def test_a_scheduler_without_add_noise_is_refused():
     pipe = make(KINDS["image to image"])
     pipe.scheduler = scheduler_of("IPNDMScheduler")
     with pytest.raises(ValueError, match=r"IPNDMScheduler cannot start from a picture"):
         draw(pipe)
 
 
-def test_schedules_that_lead_nowhere_are_refused():
+def test_unusable_schedules_are_refused():
     scheduler = scheduler_of("DPMSolverMultistepScheduler", num_train_timesteps=50)
-    scheduler.set_timesteps(51)  # more than there are to tell apart
+    scheduler.set_timesteps(51)  # more than there are distinct ones
     with pytest.raises(ValueError, match="The 51 timesteps"):
         check_schedule(scheduler)
     scheduler.set_timesteps(timesteps=[10, 20])

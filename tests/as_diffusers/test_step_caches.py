@@ -74,7 +74,7 @@ def test_a_cache_changes_the_picture_while_it_is_on(kind, name):
 
 
 def hooked(model, name):
-    """The hooks of a name in a model's parts, the model itself left out."""
+    """Return the hooks of that name in a model's parts, without the model itself."""
     parts = [part for part in model.modules() if part is not model]
     registries = [part._diffusers_hook for part in parts if hasattr(part, "_diffusers_hook")]
     found = [registry.get_hook(name) for registry in registries]

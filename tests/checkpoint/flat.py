@@ -1,4 +1,4 @@
-"""Flat checkpoints to test with: tiny random models in the layouts that are found in the wild."""
+"""Flat checkpoints for the tests: tiny random models in all known layouts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def flat_state(model: LocalDiTTransformer2DModel) -> dict[str, torch.Tensor]:
 
 
 def released_state(model: LocalDiTTransformer2DModel) -> dict[str, torch.Tensor]:
-    """As the released file is laid out: stale projections, and nothing of the processors."""
+    """In the released file's layout: with stale projections, without the processors' tensors."""
     state = {n: t for n, t in flat_state(model).items() if ".processor." not in n}
     for name, tensor in list(state.items()):
         attn, _, kind = name.rpartition(".to_qkv.")
@@ -47,7 +47,7 @@ def released_state(model: LocalDiTTransformer2DModel) -> dict[str, torch.Tensor]
 
 
 def inputs(model: LocalDiTTransformer2DModel, height: int = 8, width: int = 12) -> dict:
-    """What the model is called with."""
+    """Arguments for a call of the model."""
     generator = torch.Generator().manual_seed(1)
     return {
         "hidden_states": torch.randn(2, 4, height, width, generator=generator),

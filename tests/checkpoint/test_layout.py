@@ -1,4 +1,4 @@
-"""Names and shapes tell the layout, the sizes of the model, and what is foreign."""
+"""Names and shapes give the layout and the sizes of the model; foreign files are refused."""
 
 import pytest
 import torch
@@ -45,11 +45,11 @@ def test_names_translate_both_ways():
         (["transformer_blocks.0.a"], ""),
     ],
 )
-def test_a_prefix_is_one_that_all_names_carry(names, prefix):
+def test_a_prefix_is_shared_by_all_names(names, prefix):
     assert common_prefix(names) == prefix
 
 
-def test_the_sizes_are_told():
+def test_sizes_follow_from_the_shapes():
     model = tiny_model(out_channels=8, window_size=3, patch_size=1, num_layers=3)
     facts = {name: each.value for name, each in layout_of(flat_state(model)).facts.items()}
     assert facts == {
@@ -66,7 +66,7 @@ def test_the_sizes_are_told():
     }
 
 
-def test_the_released_kind_has_dead_tensors_and_says_nothing_of_attention():
+def test_a_released_checkpoint_has_dead_tensors_and_leaves_attention_open():
     layout = layout_of(released_state(tiny_model()))
     assert layout.layer_types == [None, None]
     assert len(layout.dead) == 2 * 8
@@ -90,7 +90,7 @@ def test_separate_projections_of_self_attention_are_fused():
     assert layout_of(state).missing == [f"{attn}to_v.bias"]
 
 
-def test_a_stale_bias_does_not_stand_in_for_one_that_the_fused_projection_lacks():
+def test_a_stale_bias_does_not_replace_a_missing_fused_bias():
     state = released_state(tiny_model())
     del state["transformer_blocks.0.attn1.to_qkv.bias"]
     layout = layout_of(state)
@@ -139,6 +139,6 @@ def edited(drop=(), **added):
         ),
     ],
 )
-def test_what_is_foreign_or_odd_is_refused_by_name(state, message):
+def test_foreign_tensors_are_refused_by_name(state, message):
     with pytest.raises(ValueError, match=message):
         layout_of(state)

@@ -1,4 +1,4 @@
-"""Checkpoints become models that compute what their makers did, or are refused."""
+"""Loaded checkpoints compute what the original models did; others are refused."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def test_the_report_counts_the_reference():
 
 
 def test_the_released_file_has_the_published_counts(tmp_path):
-    """Its names and shapes over a hole of 2 GB: nothing is read but the header."""
+    """Its names and shapes over 2 GB without data: only the header is read."""
     header, end = {}, 0
     for name, tensor in released_state_at_full_size().items():
         size = 4 * tensor.numel()
@@ -111,7 +111,7 @@ def inspect_defaults():
     "kind",
     [{}, {"use_global": True}, {"use_global": True, "layer_types": ["local", "local_global"]}],
 )
-def test_every_kind_of_attention_comes_back(kind, name, write):
+def test_every_kind_of_attention_round_trips(kind, name, write):
     model = tiny_model(**kind)
     loaded = load_transformer(write(flat_state(model), name))
     assert torch.equal(output(loaded), output(model))
@@ -210,7 +210,8 @@ def test_folding_halves_the_values_and_nothing_else(released):
 
 
 def test_folding_is_the_mean_over_random_global_contexts(released):
-    """Per layer, since what follows is not linear. The mean of n draws is sigma / sqrt(n) away."""
+    """Per layer, because the rest of the model is not linear. The mean of n draws is off by about
+    sigma / sqrt(n)."""
     hidden_states = torch.randn(1, 64, 24, generator=torch.Generator().manual_seed(2))
     draws = []
     with torch.no_grad():
@@ -231,7 +232,7 @@ def test_folding_is_the_mean_over_random_global_contexts(released):
         return ((draws.mean(0) - expected) / standard_error).square().mean()
 
     print(f"squared deviation {deviation(folded):.2f}, without folding {deviation(unfolded):.0f}")
-    # Of order one where the expectation is right, and far off where it is not.
+    # Of order one if the expectation is right, and far larger if it is not.
     assert 0.3 < deviation(folded) < 2.5
     assert deviation(unfolded) > 30
     # In expectation two draws are twice as far from each other as either is from the mean.
@@ -240,7 +241,7 @@ def test_folding_is_the_mean_over_random_global_contexts(released):
     assert 1.6 < apart / to_mean < 2.4
 
 
-def test_drawing_is_told_by_the_seed_and_leaves_the_generator_alone(released):
+def test_drawing_follows_the_seed_and_keeps_the_global_generator(released):
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     first = load_transformer(released, global_context="draw", seed=1)
@@ -258,7 +259,7 @@ def test_drawing_is_told_by_the_seed_and_leaves_the_generator_alone(released):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_nothing_is_drawn_where_nothing_is_missing(write, released):
+def test_nothing_is_drawn_if_nothing_is_missing(write, released):
     for kind in ({}, {"use_global": True}):
         path = write(flat_state(tiny_model(**kind)), "trained.pt")
         assert inspect_checkpoint(path).folded_layers == ()
@@ -275,7 +276,7 @@ def test_nothing_is_drawn_where_nothing_is_missing(write, released):
 # --- arguments ---------------------------------------------------------------------------------
 
 
-def test_what_tensors_do_not_tell_comes_from_the_caller(write):
+def test_the_caller_gives_what_the_tensors_do_not_determine(write):
     model = tiny_model(do_rope=False, shift_schedule="alternating", sample_size=64)
     state = flat_state(tiny_model())
     loaded = load_transformer(
@@ -316,7 +317,7 @@ def test_unknown_arguments_and_dtypes_are_refused(write):
         load_transformer(path, torch_dtype=torch.int8)
 
 
-# --- nothing loosely ---------------------------------------------------------------------------
+# --- strict loading ----------------------------------------------------------------------------
 
 
 def without(state, *parts):

@@ -1,4 +1,4 @@
-"""Files are told apart by content; what is damaged, foreign or hostile is refused."""
+"""The content of a file decides its kind; damaged, foreign and hostile files are refused."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ def path(request, tmp_path):
     return save(STATE, tmp_path / request.param)
 
 
-def test_names_shapes_and_values_come_back(path):
+def test_names_shapes_and_values_are_read(path):
     file = CheckpointFile(path)
     assert file.infos["a.weight"] == ((2, 3), torch.float32)
     assert file.infos["a.bias"] == ((2,), torch.bfloat16)
@@ -34,14 +34,14 @@ def test_names_shapes_and_values_come_back(path):
         assert torch.equal(tensor, STATE[name])
 
 
-def test_the_mapping_is_renewed_without_changing_what_is_read(path, monkeypatch):
+def test_mapping_the_file_again_changes_no_values(path, monkeypatch):
     monkeypatch.setattr("localdit.checkpoint.reading._MAPPED_BYTES", 0)
     read = {name: tensor.clone() for name, tensor in CheckpointFile(path).tensors(STATE)}
     assert all(torch.equal(read[name], STATE[name]) for name in STATE)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pth", ".ckpt", ".pt", ""])
-def test_the_content_tells_the_kind_not_the_suffix(path, suffix, tmp_path):
+def test_the_content_decides_the_kind_not_the_suffix(path, suffix, tmp_path):
     expected = CheckpointFile(path).kind
     renamed = path.rename(tmp_path / f"renamed{suffix}")
     assert CheckpointFile(renamed).kind == expected
@@ -67,7 +67,7 @@ def test_averaged_weights_are_preferred(tmp_path):
     assert (file.wrapper, list(file.infos)) == ("ema", ["a"])
 
 
-def test_counters_beside_the_weights_are_no_weights(tmp_path):
+def test_counters_beside_the_weights_are_ignored(tmp_path):
     state = {**STATE, "n_averaged": torch.tensor(5)}
     for name in ("w.pt", "w.safetensors"):
         assert set(CheckpointFile(save(state, tmp_path / name)).infos) == set(STATE)

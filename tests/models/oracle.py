@@ -34,7 +34,7 @@ def rotated(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return torch.stack(tokens, dim=1)
 
 
-def who_sees_whom(
+def visible_tokens(
     height: int, width: int, window: int, shift: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pairs of tokens that see each other, and their row of the bias table, `(N, N)`."""
@@ -68,7 +68,7 @@ def dense(
 
 
 def window_bias(attn: LocalDiTAttention, table: torch.Tensor, size: tuple[int, int]):
-    visible, entry = who_sees_whom(*size, attn.window_size, attn.shift_size)
+    visible, entry = visible_tokens(*size, attn.window_size, attn.shift_size)
     return table[entry].permute(2, 0, 1).masked_fill(~visible, -torch.inf)
 
 

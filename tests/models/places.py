@@ -1,4 +1,4 @@
-"""Where the tiles of the Triton kernels lie on a map, as these compute it."""
+"""The places of the Triton kernels' tiles on a map, as the kernels compute them."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from localdit.models.attention import (
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
 )
-from tests.models.oracle import normed, rotated, self_attention, who_sees_whom, window_bias
+from tests.models.oracle import normed, rotated, self_attention, visible_tokens, window_bias
 
 
 def make(window=4, shift=0, kind="local", heads=2, head_dim=12, do_rope=True, seed=0):
-    """An attention whose every weight is drawn: zeros would hide what is missing."""
+    """An attention with random weights: zeros would hide missing terms."""
     torch.manual_seed(seed)
     attn = LocalDiTAttention(heads, head_dim, window, shift, kind, do_rope)
     for parameter in attn.parameters():
@@ -110,7 +110,7 @@ def test_a_token_changes_nothing_outside_its_window(size, shift):
     changed = x.clone()
     changed[:, token] += 10.0
     difference = (attn(changed, attn.grid(*size)) - attn(x, attn.grid(*size))).abs().amax(-1)[0]
-    visible = who_sees_whom(*size, 4, shift)[0][token]
+    visible = visible_tokens(*size, 4, shift)[0][token]
     assert (difference[~visible] == 0).all()
     assert (difference[visible] > 0).all()
 

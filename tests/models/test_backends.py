@@ -25,7 +25,7 @@ WHY_NOT_TRUSTED = backends.why_not_trusted.__wrapped__
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A machine with Triton and a recent GPU; tests take away from it."""
+    """A machine with Triton and a recent GPU; tests remove parts of it."""
     monkeypatch.setattr(backends, "_triton_version", lambda: (3, 7))
     monkeypatch.setattr(backends, "_is_interpreting", lambda: False)
     monkeypatch.setattr(backends, "_why_not_on_gpu", lambda index: None)
@@ -34,12 +34,12 @@ def machine(monkeypatch):
 
 
 def packed(device="cuda", dtype=torch.bfloat16, channels=16 * 72):
-    """Of packed queries, keys and values what a choice looks at."""
+    """The properties of packed queries, keys and values that the choice depends on."""
     return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 64, 3 * channels))
 
 
 def chosen(backend, qkv, grid=GRID, heads=16, norms=None, bias=None):
-    """Name of the backend that is chosen: both stand idle."""
+    """Return the name of the chosen backend; neither computes anything."""
     with (
         mock.patch.object(backends, "window_attention", lambda *_: "torch"),
         mock.patch.object(kernel, "window_attention", lambda *_: "triton"),
@@ -47,7 +47,7 @@ def chosen(backend, qkv, grid=GRID, heads=16, norms=None, bias=None):
         return backends.attend_within_windows(backend, qkv, grid, heads, norms, True, bias)
 
 
-def test_auto_takes_the_kernel_on_a_gpu_only():
+def test_auto_uses_the_kernel_only_on_a_gpu():
     assert chosen("auto", packed("cuda")) == "triton"
     assert chosen("auto", packed("cpu")) == "torch"
     assert chosen("auto", packed("mps")) == "torch"
@@ -59,7 +59,7 @@ def test_auto_does_not_interpret(machine):
     assert chosen("triton", packed("cpu")) == "triton"
 
 
-def test_torch_is_torch_everywhere():
+def test_the_backend_torch_never_uses_the_kernel():
     assert chosen("torch", packed("cuda")) == "torch"
 
 
@@ -85,14 +85,14 @@ def test_weights_that_hooks_bring_are_left_to_their_modules():
         (packed(channels=16 * 132), 4, "even number of channels, at most 128, not 132"),
     ],
 )
-def test_what_the_kernel_cannot_do(qkv, window, reason):
+def test_the_limits_of_the_kernel(qkv, window, reason):
     grid = WindowGrid(18, 18, window)
     assert chosen("auto", qkv, grid) == "torch"
     with pytest.raises(ValueError, match=f"{reason}.*set_window_attention_backend..torch"):
         chosen("triton", qkv, grid)
 
 
-def test_an_old_triton_takes_small_windows(machine):
+def test_an_old_triton_supports_small_windows(machine):
     machine.setattr(backends, "_triton_version", lambda: (3, 2))
     assert chosen("auto", packed()) == "triton"
     assert chosen("auto", packed(), WindowGrid(8, 8, 8)) == "torch"
@@ -107,7 +107,7 @@ def test_an_old_triton_takes_small_windows(machine):
         ((9, 4), "6.2", "AMD"),
     ],
 )
-def test_which_gpus(monkeypatch, capability, hip, reason):
+def test_supported_gpus(monkeypatch, capability, hip, reason):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     why = WHY_NOT_ON_GPU.__wrapped__(0)
@@ -149,7 +149,7 @@ def test_a_model_sets_the_backend_of_its_windows():
     assert not hasattr(model.transformer_blocks[0].attn1.processor, "backend")
 
 
-def test_both_looks_of_a_layer_with_global_context_go_through_the_choice(machine):
+def test_both_attentions_of_a_layer_with_global_context_use_the_backend(machine):
     calls = []
 
     def attend(backend, qkv, grid, num_heads, norms, do_rope, bias):
@@ -166,7 +166,7 @@ def test_both_looks_of_a_layer_with_global_context_go_through_the_choice(machine
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [2, 4])
-def test_a_kernel_that_agrees_is_trusted_and_draws_no_numbers_of_the_users(machine, dtype, window):
+def test_a_kernel_that_agrees_is_trusted_without_using_the_global_generator(machine, dtype, window):
     machine.setattr(kernel, "window_attention", lambda *arguments: window_attention(*arguments) * 1)
     state = torch.get_rng_state()
     with torch.inference_mode():
@@ -200,13 +200,13 @@ def no_kernel(*arguments):
         (no_kernel, "no kernel image"),
     ],
 )
-def test_a_kernel_that_errs_is_not_trusted_and_says_so(machine, broken, reason):
+def test_a_wrong_kernel_is_not_trusted_and_gives_a_warning(machine, broken, reason):
     machine.setattr(kernel, "window_attention", broken)
     with pytest.warns(RuntimeWarning, match=reason):
         assert reason in WHY_NOT_TRUSTED(torch.device("cpu"), torch.float32, 4, 2, 12)
 
 
-def test_auto_leaves_a_kernel_that_is_not_trusted(machine):
+def test_auto_does_not_use_an_untrusted_kernel(machine):
     machine.setattr(backends, "why_not_trusted", lambda *_: "it errs")
     assert chosen("auto", packed("cuda")) == "torch"
     assert chosen("triton", packed("cuda")) == "triton"

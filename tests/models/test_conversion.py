@@ -1,4 +1,4 @@
-"""A checkpoint becomes a Diffusers folder and a file again, bit for bit, or nothing is written."""
+"""Conversion between checkpoint files and Diffusers folders, bit for bit, or nothing is written."""
 
 import json
 import subprocess
@@ -59,7 +59,7 @@ def test_folder_to_file_to_folder_is_bit_exact(kind, dtype, tmp_path):
         assert torch.equal(output(again), output(model))
 
 
-def test_the_released_kind_goes_round_once_folded(tmp_path):
+def test_a_released_checkpoint_round_trips_once_it_is_folded(tmp_path):
     save_file(released_state(tiny_model(window_size=4)), tmp_path / "released.safetensors")
     report = convert_to_diffusers(tmp_path / "released.safetensors", tmp_path / "folder")
     assert report.folded_layers == (0, 1) and report.dead_values == 2 * 5 * (24 * 24 + 24)
@@ -74,7 +74,7 @@ def test_the_released_kind_goes_round_once_folded(tmp_path):
     assert LocalDiTTransformer2DModel.from_pretrained(tmp_path / "drawn").config.use_global
 
 
-def test_a_model_a_pipeline_folder_and_shards_are_sources(tmp_path):
+def test_models_pipeline_folders_and_shards_can_be_converted(tmp_path):
     model = tiny_model()
     convert_to_single_file(model, tmp_path / "a.safetensors")
     model.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="10KB")
@@ -86,7 +86,7 @@ def test_a_model_a_pipeline_folder_and_shards_are_sources(tmp_path):
     assert same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
 
 
-def test_the_dtype_can_change_on_the_way(checkpoint, tmp_path):
+def test_conversion_can_change_the_dtype(checkpoint, tmp_path):
     convert_to_diffusers(checkpoint, tmp_path / "folder", torch_dtype=torch.float16)
     stored = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
@@ -95,7 +95,7 @@ def test_the_dtype_can_change_on_the_way(checkpoint, tmp_path):
     assert report.dtype == "bfloat16"
 
 
-def test_what_is_there_is_not_overwritten_unless_told(checkpoint, tmp_path):
+def test_existing_files_are_kept_without_overwrite(checkpoint, tmp_path):
     folder, path = tmp_path / "folder", tmp_path / "w.safetensors"
     convert_to_diffusers(checkpoint, folder)
     convert_to_single_file(folder, path)
@@ -119,7 +119,7 @@ def test_another_folder_is_never_overwritten(checkpoint, tmp_path):
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
 
 
-def test_a_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
+def test_a_failed_conversion_keeps_the_old_files(checkpoint, tmp_path, monkeypatch):
     folder, path = tmp_path / "folder", tmp_path / "w.safetensors"
     convert_to_diffusers(checkpoint, folder)
     convert_to_single_file(folder, path)
@@ -145,7 +145,7 @@ def test_a_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
     assert {each.name for each in tmp_path.iterdir()} == {"folder", "w.safetensors", "w.pt"}
 
 
-def test_folders_that_are_not_whole_are_refused(tmp_path):
+def test_incomplete_folders_are_refused(tmp_path):
     folder = tmp_path / "folder"
     tiny_model().save_pretrained(folder)
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -171,7 +171,7 @@ def test_folders_that_are_not_whole_are_refused(tmp_path):
         convert_to_single_file(folder, tmp_path / "w.pt")
 
 
-def test_the_command_goes_both_ways(checkpoint, tmp_path, capsys):
+def test_the_command_converts_in_both_directions(checkpoint, tmp_path, capsys):
     folder, path = tmp_path / "folder", tmp_path / "w.safetensors"
     assert main([str(checkpoint)]) == 0
     assert str(inspect_checkpoint(checkpoint)) in capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_the_command_goes_both_ways(checkpoint, tmp_path, capsys):
     assert same(load_file(path), expected)
 
 
-def test_the_command_tells_mistakes_in_one_line(checkpoint, tmp_path, capsys):
+def test_the_command_reports_mistakes_in_one_line(checkpoint, tmp_path, capsys):
     (tmp_path / "page.pt").write_text("<html>404</html>")
     (tmp_path / "folder").mkdir()
     for arguments in (
@@ -199,7 +199,7 @@ def test_the_command_tells_mistakes_in_one_line(checkpoint, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_tells_failures_on_the_way_apart(tmp_path, capsys):
+def test_the_command_distinguishes_failures_from_mistakes(tmp_path, capsys):
     state = flat_state(tiny_model())
     state["proj_out.bias"][0] = float("inf")
     save_file(state, tmp_path / "w.safetensors")
@@ -212,7 +212,7 @@ def test_the_command_tells_failures_on_the_way_apart(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_the_command_speaks_of_its_options(checkpoint, tmp_path, capsys):
+def test_the_errors_of_the_command_name_its_options(checkpoint, tmp_path, capsys):
     assert main([str(checkpoint), str(tmp_path / "a"), "--global-context", "draw"]) == 2
     assert "--global-context" in capsys.readouterr().err
     assert main([str(checkpoint), str(tmp_path / "a")]) == 0

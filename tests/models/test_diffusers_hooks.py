@@ -22,7 +22,7 @@ ATTENTION = ["to_qkv", "to_q", "to_k", "to_v", "to_out.0"]
 
 
 def inputs(height=16, width=16):
-    """In float64: whatever differs, differs beyond rounding."""
+    """Compare in float64, with a tolerance for rounding only."""
     return test_transformer.inputs(height, width, dtype=torch.float64)
 
 
@@ -96,7 +96,7 @@ def test_adapters_on_all_layers_are_a_change_of_their_weights(monkeypatch):
     close(model(**given).sample, expected)
 
 
-def test_fused_it_is_the_same_and_unfused_it_is_what_it_was():
+def test_fusing_an_adapter_keeps_the_result_and_can_be_undone():
     model, bare = adapted(TARGETS)
     given = inputs(16, 16)
     apart = run(model, **given)
@@ -117,7 +117,7 @@ def test_fusing_projections_leaves_adapters_alone():
     assert torch.equal(run(model, **inputs()), apart)
 
 
-def test_adapters_put_into_fused_projections_take_part_and_leave_them_fused():
+def test_adapters_work_in_fused_projections_and_leave_them_fused():
     model, bare = adapted(["to_k", "to_v"])
     fused = copy.deepcopy(bare)
     fused.fuse_qkv_projections()
@@ -130,7 +130,7 @@ def test_adapters_put_into_fused_projections_take_part_and_leave_them_fused():
     assert torch.equal(run(fused, **inputs()), without)
 
 
-def test_what_was_fused_stays_in_fused_projections_when_adapters_are_taken_out():
+def test_fused_adapters_stay_in_fused_projections_after_unloading():
     model, _ = adapted(["to_k", "to_v"])
     fused = copy.deepcopy(model)
     fused.unload_lora()
@@ -148,13 +148,13 @@ def test_a_scale_holds_for_one_call(scale):
     layer = model.transformer_blocks[0].attn1.to_qkv
     layer.set_scale("default", 0.7)
     scaling, full = layer.scaling["default"], run(model, **inputs())
-    told = inputs() | {"cross_attention_kwargs": {"scale": scale}}
+    arguments = inputs() | {"cross_attention_kwargs": {"scale": scale}}
     expected = run(merged_by_hand(model, bare, scale), **inputs())
-    close(run(model, **told), expected)
+    close(run(model, **arguments), expected)
     assert layer.scaling["default"] == scaling
     assert torch.equal(run(model, **inputs()), full)
     with pytest.raises(ValueError, match="nor anything in `cross_attention_kwargs` but 'scale'"):
-        run(model, **told | {"cross_attention_kwargs": {"scale": scale, "other": 1}})
+        run(model, **arguments | {"cross_attention_kwargs": {"scale": scale, "other": 1}})
     assert layer.scaling["default"] == scaling
 
 

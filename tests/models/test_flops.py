@@ -36,7 +36,7 @@ def inputs(model, height, width, text_tokens=7):
 
 
 def counted(model, height, width):
-    """What PyTorch sees go by; it knows the products of attention only apart from one another."""
+    """The operations that PyTorch counts; it needs the two products of attention separately."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*inputs(model, height, width))
     return counter.get_total_flops()
@@ -44,7 +44,7 @@ def counted(model, height, width):
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("layer_type", ["local", "local_global", "full"])
-def test_flops_are_those_that_pytorch_counts(layer_type, height, width):
+def test_flops_agree_with_pytorchs_count(layer_type, height, width):
     layers = {"layer_types": [layer_type] * 2, "use_global": layer_type == "local_global"}
     model = make(**layers)
     assert forward_flops(model, height, width, 7) == counted(model, height, width)
@@ -81,7 +81,7 @@ def test_a_training_step_takes_three_times_as_many(monkeypatch):
     model = make()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*inputs(model, 16, 16))[0].sum().backward()
-    # All but the gradients of what no gradient is asked for: latents, text and time.
+    # Latents, text and time need no gradients.
     forward = forward_flops(model, 16, 16, 7)
     assert counter.get_total_flops() == pytest.approx(3 * forward, rel=0.02)
     assert counter.get_total_flops() < 3 * forward

@@ -1,4 +1,4 @@
-"""Number by number against tensors of a working reference (float32, CPU)."""
+"""Comparison with tensors of a working reference (float32, CPU)."""
 
 import json
 from pathlib import Path

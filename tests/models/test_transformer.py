@@ -30,7 +30,7 @@ def make(**changes):
 
 def inputs(height=16, width=16, batch_size=2, dtype=torch.float32, conditions=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    # Drawn in float32 and then cast: another dtype draws other numbers.
+    # Drawn in float32 and then cast: other dtypes give other random numbers.
     mask = torch.ones(batch_size, 7, dtype=torch.int64)
     mask[0, 4:] = 0
     result = {
@@ -70,7 +70,7 @@ def test_presets_build():
 
 @pytest.mark.parametrize("size", [16, 64, 256])
 @pytest.mark.parametrize("conditions", [False, True])
-def test_another_sample_size_is_as_a_fresh_model_of_it(size, conditions):
+def test_setting_the_sample_size_equals_a_new_model_of_that_size(size, conditions):
     changes = {"use_additional_conditions": conditions, "sample_size": 128}
     model = make(**changes)
     model.set_sample_size(size)
@@ -83,7 +83,7 @@ def test_another_sample_size_is_as_a_fresh_model_of_it(size, conditions):
     assert torch.equal(again.eval()(**given).sample.isfinite().all(), torch.tensor(True))
 
 
-def test_portrait_after_landscape_is_as_from_a_fresh_model():
+def test_portrait_after_landscape_equals_a_new_model():
     model = make()
     landscape, portrait = inputs(24, 32), inputs(32, 24)
     run(model, **landscape)

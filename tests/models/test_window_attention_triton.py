@@ -1,6 +1,6 @@
 """The Triton kernel against PyTorch's operations in float64.
 
-Without a GPU the kernel runs in Triton's interpreter, in a process of its own: Triton decides when
+Without a GPU the kernel runs in Triton's interpreter, in a separate process: Triton decides when
 it is imported whether to interpret, and by now it may have been.
 """
 
@@ -40,7 +40,7 @@ def interpreted():
 
 
 def round_to_bfloat16_as_gpus_do():
-    """The interpreter cuts the bits off that do not fit."""
+    """The interpreter cuts off the bits that do not fit."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -57,7 +57,7 @@ def round_to_bfloat16_as_gpus_do():
 def draw(
     grid, heads=2, head_dim=12, dtype=torch.float32, batch=1, norm=True, bias=True, do_rope=True
 ):
-    """Arguments of `window_attention`, and a gradient of what it returns."""
+    """Arguments of `window_attention`, and a gradient of its result."""
     torch.manual_seed(0)
     tokens, channels = grid.height * grid.width, heads * head_dim
     qkv = torch.randn(batch, tokens, 3 * channels).to(dtype)
@@ -70,7 +70,7 @@ def draw(
 
 
 def run(function, arguments, grad, dtype=None, device=None):
-    """What the function returns, and its gradients, of all inputs cast to `dtype`."""
+    """Return the function's result and gradients, with all inputs cast to `dtype`."""
     qkv, grid, heads, norms, do_rope, bias = arguments
 
     def leaf(x):
@@ -99,7 +99,7 @@ def _filled_with_nan(empty, *args, **kwargs):
 
 
 def check(results, arguments, grad):
-    """The kernel errs at most twice as much as PyTorch's operations do in the same dtype.
+    """The kernel's error is at most twice that of PyTorch's operations in the same dtype.
 
     Luck may round single numbers exactly. So a few of float32's roundings are allowed beside: to
     the largest error, and to gradients of parameters, which are few and sums of larger terms.
@@ -150,7 +150,7 @@ def described(case):
 
 
 def split(case):
-    """What `draw` takes of a case, and what `run_kernel` does."""
+    """Return the arguments of `draw` and of `run_kernel` for a case."""
     case = dict(case)
     return case.pop("programs", kernel.PROGRAMS), case
 
@@ -227,7 +227,7 @@ def attend_without_gradients(arguments):
 
 
 @pytest.mark.parametrize("layout", ["a part of the map", "odd rows", "channels apart"])
-def test_rows_are_read_where_they_lie(interpreted, layout):
+def test_rows_are_read_without_copies(interpreted, layout):
     (qkv, *rest), _ = draw(WindowGrid(4, 5, 4, 1, 2), batch=2, dtype=torch.bfloat16)
     apart = {
         "a part of the map": lambda: torch.cat([qkv, qkv, qkv], dim=1)[:, 20:40],
@@ -282,7 +282,7 @@ def check_operators():
 
 
 @pytest.mark.slow
-def test_operators_keep_the_rules_of_compilers(interpreted):
+def test_operators_follow_the_rules_of_compilers(interpreted):
     interpreted(check_operators)
 
 
@@ -321,7 +321,7 @@ def test_compiles_as_one_graph(interpreted):
 
 
 def compile_for(capability, pass_name, dtype, head_dim, window):
-    """What Triton's compiler makes of a kernel for a GPU that need not be there."""
+    """Return what Triton's compiler makes of a kernel, for a GPU that may be absent."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -9,7 +9,7 @@ from localdit.models.windows import (
     shift_sizes,
     window_layout,
 )
-from tests.models.oracle import who_sees_whom
+from tests.models.oracle import visible_tokens
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def layouts(draw):
 
 
 @given(layouts())
-def test_a_token_reads_its_own_slot_and_sees_whom_it_should(case):
+def test_tokens_read_their_own_slot_and_see_the_right_tokens(case):
     height, width, window, shift = case
     order, inverse, hidden = window_layout(WindowGrid(*case, case[-1]), CPU)
     tokens = height * width
@@ -42,7 +42,7 @@ def test_a_token_reads_its_own_slot_and_sees_whom_it_should(case):
                 if is_token[n, i] and (hidden is None or not hidden[n, i, j]):
                     assert is_token[n, j], "a token sees padding"
                     sees[per_window[n, i], per_window[n, j]] = True
-    assert torch.equal(sees, who_sees_whom(*case)[0])
+    assert torch.equal(sees, visible_tokens(*case)[0])
 
 
 @given(layouts())
@@ -65,7 +65,7 @@ def test_bands_hold_all_tokens_and_see_what_the_map_sees(case, max_tokens):
     tokens = torch.arange(height * width)
     assert torch.equal(torch.cat([tokens[part] for part, _ in bands]), tokens)
 
-    visible = who_sees_whom(*case)[0]
+    visible = visible_tokens(*case)[0]
     for part, band in bands:
         assert band.height * band.width == len(tokens[part])
         assert band.column_shift == shift
@@ -83,7 +83,7 @@ def test_bands_hold_all_tokens_and_see_what_the_map_sees(case, max_tokens):
         assert torch.equal(slots, visible[part, part])
 
 
-def test_bands_are_even_and_no_larger_than_asked():
+def test_bands_are_even_and_within_the_limit():
     grid = WindowGrid(64, 64, 4, 1, 1)
     heights = [band.height for _, band in grid.bands(1024)]
     assert heights == [17, 16, 16, 15]
@@ -97,7 +97,7 @@ def test_bands_are_even_and_no_larger_than_asked():
     assert grid.bands(4096) == [(slice(0, 4096), grid)]
 
 
-def test_layouts_made_in_inference_mode_serve_training():
+def test_layouts_made_in_inference_mode_work_in_training():
     with torch.inference_mode():
         layout = window_layout(WindowGrid(7, 5, 4, 3, 3), CPU)
     x = torch.randn(1, 35, 2, requires_grad=True)

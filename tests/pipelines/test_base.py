@@ -1,4 +1,4 @@
-"""What the pipelines share, tried through text to image unless the image matters."""
+"""The stages that the pipelines share, tested with text to image unless an image is needed."""
 
 import logging
 
@@ -144,7 +144,7 @@ def test_the_picture_follows_prompt_negative_prompt_and_guidance(pipe):
         assert (latents_of(pipe, **change) - reference).abs().max() > 1e-3
 
 
-def test_size_and_aspect_ratio_serve_every_row(pipe, calls):
+def test_size_conditions_apply_to_every_row(pipe, calls):
     latents_of(pipe, ["a cat", "a dog"], height=48, width=96)
     conditions = calls[0]["added_cond_kwargs"]
     assert torch.equal(conditions["resolution"], torch.tensor([[48.0, 96.0]]))
@@ -188,7 +188,7 @@ def test_a_learned_variance_is_left_out(seeded):
 @pytest.mark.parametrize(
     "scheduler", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler]
 )
-def test_other_schedulers_serve(pipe, img2img, scheduler, seeded):
+def test_other_schedulers_work(pipe, img2img, scheduler, seeded):
     components = {**pipe.components, "scheduler": scheduler()}
     generators = [seeded(0), seeded(1)]
     assert (
@@ -203,7 +203,7 @@ def test_other_schedulers_serve(pipe, img2img, scheduler, seeded):
     assert changed.num_timesteps == (3 if scheduler is HeunDiscreteScheduler else 2)
 
 
-def test_custom_timesteps_and_sigmas_are_taken(pipe, calls):
+def test_custom_timesteps_and_sigmas_are_used(pipe, calls):
     latents_of(pipe, timesteps=[900, 400, 100, 10])
     assert [int(call["timestep"][0]) for call in calls] == [900, 400, 100, 10]
     assert pipe.num_timesteps == 4
@@ -213,7 +213,7 @@ def test_custom_timesteps_and_sigmas_are_taken(pipe, calls):
     assert len(calls) == 4 + euler.num_timesteps
 
 
-def test_noise_is_scaled_to_what_the_scheduler_starts_from(pipe, calls, seeded):
+def test_noise_is_scaled_to_the_schedulers_initial_sigma(pipe, calls, seeded):
     euler = LocalDiTPipeline(**{**pipe.components, "scheduler": EulerDiscreteScheduler()})
     latents_of(euler, guidance_scale=1.0)
     sigma = euler.scheduler.sigmas[0]
@@ -239,7 +239,7 @@ def test_few_steps_and_many_stay_finite(pipe, steps):
 # Callbacks
 
 
-def test_a_callback_sees_what_it_asks_for_at_every_step(pipe):
+def test_a_callback_gets_the_tensors_it_asks_for_at_every_step(pipe):
     seen = []
 
     def callback(pipeline, index, timestep, tensors):
@@ -306,11 +306,11 @@ def test_the_progress_bar_counts_the_steps(pipe, capfd):
     assert "3/3" in capfd.readouterr().err
 
 
-# Kinds of numbers
+# Dtypes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_draws_the_same_picture_roughly(pipe, dtype, seeded):
+def test_half_precision_gives_nearly_the_same_picture(pipe, dtype, seeded):
     half = tiny_pipeline().to(dtype)
     picture = half("a cat", num_inference_steps=3, generator=seeded(), output_type="pt").images
     reference = pipe("a cat", num_inference_steps=3, generator=seeded(), output_type="pt").images
@@ -405,7 +405,7 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe, caplog):
     assert torch.equal(cut, fits)
 
 
-# Offload. It is meant for accelerators; given the CPU as one, its hooks do all that they do there.
+# Offloading. The CPU stands in for an accelerator: the hooks do the same there.
 
 
 def offload_whole_models(pipe):
@@ -420,7 +420,7 @@ def offload_layer_by_layer(pipe):
 
 @pytest.mark.parametrize("offload", [offload_whole_models, offload_layer_by_layer])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_offload_changes_no_picture(offload, dtype, seeded):
+def test_offloading_does_not_change_the_picture(offload, dtype, seeded):
     pipe = tiny_pipeline().to(dtype)
     arguments = {"num_inference_steps": 2, "output_type": "pt"}
     expected = pipe("a cat", generator=seeded(), **arguments).images

@@ -1,4 +1,4 @@
-"""Prompts are encoded once, and the text encoder can go."""
+"""Prompts are encoded once, and the text encoder can be released."""
 
 import weakref
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.tiny import tiny_components, tiny_pipeline
 
 @pytest.fixture
 def own():
-    """A pipeline of this test's own."""
+    """A pipeline that no other test uses."""
     return tiny_pipeline()
 
 
@@ -41,7 +41,7 @@ def test_a_prompt_is_encoded_once(own, encoded):
     assert len(encoded) == 4  # the empty negative prompt; the length of the padding is no matter
 
 
-def test_what_a_prompt_becomes_depends_on_nothing_else(own):
+def test_the_states_of_a_prompt_do_not_depend_on_other_prompts(own):
     with torch.no_grad():
         alone = own.encode_prompt("a cat")[0]
         own.prompt_cache.clear()
@@ -50,7 +50,7 @@ def test_what_a_prompt_becomes_depends_on_nothing_else(own):
         assert torch.equal(batch[1], alone[0])
 
 
-def test_results_are_the_callers_to_change(own):
+def test_callers_may_change_the_results(own):
     with torch.no_grad():
         expected = own.encode_prompt("a cat")[0].clone()
         own.encode_prompt("a cat")[0].zero_()
@@ -70,7 +70,7 @@ def test_results_are_the_callers_to_change(own):
     ],
     ids=["replaced", "loaded", "trained", "cast"],
 )
-def test_another_encoder_or_a_changed_one_is_asked_anew(own, change):
+def test_another_or_changed_encoder_encodes_again(own, change):
     with torch.no_grad():
         before = own.encode_prompt("a cat")[0]
         change(own)
@@ -80,7 +80,7 @@ def test_another_encoder_or_a_changed_one_is_asked_anew(own, change):
     assert not torch.equal(after, before)
 
 
-def test_another_tokenizer_is_asked_anew(own):
+def test_another_tokenizer_encodes_again(own):
     with torch.no_grad():
         before = own.encode_prompt("a cat")[0]
         vocabulary = own.tokenizer.get_vocab()
@@ -91,7 +91,7 @@ def test_another_tokenizer_is_asked_anew(own):
         assert not torch.equal(own.encode_prompt("a cat")[0], before)
 
 
-def test_gradients_reach_the_text_encoder_all_the_same(own, encoded):
+def test_gradients_reach_the_text_encoder(own, encoded):
     with torch.no_grad():
         own.encode_prompt("a cat", do_classifier_free_guidance=False)
     own.encode_prompt("a cat", do_classifier_free_guidance=False)[0].sum().backward()
@@ -133,7 +133,7 @@ def test_pipelines_made_from_one_another_share_what_was_encoded(own, encoded):
     assert len(encoded) == 2
 
 
-# Offload. It is meant for accelerators; given the CPU as one, its hooks do all that they do there.
+# Offloading. The CPU stands in for an accelerator: the hooks do the same there.
 
 
 def test_an_offloaded_encoder_is_not_moved_for_known_prompts(own, encoded):

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from localdit.core.conditions import size_conditions
 from localdit.core.text import cut_padding
-from localdit.pipelines.guidance import DenoiserText, guided_steps
+from localdit.pipelines.request import DenoiserText, Request
 from tests.tiny import tiny_pipeline
 
 
@@ -25,7 +27,7 @@ def test_padding_of_all_rows_is_cut_to_a_multiple_of_eight():
     assert cut_padding(embeds, mask)[0].shape[1] == 120
 
 
-def test_lengths_that_are_no_multiple_stay_whole():
+def test_other_lengths_are_not_cut():
     assert cut_padding(torch.randn(1, 13, 4), torch.ones(1, 13))[0].shape == (1, 13, 4)
 
 
@@ -66,7 +68,7 @@ def test_the_transformer_predicts_the_same_without_padding(dtype, seeded):
     assert torch.equal(other, full)
 
 
-# Joined once
+# Joined text
 
 
 def test_text_is_joined_once_in_a_call(pipe, calls):
@@ -75,7 +77,7 @@ def test_text_is_joined_once_in_a_call(pipe, calls):
     assert pipe._denoiser_text._made is None  # and nothing of it is kept
 
 
-def test_text_is_joined_anew_when_it_changed():
+def test_text_is_joined_again_when_it_changes():
     join, mask = DenoiserText(), torch.ones(1, 8)
     one, other = torch.zeros(1, 8, 4), torch.ones(1, 8, 4)
     made, _ = join((one, mask), (other, mask))
@@ -88,7 +90,7 @@ def test_text_is_joined_anew_when_it_changed():
     assert join((one, mask))[1].sum() == 1
 
 
-def test_inference_mode_draws_the_same(pipe):
+def test_inference_mode_gives_the_same_picture(pipe):
     expected = draw(pipe)
     with torch.inference_mode():
         assert torch.equal(draw(pipe), expected)
@@ -110,18 +112,21 @@ def test_a_callback_may_replace_the_text(pipe, calls, in_place):
 
 
 def test_fractions_become_steps():
+    def guided_steps(interval, steps):
+        return Request.guided_steps(SimpleNamespace(guidance_interval=interval), steps)
+
     assert guided_steps((0.0, 1.0), 20) == range(20)
     assert guided_steps((0.25, 0.75), 10) == range(2, 7)
     assert not guided_steps((0.5, 0.5), 10)
 
 
-def test_outside_of_the_interval_the_negative_prompt_is_not_computed(pipe, calls):
+def test_the_negative_prompt_is_left_out_outside_the_interval(pipe, calls):
     draw(pipe, guidance_interval=(0.2, 0.6))
     assert [len(call["hidden_states"]) for call in calls] == [1, 2, 2, 1, 1]
     assert pipe._within_interval
 
 
-def test_the_interval_matters_and_the_whole_one_is_the_default(pipe):
+def test_the_interval_has_an_effect_and_covers_all_steps_by_default(pipe):
     reference = draw(pipe)
     assert torch.equal(draw(pipe, guidance_interval=(0.0, 1.0)), reference)
     assert (draw(pipe, guidance_interval=(0.2, 0.6)) - reference).abs().max() > 1e-3
@@ -129,7 +134,7 @@ def test_the_interval_matters_and_the_whole_one_is_the_default(pipe):
     assert torch.equal(draw(pipe, guidance_interval=(0.3, 0.3)), unguided)
 
 
-def test_a_callback_changes_the_guidance_within_the_interval_alone(pipe, calls):
+def test_a_callback_changes_the_guidance_only_within_the_interval(pipe, calls):
     def guide(pipeline, index, timestep, tensors):
         pipeline._guidance_scale = 0.0 if index == 1 else 7.0
 
@@ -137,7 +142,7 @@ def test_a_callback_changes_the_guidance_within_the_interval_alone(pipe, calls):
     assert [len(call["hidden_states"]) for call in calls] == [1, 2, 1, 2, 1]
 
 
-def test_image_to_image_counts_the_steps_that_are_taken(img2img, calls):
+def test_the_interval_of_image_to_image_counts_the_steps_taken(img2img, calls):
     arguments = {"image": torch.zeros(3, 64, 64), "strength": 0.5, "num_inference_steps": 8}
     img2img("a cat", guidance_interval=(0.5, 1.0), **arguments)
     assert [len(call["hidden_states"]) for call in calls] == [1, 1, 2, 2]

@@ -22,7 +22,7 @@ def test_every_kind_of_image_reads_the_same(image):
     assert read_images([image, image], 4).shape == (2 * len(read), 3, 12, 20)
 
 
-def test_modes_are_converted_transparency_over_white():
+def test_modes_are_converted_with_transparency_over_white():
     clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     assert torch.equal(read_images(clear, 4), torch.ones(1, 3, 16, 16))
     assert read_images(PICTURE.convert("CMYK"), 4).shape == (1, 3, 12, 20)
@@ -31,7 +31,7 @@ def test_modes_are_converted_transparency_over_white():
     torch.testing.assert_close(read_images(deep, 4), torch.full((1, 3, 16, 16), 128 / 255))
 
 
-def test_latents_pass_whatever_their_range():
+def test_latents_may_have_any_range():
     latents = 5 * torch.randn(2, 4, 8, 8)
     assert torch.equal(read_images(latents, 4), latents)
 
@@ -54,7 +54,7 @@ def test_latents_pass_whatever_their_range():
         ([PICTURE, PICTURE.resize((16, 16))], ValueError, r"differ .* \(16, 16, 3\), \(20, 12, 3"),
     ],
 )
-def test_what_is_no_image_is_refused(image, error, message):
+def test_anything_but_images_is_refused(image, error, message):
     with pytest.raises(error, match=message):
         read_images(image, 4)
 
@@ -109,7 +109,7 @@ def test_masks_may_be_soft():
         ([MASK, MASK[:6]], ValueError, "given as mask_image differ"),
     ],
 )
-def test_what_is_no_mask_is_refused(mask, error, message):
+def test_anything_but_masks_is_refused(mask, error, message):
     with pytest.raises(error, match=message):
         read_masks(mask)
 

@@ -1,8 +1,17 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from PIL import Image
+
+from localdit.pipelines import LocalDiTImg2ImgPipeline
 
 
 @pytest.fixture
@@ -21,8 +30,8 @@ def encoded(img2img, image, generator):
         return 0.13025 * img2img.vae.encode(2 * image[None] - 1).latent_dist.sample(generator)
 
 
-def test_it_samples_as_written_down(img2img, image, seeded):
-    """Encode, add the noise of the first timestep kept, then as text to image does."""
+def test_sampling_follows_the_algorithm(img2img, image, seeded):
+    """Encode, add the noise of the first remaining timestep, then sample as in text to image."""
     scheduler = DPMSolverMultistepScheduler()
     scheduler.set_timesteps(5)
     kept = scheduler.timesteps[-3:]
@@ -48,14 +57,14 @@ def test_it_samples_as_written_down(img2img, image, seeded):
     torch.testing.assert_close(made, latents, atol=1e-4, rtol=0)
 
 
-def test_the_autoencoders_shift_is_taken_off(img2img, image, seeded):
+def test_the_autoencoders_shift_is_subtracted(img2img, image, seeded):
     img2img.vae.register_to_config(shift_factor=0.5)
     shifted = change(img2img, image, strength=0)
     img2img.vae.register_to_config(shift_factor=None)
     torch.testing.assert_close(shifted, encoded(img2img, image, seeded()) - 0.5 * 0.13025)
 
 
-def test_the_more_strength_the_more_change(img2img, image, seeded):
+def test_more_strength_changes_more(img2img, image, seeded):
     start = encoded(img2img, image, seeded())
     distances = [
         (change(img2img, image, strength=s, num_inference_steps=20) - start).norm().item()
@@ -83,7 +92,7 @@ def test_a_strength_outside_of_0_and_1_is_refused(img2img, image, strength, call
     assert not calls
 
 
-def test_a_batch_makes_the_pictures_that_one_at_a_time_makes(img2img, seeded):
+def test_a_batch_gives_the_same_pictures_as_single_calls(img2img, seeded):
     images = list(torch.rand(2, 3, 48, 64, generator=seeded()))
     batch = change(
         img2img, images, ["a cat", "a dog"], generator=[seeded(0), seeded(1)], output_type="pt"
@@ -93,7 +102,7 @@ def test_a_batch_makes_the_pictures_that_one_at_a_time_makes(img2img, seeded):
         torch.testing.assert_close(batch[i : i + 1], alone, atol=1e-4, rtol=0)
 
 
-def test_one_image_serves_all_prompts_each_with_its_own_noise(img2img, image, seeded):
+def test_one_image_is_used_for_all_prompts_with_different_noise(img2img, image, seeded):
     batch = change(
         img2img,
         image,
@@ -106,7 +115,7 @@ def test_one_image_serves_all_prompts_each_with_its_own_noise(img2img, image, se
     assert (batch[0] - batch[1]).abs().max() > 1e-3
 
 
-def test_the_size_is_the_images_unless_given(img2img):
+def test_the_default_size_is_that_of_the_image(img2img):
     picture = Image.new("RGB", (96, 48), "red")
     assert change(img2img, picture, output_type="pil")[0].size == (96, 48)
     assert change(img2img, picture, height=64, width=32).shape == (1, 4, 8, 4)
@@ -130,7 +139,7 @@ def test_latents_of_one_pipeline_feed_the_next(pipe, img2img, seeded):
     assert change(img2img, latents, output_type="np").shape == (1, 64, 64, 3)
 
 
-def test_given_noise_replaces_the_drawn(img2img, image, seeded):
+def test_given_noise_replaces_drawn_noise(img2img, image, seeded):
     generator = seeded()
     encoded(img2img, image, generator)  # what is drawn before the noise
     noise = torch.randn(1, 4, 8, 8, generator=generator)
@@ -176,3 +185,38 @@ def test_half_precision_is_finite(image):
     result = change(half, image, output_type="pt")
     assert result.isfinite().all()
     assert half.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize("strength", [0.1, 0.29, 0.5, 0.8, 1.0])
+def test_the_last_steps_are_taken(img2img, steps, strength):
+    img2img.scheduler.set_timesteps(steps)
+    kept = img2img.get_timesteps(strength)
+    assert len(kept) == int(steps * strength)
+    assert torch.equal(kept, img2img.scheduler.timesteps[steps - len(kept) :])
+    assert img2img.scheduler.begin_index == steps - len(kept)
+
+
+def test_a_strength_below_one_step_gives_a_warning(img2img, caplog):
+    img2img.scheduler.set_timesteps(5)
+    with caplog.at_level(logging.WARNING):
+        assert len(img2img.get_timesteps(0.1)) == 0
+    assert "Strength 0.1 of 5 steps is less than one step" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler]
+)
+def test_the_noise_is_that_of_the_first_timestep_to_come(img2img, scheduler, seeded):
+    """The result is `alpha x + sigma n`, or `x + sigma n` for schedulers with sigmas."""
+    pipe = LocalDiTImg2ImgPipeline(**{**img2img.components, "scheduler": scheduler()})
+    pipe.scheduler.set_timesteps(10)
+    schedule = pipe.get_timesteps(0.5)
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=seeded())
+    noised = pipe.add_noise(latents, noise, schedule)
+    alpha = pipe.scheduler.alphas_cumprod[schedule[0].long()]
+    if scheduler is not DDIMScheduler:
+        noised = noised * alpha.sqrt()
+    expected = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    torch.testing.assert_close(noised, expected, atol=2e-3, rtol=0)
+    assert torch.equal(pipe.add_noise(latents, noise, schedule[10:]), latents)

@@ -9,6 +9,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 
 from localdit.pipelines import LocalDiTInpaintPipeline
+from localdit.pipelines.inpainting import Canvas, latents_to_repaint
 from tests.tiny import tiny_components
 
 
@@ -41,7 +42,7 @@ def with_scheduler(inpaint, scheduler):
     return pipeline
 
 
-def test_it_samples_as_written_down(inpaint, image, mask, seeded):
+def test_sampling_follows_the_algorithm(inpaint, image, mask, seeded):
     """As image to image, but after each step the left half is put back, with that step's noise."""
     scheduler = DPMSolverMultistepScheduler()
     scheduler.set_timesteps(5)
@@ -78,7 +79,7 @@ def test_it_samples_as_written_down(inpaint, image, mask, seeded):
 
 @pytest.mark.parametrize("output_type", ["pt", "np", "pil"])
 @pytest.mark.parametrize("padding", [None, 8])
-def test_what_is_not_masked_is_kept_to_the_bit(inpaint, image, mask, output_type, padding):
+def test_the_unmasked_part_is_kept_to_the_bit(inpaint, image, mask, output_type, padding):
     made = repaint(inpaint, image, mask, output_type=output_type, padding_mask_crop=padding)
     expected = image.permute(1, 2, 0).numpy()
     if output_type == "pil":
@@ -99,7 +100,7 @@ SCHEDULERS = sorted(
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("name", [*SCHEDULERS, "LCMScheduler", "TCDScheduler"])
-def test_what_is_kept_has_the_noise_that_every_scheduler_expects(inpaint, name, strength):
+def test_the_kept_part_has_the_noise_that_every_scheduler_expects(inpaint, name, strength):
     """A denoiser that knows the image keeps it at the level of noise that the scheduler goes on
     from. What is put back must be at the same level: so much of the image, so much noise."""
     try:
@@ -134,13 +135,13 @@ def test_what_is_kept_has_the_noise_that_every_scheduler_expects(inpaint, name, 
 
 
 def noise_in(scaled, encoded, scheduler, timestep):
-    """What a perfect model would predict, given what it is given."""
+    """Return what a perfect model would predict for these inputs."""
     alphas, steps = scheduler.alphas_cumprod.numpy(), range(len(scheduler.alphas_cumprod))
     alpha = torch.tensor(np.interp(float(timestep), steps, alphas)).float()
     return (scaled - alpha.sqrt() * encoded) / (1 - alpha).sqrt()
 
 
-def test_a_strength_of_1_forgets_what_is_masked(inpaint, mask, seeded):
+def test_at_strength_1_the_masked_part_of_the_image_does_not_matter(inpaint, mask, seeded):
     latents, other = torch.randn(2, 4, 8, 8, generator=seeded())
     other[..., :4] = latents[..., :4]
     made = [repaint(inpaint, one, mask, output_type="latent") for one in (latents, other)]
@@ -151,7 +152,7 @@ def test_a_strength_of_1_forgets_what_is_masked(inpaint, mask, seeded):
     assert (made[0] - made[1])[..., 4:].abs().max() > 0.1
 
 
-def test_at_strength_0_what_is_masked_is_the_autoencoders(inpaint, img2img, image, mask, calls):
+def test_at_strength_0_the_masked_part_is_encoded_and_decoded(inpaint, img2img, image, mask, calls):
     made = repaint(inpaint, image, mask, strength=0)
     rendered = repaint(img2img, image, 0.0)
     assert not calls
@@ -159,7 +160,7 @@ def test_at_strength_0_what_is_masked_is_the_autoencoders(inpaint, img2img, imag
     torch.testing.assert_close(made[..., 32:], rendered[..., 32:])
 
 
-def test_a_batch_makes_the_pictures_that_one_at_a_time_makes(inpaint, image, mask, seeded):
+def test_a_batch_gives_the_same_pictures_as_single_calls(inpaint, image, mask, seeded):
     images, masks = [image, 1 - image], [mask, mask.flip(-1)]
     prompts = ["a cat", "a dog"]
     generators = [seeded(i) for i in range(4)]
@@ -174,7 +175,7 @@ def test_a_batch_makes_the_pictures_that_one_at_a_time_makes(inpaint, image, mas
 
 
 @pytest.mark.parametrize("padding", [None, 4])
-def test_one_image_or_mask_serves_all_prompts(inpaint, image, mask, seeded, padding):
+def test_one_image_or_mask_is_used_for_all_prompts(inpaint, image, mask, seeded, padding):
     prompts = ["a cat", "a dog"]
     masks = [mask, mask.flip(-1)]
     several = repaint(
@@ -217,7 +218,7 @@ def test_a_blurred_mask_hides_the_seam(inpaint, image, mask):
     assert torch.equal(made[..., :16], image[None, ..., :16])
 
 
-def test_latents_are_taken_and_given(inpaint, pipe, image, mask, seeded):
+def test_latents_are_accepted_and_returned(inpaint, pipe, image, mask, seeded):
     latents = pipe("a cat", num_inference_steps=2, generator=seeded(), output_type="latent").images
     made = repaint(inpaint, latents, mask, output_type="latent")
     assert torch.equal(made[..., :4], latents[..., :4])
@@ -225,7 +226,7 @@ def test_latents_are_taken_and_given(inpaint, pipe, image, mask, seeded):
     assert repaint(inpaint, latents, mask).shape == (1, 3, 64, 64)
 
 
-def test_callbacks_see_what_is_kept_and_can_interrupt(inpaint, image, mask, calls, seeded):
+def test_callbacks_see_the_kept_part_and_can_interrupt(inpaint, image, mask, calls, seeded):
     seen = []
 
     def callback(pipeline, index, timestep, tensors):
@@ -252,7 +253,7 @@ def request_of(generator):
     return Request
 
 
-def test_given_noise_replaces_the_drawn(inpaint, image, mask, seeded):
+def test_given_noise_replaces_drawn_noise(inpaint, image, mask, seeded):
     generator = seeded()
     inpaint.encode_images(image[None], request_of(generator))  # what is drawn before the noise
     noise = torch.randn(1, 4, 8, 8, generator=generator)
@@ -292,3 +293,89 @@ def test_half_precision_is_finite_and_keeps_the_picture(image, mask):
     made = repaint(half, image, mask)
     assert made.isfinite().all()
     assert torch.equal(made[..., :32], image[None, ..., :32])
+
+
+# The canvas
+
+
+@pytest.fixture
+def images(seeded):
+    return torch.rand(1, 3, 96, 64, generator=seeded(3))
+
+
+def box_mask(left, top, right, bottom, height=96, width=64):
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., top:bottom, left:right] = 1
+    return mask
+
+
+def test_only_the_masked_part_is_replaced(images):
+    mask = box_mask(10, 20, 30, 50)
+    canvas = Canvas.scaled(images, mask, 96, 64)
+    assert torch.equal(torch.cat(canvas.part(96, 64), 1), torch.cat([images, mask], 1))
+    result = canvas.put_back(torch.full((2, 3, 96, 64), 0.25))
+    inside = mask.bool().expand(2, 3, -1, -1)
+    assert (result[inside] == 0.25).all()
+    assert torch.equal(result[~inside], images.expand(2, -1, -1, -1)[~inside])
+
+
+def test_soft_masks_blend(images):
+    canvas = Canvas.scaled(images, torch.full((1, 1, 96, 64), 0.75), 96, 64)
+    result = canvas.put_back(torch.ones(1, 3, 96, 64))
+    torch.testing.assert_close(result, 0.75 + 0.25 * images)
+
+
+def test_pictures_are_scaled_to_the_requested_size(images):
+    canvas = Canvas.scaled(images, box_mask(0, 0, 64, 48), 48, 32)
+    part, mask = canvas.part(48, 32)
+    assert part.shape == (1, 3, 48, 32)
+    assert mask[..., :23, :].min() > 0.5 > mask[..., 25:, :].max()
+
+
+def test_the_crop_around_a_mask_is_cut_out_and_put_back(images):
+    mask = box_mask(20, 40, 28, 48)
+    canvas = Canvas.around_masks(images, mask, 64, 64, padding=4)
+    assert canvas.boxes == [(16, 36, 32, 52)]
+    part, part_mask = canvas.part(64, 64)
+    assert part.shape == (1, 3, 64, 64)
+    torch.testing.assert_close(part.mean(), images[..., 36:52, 16:32].mean(), atol=1e-2, rtol=0)
+    assert part_mask[..., 20:44, 20:44].min() == 1
+    assert part_mask[..., :12, :].max() == 0
+    result = canvas.put_back(torch.full((1, 3, 64, 64), 0.25))
+    inside = mask.bool().expand(1, 3, -1, -1)
+    torch.testing.assert_close(result[inside], torch.full_like(result[inside], 0.25))
+    assert torch.equal(result[~inside], images[~inside])
+
+
+def test_a_crop_has_the_requested_proportions_and_lies_within_the_picture(images):
+    wide = Canvas.around_masks(images, box_mask(0, 0, 8, 8), 32, 64, padding=0)
+    assert wide.boxes == [(0, 0, 16, 8)]
+    large = Canvas.around_masks(images, box_mask(0, 0, 64, 96), 64, 64, padding=9)
+    assert large.boxes == [(0, 0, 64, 96)]
+
+
+def test_faint_values_do_not_widen_the_crop(images):
+    mask = box_mask(20, 40, 28, 48).clamp(min=0.02)
+    assert Canvas.around_masks(images, mask, 64, 64, 4).boxes == [(16, 36, 32, 52)]
+
+
+def test_pictures_use_the_mask_of_their_prompt(images):
+    masks = torch.cat([box_mask(20, 40, 28, 48), box_mask(0, 0, 16, 16)])
+    for canvas in (
+        Canvas.scaled(images, masks, 96, 64),
+        Canvas.around_masks(images, masks, 96, 64, 0),
+    ):
+        pictures = torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 96, 64) / 8
+        result = canvas.put_back(pictures)
+        for row, (y, x) in enumerate([(44, 24), (44, 24), (8, 8), (8, 8)]):
+            torch.testing.assert_close(result[row, :, y, x], torch.full((3,), row / 8))
+            y, x = (8, 8) if row < 2 else (44, 24)
+            assert torch.equal(result[row, :, y, x], images[0, :, y, x])
+
+
+def test_a_latent_is_repainted_if_any_of_its_pixels_is():
+    masks = torch.cat([box_mask(17, 40, 18, 41), 0.4 * box_mask(0, 0, 64, 96)])
+    repaint = latents_to_repaint(masks, 8, rows=4)
+    assert repaint.shape == (4, 1, 12, 8)
+    assert repaint.sum(dim=(1, 2, 3)).tolist() == [1, 1, 0, 0]
+    assert repaint[1, 0, 5, 2]

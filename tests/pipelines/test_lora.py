@@ -1,4 +1,4 @@
-"""LoRA of a pipeline: everything Diffusers' own pipelines offer, and what is refused."""
+"""LoRA of a pipeline: the features of Diffusers' own pipelines, and the refusals."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ def pipe():
 
 
 def close(one, other):
-    """Equal but for rounding: a layer in an adapter takes its GELU in a pass of its own."""
+    """Equal but for rounding: a layer with an adapter applies GELU in a separate pass."""
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
@@ -44,7 +44,7 @@ def draw(pipe, scale=None):
 
 
 def add(pipe, name="default", seed=0, **changes):
-    """Put an adapter of random weights into the transformer."""
+    """Add an adapter with random weights to the transformer."""
     torch.manual_seed(seed)
     settings = {"r": 2, "lora_alpha": 6, "target_modules": TARGETS} | changes
     pipe.transformer.add_adapter(peft.LoraConfig(**settings, init_lora_weights=False), name)
@@ -62,7 +62,7 @@ def files(tmp_path_factory):
     return root
 
 
-def test_saved_and_loaded_it_draws_the_same(pipe, tmp_path):
+def test_a_saved_and_loaded_adapter_gives_the_same_picture(pipe, tmp_path):
     bare = draw(pipe)
     add(pipe, rank_pattern={"to_k": 3}, alpha_pattern={"to_k": 9})
     expected = draw(pipe)
@@ -79,7 +79,7 @@ def test_saved_and_loaded_it_draws_the_same(pipe, tmp_path):
         assert other.transformer.peft_config["style"].to_dict() == settings.to_dict()
 
 
-def test_the_same_adapter_is_the_same_file(pipe, tmp_path):
+def test_an_adapter_saved_twice_gives_the_same_file(pipe, tmp_path):
     add(pipe, target_modules=[*TARGETS, "to_q", "to_v", "ff.net.2"])
     pipe.save_lora_weights(tmp_path, pipe.transformer)
     with safe_open(tmp_path / NAME, "pt") as file:
@@ -107,7 +107,7 @@ def test_tensors_of_a_training_script_are_saved_as_diffusers_saves_them(pipe, tm
     assert (tmp_path / "False/pytorch_lora_weights.bin").is_file()
 
 
-def test_a_dict_is_taken_and_left_as_it_was(pipe, files):
+def test_a_dict_is_loaded_and_not_changed(pipe, files):
     tensors = load_file(files / "second" / NAME)
     names = list(tensors)
     pipe.load_lora_weights(tensors)
@@ -126,7 +126,7 @@ def test_several_adapters_add_up_by_their_weights(pipe, files):
     assert layers["transformer_blocks.0.ff.net.2"].scaling["second"] == 2.0 * 4 / 4
     both = draw(pipe)
 
-    # Fused one after the other they are the same: the weights of both are really added.
+    # Fused one after the other they give the same: both are added to the weights.
     pipe.fuse_lora(adapter_names=["first"])
     pipe.fuse_lora(adapter_names=["second"])
     assert pipe.fused_loras == {"first", "second"}
@@ -144,7 +144,7 @@ def test_several_adapters_add_up_by_their_weights(pipe, files):
         pipe.set_adapters("first")
 
 
-def test_disabled_it_draws_as_without(pipe, files):
+def test_a_disabled_adapter_has_no_effect(pipe, files):
     bare = draw(pipe)
     pipe.load_lora_weights(files / "first")
     adapted = draw(pipe)
@@ -154,7 +154,7 @@ def test_disabled_it_draws_as_without(pipe, files):
     assert torch.equal(draw(pipe), adapted)
 
 
-def test_a_scale_of_one_call_is_that_of_set_adapters(pipe, files):
+def test_the_scale_of_a_call_equals_a_weight_of_set_adapters(pipe, files):
     bare = draw(pipe)
     pipe.load_lora_weights(files / "first", adapter_name="first")
     close(draw(pipe, scale=0.0), bare)
@@ -207,7 +207,7 @@ def test_adapters_move_and_swap_in_place(pipe, files):
     assert layer.base_layer.weight.device.type == "cpu"
 
 
-def test_adapters_of_different_rank_swap_where_that_was_prepared(pipe, files):
+def test_adapters_of_different_rank_swap_if_prepared(pipe, files):
     pipe.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(files / "first", adapter_name="style")
     wider = tiny_pipeline()
@@ -218,7 +218,7 @@ def test_adapters_of_different_rank_swap_where_that_was_prepared(pipe, files):
 
 
 @pytest.mark.slow
-def test_a_compiled_transformer_is_not_compiled_anew_for_other_adapters(pipe, files, tmp_path):
+def test_a_compiled_transformer_is_not_compiled_again_for_other_adapters(pipe, files, tmp_path):
     wider = tiny_pipeline()
     add(wider, seed=3, r=5)
     wider.save_lora_weights(tmp_path, wider.transformer)
@@ -289,25 +289,25 @@ def test_the_lora_of_something_else_is_refused_and_leaves_nothing(
     assert not any(hasattr(module, "base_layer") for module in pipe.transformer.modules())
 
 
-def test_of_a_dict_diffusers_warns_what_is_missing_or_unknown(pipe, files, monkeypatch):
-    told = []
+def test_diffusers_warns_about_missing_or_unknown_names_in_a_dict(pipe, files, monkeypatch):
+    warnings = []
     for name in ("loaders.peft", "utils.peft_utils"):
         logger = logging.getLogger(f"diffusers.{name}")
-        monkeypatch.setattr(logger, "warning", lambda text, *_: told.append(text))
+        monkeypatch.setattr(logger, "warning", lambda text, *_: warnings.append(text))
     tensors = load_file(files / "first" / NAME)
     missing = next(name for name in tensors if "lora_A" in name)
     changed = {name: value for name, value in tensors.items() if name != missing}
     pipe.load_lora_weights(changed | {f"{missing}.more": torch.zeros(1)})
-    assert f"{missing.removeprefix('transformer.')}.more" in told[0]
-    assert "missing keys" in told[0]
+    assert f"{missing.removeprefix('transformer.')}.more" in warnings[0]
+    assert "missing keys" in warnings[0]
     pipe.unload_lora_weights()
     bare = draw(pipe)
     pipe.load_lora_weights({"lora_of_something": torch.zeros(1)})
-    assert told[1].startswith("No LoRA keys associated to LocalDiTTransformer2DModel")
+    assert warnings[1].startswith("No LoRA keys associated to LocalDiTTransformer2DModel")
     assert torch.equal(draw(pipe), bare)
 
 
-def test_files_that_are_no_weights_are_refused(pipe, files, tmp_path):
+def test_files_without_weights_are_refused(pipe, files, tmp_path):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
@@ -334,14 +334,14 @@ def test_files_that_are_no_weights_are_refused(pipe, files, tmp_path):
             pipe.load_lora_weights(path)
 
 
-def test_settings_that_are_no_settings_are_refused(pipe, files, tmp_path):
+def test_malformed_settings_are_refused(pipe, files, tmp_path):
     tensors = load_file(files / "first" / NAME)
     save_file(tensors, tmp_path / NAME, {"lora_adapter_metadata": "[1, 2"})
     with pytest.raises(ValueError, match="'lora_adapter_metadata' is no JSON object"):
         pipe.load_lora_weights(tmp_path)
 
 
-def test_what_cannot_be_saved_is_refused(pipe, tmp_path):
+def test_saving_a_missing_adapter_or_into_a_file_is_refused(pipe, tmp_path):
     with pytest.raises(ValueError, match="adapters are none; none was named"):
         pipe.save_lora_weights(tmp_path, pipe.transformer)
     add(pipe, "first"), add(pipe, "second")
@@ -354,14 +354,14 @@ def test_what_cannot_be_saved_is_refused(pipe, tmp_path):
     assert load_file(tmp_path / NAME)
 
 
-def test_without_peft_there_is_one_line(pipe, files, monkeypatch):
+def test_without_peft_the_error_is_one_line(pipe, files, monkeypatch):
     monkeypatch.setattr(saving, "USE_PEFT_BACKEND", False)
     with pytest.raises(ImportError, match=r"^LoRA needs peft .*: pip install 'localdit\[lora\]'$"):
         pipe.load_lora_weights(files / "first")
 
 
 @pytest.mark.slow
-def test_everything_else_works_where_peft_is_not_installed():
+def test_everything_else_works_without_peft():
     script = """
 import importlib.util, sys
 real = importlib.util.find_spec

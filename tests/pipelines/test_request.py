@@ -1,5 +1,13 @@
+import numpy as np
 import pytest
 import torch
+
+from localdit.pipelines.request import (
+    check_generator,
+    check_integer,
+    check_number,
+    check_tensor,
+)
 
 EMBEDS = {"prompt_embeds": torch.zeros(2, 7, 16), "prompt_attention_mask": torch.ones(2, 7)}
 NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
@@ -79,3 +87,55 @@ def test_prompts_need_a_text_encoder_or_embeddings(pipe):
         textless("a cat")
     with pytest.raises(ValueError, match="no tokenizer or no text encoder"):
         textless(**EMBEDS)  # guided, so the negative prompt would have to be encoded
+
+
+def test_a_numpy_integer_is_an_integer():
+    check_integer("n", np.int32(1), 1)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None])
+def test_counts_are_positive_integers(value):
+    with pytest.raises(ValueError, match="n must be a positive integer"):
+        check_integer("n", value, 1)
+
+
+def test_integers_from_a_bound_on():
+    check_integer("n", 0, 0)
+    with pytest.raises(ValueError, match="n must be an integer of at least 0, got -1"):
+        check_integer("n", -1, 0)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf"), "0.5", None])
+def test_numbers_in_a_range(value):
+    with pytest.raises(ValueError, match="strength must be a number from 0 to 1"):
+        check_number("strength", value, 0, 1)
+
+
+def test_both_ends_of_a_range_are_in_it():
+    check_number("strength", 0, 0, 1)
+    check_number("strength", 1.0, 0, 1)
+
+
+def test_generators_are_one_or_one_for_each_picture():
+    generator = torch.Generator()
+    for good in (None, generator, [generator, generator]):
+        check_generator(good, 2)
+    with pytest.raises(ValueError, match="list of 3, but 2 pictures"):
+        check_generator([generator] * 3, 2)
+    with pytest.raises(ValueError, match="list of 0"):
+        check_generator([], 2)
+    for bad in (7, [generator, 7], [None, None]):
+        with pytest.raises(TypeError, match=r"torch\.Generator"):
+            check_generator(bad, 2)
+
+
+def test_tensors_have_their_shape_and_finite_values():
+    check_tensor("latents", torch.zeros(2, 5), (2, None))
+    with pytest.raises(ValueError, match=r"latents must have shape \(2, any\), got \(3, 5\)"):
+        check_tensor("latents", torch.zeros(3, 5), (2, None))
+    with pytest.raises(ValueError, match="shape"):
+        check_tensor("latents", torch.zeros(2), (2, None))
+    with pytest.raises(TypeError, match="ndarray"):
+        check_tensor("latents", np.zeros((2, 5)), (2, None))
+    with pytest.raises(ValueError, match="NaN"):
+        check_tensor("latents", torch.tensor([float("nan")]), (1,))

@@ -19,6 +19,7 @@ from localdit.pipelines import (
     LocalDiTPipeline,
     saving,
 )
+from localdit.pipelines.saving import make_model_card
 from localdit.utils import load_model
 from tests.tiny import tiny_components, tiny_pipeline
 
@@ -174,7 +175,7 @@ def test_components_can_be_given_or_left_out(tmp_path, recwarn):
 
 
 class Hub:
-    """What would be done on the hub, recorded; `card` is what the repository has already."""
+    """A recorder of the calls to the hub; `card` is the card that the repository has."""
 
     def __init__(self, monkeypatch, card=None):
         self.made, self.uploaded, self.card = [], [], card
@@ -227,7 +228,7 @@ def test_saving_can_push_as_well(monkeypatch, tmp_path):
     assert json.loads(files["model_index.json"])["transformer"][0] == "diffusers"
 
 
-def test_a_card_that_is_there_is_kept(monkeypatch, tmp_path):
+def test_an_existing_card_is_kept(monkeypatch, tmp_path):
     mine = "---\nlicense: mit\n---\n# Mine\n"
     (tmp_path / "README.md").write_text(mine)
     pipe = tiny_pipeline()
@@ -245,7 +246,7 @@ def test_a_card_that_is_there_is_kept(monkeypatch, tmp_path):
     assert card.data.library_name == "diffusers"
 
 
-# What is refused to code of the hub is not asked of folders that only name our classes.
+# Folders that only name our classes need no trust.
 
 
 def test_the_hub_may_serve_our_folders_without_code(folder, remote_code):
@@ -256,3 +257,40 @@ def test_the_hub_may_serve_our_folders_without_code(folder, remote_code):
     custom, folders = _get_custom_components_and_folders("someone/boats", index, files)
     assert not custom
     assert {"transformer", "vae", "text_encoder"} <= set(folders)
+
+
+def test_the_hub_reads_the_cards_header(tmp_path):
+    make_model_card(tiny_pipeline(), "someone/boats", "mit", False).save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.library_name == "diffusers"
+    assert data.pipeline_tag == "text-to-image"
+    assert data.license == "mit"
+    assert {"localdit", "inpainting"} <= set(data.tags)
+
+
+def test_the_card_describes_the_pipeline():
+    pipe = tiny_pipeline()
+    text = make_model_card(pipe, "someone/boats", "mit", False).text
+    assert text.lstrip().startswith("# boats\n")
+    assert 'DiffusionPipeline.from_pretrained("someone/boats")' in text
+    count = sum(p.numel() for p in pipe.transformer.parameters())
+    for fact in (
+        f"parameters of the transformer | {count:,} |",
+        "blocks | 2 |",
+        "windows of attention | 2 x 2 tokens |",
+        "64 x 64 pixels",
+        "the transformer predicts | noise |",
+        "DPMSolverMultistepScheduler",
+        "T5EncoderModel",
+    ):
+        assert fact in text
+
+
+def test_the_card_of_a_pipeline_without_text_encoder():
+    pipe = tiny_pipeline(use_global=True)
+    pipe.text_encoder = None
+    text = make_model_card(pipe, "boats", "mit", True).text
+    assert "text encoder" not in text
+    assert "2 x 2 tokens, with global context |" in text
+    assert "trust_remote_code=True" in text
+    assert "import localdit" not in text

@@ -28,7 +28,7 @@ def checkpoint(request, parts, tmp_path_factory):
 
 @pytest.fixture
 def settings(checkpoint, parts):
-    """What a file of tensors alone does not tell."""
+    """The arguments that do not follow from the tensors of a file."""
     if checkpoint.suffix == ".safetensors":
         return {}
     names = ("num_attention_heads", "attention_head_dim", "sample_size")
@@ -75,7 +75,7 @@ def test_the_parts_are_those_of_the_released_model_by_default(
     assert pipe("a cat", num_inference_steps=1, output_type="pt").images.isfinite().all()
 
 
-def test_missing_parts_are_said_before_anything_is_loaded(parts, monkeypatch):
+def test_missing_parts_are_reported_before_anything_is_loaded(parts, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="give from_single_file a pipeline as `config`, or the parts"):
         LocalDiTPipeline.from_single_file("there/is/none.pt", local_files_only=True)
@@ -87,7 +87,7 @@ def test_unknown_arguments_are_refused(checkpoint, settings, parts):
         LocalDiTPipeline.from_single_file(checkpoint, tokenisor=None, **others, **settings)
 
 
-def test_a_file_of_the_hub_is_fetched(parts, tmp_path, monkeypatch):
+def test_a_file_of_the_hub_is_downloaded(parts, tmp_path, monkeypatch):
     convert_to_single_file(parts["transformer"], tmp_path / "model.safetensors")
     asked = []
 

@@ -89,7 +89,7 @@ def test_step_caches_follow_the_guidance_interval_and_the_size(box, cached, name
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_a_call_that_failed_leaves_nothing_behind(box, cached, name):
+def test_a_failed_call_leaves_no_state(box, cached, name):
     cached(name)
     reference = draw(box)
 
@@ -108,7 +108,7 @@ def test_a_cache_can_be_switched_on_after_a_call(box, cached):
     assert draw(box).isfinite().all()
 
 
-def test_the_present_timestep_can_be_asked_for(box):
+def test_the_current_timestep_is_available_during_a_call(box):
     seen = []
     draw(box, callback_on_step_end=lambda pipe, i, t, x: seen.append(pipe.current_timestep == t))
     assert seen == [True] * 8
@@ -130,7 +130,7 @@ def test_skipped_layers_pass_their_input_on(box):
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_caches_draw_the_same_where_maps_are_cut_into_bands(box, cached, monkeypatch, name):
+def test_caches_give_the_same_picture_with_bands(box, cached, monkeypatch, name):
     cached(name)
     whole = draw(box)
     monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 50)
@@ -138,7 +138,7 @@ def test_caches_draw_the_same_where_maps_are_cut_into_bands(box, cached, monkeyp
 
 
 @pytest.mark.slow
-def test_compiled_blocks_draw_the_same_picture():
+def test_compiled_blocks_give_the_same_picture():
     pipe = LocalDiTPipeline.from_pretrained(model_in_the_box())
     pipe.set_progress_bar_config(disable=True)
     reference = draw(pipe)

@@ -6,8 +6,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 
-def test_it_samples_as_written_down(pipe, seeded):
-    """The whole of it once more, as plain as can be."""
+def test_sampling_follows_the_algorithm(pipe, seeded):
+    """The algorithm written out once more."""
     scheduler = DPMSolverMultistepScheduler()
     scheduler.set_timesteps(4)
     text, mask, negative, negative_mask = pipe.encode_prompt("a cat", negative_prompt="blurry")
@@ -53,7 +53,7 @@ def test_same_seed_same_picture(pipe, seeded):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
-def test_a_batch_makes_the_pictures_that_one_at_a_time_makes(pipe, seeded, guidance_scale):
+def test_a_batch_gives_the_same_pictures_as_single_calls(pipe, seeded, guidance_scale):
     prompts = ["a cat", "a small red dog on the left of a lake", ""]
     shared = {
         "num_inference_steps": 4,
@@ -68,7 +68,7 @@ def test_a_batch_makes_the_pictures_that_one_at_a_time_makes(pipe, seeded, guida
         torch.testing.assert_close(batch[i : i + 1], alone, atol=1e-4, rtol=0)
 
 
-def test_pictures_of_one_prompt_stand_together(pipe, seeded):
+def test_pictures_are_ordered_by_prompt(pipe, seeded):
     shared = {"num_inference_steps": 2, "output_type": "pt"}
     images = pipe(
         ["a cat", "a dog"],
@@ -82,7 +82,7 @@ def test_pictures_of_one_prompt_stand_together(pipe, seeded):
     torch.testing.assert_close(images[2:3], alone, atol=1e-4, rtol=0)
 
 
-def test_landscape_after_portrait_is_as_on_its_own(pipe, seeded):
+def test_landscape_after_portrait_is_the_same_as_alone(pipe, seeded):
     def make(height, width):
         return pipe(
             "a cat",
@@ -123,7 +123,7 @@ def test_output_types_agree(pipe, seeded):
     assert latents.shape == (1, 4, 8, 8)
 
 
-def test_a_tuple_holds_what_the_output_holds(pipe, seeded):
+def test_the_tuple_holds_the_same_as_the_output(pipe, seeded):
     shared = {"num_inference_steps": 2, "output_type": "np"}
     output = pipe("a cat", generator=seeded(), **shared)
     (images,) = pipe("a cat", generator=seeded(), return_dict=False, **shared)
@@ -131,14 +131,14 @@ def test_a_tuple_holds_what_the_output_holds(pipe, seeded):
     assert np.array_equal(output.images, images)
 
 
-def test_latents_stand_in_for_drawn_noise(pipe, seeded):
+def test_given_latents_replace_drawn_noise(pipe, seeded):
     shared = {"num_inference_steps": 2, "output_type": "pt"}
     noise = torch.randn(1, 4, 8, 8, generator=seeded())
     given = pipe("a cat", latents=noise, **shared).images
     assert torch.equal(given, pipe("a cat", generator=seeded(), **shared).images)
 
 
-def test_embeddings_stand_in_for_prompts(pipe, seeded):
+def test_embeddings_replace_prompts(pipe, seeded):
     shared = {"num_inference_steps": 2, "output_type": "pt", "num_images_per_prompt": 2}
     text = pipe.encode_prompt(["a cat", "a dog"], negative_prompt="bad")
     names = ("prompt_embeds", "prompt_attention_mask")
