@@ -78,18 +78,24 @@ def load_transformer(
     return transformer.train()
 
 
-def load_teacher(
-    args: argparse.Namespace, text_width: int, latent_channels: int
+def load_frozen(
+    source: Path, option: str, like: LocalDiTTransformer2DModel, prediction_type: str
 ) -> LocalDiTTransformer2DModel:
-    """Return the transformer that `--teacher` names, in float32.
+    """Return a further transformer that a training method needs, in float32.
+
+    Args:
+        source: a Diffusers folder or a checkpoint file.
+        option: the option that names it.
+        like: the transformer in training; both see the same text and latents.
+        prediction_type: the prediction type of this run.
 
     Raises:
         ValueError: if it does not fit the encoders, or predicts something else.
     """
-    teacher = _loaded(args.teacher)
-    check_fit(teacher, text_width, latent_channels)
-    require_same_prediction(args.teacher, args.prediction_type, "--teacher")
-    return teacher
+    frozen = _loaded(source)
+    check_fit(frozen, like.config.caption_channels, like.config.in_channels)
+    require_same_prediction(source, prediction_type, option)
+    return frozen
 
 
 def _loaded(source: Path) -> LocalDiTTransformer2DModel:

@@ -23,6 +23,12 @@ DESCRIPTION = """Train a LocalDiT on captioned pictures.
     accelerate launch train.py --data-root pictures --image-size 512 --batch-size 2
 """
 FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
+# The class of each training method, in `localdit.training.methods`. It is loaded after the options.
+METHODS = {
+    "fine-tuning": "fine_tuning.FineTuning",
+    "knowledge-distillation": "knowledge_distillation.KnowledgeDistillation",
+}
+METHOD_OPTIONS = ("method", "teacher")
 EXTRAS = "pip install -r requirements-train.txt"
 
 
@@ -218,7 +224,7 @@ def _add_transformer_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_method_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--method", choices=["fine-tuning", "knowledge-distillation"], default="fine-tuning",
+    add("--method", choices=list(METHODS), default="fine-tuning",
         help="learn from the data alone (fine-tuning, also for a new transformer), or from the "
         "predictions of --teacher (knowledge-distillation)")  # fmt: skip
     add("--teacher", type=Path,

@@ -24,13 +24,13 @@ from localdit.training.checkpointing import (
     step_of_checkpoint,
     verify_checkpoint,
 )
+from localdit.training.options import METHOD_OPTIONS
 from localdit.training.results import ResultFolder
 from localdit.training.state import Snapshot
 
 # A run with another value of these options would be a different run.
 FIXED = (
-    "method", "teacher", "prediction_type", "seed", "lora_rank", "lora_alpha",
-    "lora_target_modules",
+    *METHOD_OPTIONS, "prediction_type", "seed", "lora_rank", "lora_alpha", "lora_target_modules",
 )  # fmt: skip
 IGNORED = ("resume", "output")
 

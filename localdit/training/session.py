@@ -33,7 +33,6 @@ from localdit.training.setup import (
     Models,
     find_data,
     load_models,
-    make_method,
     make_state,
     start_processes,
 )
@@ -233,7 +232,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     checkpoint = agreement.on_main(lambda: run.open(args.resume))
     set_seed(args.seed)  # the models start the same in every process
     models = agreement.on_all(lambda: load_models(args, data, accelerator))
-    method = make_method(args, models)
+    method = models.method
     method.set_sample_size(args.stages[0].image_size // models.latents.pixels_per_latent)
     state = agreement.on_all(lambda: make_state(args, method, accelerator))
     if accelerator.num_processes > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,9 @@ from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.methods import InputMaker, Method
 from localdit.training.methods.fine_tuning import FineTuning
-from localdit.training.methods.knowledge_distillation import KnowledgeDistillation
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import Stage, check_image_size
+from localdit.training.options import METHODS, Stage, check_image_size
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
@@ -112,8 +112,8 @@ class Models:
 
     Attributes:
         transformer: the transformer in training, bare.
-        teacher: the frozen teacher of methods that need one.
         objective: the training objective.
+        method: the trained and the frozen models, and their loss.
         make_inputs: encodes batches.
         latents: format of the latent space.
         result: writes the result of the run, a pipeline or adapters.
@@ -121,8 +121,8 @@ class Models:
     """
 
     transformer: LocalDiTTransformer2DModel
-    teacher: LocalDiTTransformer2DModel | None
     objective: Objective
+    method: FineTuning
     make_inputs: InputMaker
     latents: LatentFormat
     result: ResultFolder
@@ -187,12 +187,12 @@ def load_models(
             manifest.latents_std,
         )
     transformer = initialization.load_transformer(args, text_width, latents.channels)
-    teacher = None
-    if args.method == "knowledge-distillation":
-        teacher = initialization.load_teacher(args, text_width, latents.channels).to(device)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     result = _result_folder(args, transformer, objective, sources)
     transformer.to(device)
+    module, name = METHODS[args.method].split(".")
+    methods = importlib.import_module(f"localdit.training.methods.{module}")
+    method = getattr(methods, name).from_options(args, transformer, objective, device)
     if args.compile:
         transformer.compile_repeated_blocks()
 
@@ -210,13 +210,13 @@ def load_models(
         )
     return Models(
         transformer,
-        teacher,
         objective,
+        method,
         InputMaker(
             device,
             encoders if pictures_wait else None,
             args.max_caption_length,
-            (transformer, teacher),
+            (transformer, *method.frozen.values()),
             bf16=accelerator.mixed_precision == "bf16",
         ),
         latents,
@@ -274,16 +274,6 @@ def _require_same_encoders(expected: dict[str, str], given: dict[str, str]) -> N
             f"The encoded data of two stages, or encoded data and the options, differ in "
             f"{' and '.join(different)}. Encode the data again, or name the models that encoded it."
         )
-
-
-def make_method(args: argparse.Namespace, models: Models) -> FineTuning:
-    """Return the training method that `--method` names."""
-    has_adapters = args.lora_rank is not None
-    if models.teacher is not None:
-        return KnowledgeDistillation(
-            models.transformer, models.objective, has_adapters, models.teacher
-        )
-    return FineTuning(models.transformer, models.objective, has_adapters)
 
 
 def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerator) -> TrainingState:

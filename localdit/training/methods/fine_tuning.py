@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,27 @@ class FineTuning(Method):
         super().__init__({TRANSFORMER: transformer}, frozen)
         self.transformer, self.objective, self.adapters = transformer, objective, adapters
         self._forward_flops: dict[tuple[int, int, int], int] = {}
+
+    @classmethod
+    def from_options(
+        cls,
+        args: argparse.Namespace,
+        transformer: LocalDiTTransformer2DModel,
+        objective: Objective,
+        device: torch.device,
+    ) -> FineTuning:
+        """Make the method that the options ask for; load the frozen models that it needs.
+
+        Args:
+            args: the options.
+            transformer: the transformer in training, with its adapters.
+            objective: defines the target.
+            device: for frozen models.
+
+        Raises:
+            ValueError, OSError: if a frozen model is missing or does not fit.
+        """
+        return cls(transformer, objective, adapters=args.lora_rank is not None)
 
     def losses(
         self,

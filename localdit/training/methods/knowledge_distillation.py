@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.flops import forward_flops
+from localdit.training.initialization import load_frozen
 from localdit.training.methods import Inputs, noised_prediction
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.state import TRANSFORMER
@@ -36,6 +38,18 @@ class KnowledgeDistillation(FineTuning):
     ) -> None:
         super().__init__(transformer, objective, adapters, frozen={TEACHER: teacher})
         self.teacher = teacher
+
+    @classmethod
+    def from_options(
+        cls,
+        args: argparse.Namespace,
+        transformer: LocalDiTTransformer2DModel,
+        objective: Objective,
+        device: torch.device,
+    ) -> KnowledgeDistillation:
+        """Load the teacher that `--teacher` names; see `FineTuning.from_options`."""
+        teacher = load_frozen(args.teacher, "--teacher", transformer, args.prediction_type)
+        return cls(transformer, objective, args.lora_rank is not None, teacher.to(device))
 
     def losses(
         self,
