@@ -143,7 +143,10 @@ def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monke
     for more, message in [
         (["--image-size", "64"], "was encoded for 96 pixels, but --image-size is 64"),
         (["--max-caption-length", "9"], "captions cut at 120 tokens"),
-        (["--validation-prompts", "a", "--pretrained", tmp_path / "other"], "with the same text"),
+        (
+            ["--validation-prompts", "a", "--pretrained", tmp_path / "other"],
+            "differ in text_encoder",
+        ),
     ]:
         train("no", "--data-root", tmp_path / "encoded", *more, expect=1)
         assert message in capsys.readouterr().err
