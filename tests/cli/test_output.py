@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from localdit.cli.output import Output, plan_output
-from localdit.images import read_metadata
+from localdit.images import prepare_output_folder, read_metadata
 
 from .conftest import names
 
@@ -14,7 +14,7 @@ PICTURE = Image.new("RGB", (4, 4), "red")
 
 
 def save(output, count=1):
-    output.prepare()
+    prepare_output_folder(output.folder)
     return [str(output.save(PICTURE, index, {"index": index})) for index in range(count)]
 
 
@@ -91,4 +91,4 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(here):
     Path("file").write_text("")
     for place in ("file/a.png", "file/folder"):
         with pytest.raises(OSError, match="can't write to the output folder file"):
-            plan_output(Path(place), "edit", 1).prepare()
+            prepare_output_folder(plan_output(Path(place), "edit", 1).folder)
