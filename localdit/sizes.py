@@ -71,7 +71,7 @@ def pixels_per_latent(folder: Path) -> int:
     """
     for place in (folder / "vae", folder):
         config = _read_json(place / "config.json")
-        if "latent_channels" in config:
+        if config.keys() & {"block_out_channels", "encoder_block_out_channels"}:
             return pixels_per_latent_of(config)
     return PIXELS_PER_LATENT
 

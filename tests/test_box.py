@@ -1,4 +1,4 @@
-"""The model in the box draws what it is asked for, judged by its pixels."""
+"""The model in the box draws what the prompt says, judged by pixels."""
 
 import json
 
@@ -24,7 +24,7 @@ def seeds(count):
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-def test_it_is_small_and_says_nothing_of_where_it_was_made():
+def test_it_is_small_and_names_no_path():
     files = [file for file in model_in_the_box().rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 20e6
     for file in files:

@@ -1,4 +1,4 @@
-"""Config: its defaults, and what it refuses."""
+"""`Config`: its defaults, and its checks."""
 
 import copy
 import dataclasses
@@ -86,7 +86,7 @@ def test_defaults_are_exactly_the_published_ones():
 
 
 @pytest.mark.parametrize(("name", "value", "error", "expected"), WRONG)
-def test_a_wrong_value_names_field_value_and_what_is_expected(name, value, error, expected):
+def test_the_error_names_the_field_the_value_and_the_expectation(name, value, error, expected):
     config = Config()
     for attempt in (lambda: Config(**{name: value}), lambda: setattr(config, name, value)):
         with pytest.raises(error) as raised:
@@ -98,7 +98,7 @@ def test_a_wrong_value_names_field_value_and_what_is_expected(name, value, error
     assert getattr(config, name) == DEFAULTS[name]
 
 
-def test_unknown_names_are_refused_and_the_closest_named():
+def test_the_error_about_an_unknown_name_has_the_closest_one():
     with pytest.raises(TypeError, match="no field 'hieght'; the closest is 'height'"):
         Config(hieght=768)
     with pytest.raises(TypeError, match="the closest is 'guidance_scale'"):
@@ -117,7 +117,7 @@ def test_fields_that_depend_on_each_other():
     assert not Config(do_rope=False, **sizes).do_rope
 
 
-def test_whole_numbers_paths_and_none_are_taken():
+def test_whole_numbers_paths_and_none_are_accepted():
     config = Config(guidance_scale=4, ckpt_path=Path("weights"), offload="model")
     config.offload = None
     assert (config.guidance_scale, config.ckpt_path, config.offload) == (4, Path("weights"), None)

@@ -21,7 +21,7 @@ from localdit.errors import (
 )
 
 
-def test_each_front_end_names_the_field_in_its_own_words():
+def test_each_front_end_has_its_own_names_of_fields():
     with pytest.raises(ValueError) as raised:
         Config(denoising_steps=0)
     expected = " is 0; expected at least 1 and at most 1000"
@@ -37,7 +37,7 @@ def test_fields_that_a_front_end_lacks_are_named_as_in_python():
     assert str(raised.value).startswith("Config.num_layers is 0")
 
 
-def test_advice_is_what_the_front_end_takes():
+def test_advice_suits_the_front_end():
     folder = Setting("vae", "/path", "set Config(vae='/path')")
     switch = Setting("overwrite", True, "pass overwrite=True")
     error = FieldValueError("{folder} or {switch}", folder=folder, switch=switch)

@@ -104,7 +104,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_file_systems_that_can_not_flush_folders_are_usable(tmp_path, monkeypatch, number):
+def test_file_systems_that_cannot_flush_folders_are_usable(tmp_path, monkeypatch, number):
     flush = os.fsync
 
     def refuse_folders(descriptor):

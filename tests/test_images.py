@@ -113,7 +113,7 @@ def test_first_frame_of_an_animation(tmp_path):
     assert set(pixels(load_image(tmp_path / "two.gif"))) == {(255, 0, 0)}
 
 
-def test_an_image_is_left_as_it_is():
+def test_the_given_image_is_not_changed():
     image = Image.new("RGBA", (2, 2), (1, 2, 3, 4))
     load_image(image)
     assert image.mode == "RGBA"
@@ -129,7 +129,7 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, size):
         load_image(bomb)
 
 
-def test_files_that_are_no_images(tmp_path):
+def test_files_that_are_not_images(tmp_path):
     text = tmp_path / "notes.png"
     text.write_text("not a picture")
     with pytest.raises(ValueError, match=r"notes\.png is not an image"):
@@ -189,7 +189,7 @@ def test_a_picture_carries_its_settings(tmp_path):
     assert read_metadata(save_image(Image.new("L", (1, 1)), tmp_path / "b.png")) == {}
 
 
-def test_settings_that_can_not_be_read(tmp_path):
+def test_unreadable_settings(tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=r"a\.jpg"):
         read_metadata(tmp_path / "a.jpg")
@@ -213,7 +213,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_is_there_is_kept_where_told(tmp_path, monkeypatch, links):
+def test_an_existing_file_is_kept_without_overwrite(tmp_path, monkeypatch, links):
     if not links:  # as on some file systems
 
         def refuse(*args):
@@ -240,7 +240,7 @@ def test_masks_of_all_kinds(tmp_path):
     assert images.load_mask(tmp_path / "mask.png").tobytes() == half.tobytes()
 
 
-def test_masks_that_can_not_be_meant(tmp_path):
+def test_unusable_masks_are_refused(tmp_path):
     clear = Image.new("LA", (4, 2), (255, 0))
     clear.save(tmp_path / "clear.png")
     for mask in (clear, tmp_path / "clear.png"):
@@ -257,7 +257,7 @@ def test_only_png_is_written(tmp_path):
         save_image(Image.new("RGB", (1, 1)), tmp_path / "a.jpg")
 
 
-def test_output_folder_is_made_and_tried(tmp_path, monkeypatch):
+def test_the_output_folder_is_created_and_checked(tmp_path, monkeypatch):
     folder = prepare_output_folder(tmp_path / "a" / "b")
     assert folder.is_dir()
     assert not list(folder.iterdir())

@@ -1,4 +1,4 @@
-"""inference: what it passes to the pipelines, in batches, and what it refuses."""
+"""`inference`: its calls of the pipelines, its batches, and bad input."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_no_negative_prompts_means_no_guidance(pipe, config, spy):
     assert not same(without, inference(pipe, PROMPTS[:1], [""], config, seed=1))
 
 
-def test_a_seed_means_the_same_pictures_in_any_batches(pipe, config, spy):
+def test_a_seed_gives_the_same_pictures_in_batches_of_any_size(pipe, config, spy):
     one_by_one = inference(pipe, PROMPTS, "bad", config, seed=3)
     config.batch_size = 2
     in_twos = inference(pipe, PROMPTS, ["bad"] * 3, config, seed=3)
@@ -143,8 +143,8 @@ def test_inpainting(pipe, config, tmp_path):
     assert same(images, inference(expected, PROMPTS[:2], "bad", config, image, mask=mask, seed=0))
 
 
-def test_inpainting_scales_image_and_mask_alike(pipe, config):
-    """Both are cut to the size that is drawn; around the mask, the picture keeps its own."""
+def test_inpainting_scales_image_and_mask_in_the_same_way(pipe, config):
+    """Both are cropped to the drawn size; with a crop, the picture keeps its own size."""
     image = Image.effect_noise((96, 64), 90).convert("RGB")
     mask = masked(image.size, (40, 16, 56, 48))  # in the middle, which is not cut off
     (cut,) = inference(pipe, PROMPTS[:1], None, config, image, mask=mask, seed=0)
@@ -212,7 +212,7 @@ def test_a_size_that_the_model_cannot_draw_is_found_before_sampling(pipe, config
     assert not spy
 
 
-def test_offloading_is_carried_over_to_image_to_image(pipe, config, monkeypatch):
+def test_image_to_image_keeps_the_offloading(pipe, config, monkeypatch):
     moved = []
     monkeypatch.setattr(
         LocalDiTImg2ImgPipeline,

@@ -21,7 +21,7 @@ def parser():
     return parser
 
 
-def test_options_stand_where_one_likes(parser):
+def test_options_may_stand_anywhere(parser):
     args = parser.parse_args(["a.png", "--seed", "3", "a cat", "--guidance-scale=2", "a dog"])
     assert (args.picture, args.prompt, args.seed) == ("a.png", ["a cat", "a dog"], 3)
     assert parser.parse_args(["--seed", "3", "a.png"]).prompt == []
@@ -37,7 +37,7 @@ def test_options_stand_where_one_likes(parser):
         ([], "the following arguments are required: picture"),
     ],
 )
-def test_mistakes_take_one_line(parser, argv, message, capsys):
+def test_mistakes_give_one_line(parser, argv, message, capsys):
     with pytest.raises(SystemExit) as raised:
         parser.parse_args(argv)
     assert raised.value.code == 2
@@ -73,13 +73,13 @@ def test_statuses_and_lines(parser, error, status, message, capsys):
     assert ("Traceback" in said) == (status != 130)
 
 
-def test_all_well(parser):
+def test_success_has_status_0(parser):
     seen = []
     assert run(parser, ["a.png"], seen.append) == 0
     assert seen[0].picture == "a.png"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_prints_no_error():
     program = """
 import sys
 from localdit.errors import Field, FieldValueError, Vocabulary

@@ -22,7 +22,7 @@ TASKS = {
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A module that puts another object in its place, as Diffusers does, and can fail at that."""
+    """A module that replaces itself, as Diffusers does, and can fail to import."""
     (tmp_path / "to_come.py").write_text(
         "import os, sys, types\n"
         "if os.environ.get('TO_COME') == 'fails': raise ImportError('not now')\n"
@@ -34,7 +34,7 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("to_come", None)
 
 
-def test_what_waits_for_a_module_happens_once_when_it_comes(module):
+def test_an_action_runs_once_when_its_module_is_imported(module):
     seen = []
     finders = len(sys.meta_path)
     after_import(module, lambda: seen.append(sys.modules[module].value))
@@ -48,14 +48,14 @@ def test_what_waits_for_a_module_happens_once_when_it_comes(module):
     assert seen == [1]
 
 
-def test_what_waits_for_a_module_that_is_there_happens_at_once(module):
+def test_an_action_for_an_imported_module_runs_at_once(module):
     importlib.import_module(module)
     seen = []
     after_import(module, lambda: seen.append(1))
     assert seen == [1]
 
 
-def test_a_module_that_fails_is_waited_for_further(module, monkeypatch):
+def test_an_action_waits_on_after_a_failed_import(module, monkeypatch):
     seen = []
     after_import(module, lambda: seen.append(1))
     monkeypatch.setenv("TO_COME", "fails")
@@ -67,7 +67,7 @@ def test_a_module_that_fails_is_waited_for_further(module, monkeypatch):
     assert seen == [1]
 
 
-def test_a_module_that_does_not_exist_is_missed_as_ever(monkeypatch):
+def test_a_missing_module_raises_the_usual_error(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     after_import("there_is_no_such_module", lambda: 1 / 0)
     with pytest.raises(ModuleNotFoundError, match="there_is_no_such_module"):

@@ -1,4 +1,4 @@
-"""load_model from every kind of source, laid out as the hub's, and what it says when parts lack."""
+"""`load_model` from every kind of source, and its errors about missing parts."""
 
 import importlib.metadata
 import importlib.util
@@ -85,7 +85,7 @@ def test_every_kind_of_checkpoint_gives_the_same_model(hub, checkpoint):
 
 
 def test_other_local_layouts(hub):
-    """A pipeline folder holds a T5 too, and a VAE may lie in a folder of its own."""
+    """A pipeline folder also holds a T5, and a VAE may have a separate folder."""
     config = local_config(
         hub,
         "transformer",
@@ -112,7 +112,7 @@ def test_config_that_contradicts_the_tensors(hub):
 
 
 def test_config_that_contradicts_the_configuration_in_the_file(hub, tmp_path):
-    """What no tensor tells would otherwise be wrong in silence."""
+    """No tensor shows these values, so a contradiction would go unnoticed."""
     file = tmp_path / "single.safetensors"
     convert_to_single_file(hub / "transformer", file)
     assert load_model(local_config(hub, file), device="cpu").transformer.config.sample_size == 8
@@ -159,7 +159,7 @@ def test_local_copies_are_checked_before_anything_is_loaded(
     assert wanted in message
 
 
-def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch):
+def test_a_missing_folder_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked"))
     for source in (tmp_path / "gone", "./gone", "~/gone", "a/b/c", "gone"):
         config = local_config(hub, "transformer", vae=source)
@@ -169,7 +169,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(hub, tmp_path, 
             load_model(config, device="cpu")
 
 
-def test_the_hub_out_of_reach(hub, monkeypatch):
+def test_the_error_when_the_hub_is_unreachable(hub, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Network is unreachable")
 
@@ -185,7 +185,7 @@ def test_the_hub_out_of_reach(hub, monkeypatch):
     assert isinstance(raised.value.__cause__, ConnectionError)
 
 
-def test_offline_mode_of_the_hub_itself(hub, monkeypatch, tmp_path):
+def test_the_hub_in_offline_mode(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     config = local_config(hub, "transformer", text_encoder="google/flan-t5-xxl")
@@ -194,7 +194,7 @@ def test_offline_mode_of_the_hub_itself(hub, monkeypatch, tmp_path):
     assert "tokenizer_config.json and tokenizer.json or spiece.model" in str(raised.value)
 
 
-def test_devices_dtypes_and_options_that_can_not_be(hub, monkeypatch):
+def test_impossible_devices_dtypes_and_options_are_refused(hub, monkeypatch):
     def attempt(**changes):
         device, dtype = changes.pop("device", "cpu"), changes.pop("dtype", None)
         load_model(local_config(hub, "transformer", **changes), device, dtype)
@@ -237,7 +237,7 @@ def test_default_device_and_dtype(monkeypatch, device, bf16):
 @pytest.mark.parametrize(
     ("offload", "expected"), [("model", "model"), ("sequential", "sequential")]
 )
-def test_offload_is_asked_of_the_pipeline(hub, monkeypatch, offload, expected):
+def test_the_pipeline_is_offloaded(hub, monkeypatch, offload, expected):
     calls = []
     monkeypatch.setattr(utils, "resolve_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
@@ -253,7 +253,7 @@ def test_offload_is_asked_of_the_pipeline(hub, monkeypatch, offload, expected):
 
 
 @pytest.mark.parametrize("checkpoint", ["pipeline", "transformer"])
-def test_quantization_is_asked_of_transformers(hub, monkeypatch, checkpoint):
+def test_transformers_quantizes_the_text_encoder(hub, monkeypatch, checkpoint):
     from transformers import T5EncoderModel
 
     seen = {}

@@ -104,14 +104,7 @@ def page_model(args: argparse.Namespace) -> Choice:
 
 
 def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | None = None) -> Any:
-    """Return the page of a loaded model.
-
-    Args:
-        pipe: the model.
-        model: from `page_model`.
-        folder: where the page finds its pictures.
-        keep: where pictures stay; without it they are deleted with `folder`.
-    """
+    """Return the page of a loaded model; its pictures go to `folder`, and also to `keep`."""
     from ..demo.artist import Artist
     from ..demo.controls import Offer
     from ..demo.page import build_page

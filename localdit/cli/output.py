@@ -30,16 +30,6 @@ class Output:
     names: tuple[str, ...] | None = None
     overwrite: bool = False
 
-    def prepare(self) -> None:
-        """Create the folder if it is missing, and check that it is writable.
-
-        Raises:
-            OSError: it is not.
-        """
-        from ..images import prepare_output_folder
-
-        prepare_output_folder(self.folder)
-
     def save(self, picture: Image.Image, index: int, settings: Mapping[str, Any]) -> Path:
         """Save the `index`-th picture of a command, with its settings."""
         if self.names is None:

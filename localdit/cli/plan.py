@@ -127,6 +127,8 @@ def plan(
     Raises:
         UsageError: the command can't be carried out.
     """
+    from ..images import prepare_output_folder
+
     options = vars(args)
     image, mask = options.get("image"), options.get("mask")
     with usage_errors():
@@ -147,7 +149,7 @@ def plan(
             (args.height, args.width),
             image_size if config is None else None,
         )
-        output.prepare()
+        prepare_output_folder(output.folder)
     report_fallback(model)
     negative_prompt = args.negative_prompt
     return Job(
@@ -197,14 +199,11 @@ def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choi
 def check_model(choice: Choice, described: bool = False) -> Choice:
     """Check device and dtype, and return the choice with the architecture of its checkpoint file.
 
+    With `described`, the Config has the architecture, and `load_model` compares the file with it.
     This imports PyTorch, which takes seconds.
 
-    Args:
-        choice: the model.
-        described: whether the Config describes the architecture, and the file must agree with it.
-
     Raises:
-        ImportError, ValueError: the device lacks what the options ask for, or the file is damaged.
+        ImportError, ValueError: the device can't do what the options say, or the file is damaged.
     """
     from ..utils import check_options, contradictions, resolve_device, resolve_dtype
 

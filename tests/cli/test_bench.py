@@ -17,7 +17,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(bench, "SHAPE", bench.SHAPE | shape | {"caption_channels": 8})
 
 
-def test_all_are_timed_in_each_turn(capsys):
+def test_each_turn_times_all_models(capsys):
     assert main(["bench", *SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (result,) = found["results"]
@@ -27,7 +27,7 @@ def test_all_are_timed_in_each_turn(capsys):
     assert (found["dtype"], found["layers"]) == ("float32", 1)
 
 
-def test_the_table_says_what_it_is_worth(capsys):
+def test_the_table_names_its_limits(capsys):
     assert main(["bench", *SMALL]) == 0
     said = capsys.readouterr()
     assert sum(line.startswith("    64  ") for line in said.out.splitlines()) == 3
@@ -35,7 +35,7 @@ def test_the_table_says_what_it_is_worth(capsys):
     assert said.err == ""
 
 
-def test_the_models_differ_in_attention_alone():
+def test_the_models_differ_only_in_their_attention():
     device = torch.device("cpu")
     windows, full, pixart = (
         bench._model(name, 64, 1, device, torch.float32)
@@ -53,7 +53,7 @@ def test_rows_compare_the_fastest():
     assert rows[2].split() == ["64", "PixArt", "2", "(8)", "2.00"]
 
 
-def test_a_busy_machine_is_told():
+def test_the_notes_mention_a_busy_machine():
     results = [{"seconds": {"windows": [1.0, 1.2], "full attention": []}}]
     assert "busy" not in bench._notes(results, load=0.1)
     assert "7.5 processes per core" in bench._notes(results, load=7.5)

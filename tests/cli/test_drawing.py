@@ -26,7 +26,7 @@ QUICK = ["--steps", "2", "--device", "cpu"]
 
 @pytest.fixture
 def pictures(here):
-    """A photograph of 96 x 48 pixels, masks for it, and files that are none."""
+    """A photograph of 96 x 48 pixels, masks for it, and files that are not masks."""
     rng = np.random.default_rng(0)
     save_image(Image.fromarray(rng.integers(0, 255, (48, 96, 3), np.uint8)), "photo.png")
     mask = Image.new("L", (96, 48))
@@ -79,7 +79,7 @@ def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
     assert (a["model"], a["guidance_scale"]) == ("the model in the box", 2.0)
 
 
-def test_a_checkpoint_file_tells_its_shape(here, model):
+def test_the_architecture_is_read_from_a_checkpoint_file(here, model):
     convert_to_single_file(model, here / "own.safetensors")
     parts = [f"--{part}={model}" for part in ("text-encoder", "vae", "scheduler")]
     assert draw("generate", here / "own.safetensors", "a cat", "-o", "a.png", *parts) == 0
@@ -119,7 +119,7 @@ def test_inpaint_keeps_size_and_pixels(pictures, model):
     assert (made["mask"], made["strength"], made["padding_mask_crop"]) == ("mask.png", 1.0, None)
 
 
-def test_inpaint_works_on_the_surroundings_alone(pictures, model):
+def test_inpaint_can_draw_only_the_surroundings_of_the_mask(pictures, model):
     argv = ["photo.png", "mask.png", "a cat"]
     assert draw("inpaint", model, *argv, "-o", "whole.png") == 0
     assert draw("inpaint", model, *argv, "-o", "near.png", "--padding-mask-crop", "4") == 0
@@ -129,7 +129,7 @@ def test_inpaint_works_on_the_surroundings_alone(pictures, model):
 
 
 def save_lora(folder, seed):
-    """An adapter of random weights for the tiny model."""
+    """An adapter with random weights for the tiny model."""
     peft = pytest.importorskip("peft")
     pipe = tiny_pipeline()
     torch.manual_seed(seed)
@@ -195,7 +195,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("command", "argv", "message"), MISTAKES)
-def test_mistakes_take_one_line_and_status_2_before_loading(
+def test_mistakes_give_one_line_and_status_2_before_loading(
     pictures, model, monkeypatch, capsys, command, argv, message
 ):
     monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("loaded"))
@@ -210,7 +210,7 @@ def test_mistakes_take_one_line_and_status_2_before_loading(
     assert names(pictures) == before
 
 
-def test_failures_later_take_one_line_and_status_1(here, model, capsys):
+def test_later_failures_give_one_line_and_status_1(here, model, capsys):
     from tests.checkpoint.flat import flat_state, tiny_model
 
     state = flat_state(tiny_model(caption_channels=16))
@@ -231,7 +231,7 @@ def test_failures_later_take_one_line_and_status_1(here, model, capsys):
         (".", "--text-encoder: . lacks files; expected tokenizer_config.json and"),
     ],
 )
-def test_parts_that_are_missing_are_asked_for_by_option(here, model, capsys, source, message):
+def test_the_error_about_a_missing_part_names_the_option(here, model, capsys, source, message):
     convert_to_single_file(model, here / "own.safetensors")
     parts = [f"--{part}={model}" for part in ("vae", "scheduler")]
     argv = [*parts, "--text-encoder", source]
@@ -239,7 +239,7 @@ def test_parts_that_are_missing_are_asked_for_by_option(here, model, capsys, sou
     assert message in capsys.readouterr().err
 
 
-def test_sizes_follow_from_the_model(here, model, capsys):
+def test_valid_sizes_depend_on_the_model(here, model, capsys):
     """A model of 4 latents per token takes other sizes than one of 2; found before loading."""
     shutil.copytree(model, "four")
     config = Path("four/transformer/config.json")

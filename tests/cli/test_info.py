@@ -1,4 +1,4 @@
-"""`localdit info`: of files, folders, pictures, and the machine."""
+"""`localdit info` of files, folders, pictures and the machine."""
 
 import json
 import shutil
@@ -16,24 +16,24 @@ from tests.checkpoint.flat import flat_state, released_state, tiny_model
 
 
 @pytest.fixture
-def told(capsys):
-    """What `localdit info --json` tells."""
+def info(capsys):
+    """The output of `localdit info --json`."""
 
-    def tell(*argv):
+    def run(*argv):
         assert main(["info", "--json", "--device", "cpu", *map(str, argv)]) == 0
         return json.loads(capsys.readouterr().out)
 
-    return tell
+    return run
 
 
 def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_released_kind_of_file(here, told):
+def test_the_released_kind_of_file(here, info):
     model = tiny_model(window_size=4)
     save_file(released_state(model), "w.safetensors")
-    facts = told("w.safetensors")["w.safetensors"]
+    facts = info("w.safetensors")["w.safetensors"]
     dead = 2 * 5 * (24 * 24 + 24)
     biases = 2 * 7 * 7 * 2  # what the file lacks
     assert facts["dead"] == dead
@@ -45,28 +45,28 @@ def test_the_released_kind_of_file(here, told):
     assert any("--text-encoder" in text for text in facts["elsewhere"])
 
 
-def test_a_file_of_our_own(here, told):
+def test_a_file_that_localdit_wrote(here, info):
     model = tiny_model(use_global=True)
     torch.save(flat_state(model), "w.pt")
-    facts = told("w.pt")["w.pt"]
+    facts = info("w.pt")["w.pt"]
     assert facts["kind"] == "checkpoint file (.pt)"
     assert (facts["live"], facts["dead"], facts["missing"]) == (count(model), 0, "nothing")
     assert "with global context" in facts["model"]
 
 
-def test_a_lora(here, told):
+def test_a_lora(here, info):
     name = "transformer.transformer_blocks.{}.attn1.to_qkv.lora_{}.weight"
     state = {name.format(layer, half): torch.zeros(4, 24) for layer in (0, 1) for half in "AB"}
     save_file(state, "lora.safetensors")
-    facts = told("lora.safetensors")["lora.safetensors"]
+    facts = info("lora.safetensors")["lora.safetensors"]
     assert (facts["kind"], facts["rank"], facts["parameters"]) == ("LoRA", "4", 4 * 4 * 24)
     assert facts["changes"] == ["2 x transformer.transformer_blocks.*.attn1.to_qkv"]
 
 
-def test_a_pipeline(model, told):
+def test_a_pipeline(model, info):
     from localdit import LocalDiTPipeline
 
-    found = told(model)
+    found = info(model)
     pipe = LocalDiTPipeline.from_pretrained(model)
     assert found[str(model)]["missing"] == "nothing"
     assert found["transformer"]["parameters"] == count(pipe.transformer)
@@ -75,33 +75,33 @@ def test_a_pipeline(model, told):
     assert "3 heads x 8 channels, windows of 2 x 2" in found["transformer"]["model"]
 
 
-def test_a_pipeline_without_all_its_parts(model, here, told):
+def test_a_pipeline_without_all_its_parts(model, here, info):
     shutil.copytree(model, "part")
     shutil.rmtree("part/text_encoder")
     (here / "part/transformer/diffusion_pytorch_model.safetensors").unlink()
-    found = told("part")
+    found = info("part")
     assert found["part"]["missing"] == ["text_encoder"]
     assert found["transformer"]["missing"] == "all weights"
 
 
-def test_a_transformer_with_too_much_and_too_little(here, told):
+def test_a_transformer_with_dead_and_missing_tensors(here, info):
     tiny_model().save_pretrained("t")
     state = tiny_model().state_dict()
     bias = state.pop("proj_out.bias")
     save_file(state | {"stale": bias}, "t/diffusion_pytorch_model.safetensors")
-    facts = told("t")["t"]
+    facts = info("t")["t"]
     assert (facts["dead"], facts["dead tensors"]) == (bias.numel(), ["1 x stale"])
     assert facts["missing"] == "'proj_out.bias'"
 
 
-def test_a_picture_tells_its_settings(here, told):
+def test_a_picture_shows_its_settings(here, info):
     save_image(Image.new("RGB", (4, 4)), "a.png", {"prompt": "a cat", "seed": 12345})
-    assert told("a.png") == {"a.png": {"prompt": "a cat", "seed": 12345}}
+    assert info("a.png") == {"a.png": {"prompt": "a cat", "seed": 12345}}
     assert main(["info", "a.png"]) == 0
 
 
-def test_the_machine(told, capsys):
-    ((title, facts),) = told("--dtype", "bfloat16").items()
+def test_the_machine(info, capsys):
+    ((title, facts),) = info("--dtype", "bfloat16").items()
     assert title == "machine"
     assert (facts["device"], facts["chosen"]) == ("cpu", "as asked for")
     assert facts["name"].endswith(processor())
@@ -110,13 +110,13 @@ def test_the_machine(told, capsys):
     assert facts["versions"]["torch"] == torch.__version__
 
 
-def test_for_people(here, capsys):
+def test_the_text_output(here, capsys):
     save_image(Image.new("RGB", (4, 4)), "a.png", {"prompt": "a cat", "seed": 12345})
     assert main(["info", "a.png"]) == 0
     assert capsys.readouterr().out == "a.png\n  prompt  a cat\n  seed    12345\n"
 
 
-def test_why_a_path_is_taken():
+def test_the_reason_for_the_implementation():
     backend, why = window_attention_path(torch.device("cpu"), torch.float32, 4, 16, 72)
     assert backend == "torch" and "CUDA" in why
     assert (
@@ -134,7 +134,7 @@ def test_why_a_path_is_taken():
         (["page.pt"], 1, "a web page"),
     ],
 )
-def test_what_can_not_be_told(here, capsys, argv, status, message):
+def test_mistakes_and_damaged_files(here, capsys, argv, status, message):
     (here / "page.pt").write_text("<html>404</html>")
     assert main(["info", *argv]) == status
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The program `localdit`: its help, its version, and commands that are none."""
+"""The program `localdit`: its help, its version, and unknown commands."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ HEAVY = ["torch", "diffusers", "transformers", "accelerate", "gradio", "numpy", 
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["help"]])
-def test_bare_it_lists_the_commands(argv, capsys):
+def test_without_arguments_it_lists_the_commands(argv, capsys):
     assert main(argv) == 0
     said = capsys.readouterr()
     assert said.err == ""
@@ -39,7 +39,7 @@ def test_the_version(argv, capsys):
         (["a red circle", "-o", "x.png"], "mean `localdit generate 'a red circle' -o x.png`?"),
     ],
 )
-def test_what_is_no_command_is_told_in_a_line(argv, message, capsys):
+def test_an_unknown_command_gives_one_line(argv, message, capsys):
     assert main(argv) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -47,7 +47,7 @@ def test_what_is_no_command_is_told_in_a_line(argv, message, capsys):
     assert message in said.err
 
 
-def test_other_names_lead_to_commands():
+def test_names_from_other_programs_lead_to_commands():
     assert set(ALSO_CALLED.values()) <= set(COMMANDS)
 
 

@@ -1,4 +1,4 @@
-"""Where pictures go, and that nothing is replaced."""
+"""The place of pictures, and that none is replaced."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from localdit.cli.output import Output, plan_output
-from localdit.images import read_metadata
+from localdit.images import prepare_output_folder, read_metadata
 
 from .conftest import names
 
@@ -14,7 +14,7 @@ PICTURE = Image.new("RGB", (4, 4), "red")
 
 
 def save(output, count=1):
-    output.prepare()
+    prepare_output_folder(output.folder)
     return [str(output.save(PICTURE, index, {"index": index})) for index in range(count)]
 
 
@@ -33,7 +33,7 @@ def test_several_pictures_are_numbered(here):
 @pytest.mark.parametrize(("count", "grid", "there"), [
     (1, False, "a.png"), (2, False, "a_001.png"), (2, True, "a_grid.png"),
 ])  # fmt: skip
-def test_a_file_that_is_there_is_kept_unless_told(here, count, grid, there):
+def test_an_existing_file_is_kept_without_overwrite(here, count, grid, there):
     Path(there).write_bytes(b"mine")
     with pytest.raises(FileExistsError, match=f"{there} is there already; .* --overwrite"):
         plan_output(Path("a.png"), "generate", count, grid=grid)
@@ -53,7 +53,7 @@ def test_a_file_that_appears_meanwhile_is_kept(here):
     assert names(here) == ["a.png"]
 
 
-def test_in_a_folder_numbers_go_on(here):
+def test_numbers_continue_in_a_folder(here):
     Path("out").mkdir()
     Path("out/edit_041.png").write_bytes(b"mine")
     output = plan_output(Path("out"), "edit", 2)
@@ -62,7 +62,7 @@ def test_in_a_folder_numbers_go_on(here):
     assert save(output) == ["out/edit_044.png"]
 
 
-def test_a_number_that_another_process_takes_is_left_to_it(here, monkeypatch):
+def test_a_number_that_another_process_takes_is_skipped(here, monkeypatch):
     output = plan_output(Path("out"), "edit", 1)
     sound = Output._save
 
@@ -87,8 +87,8 @@ def test_other_kinds_of_pictures_are_refused(here):
         plan_output(Path("a.jpg"), "edit", 1)
 
 
-def test_a_place_that_can_not_be_written_to_is_found_at_once(here):
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(here):
     Path("file").write_text("")
     for place in ("file/a.png", "file/folder"):
         with pytest.raises(OSError, match="can't write to the output folder file"):
-            plan_output(Path(place), "edit", 1).prepare()
+            prepare_output_folder(plan_output(Path(place), "edit", 1).folder)

@@ -1,4 +1,4 @@
-"""The two scripts: bare, with their options, and what they say of mistakes."""
+"""The two scripts: without options, with options, and with mistakes."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def boxed(here, monkeypatch, model):
     return here
 
 
-def test_bare_text_to_image_uses_the_model_in_the_box(boxed, capsys):
+def test_text_to_image_without_options_uses_the_model_in_the_box(boxed, capsys):
     assert run_script("t2i", Config(denoising_steps=2), []) == 0
     said = capsys.readouterr()
     notice = said.err.splitlines()[0]
@@ -51,7 +51,7 @@ def test_bare_text_to_image_uses_the_model_in_the_box(boxed, capsys):
     }
 
 
-def test_bare_image_to_image_makes_its_first_picture_and_uses_it_again(boxed, capsys):
+def test_image_to_image_without_options_draws_its_first_picture_and_reuses_it(boxed, capsys):
     config = Config(denoising_steps=2)
     assert run_script("i2i", config, []) == 0
     assert names("output") == ["i2i_000.png", "t2i_000.png"]
@@ -65,7 +65,7 @@ def test_bare_image_to_image_makes_its_first_picture_and_uses_it_again(boxed, ca
     assert load_image("output/i2i_000.png").tobytes() == load_image("output/i2i_001.png").tobytes()
 
 
-def test_every_option_arrives(here, model):
+def test_every_option_has_its_effect(here, model):
     save_image(Image.new("RGB", (90, 40), "red"), "in.png")
     argv = ["--model", str(model), "--prompt", "a cat", "--prompt", "a dog", "--seed", "7"]
     argv += ["--negative-prompt", "bad", "--steps", "4", "--guidance-scale", "2.5", "--dtype"]
@@ -96,7 +96,7 @@ def test_every_option_arrives(here, model):
     assert load_image("deep/down/i2i_grid_000.png").size == (96, 64)
 
 
-def test_prompt_file_and_numbers_that_go_on(here, model):
+def test_a_prompt_file_and_continued_numbers(here, model):
     Path("prompts.txt").write_text("a star\n\n  a café by the lake \n", encoding="utf-8")
     Path("output").mkdir()
     Path("output/t2i_041.png").write_bytes(b"mine")
@@ -109,7 +109,7 @@ def test_prompt_file_and_numbers_that_go_on(here, model):
     assert read_metadata("output/t2i_043.png")["prompt"] == "a café by the lake"
 
 
-def test_pictures_are_saved_as_they_are_made(here, model, monkeypatch):
+def test_each_picture_is_saved_when_it_is_drawn(here, model, monkeypatch):
     """A failure in the third picture leaves the first two on disk."""
     from localdit import images
 
@@ -153,7 +153,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("argv", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
-def test_mistakes_take_one_line_and_status_2_before_loading(
+def test_mistakes_give_one_line_and_status_2_before_loading(
     here, model, monkeypatch, capsys, argv, message
 ):
     monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("loaded"))
@@ -187,7 +187,7 @@ def test_missing_weights_that_config_py_names_are_an_error(boxed, capsys):
     assert "--model: there is no mine.pt" in capsys.readouterr().err
 
 
-def test_failures_take_one_line_and_status_1(here, model, capsys):
+def test_failures_give_one_line_and_status_1(here, model, capsys):
     damaged = here / "damaged.safetensors"
     damaged.write_bytes(b"\xff" * 100)
     config = Config(text_encoder=model, vae=model, scheduler=model)

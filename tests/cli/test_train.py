@@ -1,4 +1,4 @@
-"""`localdit train`: what is checked, and how it hands over to Accelerate."""
+"""`localdit train`: its checks, and the hand-over to Accelerate."""
 
 import os
 import shlex
@@ -16,14 +16,14 @@ from tests.training.workplace import ROOT, environment, lines, make_workplace, o
 
 @pytest.fixture
 def became(monkeypatch):
-    """The command and environment of the process that this one would have become."""
+    """The command and environment of the process that would replace this one."""
     found = []
     monkeypatch.setattr(os, "execvpe", lambda file, argv, env: found.append((argv, env)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return found
 
 
-def test_a_single_training_takes_the_place_of_the_command(became):
+def test_a_single_training_replaces_the_command(became):
     argv = ["--num_processes", "1", "--", "--data-root", "x", "--batch-size", "2"]
     assert main(["train", *argv]) == 0
     ((command, env),) = became
@@ -32,7 +32,7 @@ def test_a_single_training_takes_the_place_of_the_command(became):
     assert env["ACCELERATE_MIXED_PRECISION"] == "no"
 
 
-def test_options_of_accelerate_arrive(became):
+def test_options_reach_accelerate(became):
     launcher = ["--cpu", "--mixed_precision", "bf16", "--num_cpu_threads_per_process", "1"]
     assert main(["train", *launcher, "--", "--data-root", "x"]) == 0
     ((_, env),) = became
@@ -52,7 +52,7 @@ def test_options_of_accelerate_arrive(became):
         (["--multi_gpu", "--cpu", "--", "--data-root", "x"], "You can only use one of"),
     ],
 )
-def test_mistakes_take_one_line_and_start_nothing(argv, message, became, capsys):
+def test_mistakes_give_one_line_and_start_nothing(argv, message, became, capsys):
     assert main(["train", *argv]) == 2
     said = capsys.readouterr().err
     assert said.startswith("localdit train: error: ") and said.count("\n") == 1
@@ -61,7 +61,7 @@ def test_mistakes_take_one_line_and_start_nothing(argv, message, became, capsys)
 
 
 @pytest.mark.slow
-def test_it_trains_where_only_the_package_is(tmp_path):
+def test_it_trains_with_only_the_package(tmp_path):
     """And a signal to the command reaches the training, which leaves a checkpoint."""
     workplace = make_workplace(tmp_path)
     argv = options(workplace, tmp_path / "run", "--max-train-steps", "100000")
@@ -86,7 +86,7 @@ def test_it_trains_where_only_the_package_is(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_processes_are_accelerates(tmp_path):
+def test_accelerate_starts_several_processes(tmp_path):
     workplace = make_workplace(tmp_path)
     config = ROOT / "recipes/accelerate/two_cpus.yaml"
     argv = shlex.split(f"--config_file {config} -- ") + options(workplace, tmp_path / "run")

@@ -19,7 +19,7 @@ def artist(config):
 
 @pytest.fixture
 def asked():
-    """Make settings that differ from the plainest."""
+    """Make settings that differ from plain ones."""
 
     def make(mode="generate", **changes):
         plain = {

@@ -96,7 +96,7 @@ def test_a_prompt_becomes_its_picture(page):
 
 
 @pytest.mark.slow
-def test_the_picture_that_is_downloaded_carries_its_settings(page):
+def test_the_downloaded_picture_carries_its_settings(page):
     seed(page, 7)
     draw(page)
     with page.expect_download() as download:
@@ -118,7 +118,7 @@ def test_a_picture_is_edited(page):
 
 
 @pytest.mark.slow
-def test_what_is_painted_over_is_repainted_and_the_rest_is_kept(page):
+def test_painted_parts_are_redrawn_and_the_rest_is_kept(page):
     page.get_by_label("Inpaint", exact=True).check()
     paint(page, left=0.1, top=0.1, right=0.4, bottom=0.4)
     page.locator("#prompt textarea").fill(YELLOW_CIRCLE)
@@ -145,7 +145,7 @@ def paint(page, left, top, right, bottom):
 
 
 def picture_on(canvas):
-    """Where the square picture begins on the page, and its side, seen from its pixels."""
+    """The corner and the side of the square picture on the page, found from its pixels."""
     box = canvas.bounding_box()
     pixels = np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB"), float)
     blue = np.abs(pixels - BLUE).max(-1) < 25
@@ -184,7 +184,7 @@ def test_leaving_the_page_ends_its_drawing(page):
 
 
 @pytest.mark.slow
-def test_mistakes_are_told_in_the_page_and_the_next_picture_is_drawn(page):
+def test_the_page_reports_mistakes_and_draws_the_next_picture(page):
     page.locator("#prompt textarea").fill("")
     page.locator("#draw").click()
     told = "The prompt is empty: say what the picture shows."

@@ -26,7 +26,7 @@ def says(text, word):
 
 
 @pytest.mark.parametrize("scene", [ONE, TWO])
-def test_complete_captions_say_everything(scene):
+def test_complete_captions_mention_every_attribute(scene):
     for caption in phrasings(scene):
         assert says(caption.text, scene.background) and caption.background == scene.background
         for thing in scene.objects:
@@ -59,7 +59,7 @@ def test_plain_relations_read_the_right_way_round():
     assert joined and all(text.index("green") < text.index("red") for text in joined)
 
 
-def test_incomplete_captions_say_no_more_than_they_claim():
+def test_incomplete_captions_mention_only_their_attributes():
     rng = np.random.default_rng(0)
     for scene in sample_scenes(200, seed=8):
         caption = describe(scene, rng, complete=False)
@@ -80,7 +80,7 @@ def test_captions_of_one_picture_differ():
         assert len(complete) >= 6
 
 
-def test_a_senseless_count_is_refused():
+def test_a_count_out_of_range_is_refused():
     for count in (0, 17):
         with pytest.raises(ValueError, match="count"):
             describe_often(ONE, np.random.default_rng(0), count)

@@ -37,7 +37,7 @@ def test_relations_point_from_the_second_object_to_the_first():
         assert relation_between((0.5 + 0.2 * dx, 0.5 + 0.2 * dy), (0.55, 0.45)) == name
 
 
-def test_a_scene_survives_the_way_through_json_values():
+def test_a_scene_survives_json():
     for scene in sample_scenes(20, seed=1):
         assert Scene.from_dict(scene.to_dict()) == scene
 
@@ -74,7 +74,7 @@ def test_the_same_scene_gives_the_same_pixels():
         assert draw_scene(scene).tobytes() == draw_scene(scene).tobytes()
 
 
-def test_pictures_have_the_asked_size_and_the_scene_s_colours():
+def test_pictures_have_the_given_size_and_the_colours_of_the_scene():
     scene = Scene("blue", (SceneObject("square", "yellow", "large", 0.25, 0.75),))
     for side in (64, 128, 200):
         picture = draw_scene(scene, side)
@@ -105,7 +105,7 @@ def test_edges_are_smooth():
     assert len(np.unique(cover)) > 8
 
 
-def test_no_pixels_are_refused():
+def test_a_picture_without_pixels_is_refused():
     with pytest.raises(ValueError, match="side"):
         draw_scene(next(sample_scenes(1, seed=0)), 0)
 
@@ -162,7 +162,7 @@ def test_a_scene_depends_on_its_index_not_on_the_count():
     assert sample_scene(np.random.default_rng(1)) == sample_scene(np.random.default_rng(1))
 
 
-def test_every_word_comes_up_about_evenly():
+def test_all_words_are_about_equally_frequent():
     scenes = list(sample_scenes(4000, seed=0))
     singles = [scene for scene in scenes if scene.relation is None]
     assert 0.45 < len(singles) / len(scenes) < 0.55

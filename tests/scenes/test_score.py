@@ -48,7 +48,7 @@ def test_true_drawings_are_all_right_even_blurred_and_noisy(held_out):
 
 
 @pytest.mark.parametrize("side", [64, 256])
-def test_other_sizes_of_picture_are_read_as_well(side):
+def test_pictures_of_other_sizes_are_read(side):
     for scene in sample_scenes(8, seed=1):
         assert score_picture(draw_scene(scene, side), scene)["all"] == 1.0
 
@@ -96,7 +96,7 @@ def test_missing_and_superfluous_objects_are_counted():
     assert score_picture(draw_scene(TWO), lonely)["count"] == 0.0
 
 
-def test_an_empty_or_noisy_picture_shows_nothing_that_was_asked_for():
+def test_an_empty_or_noisy_picture_scores_nothing():
     empty = Image.new("RGB", (128, 128), "white")
     assert read_picture(empty) == ("white", [])
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3))
@@ -111,7 +111,7 @@ def test_a_blob_unlike_any_shape_has_none():
     assert [seen.shape for seen in read_picture(picture)[1]] == [None]
 
 
-def test_components_are_parted_by_edges_not_by_corners():
+def test_components_touch_at_edges_not_at_corners():
     mask = np.array([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 1], [1, 0, 0, 0]], dtype=bool)
     parts = connected_components(mask)
     assert sorted(int(part.sum()) for part in parts) == [1, 3, 3]
