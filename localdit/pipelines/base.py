@@ -26,6 +26,7 @@ from ..core.text import TextCache, TextSpace, check_prompts
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import PIXELS_PER_LATENT
+from .checks import check_latent_channels
 from .guidance import DenoiserText, guided_steps
 from .request import Request, TextEmbeddings
 from .saving import SavedPipeline
@@ -160,6 +161,9 @@ class LocalDiTBasePipeline(SavedPipeline):
             ValueError: an argument cannot work; the message says what to do.
             TypeError: an argument is of a wrong type.
         """
+        if self.vae is not None:
+            channels = self.latent_space.format.channels
+            check_latent_channels(channels, self.transformer.config.in_channels)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
         request.check_embeddings(self.transformer.config.caption_channels)
         request.check_prompts(self.text_space.can_encode)

@@ -28,8 +28,8 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         )
 
     def are_latents(self, images: torch.Tensor) -> bool:
-        """Whether images `(N, C, H, W)` are latents already, by their channels."""
-        return images.shape[1] == self.transformer.config.in_channels
+        """Return whether images `(N, C, H, W)` are latents; what has 3 channels is a picture."""
+        return images.shape[1] == self.transformer.config.in_channels != 3
 
     def check_images(self, images: torch.Tensor, request: Request) -> None:
         """Refuse images of another number than the prompts, and latents of another size.

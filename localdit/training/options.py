@@ -22,7 +22,6 @@ DESCRIPTION = """Train a LocalDiT on captioned pictures.
     accelerate launch train.py --data-root pictures --image-size 512 --batch-size 2
 """
 FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
-PIXEL_MULTIPLE = 16  # 8 pixels per latent, 2 latents per token
 EXTRAS = "pip install -r requirements-train.txt"
 
 
