@@ -14,7 +14,7 @@ from localdit.pipelines import LocalDiTImg2ImgPipeline
 from localdit.pipelines.request import Request, TextEmbeddings
 from tests.tiny import tiny_components, tiny_vae
 
-KINDS = ("sdxl", "sd3")
+KINDS = ("sdxl", "sd3", "statistics")
 POSTERIOR = ("sdxl", "sd3", "statistics")
 PIXELS_PER_LATENT = {kind: 32 if kind == "dc" else 8 for kind in KINDS}
 CHANNELS = {"sdxl": 4, "sd3": 16, "dc": 32, "tiny": 16, "statistics": 4}
@@ -164,6 +164,7 @@ def test_bfloat16_is_close_and_gives_float32(kind, vae):
         ("sdxl", False, torch.float16),
         ("sd3", True, torch.float32),
         ("sd3", False, torch.float16),
+        ("statistics", False, torch.float16),
     ],
 )
 @torch.no_grad()

@@ -80,6 +80,10 @@ def test_no_seam_is_left_and_diffusers_own_tiles_leave_some(vae, latents, refere
     "settings",
     [
         {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        pytest.param(
+            {"latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [0.5, 1.0, 2.0, 0.25]},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_no_seam_is_left_with_a_shift_or_statistics(vae, latents, reference, settings, monkeypatch):
