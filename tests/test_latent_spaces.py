@@ -27,6 +27,7 @@ from tests.training.workplace import lines, load_main, make_workplace, options, 
 # By kind: class, channels, pixels per token, and the side of the pictures to train on.
 SPACES = {
     "sd3": ("AutoencoderKL", 16, 16, 96),
+    "dc": ("AutoencoderDC", 32, 32, 128),
     "statistics": ("AutoencoderKL", 4, 16, 96),
 }
 
@@ -209,7 +210,7 @@ def train(main, workplace, kind, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind",
-    ["sd3", pytest.param("statistics", marks=pytest.mark.slow)],
+    ["sd3", "dc", pytest.param("statistics", marks=pytest.mark.slow)],
     indirect=True,
 )
 def test_training_leaves_pipelines_that_draw(kind, train, capsys):

@@ -14,7 +14,7 @@ from localdit.pipelines import LocalDiTImg2ImgPipeline
 from localdit.pipelines.request import Request, TextEmbeddings
 from tests.tiny import tiny_components, tiny_vae
 
-KINDS = ("sdxl", "sd3", "statistics")
+KINDS = ("sdxl", "sd3", "dc", "statistics")
 POSTERIOR = ("sdxl", "sd3", "statistics")
 PIXELS_PER_LATENT = {kind: 32 if kind == "dc" else 8 for kind in KINDS}
 CHANNELS = {"sdxl": 4, "sd3": 16, "dc": 32, "tiny": 16, "statistics": 4}
@@ -165,6 +165,7 @@ def test_bfloat16_is_close_and_gives_float32(kind, vae):
         ("sd3", True, torch.float32),
         ("sd3", False, torch.float16),
         ("statistics", False, torch.float16),
+        ("dc", None, torch.float16),
     ],
 )
 @torch.no_grad()
@@ -230,6 +231,28 @@ def test_large_pictures_pass_in_tiles_and_leave_the_settings_as_they_were(
     assert max(max(size) for size in encoder) <= 8 * TILE
     assert max(max(size) for size in decoder) <= 8 * TILE // pixels
     assert {name: value for name, value in vars(vae).items() if "til" in name} == before
+
+
+@pytest.mark.parametrize("kind", ["dc"])
+@torch.no_grad()
+def test_tiles_leave_no_seams(kind, vae, request):
+    """Where tiles meet, neighbouring pixels differ no more than when decoded at once.
+
+    `test_tiling.py` has the test for AutoencoderKL, on trained weights.
+    """
+    space = LatentSpace(vae)
+    latents = space.encode(smooth_pictures(192, 320))
+    whole = space.decode(latents)
+    request.getfixturevalue("small_tiles")
+    tiled = space.decode(latents)
+    edges = [*range(95, 130), *range(191, 226)]  # a tile begins at 96 and fades in up to 128
+
+    def steps(picture):
+        return (picture[..., 1:] - picture[..., :-1]).abs().mean(dim=(0, 1, 2))[edges].mean()
+
+    assert steps(tiled) < 1.1 * steps(whole) + 0.01
+    if kind == "tiny":  # it looks at near pixels alone, so its tiles agree
+        torch.testing.assert_close(tiled, whole, rtol=0, atol=0.05)
 
 
 @torch.no_grad()
