@@ -28,6 +28,7 @@ from tests.training.workplace import lines, load_main, make_workplace, options, 
 SPACES = {
     "sd3": ("AutoencoderKL", 16, 16, 96),
     "dc": ("AutoencoderDC", 32, 32, 128),
+    "tiny": ("AutoencoderTiny", 16, 16, 96),
     "statistics": ("AutoencoderKL", 4, 16, 96),
 }
 
@@ -210,7 +211,7 @@ def train(main, workplace, kind, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "kind",
-    ["sd3", "dc", pytest.param("statistics", marks=pytest.mark.slow)],
+    ["sd3", "dc", *(pytest.param(k, marks=pytest.mark.slow) for k in ("tiny", "statistics"))],
     indirect=True,
 )
 def test_training_leaves_pipelines_that_draw(kind, train, capsys):

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -54,7 +54,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         self,
         tokenizer: PreTrainedTokenizerBase,
         text_encoder: PreTrainedModel,
-        vae: AutoencoderKL | AutoencoderDC,
+        vae: AutoencoderKL | AutoencoderDC | AutoencoderTiny,
         transformer: LocalDiTTransformer2DModel,
         scheduler: KarrasDiffusionSchedulers,
     ) -> None:

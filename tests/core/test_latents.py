@@ -14,7 +14,7 @@ from localdit.pipelines import LocalDiTImg2ImgPipeline
 from localdit.pipelines.request import Request, TextEmbeddings
 from tests.tiny import tiny_components, tiny_vae
 
-KINDS = ("sdxl", "sd3", "dc", "statistics")
+KINDS = ("sdxl", "sd3", "dc", "tiny", "statistics")
 POSTERIOR = ("sdxl", "sd3", "statistics")
 PIXELS_PER_LATENT = {kind: 32 if kind == "dc" else 8 for kind in KINDS}
 CHANNELS = {"sdxl": 4, "sd3": 16, "dc": 32, "tiny": 16, "statistics": 4}
@@ -166,6 +166,7 @@ def test_bfloat16_is_close_and_gives_float32(kind, vae):
         ("sd3", False, torch.float16),
         ("statistics", False, torch.float16),
         ("dc", None, torch.float16),
+        ("tiny", None, torch.float16),
     ],
 )
 @torch.no_grad()
@@ -233,7 +234,7 @@ def test_large_pictures_pass_in_tiles_and_leave_the_settings_as_they_were(
     assert {name: value for name, value in vars(vae).items() if "til" in name} == before
 
 
-@pytest.mark.parametrize("kind", ["dc"])
+@pytest.mark.parametrize("kind", ["dc", "tiny"])
 @torch.no_grad()
 def test_tiles_leave_no_seams(kind, vae, request):
     """Where tiles meet, neighbouring pixels differ no more than when decoded at once.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from localdit.core import latents as autoencoding
 from localdit.core import tiling
@@ -237,3 +237,15 @@ def test_other_autoencoders_without_group_norms_are_left_alone():
     conv = torch.nn.Conv2d(4, 4, 3, padding=1)
     picture = torch.randn(1, 4, 16, 16)
     assert torch.equal(in_tiles(components["vae"], conv, picture, 4), conv(picture))
+
+
+@torch.no_grad()
+def test_the_tiny_autoencoder_encodes_in_the_same_tiles_as_diffusers():
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).eval()
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_overlap_factor = 64, 0.25
+    picture = torch.rand(1, 3, 128, 160)
+    own = in_tiles(vae, lambda part: vae.encode(part).latents, picture, 8 * tiling.CROP)
+    assert torch.equal(own, vae.encode(picture).latents)
+    assert vae.use_tiling
