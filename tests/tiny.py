@@ -2,7 +2,12 @@
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -33,11 +38,84 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_components(seed: int = 0, **transformer_overrides) -> dict:
-    """The five components of a pipeline with 64-pixel pictures, with weights drawn from `seed`.
+def tiny_vae(kind: str = "sdxl") -> AutoencoderKL | AutoencoderDC | AutoencoderTiny:
+    """An autoencoder with weights drawn from the present random state.
+
+    Args:
+        kind: "sdxl", or a kind of another latent space: "sd3" (16 channels and a shift), "dc" (32
+            channels and 32 pixels per latent), "tiny" (16
+            channels, no posterior) or "statistics" (a mean and a
+            standard deviation per channel).
+    """
+    if kind == "dc":
+        channels = (4, 4, 8, 8, 16, 32)
+        blocks = ("ResBlock",) * 5 + ("EfficientViTBlock",)
+        scales = ((),) * 5 + ((5,),)
+        return AutoencoderDC(
+            latent_channels=32,
+            attention_head_dim=8,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=channels,
+            decoder_block_out_channels=channels,
+            encoder_layers_per_block=(1,) * 6,
+            decoder_layers_per_block=(1,) * 6,
+            encoder_qkv_multiscales=scales,
+            decoder_qkv_multiscales=scales,
+            scaling_factor=0.41407,
+        ).eval()
+    if kind == "tiny":
+        return AutoencoderTiny(
+            encoder_block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            num_encoder_blocks=(1,) * 4,
+            num_decoder_blocks=(1,) * 4,
+            latent_channels=16,
+        ).eval()
+    settings = {
+        "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025},
+        "sd3": {
+            "latent_channels": 16,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+        "statistics": {
+            "latent_channels": 4,
+            "scaling_factor": 0.5,
+            "latents_mean": (0.1, -0.2, 0.3, -0.4),
+            "latents_std": (0.5, 1.0, 2.0, 0.25),
+        },
+    }
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        sample_size=64,
+        **settings[kind],
+    ).eval()
+
+
+def tiny_shape(vae: str) -> dict:
+    """The arguments of a transformer that depend on the autoencoder, by its kind."""
+    return {
+        "sd3": {"in_channels": 16, "out_channels": 16},
+        "tiny": {"in_channels": 16, "out_channels": 16},
+        "dc": {"in_channels": 32, "out_channels": 32, "patch_size": 1, "sample_size": 4},
+    }.get(vae, {})
+
+
+def tiny_components(seed: int = 0, vae: str = "sdxl", **transformer_overrides) -> dict:
+    """The five components of a pipeline, with weights drawn from `seed`.
+
+    Pictures have 64 pixels along a side, with the autoencoder "dc" 128.
 
     Args:
         seed: of the weights; the caller's random state is left alone.
+        vae: the kind of the autoencoder; see `tiny_vae`.
         **transformer_overrides: arguments of the transformer that differ from the tiny ones.
     """
     settings = {
@@ -49,21 +127,13 @@ def tiny_components(seed: int = 0, **transformer_overrides) -> dict:
         "window_size": 2,
         "caption_channels": TEXT_WIDTH,
         "use_additional_conditions": True,
+        **tiny_shape(vae),
         **transformer_overrides,
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = LocalDiTTransformer2DModel(**settings)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(4, 4, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=2,
-            latent_channels=4,
-            sample_size=64,
-            scaling_factor=0.13025,
-        )
+        autoencoder = tiny_vae(vae)
         text_encoder = T5EncoderModel(
             T5Config(
                 vocab_size=3 + len(WORDS.split()),
@@ -79,15 +149,15 @@ def tiny_components(seed: int = 0, **transformer_overrides) -> dict:
     return {
         "tokenizer": tiny_tokenizer(),
         "text_encoder": text_encoder.eval(),
-        "vae": vae.eval(),
+        "vae": autoencoder,
         "transformer": transformer.eval(),
         "scheduler": DPMSolverMultistepScheduler(),
     }
 
 
-def tiny_pipeline(seed: int = 0, **transformer_overrides) -> LocalDiTPipeline:
+def tiny_pipeline(seed: int = 0, vae: str = "sdxl", **transformer_overrides) -> LocalDiTPipeline:
     """A text-to-image pipeline of `tiny_components`, without a progress bar."""
-    pipe = LocalDiTPipeline(**tiny_components(seed, **transformer_overrides))
+    pipe = LocalDiTPipeline(**tiny_components(seed, vae, **transformer_overrides))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

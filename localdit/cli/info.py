@@ -282,11 +282,12 @@ def _shape(config: Facts, autoencoder: Path) -> Facts:
 
 def _elsewhere(config: Facts) -> list[str]:
     """Return the parts that a transformer comes without, and where to get them."""
-    channels = config["caption_channels"]
-    released = f"{Config.text_encoder}, or " if channels == Config.caption_channels else ""
+    text, latents = config["caption_channels"], config["in_channels"]
+    text_encoder = f"{Config.text_encoder}, or " if text == Config.caption_channels else ""
+    vae = f"{Config.vae}, or " if latents == Config.in_channels else ""
     return [
-        f"text encoder of {channels} channels and its tokenizer: {released}--text-encoder",
-        f"VAE: {Config.vae}, or --vae",
+        f"text encoder of {text} channels and its tokenizer: {text_encoder}--text-encoder",
+        f"VAE of {latents} channels: {vae}--vae",
         f"scheduler: {Config.scheduler}, or --scheduler",
     ]
 

@@ -4,7 +4,8 @@ Diffusers cuts the picture into overlapping tiles and fades one into the next. W
 comes from the group norms: each tile is normalised by its own mean and variance, so a tile of sky
 and a tile of grass are decoded by different functions. Here the statistics of every norm are taken
 once, from crops spread over the whole picture, and hold for all of its tiles. Autoencoders without
-group norms need no such statistics.
+group norms need no such statistics. AutoencoderTiny encodes in tiles for latents of 4 channels
+alone, so its tiles are encoded here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -76,6 +78,8 @@ def is_tiled(vae: Any, size: Sequence[int], scale: int) -> bool:
     """
     if not getattr(vae, "use_tiling", False):
         return False
+    if isinstance(vae, AutoencoderTiny):  # as soon as tiling is enabled, for any size
+        return True
     if hasattr(vae, "tile_latent_min_height"):
         tiles = vae.tile_latent_min_height, vae.tile_latent_min_width
     else:
@@ -94,6 +98,8 @@ def in_tiles(
         picture: `(1, C, H, W)`.
         crop: side of the crops that the statistics are taken from, in the picture's own unit.
     """
+    if isinstance(vae, AutoencoderTiny) and picture.shape[1] == vae.config.in_channels:
+        return _encode_tiny(vae, run, picture)
     if not any(isinstance(module, nn.GroupNorm) for module in vae.modules()):
         return run(picture)
     vae.use_tiling = False
@@ -104,6 +110,31 @@ def in_tiles(
         vae.use_tiling = True
     with FixedGroupNorms(norms.statistics):
         return run(picture)
+
+
+def _encode_tiny(
+    vae: AutoencoderTiny, run: Callable[[torch.Tensor], torch.Tensor], picture: torch.Tensor
+) -> torch.Tensor:
+    """Encode `(1, 3, H, W)` with the tiles of AutoencoderTiny, with any number of channels."""
+    tile, pixels = vae.tile_sample_min_size, vae.spatial_scale_factor
+    overlap = int(tile * vae.tile_overlap_factor)
+    fade = torch.arange(tile // pixels, device=picture.device) / (overlap / pixels - 1)
+    fade = fade.clamp(0, 1)
+    height, width = (side // pixels for side in picture.shape[2:])
+    latents = torch.zeros(1, vae.config.latent_channels, height, width, device=picture.device)
+    vae.use_tiling = False
+    try:
+        for y in range(0, picture.shape[2], tile - overlap):
+            for x in range(0, picture.shape[3], tile - overlap):
+                part = run(picture[..., y : y + tile, x : x + tile])
+                rows, columns = part.shape[2:]
+                weights = (fade if y else torch.ones_like(fade))[:rows, None]
+                weights = weights * (fade if x else torch.ones_like(fade))[:columns]
+                there = latents[..., y // pixels :, x // pixels :][..., :rows, :columns]
+                there.copy_(weights * part + (1 - weights) * there)
+    finally:
+        vae.use_tiling = True
+    return latents
 
 
 def spread_crops(picture: torch.Tensor, size: int) -> torch.Tensor:

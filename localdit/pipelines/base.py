@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -26,7 +26,7 @@ from ..core.text import TextCache, TextSpace, check_prompts
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import PIXELS_PER_LATENT
-from .request import DenoiserText, Request, TextEmbeddings
+from .request import DenoiserText, Request, TextEmbeddings, check_latent_channels
 from .saving import SavedPipeline
 
 
@@ -52,7 +52,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         self,
         tokenizer: PreTrainedTokenizerBase,
         text_encoder: PreTrainedModel,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderDC | AutoencoderTiny,
         transformer: LocalDiTTransformer2DModel,
         scheduler: KarrasDiffusionSchedulers,
     ) -> None:
@@ -159,6 +159,9 @@ class LocalDiTBasePipeline(SavedPipeline):
             ValueError: if an argument has an unusable value; the message says what to do.
             TypeError: if an argument has a wrong type.
         """
+        if self.vae is not None:
+            channels = self.latent_space.format.channels
+            check_latent_channels(channels, self.transformer.config.in_channels)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
         request.check_embeddings(self.transformer.config.caption_channels)
         request.check_prompts(self.text_space.can_encode)

@@ -37,8 +37,8 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         )
 
     def are_latents(self, images: torch.Tensor) -> bool:
-        """Return whether images `(N, C, H, W)` are latents, judged by their channels."""
-        return images.shape[1] == self.transformer.config.in_channels
+        """Return whether images `(N, C, H, W)` are latents; what has 3 channels is a picture."""
+        return images.shape[1] == self.transformer.config.in_channels != 3
 
     def check_images(self, images: torch.Tensor, request: Request) -> None:
         """Refuse a wrong number of images, and latents of a wrong size.

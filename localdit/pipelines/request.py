@@ -188,6 +188,15 @@ def check_interval(name: str, value: Any) -> None:
         )
 
 
+def check_latent_channels(given: int, wanted: int) -> None:
+    """Raise `ValueError` if an autoencoder's latents have other channels than a transformer's."""
+    if given != wanted:
+        raise ValueError(
+            f"The autoencoder has latents of {given} channels, but the transformer takes {wanted}: "
+            "use the autoencoder that the transformer was trained with."
+        )
+
+
 def check_generator(generator: Any, batch_size: int) -> None:
     """Refuse anything but None, one `torch.Generator`, or a list with one per picture."""
     if generator is None:

@@ -66,6 +66,7 @@ def load_transformer(
                 "in_channels": latent_channels,
                 "out_channels": latent_channels,
             }
+        shape.setdefault("out_channels", shape.get("in_channels", 4))
         transformer = LocalDiTTransformer2DModel(**shape)
         initialize_weights(transformer)
         if source is not None:

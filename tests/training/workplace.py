@@ -21,8 +21,13 @@ COLOURS = ["red", "green", "blue", "yellow", "black", "white", "large red", "sma
 SIZES = [(100, 96), (130, 64)]
 
 
-def make_workplace(folder):
-    """Write pictures as a folder and as tars, a pipeline, and a transformer's shape."""
+def make_workplace(folder, vae="sdxl"):
+    """Write pictures as a folder and as tars, a pipeline, and a transformer's shape.
+
+    Args:
+        folder: an empty one.
+        vae: the kind of the pipeline's autoencoder; see `tests.tiny.tiny_vae`.
+    """
     (folder / "pictures").mkdir()
     for number, colour in enumerate(COLOURS):
         image = Image.new("RGB", SIZES[number % 3 == 2], colour.split()[-1])
@@ -32,9 +37,9 @@ def make_workplace(folder):
         with tarfile.open(folder / f"shard-{number % 2}.tar", "a") as shard:
             for file in (f"{name}.png", f"{name}.txt"):
                 shard.add(folder / "pictures" / file, file)
-    pipeline = tiny_pipeline()
+    pipeline = tiny_pipeline(vae=vae)
     pipeline.save_pretrained(folder / "pipeline")
-    shape = dict(pipeline.transformer.config) | {"sample_size": 8}
+    shape = dict(pipeline.transformer.config)
     (folder / "shape.json").write_text(json.dumps(shape))
     return folder
 
