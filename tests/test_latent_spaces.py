@@ -10,13 +10,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
-from localdit.demo.settings import Settings
 from PIL import Image
 
 from localdit import LocalDiTPipeline
 from localdit.cli import main as cli
 from localdit.config import Config
-from localdit.demo.artist import Artist, Step
+from localdit.demo.artist import Artist, Settings, Step
 from localdit.images import load_image
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline
 from localdit.training.encode.__main__ import main as encode

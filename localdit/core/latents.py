@@ -125,7 +125,9 @@ class LatentSpace:
                 pixels=height * width,
                 scale=self.format.pixels_per_latent,
             )
-        encoded = encoded.float().repeat_interleave(repeats, dim=0)
+        encoded = encoded.float()
+        if repeats > 1:  # else the memory format stays, which decides how layers round
+            encoded = encoded.repeat_interleave(repeats, dim=0)
         if encoded.shape[1] == 2 * self.format.channels:  # mean and log variance
             posterior = DiagonalGaussianDistribution(encoded)
             encoded = posterior.sample(generator) if sample else posterior.mode()
