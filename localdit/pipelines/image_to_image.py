@@ -69,7 +69,7 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         return timesteps[first:]
 
     def encode_images(self, images: torch.Tensor, request: Request) -> torch.Tensor:
-        """Encode images `(N, 3, H, W)` in [0, 1] as latents `(B, C, height / 8, width / 8)`.
+        """Encode images `(N, 3, H, W)` in [0, 1] as latents `(B, C, h, w)`.
 
         Each image is encoded once, and each picture draws a sample of the posterior. Images that
         are latents are returned as they are.
@@ -144,8 +144,8 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
             strength: how much to change, in [0, 1]. The last `int(num_inference_steps * strength)`
                 timesteps are taken, starting from the encoded image with the noise of the first of
                 them. At 0 the image is only encoded and decoded.
-            height, width: pixels to scale the image to, multiples of 16; by default its own.
-            latents: standard normal noise to add, `(B * n, C, height / 8, width / 8)`.
+            height, width: pixels to scale the image to, multiples of `pixels_per_token`; by default its own.
+            latents: standard normal noise to add, `(B * n, C, h, w)` in latents.
             guidance_interval: fractions (start, stop) of the steps that `strength` leaves.
 
         Returns:

@@ -47,8 +47,8 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             prompt: one prompt or a list of B; lower-cased and stripped, as in training. A prompt of
                 more than `max_sequence_length` tokens is cut, with a warning.
             negative_prompt: what to steer away from: one for all prompts, or one per prompt.
-            height, width: pixels, multiples of 16 (the autoencoder's 8 times the patch size 2); by
-                default the transformer's `sample_size` times 8.
+            height, width: pixels, multiples of `pixels_per_token` (the autoencoder's pixels per
+                latent times the patch size); by default the transformer's `sample_size` in pixels.
             num_inference_steps: denoising steps, at least 1.
             timesteps, sigmas: a custom schedule, if the scheduler accepts one.
             guidance_scale: g in `uncond + g * (text - uncond)`. At 1 and below, the negative prompt
@@ -57,7 +57,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             eta: noise added at each step by DDIM, in [0, 1]; other schedulers ignore it.
             generator: one for all pictures, or a list of B * n: each picture is then the same as
                 if it were made alone.
-            latents: standard normal noise to start from, `(B * n, C, height / 8, width / 8)`.
+            latents: standard normal noise to start from, `(B * n, C, h, w)` in latents.
             prompt_embeds, prompt_attention_mask: from `encode_prompt`, instead of `prompt`.
             negative_prompt_embeds, negative_prompt_attention_mask: the same for `negative_prompt`.
             output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent".
