@@ -144,7 +144,8 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
             strength: how much to change, in [0, 1]. The last `int(num_inference_steps * strength)`
                 timesteps are taken, starting from the encoded image with the noise of the first of
                 them. At 0 the image is only encoded and decoded.
-            height, width: pixels to scale the image to, multiples of `pixels_per_token`; by default its own.
+            height, width: pixels to scale the image to, multiples of `pixels_per_token`; by
+                default its own.
             latents: standard normal noise to add, `(B * n, C, h, w)` in latents.
             guidance_interval: fractions (start, stop) of the steps that `strength` leaves.
 

@@ -181,7 +181,8 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
             padding_mask_crop: if given, repaint a crop: the bounding box of the mask with this many
                 pixels around it is scaled to `height` x `width`, repainted, and scaled back. A
                 small part of a large picture is then painted in full detail.
-            height, width: pixels to scale the image to, multiples of `pixels_per_token`; by default its own.
+            height, width: pixels to scale the image to, multiples of `pixels_per_token`; by
+                default its own.
             latents: standard normal noise, `(B * n, C, h, w)` in latents.
             guidance_interval: fractions (start, stop) of the steps that `strength` leaves.
 
