@@ -53,16 +53,15 @@ def shortest(*runs, repeats=3):
     return [min(taken) for taken in times]
 
 
-def test_windows_beat_full_attention_at_1536_pixels():
-    """3.8 and 2.7 when this was written; less with wider layers, where products take more time."""
+def test_windows_beat_full_attention_at_1024_pixels():
+    """2.8 and 1.9 when this was written; less with wider layers, where products take more time."""
     local, with_context, pixart = shortest(
-        forward(LocalDiTTransformer2DModel, 1536),
-        forward(LocalDiTTransformer2DModel, 1536, use_global=True),
-        forward(PixArtTransformer2DModel, 1536),
-        repeats=2,
+        forward(LocalDiTTransformer2DModel, 1024),
+        forward(LocalDiTTransformer2DModel, 1024, use_global=True),
+        forward(PixArtTransformer2DModel, 1024),
     )
-    assert pixart / local > 2.5
-    assert pixart / with_context > 1.7
+    assert pixart / local > 2
+    assert pixart / with_context > 1.4
 
 
 def test_the_cost_per_token_is_constant():
