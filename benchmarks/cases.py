@@ -71,7 +71,7 @@ class Case:
 
     @property
     def derived(self) -> bool:
-        """Whether costs are derived from models of other depths."""
+        """Return True if costs are derived from models of other depths."""
         return self.depth == "own" and self.layers is not None
 
     @property

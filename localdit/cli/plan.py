@@ -90,7 +90,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Job:
-    """What a command draws.
+    """The pictures that a command draws.
 
     Attributes:
         model: the model, with the settings of the drawing.

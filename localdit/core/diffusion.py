@@ -24,7 +24,7 @@ NOISE_SCHEDULE = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0
 
 @dataclass(frozen=True)
 class Objective:
-    """What the model learns to predict, given `alpha * latents + sigma * noise`.
+    """The quantity that the model learns to predict, given `alpha * latents + sigma * noise`.
 
     "epsilon": the noise, where `alpha**2` is the product of DDPM's alphas up to the timestep and
     `sigma**2 = 1 - alpha**2`. "v_prediction": `alpha * noise - sigma * latents` in the same

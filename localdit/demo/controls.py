@@ -20,7 +20,7 @@ BRUSH = ("#ff2d95", 0.7)  # colour and opacity; visible on most pictures
 
 @dataclass(frozen=True)
 class Offer:
-    """What the page shows at first, and its limits.
+    """The values that the page starts with, and its limits.
 
     Attributes:
         config: the first settings.
