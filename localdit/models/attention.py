@@ -208,7 +208,7 @@ class LocalGlobalAttnProcessor(_WindowProcessor):
         queries, keys, _ = qkv.chunk(3, dim=-1)
 
         rotated = None
-        for tokens, _ in bands(grid, qkv):
+        for tokens, _ in bands(grid, queries):
             part = attn.norm_and_rotate(queries[:, tokens], attn.norm_q, grid, tokens).flatten(2)
             rotated = write_band(rotated, part, tokens, grid)
         assert rotated is not None
@@ -216,7 +216,7 @@ class LocalGlobalAttnProcessor(_WindowProcessor):
         del rotated
 
         out = None
-        for tokens, band in bands(grid, qkv):
+        for tokens, band in bands(grid, queries):
             key = attn.norm_and_rotate(keys[:, tokens], attn.norm_k, grid, tokens).flatten(2)
             global_qkv = torch.cat([features[:, tokens], context.to_global_kv(key)], dim=-1)
             of_map = attend_within_windows(

@@ -28,11 +28,11 @@ from torch import nn
 
 from .windows import WindowGrid
 
-# Tokens in a band, all maps of a batch together, in inference in float32: enough for matrix
-# products at full speed, and few enough for the intermediate results to stay small and, on a CPU,
-# in its caches. In half precision a band has twice as many.
-TOKENS_ON_CPU = 256
-TOKENS_ON_GPU = 16384
+# Bytes of the tokens in a band, all maps of a batch together: enough for matrix products at full
+# speed, and few enough for the intermediate results to stay small and, on a CPU, in its caches. At
+# the 1152 channels of the released model, these are 256 tokens and 16384 tokens in float32.
+BAND_ON_CPU = 256 * 1152 * 4
+BAND_ON_GPU = 16384 * 1152 * 4
 
 
 class Linear(nn.Linear):
@@ -107,7 +107,7 @@ def bands(grid: WindowGrid, like: torch.Tensor) -> list[tuple[slice, WindowGrid]
 
     Args:
         grid: the map and its windows.
-        like: `(B, N, ...)`, with the batch size, dtype and device of the computation.
+        like: `(B, N, C)`, with the batch size, channels, dtype and device of the tokens.
 
     Returns:
         The tokens of each band, and the band as a map: see `WindowGrid.bands`. One band with the
@@ -118,8 +118,8 @@ def bands(grid: WindowGrid, like: torch.Tensor) -> list[tuple[slice, WindowGrid]
     on_cpu = like.device.type == "cpu"
     if on_cpu:
         keep_freed_memory()
-    at_once = (TOKENS_ON_CPU if on_cpu else TOKENS_ON_GPU) * 4 // like.element_size()
-    return grid.bands(at_once // like.shape[0])
+    size_of_token = like.shape[0] * like.shape[2] * like.element_size()  # in all maps of the batch
+    return grid.bands((BAND_ON_CPU if on_cpu else BAND_ON_GPU) // size_of_token)
 
 
 def write_band(

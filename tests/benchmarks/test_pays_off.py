@@ -41,7 +41,7 @@ def forward(model_class, pixels, **changes):
     return run
 
 
-def shortest(*runs, repeats=3):
+def shortest(*runs, repeats=9):
     """Return the shortest processor time of each run, in turns, after one uncounted turn."""
     times = [[] for _ in runs]
     for repeat in range(repeats + 1):

@@ -20,7 +20,7 @@ from tests.tiny import tiny_components
 def test_a_model_in_bands_gives_the_result_of_the_whole_map(monkeypatch, size, use_global):
     model = make(use_global=use_global, num_layers=4)
     whole = run(model, **inputs(*size))
-    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 60)
+    monkeypatch.setattr(cpu, "BAND_ON_CPU", 60 * 24 * 4)
     in_parts = run(model, **inputs(*size))
     torch.testing.assert_close(in_parts, whole, atol=2e-6, rtol=0)
 
@@ -35,7 +35,7 @@ def heights_of_bands(grid, like):
 
 
 def test_the_maps_of_a_batch_share_the_tokens_of_a_band(monkeypatch):
-    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 64)
+    monkeypatch.setattr(cpu, "BAND_ON_CPU", 64 * 3 * 4)
     grid = WindowGrid(16, 8, 4)
     with torch.no_grad():
         assert heights_of_bands(grid, torch.randn(1, 128, 3)) == [8, 8]
@@ -43,8 +43,17 @@ def test_the_maps_of_a_batch_share_the_tokens_of_a_band(monkeypatch):
         assert heights_of_bands(grid, torch.randn(99, 128, 3)) == [4, 4, 4, 4]
 
 
+def test_a_band_has_more_tokens_where_they_are_smaller(monkeypatch):
+    monkeypatch.setattr(cpu, "BAND_ON_CPU", 64 * 6 * 4)
+    grid = WindowGrid(32, 8, 4)
+    with torch.no_grad():
+        assert heights_of_bands(grid, torch.randn(1, 256, 6)) == [8] * 4
+        assert heights_of_bands(grid, torch.randn(1, 256, 3)) == [16] * 2
+        assert heights_of_bands(grid, torch.randn(1, 256, 6).bfloat16()) == [16] * 2
+
+
 def test_training_computes_the_whole_map_at_once(monkeypatch):
-    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 64)
+    monkeypatch.setattr(cpu, "BAND_ON_CPU", 64 * 3 * 4)
     assert heights_of_bands(WindowGrid(16, 8, 4), torch.randn(1, 128, 3)) == [16]
 
 

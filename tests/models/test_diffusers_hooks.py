@@ -86,7 +86,7 @@ def test_the_adapter_of_each_layer_changes_the_picture_and_learns(target):
 
 
 def test_adapters_on_all_layers_are_a_change_of_their_weights(monkeypatch):
-    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 60)  # blocks in bands, and a map of several
+    monkeypatch.setattr(cpu, "BAND_ON_CPU", 60 * 24 * 4)  # blocks in bands, and a map of several
     model, bare = adapted(TARGETS)
     given = inputs(26, 14)
     expected = run(merged_by_hand(model, bare), **given)

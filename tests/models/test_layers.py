@@ -60,7 +60,7 @@ def test_tokens_equal_those_of_diffusers(monkeypatch, size, base_size, scale, dt
     theirs.to(dtype).pos_embed.data = theirs.pos_embed.float()
     expected = theirs(latents)
     for at_once in (10_000, 7):
-        monkeypatch.setattr(cpu, "TOKENS_ON_CPU", at_once)
+        monkeypatch.setattr(cpu, "BAND_ON_CPU", at_once * 24 * 4)
         with torch.no_grad():
             tokens = ours.to(dtype)(latents)
         assert tokens.is_contiguous()

@@ -133,7 +133,7 @@ def test_skipped_layers_pass_their_input_on(box):
 def test_caches_give_the_same_picture_with_bands(box, cached, monkeypatch, name):
     cached(name)
     whole = draw(box)
-    monkeypatch.setattr(cpu, "TOKENS_ON_CPU", 50)
+    monkeypatch.setattr(cpu, "BAND_ON_CPU", 50 * box.transformer.inner_dim * 4)
     torch.testing.assert_close(draw(box), whole, atol=1e-4, rtol=0)
 
 
