@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all.
+"""Files and folders that appear complete or not at all, and the text of files.
 
 Each is written under a temporary name beside its place (`.NAME.RANDOM.tmp`), flushed to the disk,
 and renamed. After a crash or a power cut, whatever has its final name is therefore complete.
@@ -6,6 +6,7 @@ and renamed. After a crash or a power cut, whatever has its final name is theref
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import secrets
@@ -133,3 +134,56 @@ def _replace_folder(source: Path, target: Path) -> None:
         os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+# Text
+
+
+def text_encoding(start: bytes) -> str:
+    """Return the encoding of a text file: that of its byte order mark, or else UTF-8.
+
+    Args:
+        start: at least the first four bytes, if there are as many.
+    """
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-8-sig"
+
+
+def decode_text(data: bytes, name: object = "it") -> str:
+    r"""Return the text of a file: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+
+    Lines end with `\n`. Byte order marks are dropped, also those between files that were joined.
+
+    Args:
+        data: all bytes of the file.
+        name: its name in errors.
+
+    Raises:
+        ValueError: if it is other text, or has zero bytes.
+    """
+    encoding = text_encoding(data)
+    known = encoding.upper().removesuffix("-SIG")
+    try:
+        text = data.decode(encoding).replace("\ufeff", "")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not {known} text (at byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise ValueError(
+            f"{name} is not {known} text: it has zero bytes, as binary files have, and UTF-16 "
+            "without a byte order mark; save it as UTF-8"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded; half surrogate pairs, which JSON may hold, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,11 +1,12 @@
 """Files and folders that appear complete or not at all."""
 
+import codecs
 import errno
 import os
 
 import pytest
 
-from localdit.files import remove_folder, whole_file, whole_folder
+from localdit.files import decode_text, remove_folder, text_encoding, whole_file, whole_folder
 
 
 def fail(*args):
@@ -122,3 +123,52 @@ def test_removing_a_folder(tmp_path):
     (tmp_path / "run" / "deep").mkdir(parents=True)
     remove_folder(tmp_path / "run")
     assert names(tmp_path) == []
+
+
+TEXT = "a café\n日本 \U0001f534\n"
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+    ],
+)
+def test_text_is_the_same_in_every_encoding(mark, encoding, ends):
+    data = mark + TEXT.replace("\n", ends).encode(encoding)
+    assert decode_text(data) == TEXT
+    assert data.decode(text_encoding(data[:4])) == TEXT.replace("\n", ends)
+
+
+def test_marks_between_joined_files_are_dropped():
+    assert decode_text(b"\xef\xbb\xbfa cat\n\xef\xbb\xbf\xef\xbb\xbfa dog") == "a cat\na dog"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (
+            b"caf\xe9",
+            "a.txt is not UTF-8 text (at byte 3: unexpected end of data); save it as UTF-8",
+        ),
+        ("caf\x80".encode("latin-1"), "a.txt is not UTF-8 text (at byte 3: invalid start byte)"),
+        (b"a \xed\xa0\xbd cat", "a.txt is not UTF-8 text"),
+        ("a cat".encode("utf-16-le"), "a.txt is not UTF-8 text: it has zero bytes"),
+        ("a cat".encode("utf-32-be"), "a.txt is not UTF-8 text: it has zero bytes"),
+        (b"a cat\0", "a.txt is not UTF-8 text: it has zero bytes"),
+        (codecs.BOM_UTF16_LE + b"a", "a.txt is not UTF-16 text"),
+        (codecs.BOM_UTF16_LE + b"\x3d\xd8a\0", "a.txt is not UTF-16 text"),
+        (codecs.BOM_UTF32_LE + b"a\0\0", "a.txt is not UTF-32 text"),
+        (codecs.BOM_UTF32_BE + b"\x01\0\0\0", "a.txt is not UTF-32 text"),
+    ],
+)
+def test_other_text_is_refused(data, reason):
+    with pytest.raises(ValueError) as raised:
+        decode_text(data, "a.txt")
+    assert str(raised.value).startswith(reason)

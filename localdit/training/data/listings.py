@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from localdit.files import is_unicode
 from localdit.training.data.samples import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,
@@ -28,7 +29,6 @@ from localdit.training.data.samples import (
     Candidate,
     CaptionFile,
     Fault,
-    is_unicode,
 )
 
 # Of the formats that `localdit.images` reads.

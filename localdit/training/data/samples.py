@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from localdit.core.text import MAX_PROMPT_CHARACTERS
+from localdit.files import is_unicode
 
 KINDS = {
     "missing": "the picture does not exist",
@@ -249,12 +250,3 @@ def _clean(text: object) -> str:
     if not is_unicode(text):
         raise BrokenSample("bad caption", "it has half of a surrogate pair")
     return text
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text can be encoded; half surrogate pairs, which JSON may hold, can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
