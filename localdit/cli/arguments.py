@@ -16,33 +16,17 @@ from ..version import __version__
 
 BOX_NAME = "box"
 
+# Settings of a `Config` that options give, by their standard names.
+CONFIG_SETTINGS = (
+    "text_encoder", "vae", "scheduler", "offload", "text_encoder_quantization", "batch_size",
+    "num_inference_steps", "strength", "guidance_scale", "height", "width",
+)  # fmt: skip
+OTHER_OPTIONS = ("device", "dtype", "global_context", "overwrite", "seed")
+
 # The command line's names of fields, for errors.
 COMMAND_LINE = Vocabulary(
-    {
-        "ckpt_path": "--model",
-        "torch_dtype": "--dtype",
-        **{
-            name: f"--{name.replace('_', '-')}"
-            for name in (
-                "batch_size",
-                "device",
-                "dtype",
-                "global_context",
-                "guidance_scale",
-                "height",
-                "num_inference_steps",
-                "offload",
-                "overwrite",
-                "scheduler",
-                "seed",
-                "strength",
-                "text_encoder",
-                "text_encoder_quantization",
-                "vae",
-                "width",
-            )
-        },
-    },
+    {"ckpt_path": "--model", "torch_dtype": "--dtype"}
+    | {name: f"--{name.replace('_', '-')}" for name in (*CONFIG_SETTINGS, *OTHER_OPTIONS)},
     advice="give {name} {value}",
 )
 
@@ -150,6 +134,13 @@ def add_machine(group: argparse._ActionsContainer) -> None:
     add("--device", help="cuda, mps or cpu (default: the first of them that is available)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="dtype of the weights (default: half precision on a GPU, else float32)")  # fmt: skip
+
+
+def add_facts(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the commands that print facts about this machine."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_machine(parser)
+    add_debug(parser)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

@@ -52,9 +52,7 @@ def build_parser() -> Parser:
         help="blocks per denoiser (default: 4, which use every shift of the windows)")  # fmt: skip
     add("--repeats", metavar="N", type=int, default=3,
         help="timed turns, after one that is not counted (default: 3)")  # fmt: skip
-    add("--json", action="store_true", help="print JSON")
-    arguments.add_machine(parser)
-    arguments.add_debug(parser)
+    arguments.add_facts(parser)
     parser.set_defaults(run=bench)
     return parser
 

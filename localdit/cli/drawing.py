@@ -20,6 +20,7 @@ from .plan import Choice, Job, Task, plan
 if TYPE_CHECKING:
     from ..pipelines import LocalDiTPipeline
 
+CARRIES = "Every PNG carries the settings that made it."
 LIKE_THE_PICTURE = "the picture's proportions, with as many pixels as the model's own size"
 DRAWN = ("num_inference_steps", "guidance_scale", "height", "width")
 
@@ -29,44 +30,31 @@ DRAWN = ("num_inference_steps", "guidance_scale", "height", "width")
 
 def generate_parser() -> Parser:
     """Return the parser of `localdit generate`."""
-    parser = Parser(
-        prog="localdit generate",
-        usage="%(prog)s PROMPT ... [options]",
-        description="Draw pictures from prompts. Every PNG carries the settings that made it.",
-        epilog='example: localdit generate "a red circle on a blue background" -o circle.png',
-    )
+    parser = _parser("generate", "PROMPT ...", f"Draw pictures from prompts. {CARRIES}",
+        '"a red circle on a blue background" -o circle.png')  # fmt: skip
     arguments.add_prompts(parser)
     arguments.add_drawing(parser, size="the model's own size")
-    parser.set_defaults(run=generate, stem="generate")
     return parser
 
 
 def edit_parser() -> Parser:
     """Return the parser of `localdit edit`."""
-    parser = Parser(
-        prog="localdit edit",
-        usage="%(prog)s PICTURE PROMPT ... [options]",
-        description="Change a picture to follow a prompt. Every PNG carries the settings that made "
-        "it.",
-        epilog='example: localdit edit circle.png "a large green circle" --strength 0.7',
-    )
+    parser = _parser("edit", "PICTURE PROMPT ...",
+        f"Change a picture to follow a prompt. {CARRIES}",
+        'circle.png "a large green circle" --strength 0.7')  # fmt: skip
     parser.add_argument("image", metavar="PICTURE", type=Path, help="the picture to start from")
     arguments.add_prompts(parser)
     arguments.add_strength(parser)
     arguments.add_drawing(parser, size=LIKE_THE_PICTURE)
-    parser.set_defaults(run=generate, stem="edit")
     return parser
 
 
 def inpaint_parser() -> Parser:
     """Return the parser of `localdit inpaint`."""
-    parser = Parser(
-        prog="localdit inpaint",
-        usage="%(prog)s PICTURE MASK PROMPT ... [options]",
-        description="Repaint the white parts of a mask in a picture to follow a prompt. The "
-        "picture keeps its size, and its pixels where the mask is black.",
-        epilog='example: localdit inpaint street.png mask.png "a street with a red car"',
-    )
+    parser = _parser("inpaint", "PICTURE MASK PROMPT ...",
+        "Repaint the white parts of a mask in a picture to follow a prompt. The picture keeps its "
+        "size, and its pixels where the mask is black.",
+        'street.png mask.png "a street with a red car"')  # fmt: skip
     add = parser.add_argument
     add("image", metavar="PICTURE", type=Path, help="the picture to repaint")
     add("mask", metavar="MASK", type=Path,
@@ -77,7 +65,18 @@ def inpaint_parser() -> Parser:
         help="draw only the mask and so many pixels around it, in full detail (default: draw the "
         "whole picture)")  # fmt: skip
     arguments.add_drawing(parser, size=LIKE_THE_PICTURE)
-    parser.set_defaults(run=generate, stem="inpaint")
+    return parser
+
+
+def _parser(command: str, operands: str, description: str, example: str) -> Parser:
+    """Return the parser of a command that draws, still without arguments."""
+    parser = Parser(
+        prog=f"localdit {command}",
+        usage=f"%(prog)s {operands} [options]",
+        description=description,
+        epilog=f"example: localdit {command} {example}",
+    )
+    parser.set_defaults(run=generate, stem=command)
     return parser
 
 
@@ -96,7 +95,7 @@ def script_parser(task: Task) -> Parser:
     parser = Parser(
         description=f"{doing} with LocalDiT. Without options, default prompts are drawn.",
         epilog="Settings without an option come from config.py or suit the model in the box. "
-        "Every PNG carries the settings that made it.",
+        + CARRIES,
     )
     arguments.add_prompt_options(parser)
     if task == "i2i":

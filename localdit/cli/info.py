@@ -42,9 +42,7 @@ def build_parser() -> Parser:
     parser.add_argument("path", metavar="PATH", nargs="?",
         help="a checkpoint file, a Diffusers folder, a PNG, or 'box', the model that comes with "
         "LocalDiT")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments.add_machine(parser)
-    arguments.add_debug(parser)
+    arguments.add_facts(parser)
     parser.set_defaults(run=info)
     return parser
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..config import Config, config_field, with_settings
 from ..sizes import check_size, proportional_size, read_sizes
-from .arguments import BOX_NAME, named_model, usage_errors
+from .arguments import BOX_NAME, CONFIG_SETTINGS, named_model, usage_errors
 from .output import Output, plan_output
 
 Task = Literal["t2i", "i2i"]
@@ -49,12 +49,6 @@ SCENES = Preset(
     negative_prompt="",
     config={"guidance_scale": 2.0},
 )
-
-# Settings of a `Config` that options give, by their standard names.
-CONFIG_SETTINGS = (
-    "text_encoder", "vae", "scheduler", "offload", "text_encoder_quantization", "batch_size",
-    "num_inference_steps", "strength", "guidance_scale", "height", "width",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
