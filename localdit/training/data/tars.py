@@ -41,6 +41,8 @@ MAX_ZERO_BLOCKS = 2048
 MAX_NAME_BYTES = 1_000_000
 FILES = b"0\0" + b"7"  # types of members that are regular files
 WITHOUT_DATA = b"123456"  # links, devices, folders
+OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
+ABSURD = 1 << 63  # bytes: stands for a size that can't be right, more than any file has
 LONG_NAME, EXTENDED = b"L", b"x"  # types of members that hold the next one's name
 PAX_RECORD = re.compile(
     rb"(\d{1,10}) ([^=]+)="
@@ -205,7 +207,8 @@ class TarIndex:
 
     Attributes:
         members: the complete files.
-        damaged: positions without the expected header; reading continued at the next header.
+        damaged: positions without the expected header, or with one whose size can't be right;
+            reading continued at the next header.
         ended: whether the tar has its end marker.
         cut: name of the last file if it is incomplete; "" if a header is cut off.
     """
@@ -225,32 +228,45 @@ class _Header(NamedTuple):
 def index_tar(path: str) -> TarIndex:
     """Read the headers of an uncompressed tar (ustar, GNU or pax).
 
+    A size is believed if the file ends behind it, or goes on with a header or zeros. Otherwise the
+    next header is looked for among the bytes that it covers.
+
     Raises:
-        ValueError: if it doesn't begin with a header, and so is not a tar.
+        ValueError: if there is no header, so it is not a tar.
         OSError: if it can't be read.
     """
     index = TarIndex()
     with open(path, "rb") as file:
         length = os.fstat(file.fileno()).st_size
         at = 0
+        header: _Header | None = None
         name: str | None = None  # of the next member, if they are given ahead of it
         size: int | None = None
         while found := _find_header(file, at, index):
             start, header = found
+            covered = 0 if header.type in WITHOUT_DATA else header.size
+            if size is not None and header.type in FILES:
+                covered = size
+            at = _behind(start, covered)
+            whole = start + covered <= length
+            if not (whole and _may_go_on(file, at)):
+                inner = _search_header(file, start, min(at, length))
+                if inner is not None:
+                    index.damaged.append(start - BLOCK)
+                    at, name, size = inner, None, None
+                    continue
+            if not whole:
+                index.cut = (name or header.name) if header.type in FILES else ""
+                break
             if header.type in (LONG_NAME, EXTENDED):
-                ahead, size = _read_ahead(file, header)
-                name = ahead or name
-                at = _behind(start, header.size)
+                longer, size = _read_ahead(file, start, header)
+                name = longer or name
                 continue
-            member = TarMember(
-                header.name if name is None else name, start, header.size if size is None else size
-            )
+            if header.type in FILES:
+                index.members.append(TarMember(name or header.name, start, covered))
             name = size = None
-            at = start if header.type in WITHOUT_DATA else _behind(start, member.size)
-            if header.type in FILES and start + member.size <= length:
-                index.members.append(member)
-            elif header.type in FILES:
-                index.cut = member.name
+    if header is None and index.damaged:
+        raise ValueError("it doesn't begin with the header of a tar")
     return index
 
 
@@ -258,8 +274,7 @@ def _find_header(file: BinaryIO, at: int, index: TarIndex) -> tuple[int, _Header
     """Return the next header from `at` on, and where its data begin; None at the end."""
     zeros, lost = 0, False
     while zeros <= MAX_ZERO_BLOCKS:
-        file.seek(at)
-        block = file.read(BLOCK)
+        block = _read_block(file, at)
         at += BLOCK
         if block == ZEROS:
             index.ended = True
@@ -271,12 +286,28 @@ def _find_header(file: BinaryIO, at: int, index: TarIndex) -> tuple[int, _Header
         elif header := _parse(block):
             index.ended = False
             return at, header
-        elif at == BLOCK:
-            raise ValueError("it doesn't begin with the header of a tar")
         elif not lost:
             index.damaged.append(at - BLOCK)
             lost = True
     return None
+
+
+def _may_go_on(file: BinaryIO, at: int) -> bool:
+    """Return whether a tar may go on at a position, or end there."""
+    block = _read_block(file, at)
+    return not block.strip(b"\0") or len(block) < BLOCK or _checksum(block) is not None
+
+
+def _search_header(file: BinaryIO, at: int, end: int) -> int | None:
+    """Return the position of the first header between two positions."""
+    return next(
+        (place for place in range(at, end, BLOCK) if _parse(_read_block(file, place))), None
+    )
+
+
+def _read_block(file: BinaryIO, at: int) -> bytes:
+    file.seek(at)
+    return file.read(BLOCK)
 
 
 def _behind(start: int, size: int) -> int:
@@ -286,32 +317,36 @@ def _behind(start: int, size: int) -> int:
 
 def _parse(block: bytes) -> _Header | None:
     """Parse a header; None if its checksum is wrong."""
-    try:
-        checksum = _number(block[148:156])
-        size = _number(block[124:136])
-    except ValueError:
-        return None
+    checksum = _checksum(block)
     # The checksum itself counts as spaces.
-    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != checksum:
+    if checksum is None or sum(block) - sum(block[148:156]) + 8 * ord(" ") != checksum:
         return None
     name = _text(block[:100])
     if block[257:263] == b"ustar\0" and block[345]:
         name = f"{_text(block[345:500])}/{name}"
-    return _Header(name, size, block[156:157])
+    size = _number(block[124:136])
+    return _Header(name, ABSURD if size is None else size, block[156:157])
 
 
-def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # too large for octal digits
+def _checksum(block: bytes) -> int | None:
+    return _number(block[148:156])
+
+
+def _number(field: bytes) -> int | None:
+    """Return the number in a field of a header; None if it is negative or none."""
+    if field[:1] == b"\x80":  # too large for octal digits
         return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
+    digits = OCTAL.fullmatch(field)
+    return int(digits[1] or b"0", 8) if digits else None
 
 
 def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
-def _read_ahead(file: BinaryIO, header: _Header) -> tuple[str | None, int | None]:
+def _read_ahead(file: BinaryIO, start: int, header: _Header) -> tuple[str | None, int | None]:
     """Return name and size of the next member, None for what is not given ahead of its header."""
+    file.seek(start)
     data = file.read(min(header.size, MAX_NAME_BYTES))
     if header.type == LONG_NAME:
         return _text(data), None
@@ -320,4 +355,6 @@ def _read_ahead(file: BinaryIO, header: _Header) -> tuple[str | None, int | None
         at = max(at + int(record[1]), record.end())
         records[record[2]] = data[record.end() : at - 1]
     name, size = records.get(b"path"), records.get(b"size", b"")
-    return _text(name) if name else None, int(size) if size.isdigit() else None
+    if size.isdigit():
+        return _text(name) if name else None, int(size) if len(size) < 20 else ABSURD
+    return _text(name) if name else None, None

@@ -301,6 +301,80 @@ def test_a_damaged_header_costs_one_file(tmp_path):
     assert index.ended
 
 
+def header_with_size(name, field):
+    """Return a header whose field of the size has these bytes, with the right checksum."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+SIZES = {
+    "negative": b"-0000001000\0",
+    "negative, to the first header": b"-0000004000\0",
+    "negative in base 256": b"\xff" * 11 + b"\x00",
+    "huge in base 256": b"\x80" + b"\xff" * 11,
+    "huge": b"77777777777\0",
+    "within another file": b"00000001001\0",
+    "with an underscore": b"0000000_100\0",
+    "no number": b"size\0\0\0\0\0\0\0\0",
+}
+
+
+@pytest.mark.parametrize("field", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_header_with_an_absurd_size_costs_one_file(tmp_path, field, place):
+    sound = [tar_bytes([(f"{n}.txt", b"x" * 600)])[: 3 * BLOCK] for n in range(3)]
+    lying = header_with_size("lying.txt", field) + b"y" * BLOCK
+    parts = [*sound[:place], lying, *sound[place:]]
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"".join(parts) + bytes(2 * BLOCK))
+    index = index_tar(str(path))
+    expected = [(f"{n}.txt", (3 * n + 1 + 2 * (n >= place)) * BLOCK, 600) for n in range(3)]
+    assert index.members == [TarMember(*member) for member in expected]
+    assert index.damaged == [3 * place * BLOCK]
+    assert index.ended
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_long_name_of_absurd_size_costs_only_the_name(tmp_path, kind):
+    info = tarfile.TarInfo("long")
+    info.type, info.size = kind, 2**40
+    sound = tar_bytes([("a.txt", b"a"), ("b.txt", b"b")])
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + sound)
+    index = index_tar(str(tmp_path / "a.tar"))
+    assert [member.name for member in index.members] == ["a.txt", "b.txt"]
+    assert index.damaged == [0]
+
+
+@pytest.mark.parametrize("digits", ["9" * 30, "9" * 5000])
+def test_an_absurd_size_ahead_of_a_header(tmp_path, digits):
+    info = tarfile.TarInfo("a.txt")
+    info.pax_headers = {"size": digits}
+    sound = tar_bytes([("b.txt", b"b")])
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.PAX_FORMAT) + sound)
+    index = index_tar(str(tmp_path / "a.tar"))
+    assert [member.name for member in index.members] == ["b.txt"]
+
+
+def test_a_damaged_first_header_costs_one_file(tmp_path):
+    data = bytearray(tar_bytes([(f"{number}.txt", b"x" * 600) for number in range(3)]))
+    data[100] ^= 0xFF
+    (tmp_path / "a.tar").write_bytes(data)
+    index = index_tar(str(tmp_path / "a.tar"))
+    assert [member.name for member in index.members] == ["1.txt", "2.txt"]
+    assert index.damaged == [0]
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd.txt", "/etc/passwd.txt"])
+def test_names_and_links_that_lead_out_of_a_tar_are_only_names(tmp_path, name):
+    assert listed(tmp_path / "t.tar", [(name, "inside"), ("a.jpg", None), ("a.txt", "of a")]) == {
+        f"t.tar/{name.removesuffix('.txt')}": ["half sample"],
+        "t.tar/a": ["half sample"],
+    }
+
+
 @pytest.mark.parametrize("data", [b"<html>not found</html>" * 100, b"\xff" * 2000])
 def test_other_files_are_refused(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
