@@ -1,8 +1,8 @@
 """The arguments that all LocalDiT pipelines share, and their checks before any work."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -51,6 +51,13 @@ class Request:
     callback_on_step_end_tensor_inputs: Sequence[str]
     max_sequence_length: int
     cross_attention_kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def of_call(cls, arguments: Mapping[str, Any]) -> "Request":
+        """Gather a pipeline's arguments; `arguments` are the `locals()` of its `__call__`."""
+        text = TextEmbeddings(*(arguments[name] for name in TextEmbeddings._fields))
+        shared = [field.name for field in fields(cls) if field.name != "text"]
+        return cls(text=text, **{name: arguments[name] for name in shared})
 
     @property
     def num_prompts(self) -> int:
