@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ MAX_PROMPT_CHARACTERS = 10_000
 TOKEN_MULTIPLE = 8
 ENCODING_BATCH_SIZE = 32
 POSITIONS = "max_position_embeddings"  # of an encoder that has a limit, as CLIP
+PIECES_SHOWN = 10  # of the unknown ones in a message
 CACHE_BYTES = 64 * 2**20  # 128 prompts of 32 tokens of FLAN-T5-XXL in float32
 NO_ENCODER = (
     "This pipeline has no tokenizer or no text encoder, and not all of these prompts were encoded "
@@ -63,6 +64,60 @@ def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[
                 "accepted. Shorten it: the model reads little more than a hundred words."
             )
     return prompts
+
+
+def unknown_pieces(tokenizer: Any, texts: str | Sequence[str]) -> dict[str, int]:
+    """Return the pieces of texts that a tokenizer does not know, and how often each occurs.
+
+    The tokenizer turns each of them into the same unknown token: to the model, texts that differ
+    in such pieces alone are the same.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        texts: prompts or captions. They are lower-cased and stripped, as for encoding, but not cut.
+
+    Returns:
+        The number of times by piece, in the order of their first occurrence; {} if all is known.
+    """
+    texts = [_prepared(text) for text in ([texts] if isinstance(texts, str) else texts)]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    found: Counter[str] = Counter()
+    if unknown is None or not texts:
+        return {}
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        spans = zip(texts, encoded.offset_mapping, strict=True)
+        pieces = [[text[start:end] for start, end in of_one] for text, of_one in spans]
+        tokens = encoded.input_ids
+    else:  # such a tokenizer has no offsets, but tells unknown pieces as they are
+        pieces = [tokenizer.tokenize(text) for text in texts]
+        tokens = [tokenizer.convert_tokens_to_ids(of_one) for of_one in pieces]
+    for of_one, ids in zip(pieces, tokens, strict=True):
+        found.update(
+            piece.strip("\u2581 \n\t")  # the first is SentencePiece's sign of a space
+            for piece, number in zip(of_one, ids, strict=True)
+            if number == unknown
+        )
+    return {piece: count for piece, count in found.items() if piece}
+
+
+def unknown_message(pieces: Mapping[str, int]) -> str:
+    """Return one sentence that names unknown pieces of text, as `unknown_pieces` counts them."""
+    names = [
+        f"{piece[:40]!r}" + (f" ({count} times)" if count > 1 else "")
+        for piece, count in pieces.items()
+    ]
+    more = f" and {len(names) - PIECES_SHOWN} more" if len(names) > PIECES_SHOWN else ""
+    return (
+        f"The tokenizer does not know {sum(pieces.values())} pieces of the text, and replaces each "
+        f"by the same token: {', '.join(names[:PIECES_SHOWN])}{more}."
+    )
+
+
+def _prepared(text: str) -> str:
+    return text.lower().strip()
 
 
 def text_width(config: Mapping[str, Any]) -> int:
@@ -100,18 +155,20 @@ class TextSpace:
             texts: N prompts or captions. They are lower-cased and stripped.
             max_length: tokens that a text is cut at, the end-of-sequence token included. An encoder
                 with fewer positions cuts earlier.
-            warn: log a warning that quotes what was cut.
+            warn: log warnings that quote what was cut, and what the tokenizer does not know. The
+                latter is quoted once as long as the cache lives.
         """
         if not texts:
             return []
         positions = getattr(getattr(self.text_encoder, "config", None), POSITIONS, max_length)
         limit = min(max_length, positions)
-        texts = [text.lower().strip() for text in texts]
+        texts = [_prepared(text) for text in texts]
         tokens = self.tokenizer(texts, max_length=limit, truncation=True).input_ids
         if warn:
             for text, ids in zip(texts, tokens, strict=True):
                 if len(ids) == limit:
                     self._warn_if_cut(text, limit)
+            self._warn_of_unknown(texts)
         return tokens
 
     def count_tokens(self, texts: Sequence[str], max_length: int) -> list[int]:
@@ -244,6 +301,13 @@ class TextSpace:
                 tokenizer.decode(ids[kept:]),
             )
 
+    def _warn_of_unknown(self, texts: Sequence[str]) -> None:
+        pieces = unknown_pieces(self.tokenizer, texts)
+        if self.cache is not None:
+            pieces = self.cache.first_told(pieces)
+        if pieces:
+            logger.warning("%s", unknown_message(pieces))
+
 
 def _rounded_up(length: int) -> int:
     return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
@@ -302,6 +366,7 @@ class TextCache:
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
         self._entries: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
+        self._told: set[str] = set()
         self._encoder: weakref.ref[torch.nn.Module] | None = None
         self._state: Hashable = None
 
@@ -344,6 +409,14 @@ class TextCache:
         self._entries.move_to_end(key)
         while self.nbytes > self.max_bytes:
             self._entries.popitem(last=False)
+
+    def first_told(self, pieces: Mapping[str, int]) -> dict[str, int]:
+        """Return those of some pieces of text that this method was not asked about before."""
+        if len(self._told) > MAX_PROMPT_CHARACTERS:
+            self._told.clear()
+        new = {piece: count for piece, count in pieces.items() if piece not in self._told}
+        self._told.update(new)
+        return new
 
 
 def encoder_state(encoder: torch.nn.Module, device: torch.device) -> Hashable:

@@ -6,7 +6,15 @@ import torch
 import transformers
 
 from localdit import Config, LocalDiTPipeline, load_model
-from localdit.core.text import MAX_PROMPT_CHARACTERS, TextSpace, check_prompts, pad_states
+from localdit.core.text import (
+    MAX_PROMPT_CHARACTERS,
+    TextSpace,
+    check_prompts,
+    pad_states,
+    unknown_message,
+    unknown_pieces,
+)
+from localdit.utils import model_in_the_box
 from tests.tiny import TEXT_WIDTHS as WIDTHS
 from tests.tiny import tiny_components, tiny_text_encoder, tiny_tokenizer
 
@@ -57,6 +65,50 @@ def test_a_prompt_that_just_fits_is_not_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         tokenize(["a red cat dog"], 5)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("texts", "pieces"),
+    [
+        ([], {}),
+        (["", " a RED circle\n"], {}),
+        ("日本の猫", {"日本の猫": 1}),
+        (["a large red 😀", "red 😀, é #@"], {"😀": 2, "é": 1, "#@": 1}),
+    ],
+)
+def test_unknown_pieces_of_text_are_counted(texts, pieces):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_in_the_box() / "tokenizer")
+    assert unknown_pieces(tokenizer, texts) == pieces
+
+
+def test_tokenizers_without_offsets_tell_unknown_pieces_too():
+    class Slow:
+        is_fast, unk_token_id = False, 2
+        tokenize = staticmethod(lambda text: ["\u2581" + word for word in text.split()])
+        convert_tokens_to_ids = staticmethod(lambda words: [2 if len(w) > 4 else 7 for w in words])
+
+    assert unknown_pieces(Slow(), ["a zebra", "a cat"]) == {"zebra": 1}
+
+
+def test_tokenizers_that_know_everything_have_no_unknown_pieces():
+    assert unknown_pieces(type("Bytes", (), {"unk_token_id": None})(), "日本") == {}
+
+
+def test_a_message_names_the_first_unknown_pieces():
+    message = unknown_message({"日本": 2, **{f"zebra {i}": 1 for i in range(11)}})
+    assert "does not know 13 pieces" in message
+    assert "'日本' (2 times), 'zebra 0', " in message
+    assert message.endswith("'zebra 8' and 2 more.")
+
+
+def test_a_pipeline_warns_of_unknown_pieces_once_each(caplog):
+    pipe = LocalDiTPipeline(**tiny_components())
+    for prompts in (["a zebra", "a cat, zebra"], ["a zebra"], ["a zebra and koala"], ["a cat"]):
+        pipe.encode_prompt(prompts, negative_prompt="zebra")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "'zebra' (2 times), ','" in first
+    assert "'koala'" in second
+    assert "zebra" not in second
 
 
 def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenised(pipe, monkeypatch):
