@@ -105,8 +105,11 @@ def _flush(path: Path, flags: int) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """Return a temporary name in the same folder, different in every process and on every call."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Return a temporary name in the same folder, different in every process and on every call.
+
+    It has the beginning of the name, since a name of 255 bytes can't get longer.
+    """
+    return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
 
 
 def _rename(source: Path, target: Path, overwrite: bool) -> None:

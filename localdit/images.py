@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -229,11 +229,11 @@ def prepare_output_folder(folder: str | Path) -> Path:
         OSError: if it can't be created or written to; the message names the folder and the reason.
     """
     folder = Path(folder)
-    probe = folder / f".localdit.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"probe")
-        probe.unlink()
+        # Deleted in any case, even when the disk is full.
+        with tempfile.TemporaryFile(prefix=".localdit.", suffix=".tmp", dir=folder) as probe:
+            probe.write(b"probe")
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"can't write to the output folder {folder}: {reason}") from error

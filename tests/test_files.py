@@ -71,6 +71,18 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
     assert names(tmp_path) == ["a.bin"]
 
 
+@pytest.mark.parametrize("name", ["a" * 251 + ".png", "\u00e9" * 127, "\U0001f534" * 63])
+def test_a_name_may_have_255_bytes(tmp_path, name):
+    with whole_file(tmp_path / name) as file:
+        file.write(b"new")
+    assert names(tmp_path) == [name]
+    for _ in range(2):
+        with whole_folder(tmp_path / f"{name[1:]}f") as folder:
+            (folder / "a").touch()
+    remove_folder(tmp_path / f"{name[1:]}f")
+    assert names(tmp_path) == [name]
+
+
 def test_a_folder_appears_once_it_is_complete_and_replaces_the_old_one(tmp_path):
     path = tmp_path / "deep" / "run"
     for number in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +77,12 @@ def plan_output(
     Raises:
         ValueError: the name is that of another kind of picture.
         FileExistsError: a picture of that name exists.
+        OSError: the name is too long, or the system allows no such name.
     """
     suffix = given.suffix.lower()
-    if given.is_dir() or suffix != ".png":
-        if suffix in OTHER_PICTURES and not given.is_dir():
+    is_folder = os.path.isdir(given)
+    if is_folder or suffix != ".png":
+        if suffix in OTHER_PICTURES and not is_folder:
             raise ValueError(
                 f"--output is {given}; pictures are saved as PNG: {given.with_suffix('.png')}"
             )
@@ -87,8 +90,19 @@ def plan_output(
     names = [f"{given.stem}_{i:03d}.png" for i in range(count)] if count > 1 else [given.name]
     folder = given.parent
     for name in [*names, *([f"{given.stem}_grid.png"] if grid else [])]:
-        if (folder / name).exists() and not overwrite:
-            raise FileExistsError(
-                f"{folder / name} is there already; choose another name, or give --overwrite"
-            )
+        _check_name(folder / name, overwrite)
     return Output(folder, given.stem, tuple(names), overwrite)
+
+
+def _check_name(path: Path, overwrite: bool) -> None:
+    """Check that a picture can get a name, before it is drawn."""
+    try:
+        os.lstat(path)  # not `exists`, which takes a link to nowhere or a bad name for a free one
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise OSError(f"--output: {path} can't be the name of a file: {error.strerror}") from error
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; choose another name")
+    if not overwrite:
+        raise FileExistsError(f"{path} is there already; choose another name, or give --overwrite")

@@ -1,5 +1,7 @@
 """The place of pictures, and that none is replaced."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,45 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(here):
     for place in ("file/a.png", "file/folder"):
         with pytest.raises(OSError, match="can't write to the output folder file"):
             prepare_output_folder(plan_output(Path(place), "edit", 1).folder)
+
+
+def test_on_a_full_disk_no_probe_stays(here):
+    program = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+from localdit.images import prepare_output_folder
+prepare_output_folder("out")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "can't write to the output folder out: File too large" in done.stderr
+    assert names("out") == []
+
+
+@pytest.mark.parametrize(("name", "count", "grid"), [
+    ("a" * 252 + ".png", 1, False), ("a" * 248 + ".png", 2, False),
+    ("a" * 247 + ".png", 1, True), ("a" * 256 + "/b.png", 1, False),
+    ("\u00e9" * 126 + ".png", 1, False),
+])  # fmt: skip
+def test_names_that_are_too_long_are_refused_at_once(here, name, count, grid):
+    for overwrite in (False, True):
+        with pytest.raises(OSError, match="--output: .* can't be the name of a file: File name"):
+            plan_output(Path(name), "edit", count, grid=grid, overwrite=overwrite)
+
+
+def test_the_longest_names_are_allowed(here):
+    output = plan_output(Path("a" * 246 + ".png"), "edit", 2, grid=True)
+    assert [len(name) for name in [*save(output, 2), str(output.save_grid(PICTURE))]] == [
+        254, 254, 255,
+    ]  # fmt: skip
+
+
+def test_links_and_folders_in_the_way_are_refused_at_once(here):
+    Path("a_001.png").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(IsADirectoryError, match="a_001.png is a folder; choose another name"):
+            plan_output(Path("a.png"), "edit", 2, overwrite=overwrite)
+    Path("b.png").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="b.png is there already"):
+        plan_output(Path("b.png"), "edit", 1)
+    save(plan_output(Path("b.png"), "edit", 1, overwrite=True))
+    assert not Path("b.png").is_symlink()
