@@ -1,4 +1,4 @@
-"""Command lines: a parser with short errors, and the exit statuses of a program.
+"""Command lines: a parser with short errors, the exit statuses of a program, and its output.
 
 Nothing heavy is imported here, so that `--help` answers at once.
 """
@@ -6,15 +6,21 @@ Nothing heavy is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from .errors import PYTHON, Vocabulary, wording
+from .files import is_unicode
+
+# What could forge lines of the output, steer a terminal, or reverse the direction of writing.
+CONTROLS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class UsageError(Exception):
@@ -33,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
         more = "" if "; " in message else f" (see `{self.prog} --help`)"
-        print(f"{self.prog}: error: {message}{more}", file=sys.stderr)
+        say(f"{self.prog}: error: {one_line(message)}{more}", sys.stderr)
         raise SystemExit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -41,6 +47,7 @@ class Parser(argparse.ArgumentParser):
 
         For an unknown option the error names the most similar one.
         """
+        print_all_characters()
         parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         for word in unknown:
             self.error(self._unknown(word))
@@ -53,6 +60,20 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(option, self._option_string_actions, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
         return f"unknown option {option}{meant}{self.hint}"
+
+
+def text_argument(word: str) -> str:
+    """Return an argument that is text: UTF-8, also where the locale has another encoding.
+
+    Raises:
+        ArgumentTypeError: if its bytes are not UTF-8.
+    """
+    if is_unicode(word):
+        return word
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{word!a} is not UTF-8 text") from None
 
 
 class Reporting:
@@ -73,6 +94,7 @@ class Reporting:
 
     def __enter__(self) -> Reporting:
         """Enter the context."""
+        print_all_characters()
         return self
 
     def __exit__(
@@ -82,25 +104,22 @@ class Reporting:
         trace: TracebackType | None,
     ) -> bool:
         """Report the error, if any, and set the status."""
+        failure = put("", sys.stdout)
+        error = error or failure
         if error is None:
-            try:
-                sys.stdout.flush()
-                return True
-            except BrokenPipeError as broken:
-                error = broken
+            return True
         if isinstance(error, SystemExit):  # argparse: 0 after --help, 2 after a mistake
             self.status = error.code if isinstance(error.code, int) else 1
         elif isinstance(error, KeyboardInterrupt):
-            print(f"{self.prog}: interrupted", file=sys.stderr)
+            say(f"{self.prog}: interrupted", sys.stderr)
             self.status = 130
         elif isinstance(error, BrokenPipeError):  # the reader, such as `head`, has finished
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.status = 1
         elif isinstance(error, Exception):
             if self.debug:
                 traceback.print_exception(error)
             message = " ".join(wording(error, self.vocabulary).split()) or type(error).__name__
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
+            say(f"{self.prog}: error: {one_line(message)}", sys.stderr)
             self.status = 2 if isinstance(error, UsageError) else 1
         else:
             return False
@@ -126,3 +145,49 @@ def run(
         report.debug = args.debug
         work(args)
     return report.status
+
+
+# Output
+
+
+def print_all_characters() -> None:
+    r"""Let stdout and stderr print characters that their encoding lacks, as `\xe9` and so on."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def one_line(text: str) -> str:
+    r"""Return a text with its line ends and control characters as `\n`, `\x1b` and so on."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def say(text: str, stream: TextIO | None) -> None:
+    """Print a text and a line end at once. A failure to print does not end the work.
+
+    Args:
+        text: one line or more.
+        stream: stdout or stderr; None if the process was started without it.
+    """
+    failure = put(f"{text}\n", stream)
+    if failure and stream is not sys.stderr and not isinstance(failure, BrokenPipeError):
+        say(f"warning: {failure}", sys.stderr)
+
+
+def put(text: str, stream: TextIO | None) -> OSError | None:
+    """Write what a stream holds, and a text; if that fails, all further output vanishes.
+
+    Returns:
+        What went wrong: a `BrokenPipeError` if the reader has finished, such as `head`.
+    """
+    if stream is None:
+        return None
+    try:
+        stream.write(text)
+        stream.flush()
+        return None
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a stream that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        gone = isinstance(error, BrokenPipeError)
+        return error if gone else OSError(f"can't print: {error.strerror}")

@@ -1,5 +1,6 @@
-"""Parsing, errors in one line, exit statuses."""
+"""Parsing, errors in one line, exit statuses, and output that may fail."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from localdit.errors import Field, FieldValueError, Vocabulary
-from localdit.parsing import Parser, UsageError, run
+from localdit.parsing import Parser, UsageError, one_line, run, text_argument
 
 
 @pytest.fixture
@@ -79,24 +80,105 @@ def test_success_has_status_0(parser):
     assert seen[0].picture == "a.png"
 
 
-def test_a_closed_pipe_prints_no_error():
-    program = """
+# Output
+
+
+def program(work):
+    """A program that runs the lines of `work`."""
+    return f"""
 import sys
 from localdit.errors import Field, FieldValueError, Vocabulary
-from localdit.parsing import Parser, run
+from localdit.parsing import Parser, run, say
 def work(args):
-    while True:
-        print("x" * 1000)
+    {work}
 parser = Parser(prog="program")
 parser.add_argument("--debug", action="store_true")
 sys.exit(run(parser, [], work))
 """
+
+
+def test_a_closed_pipe_prints_no_error():
     reader, writer = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program("while True: print('x' * 1000)")],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(writer)
     os.read(reader, 10)
     os.close(reader)
     assert process.communicate(timeout=30)[1] == ""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8", "utf-16"])
+def test_characters_that_the_output_lacks_are_printed_as_escapes(encoding):
+    text = "caf\xe9 \U0001f534 \udcff"
+    done = subprocess.run(
+        [sys.executable, "-c", program(f"print({text!a}); raise ValueError({text!a})")],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    expected = text.encode(encoding, "backslashreplace").decode(encoding)
+    assert done.stdout.decode(encoding) == f"{expected}\n"
+    assert done.stderr.decode(encoding) == f"program: error: {expected}\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "printed", "said"),
+    [
+        (">&-", (0, ""), (0, "")),
+        (">/dev/full", (1, "program: error: can't print: No space left on device\n"),
+         (0, "warning: can't print: No space left on device\n")),
+        ("2>&- >/dev/full", (1, ""), (0, "")),
+        ("2>/dev/full >/dev/full", (1, ""), (0, "")),
+    ],
+)  # fmt: skip
+def test_output_that_fails_ends_in_a_status_and_no_work_that_says_something(
+    tmp_path, redirection, printed, said, unbuffered
+):
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for work, (status, error) in (("print('a')", printed), (SAY_AND_WRITE, said)):
+        command = [sys.executable, "-c", program(work)]
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {redirection}', "sh", *command],
+            env=env, capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (status, "")
+        assert done.stderr.count("\n") == error.count("\n")
+        if not unbuffered:
+            assert done.stderr == error
+    assert (tmp_path / "last").exists()
+
+
+SAY_AND_WRITE = "for _ in 'abc': say('x' * 100_000, sys.stdout)\n    open('last', 'w')"
+
+
+def test_after_the_reader_has_gone_work_goes_on(tmp_path):
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", '"$@" | head -c 1', "sh",
+         sys.executable, "-c", program(SAY_AND_WRITE)],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")
+    assert (tmp_path / "last").exists()
+
+
+def test_one_line_shows_what_would_forge_a_line_or_steer_a_terminal(parser, capsys):
+    text = "a\r\nb\x1b[2J\0\x85\u2028\u202e\u3000caf\xe9\U0001f534"
+    shown = r"a\r\nb\x1b[2J\x00\x85\u2028\u202e" + "\u3000caf\xe9\U0001f534"
+    assert one_line(text) == shown
+    with pytest.raises(SystemExit):
+        parser.parse_args(["a.png", f"--{text}"])
+    assert f"unknown option --{shown}" in capsys.readouterr().err
+
+
+def test_text_in_utf8_is_read_where_the_locale_has_another_encoding():
+    assert text_argument("a caf\xe9") == "a caf\xe9"
+    assert text_argument("a caf\udcc3\udca9") == "a caf\xe9"  # as decoded in ASCII
+    for word in ("a \udcff", "a \ud83d"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not UTF-8 text"):
+            text_argument(word)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import Vocabulary, wording
-from ..parsing import UsageError
+from ..parsing import UsageError, text_argument
 from ..version import __version__
 
 BOX_NAME = "box"
@@ -46,6 +46,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         "prompt",
         nargs="*",
         metavar="PROMPT",
+        type=text_argument,
         help="what the picture shows, in quotes; several prompts make several pictures",
     )
     _add_prompt_file(parser)
@@ -54,7 +55,8 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Add prompts as options, for the scripts, which have default prompts."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--prompt", action="append", help="what the picture shows; may be repeated")
+    group.add_argument("--prompt", action="append", type=text_argument,
+        help="what the picture shows; may be repeated")  # fmt: skip
     _add_prompt_file(group)
 
 
@@ -63,7 +65,7 @@ def _add_prompt_file(parser: argparse._ActionsContainer) -> None:
         "--prompt-file",
         metavar="FILE",
         type=Path,
-        help="a text file with one prompt per line; - reads standard input",
+        help="a text file (UTF-8) with one prompt per line; - reads standard input",
     )
 
 
@@ -82,7 +84,8 @@ def add_strength(parser: argparse.ArgumentParser, default: float | None = None) 
 def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     """Add the options of drawing, output and model; `size` is the default size, in words."""
     add = parser.add_argument_group("drawing").add_argument
-    add("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
+    add("--negative-prompt", metavar="TEXT", type=text_argument,
+        help="what the pictures should not show")  # fmt: skip
     add("--seed", metavar="N", type=int, default=0,
         help="seed of the first picture; the next has N + 1, and so on (default: 0)")  # fmt: skip
     add("--num-inference-steps", "--steps", metavar="N", type=int,

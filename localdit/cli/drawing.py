@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, inference_settings
-from ..parsing import Parser, run
+from ..parsing import Parser, one_line, run, say
 from ..version import __version__
 from . import arguments
 from .arguments import COMMAND_LINE
@@ -134,7 +135,7 @@ def _first_picture(job: Job, pipe: LocalDiTPipeline) -> Path:
     saved = sorted(folder.glob("t2i_[0-9]*.png"))
     if saved:
         return saved[0]
-    print(f"{folder} has no picture of infer_t2i.py yet; drawing one to start from.")
+    say(f"{folder} has no picture of infer_t2i.py yet; drawing one to start from.", sys.stdout)
     prompts = job.model.preset.t2i[:1]
     return draw(replace(job, prompts=prompts, output=Output(folder, "t2i"), grid=False), pipe)[0]
 
@@ -180,9 +181,10 @@ def draw(job: Job, pipe: LocalDiTPipeline) -> list[Path]:
         for picture in batch:
             settings = _settings(job, pipe, len(paths))
             paths.append(job.output.save(picture, len(paths), settings))
-            print(f"{paths[-1]}: {settings['prompt']}", flush=True)
+            say(one_line(f"{paths[-1]}: {settings['prompt']}"), sys.stdout)
     if job.grid:
-        print(job.output.save_grid(image_grid([load_image(path) for path in paths])))
+        sheet = job.output.save_grid(image_grid([load_image(path) for path in paths]))
+        say(one_line(str(sheet)), sys.stdout)
     return paths
 
 

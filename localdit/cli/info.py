@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..parsing import Parser
+from ..parsing import Parser, one_line
 from ..sizes import pixels_per_latent
 from . import arguments
 from .arguments import usage_errors
@@ -311,7 +311,7 @@ def text(sections: dict[str, Facts]) -> str:
                 lines.append(
                     f"  {name if number == 0 else '':{width}}  {_shown(name, one)}".rstrip()
                 )
-    return "\n".join(lines[1:])
+    return "\n".join(map(one_line, lines[1:]))
 
 
 def _shown(name: str, value: Any) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config, config_field, with_settings
+from ..files import decode_text
+from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
 from .arguments import BOX_NAME, CONFIG_SETTINGS, named_model, usage_errors
 from .output import Output, plan_output
@@ -215,10 +217,10 @@ def report_fallback(choice: Choice) -> None:
     from ..utils import DOWNLOAD_COMMAND
 
     if not choice.named:
-        print(
+        say(
             f"The released weights are not in {Config.ckpt_path} (to download them: "
             f"{DOWNLOAD_COMMAND}); using the small model in the box.",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 
@@ -310,13 +312,17 @@ def _prompts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
 
 def _read_prompts(path: Path) -> list[str]:
     """Return the lines of a file, or of standard input, that are not empty."""
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text; expected one prompt per line") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if str(path) == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt-file is -, but standard input is closed")
+        name = "standard input"
+        given: bytes | str = getattr(sys.stdin, "buffer", sys.stdin).read()
+    else:
+        name, given = str(path), path.read_bytes()
+    text = given if isinstance(given, str) else decode_text(given, name)
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} is empty; expected one prompt per line")
+        raise ValueError(f"{name} is empty; expected one prompt per line")
     return prompts
 
 

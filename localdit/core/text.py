@@ -12,6 +12,7 @@ them out of attention.
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Far more than 120 tokens of any language. Tokenising megabytes takes seconds and gigabytes.
 MAX_PROMPT_CHARACTERS = 10_000
+NO_CHARACTER = re.compile(r"[\0\ud800-\udfff]")
 # Text is cut or padded to a multiple of this many tokens: few lengths to compile for, and rows of
 # masks that fast attention kernels accept.
 TOKEN_MULTIPLE = 8
@@ -47,7 +49,8 @@ def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[
 
     Raises:
         TypeError: something other than `str` was given.
-        ValueError: the list is empty, or a prompt is longer than `MAX_PROMPT_CHARACTERS`.
+        ValueError: the list is empty, or a prompt is longer than `MAX_PROMPT_CHARACTERS`, or has a
+            zero byte or half of a surrogate pair.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list):
@@ -58,6 +61,11 @@ def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[
         which = name if isinstance(prompt, str) else f"{name}[{index}]"
         if not isinstance(text, str):
             raise TypeError(f"{which} must be a str, got {type(text).__name__}.")
+        if wrong := NO_CHARACTER.search(text):
+            raise ValueError(
+                f"{which} has {wrong[0]!a} at position {wrong.start()}, which is no character of a "
+                "text. Leave it out: it comes from zero bytes, or from bytes of another encoding."
+            )
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
                 f"{which} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are "

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from localdit import utils
 from localdit.checkpoint import convert_to_single_file
-from localdit.cli import main
+from localdit.cli import main, plan
 from localdit.images import load_image, read_metadata, save_image
 from localdit.pipelines import LocalDiTPipeline
 from tests.tiny import tiny_pipeline
@@ -37,6 +38,7 @@ def pictures(here):
     Image.new("RGBA", (96, 48), (255, 255, 255, 0)).save("clear.png")
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("zeros.txt").write_bytes("a cat".encode("utf-16-le"))
     return here
 
 
@@ -66,6 +68,59 @@ def test_prompts_come_from_a_pipe(here, model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a cat\n\na dog\n"))
     assert draw("generate", model, "--prompt-file", "-", "-o", "a.png") == 0
     assert [read_metadata(f"a_00{i}.png")["prompt"] for i in range(2)] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_prompts_are_the_same_in_every_encoding(here, monkeypatch, encoding):
+    data = "a caf\xe9 \U0001f534\r\n\r\n a\u2028dog\x85\rthe end".encode(encoding)
+    Path("a.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "ascii"))
+    for name in ("a.txt", "-"):
+        prompts = plan._read_prompts(Path(name))
+        assert prompts == ["a caf\xe9 \U0001f534", "a\u2028dog", "the end"]
+
+
+def test_without_standard_input_there_are_no_prompts(here, model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert draw("generate", model, "--prompt-file", "-") == 2
+    assert "standard input is closed" in capsys.readouterr().err
+
+
+def test_what_the_terminal_lacks_does_not_end_the_drawing(here, model, monkeypatch):
+    printed = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", printed)
+    prompts = ["a red circle \U0001f534", "a\x1b[2J\nb"]
+    assert draw("generate", model, *prompts, "-o", "\u4e2d.png") == 0
+    assert printed.buffer.getvalue().decode("cp1252").splitlines() == [
+        r"\u4e2d_000.png: a red circle \U0001f534", r"\u4e2d_001.png: a\x1b[2J\nb",
+    ]  # fmt: skip
+    assert [read_metadata(f"\u4e2d_00{i}.png")["prompt"] for i in range(2)] == prompts
+    printed.buffer.truncate(0)
+    assert main(["info", "\u4e2d_001.png"]) == 0
+    assert rb"a\x1b[2J\nb" in printed.buffer.getvalue()
+
+
+def test_a_failure_to_print_does_not_end_the_drawing(here, model, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert draw("generate", model, "a cat", "a dog", "--grid", "-o", "a.png") == 0
+    assert capsys.readouterr().err == "warning: can't print: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert draw("generate", model, "a cat", "a dog", "-o", "b.png") == 0
+    monkeypatch.setattr(sys, "stdout", None)
+    assert draw("generate", model, "a cat", "a dog", "-o", "c.png") == 0
+    assert capsys.readouterr().err == ""
+    assert len(names(here)) == 7
+
+
+def test_a_picture_may_have_a_name_of_255_bytes(pictures, model):
+    name, source = "\u00e9" * 125 + "a.png", b"photo \xff\\e\xcc\x81.png"
+    os.rename("photo.png", source)
+    assert draw("edit", model, os.fsdecode(source), "a cat", "-o", name) == 0
+    assert read_metadata(name)["image"] == os.fsdecode(source)
 
 
 def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
@@ -187,6 +242,12 @@ MISTAKES = [
     ("edit", ["empty.txt", "a"], "empty.txt is not an image"),
     ("edit", ["photo.png"], "there is no prompt"),
     ("edit", ["photo.png", "a", "--strength", "2"], "--strength is 2.0"),
+    ("generate", ["a", "b\udcff"], "argument PROMPT: 'b\\udcff' is not UTF-8 text"),
+    ("generate", ["a", "--negative-prompt", "\ud83d"], "--negative-prompt: '\\ud83d' is not UTF"),
+    ("generate", ["a", "b\0"], "prompt[1] has '\\x00' at position 1, which is no character"),
+    ("generate", ["a", "--negative-prompt", "\0"], "--negative-prompt has '\\x00' at position 0"),
+    ("generate", ["--prompt-file", "zeros.txt"], "zeros.txt is not UTF-8 text: it has zero bytes"),
+    ("generate", ["a", "b", "-o", "x" * 251 + ".png"], "can't be the name of a file"),
     ("inpaint", ["photo.png", "gone.png", "a"], "gone.png: there is no such image file"),
     ("inpaint", ["photo.png", "small.png", "a"], "48 x 48 pixels; expected the picture's 96 x 48"),
     ("inpaint", ["photo.png", "black.png", "a"], "nothing in black.png is white"),

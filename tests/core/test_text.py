@@ -19,6 +19,13 @@ from tests.tiny import TEXT_WIDTHS as WIDTHS
 from tests.tiny import tiny_components, tiny_text_encoder, tiny_tokenizer
 
 
+@pytest.mark.parametrize("wrong", ["\0", "\ud83d", "\udd34", "\udcff"])
+def test_prompts_with_what_is_no_character_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"prompt\[1\] has '\\.*' at position 2, which is no char"):
+        check_prompts(["a cat", f"a {wrong} cat"])
+    assert check_prompts("a \x1b\t\ufffd\U0001f534") == ["a \x1b\t\ufffd\U0001f534"]
+
+
 def test_one_prompt_becomes_a_list_and_an_empty_prompt_is_one():
     assert check_prompts("a cat") == ["a cat"]
     assert check_prompts(["a", ""]) == ["a", ""]
