@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and the text of files.
+"""Files and folders that appear complete or not at all, the text of files, and locks.
 
 Each is written under a temporary name beside its place (`.NAME.RANDOM.tmp`), flushed to the disk,
 and renamed. After a crash or a power cut, whatever has its final name is therefore complete.
@@ -15,6 +15,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+LOCK = ".lock"
+
+
+def lock_folder(folder: Path, message: str) -> None:
+    """Lock a folder against other processes until this one ends, however it ends.
+
+    The lock is on its file `.lock`, which stays. The system frees the lock of a process that was
+    killed. Windows and some network file systems have no such locks: nothing is locked there.
+
+    Raises:
+        ValueError: with the message, if another process has locked the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    # The file stays open, because closing it unlocks it.
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise ValueError(message) from None
+    except OSError:  # some network file systems have no locks
+        os.close(descriptor)
 
 
 @contextmanager

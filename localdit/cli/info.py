@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..parsing import Parser, one_line
+from ..parsing import Parser, UsageError, one_line
 from ..sizes import pixels_per_latent
 from . import arguments
 from .arguments import usage_errors
@@ -37,11 +37,14 @@ def build_parser() -> Parser:
         description="Describe a checkpoint file or a Diffusers folder: sizes, live and dead "
         "parameters, what is missing. Then describe this machine: device, dtype, the "
         "implementation of window attention and why it is chosen. Of a PNG, show the settings "
-        "that made it.",
+        "that made it. With --verify, check a folder that training wrote instead.",
     )
     parser.add_argument("path", metavar="PATH", nargs="?",
         help="a checkpoint file, a Diffusers folder, a PNG, or 'box', the model that comes with "
         "LocalDiT")  # fmt: skip
+    parser.add_argument("--verify", action="store_true",
+        help="only compare every file of a checkpoint of a training, or of its 'final', with the "
+        "SHA-256 sums in its manifest.json")  # fmt: skip
     arguments.add_facts(parser)
     parser.set_defaults(run=info)
     return parser
@@ -51,7 +54,8 @@ def info(args: argparse.Namespace) -> None:
     """Print the description.
 
     Raises:
-        UsageError: the path or the device is missing.
+        UsageError: the path or the device is missing, or the path is none that `--verify` is for.
+        DamagedCheckpoint: `--verify` finds damage.
     """
     sections: dict[str, Facts] = {}
     with usage_errors():
@@ -60,7 +64,9 @@ def info(args: argparse.Namespace) -> None:
             raise FileNotFoundError(
                 f"there is no {path}; expected a checkpoint, a Diffusers folder or a PNG"
             )
-    if path is not None and path.suffix.lower() == ".png":
+    if args.verify:
+        sections[str(path)] = verified(path)
+    elif path is not None and path.suffix.lower() == ".png":
         from ..images import read_metadata
 
         found = read_metadata(path)
@@ -72,6 +78,36 @@ def info(args: argparse.Namespace) -> None:
                 path = None
         sections["machine"] = machine(args, path)
     print(json.dumps(sections, indent=1) if args.json else text(sections))
+
+
+def verified(folder: Path | None) -> Facts:
+    """Return the facts about a folder that agrees with its manifest.
+
+    Raises:
+        UsageError: it has no manifest.
+        DamagedCheckpoint: a file or the manifest is damaged or missing.
+    """
+    from ..training.checkpointing import MANIFEST, DamagedCheckpoint, files_in, verify_checkpoint
+
+    if folder is None or not (folder / MANIFEST).is_file():
+        raise UsageError(
+            f"{folder or 'no PATH'} has no {MANIFEST}; --verify expects a checkpoint of a "
+            "training, or its folder 'final'"
+        )
+    try:
+        manifest = verify_checkpoint(folder)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{folder}: {error}") from None
+    facts: Facts = {
+        "verified": f"{len(manifest.sums)} files agree with {MANIFEST}",
+        "bytes": sum((folder / name).stat().st_size for name in manifest.sums),
+        "step": manifest.step,
+    }
+    if links := sorted(path.name for path in folder.iterdir() if path.is_symlink()):
+        facts["links, which are not verified"] = links
+    if added := [name for name in files_in(folder) if name not in manifest.sums]:
+        facts["added later, which resuming does not read"] = added
+    return facts
 
 
 # This machine

@@ -1,7 +1,8 @@
 """Reliable checkpoints: written whole, verified by checksums, and deleted last.
 
 A checkpoint is a folder, complete as soon as it has its name (see `localdit.files`). Its
-`manifest.json` holds the SHA-256 of each file, so later damage is detected before it is used.
+`manifest.json` holds the SHA-256 of each file and of its own entries, so later damage is detected
+before it is used. The finished model of a run has a manifest, too.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from localdit.files import flush_folder, remove_folder, whole_folder
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+UNSEALED = 1  # the format of earlier versions, whose manifests hold no sum of their own entries
+SEAL = "sha256_of_entries"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_NUMBERED = re.compile(r"(?:checkpoint|set-aside)-(\d+)")
 _UNFINISHED = re.compile(r"\..+\.tmp")
 _CHUNK = 4 * 2**20  # bytes
 
@@ -28,48 +33,100 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint that differs from what was written."""
 
 
-@contextmanager
-def new_checkpoint(run: Path, step: int) -> Iterator[Path]:
-    """Make a folder that becomes `run/checkpoint-STEP`, and add its manifest.
+class Manifest(NamedTuple):
+    """What a folder holds.
 
-    An earlier checkpoint of the same step is replaced.
+    Attributes:
+        step: optimizer steps before it was written.
+        sums: SHA-256 of each file, by its path within the folder. Links are not listed.
+    """
+
+    step: int
+    sums: dict[str, str]
+
+    def text(self) -> str:
+        """Return the content of `manifest.json`, with the SHA-256 of its other entries."""
+        entries = {"format": FORMAT, "step": self.step, "sha256": self.sums}
+        seal = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        return json.dumps(entries | {SEAL: seal}, indent=2) + "\n"
+
+
+def new_checkpoint(run: Path, step: int) -> AbstractContextManager[Path]:
+    """Make a folder that becomes `run/checkpoint-STEP`; see `verified_folder`."""
+    return verified_folder(run / f"checkpoint-{step}", step)
+
+
+@contextmanager
+def verified_folder(path: Path, step: int) -> Iterator[Path]:
+    """Make a folder that appears at `path` with a manifest, once it has been read back.
+
+    An earlier folder of the same name is replaced.
 
     Raises:
         OSError: if something can't be written. Nothing of the folder is left then.
         DamagedCheckpoint: if the files read back differently. Nothing of the folder is left then.
     """
-    with whole_folder(run / f"checkpoint-{step}") as folder:
+    with whole_folder(path) as folder:
         yield folder
-        sums = {str(file.relative_to(folder)): _sha256(file) for file in _files(folder)}
-        manifest = {"format": FORMAT, "step": step, "sha256": sums}
-        text = json.dumps(manifest, indent=2) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        sums = {name: _sha256(folder / name) for name in files_in(folder)}
+        (folder / MANIFEST).write_bytes(Manifest(step, sums).text().encode())
         flush_folder(folder)
         verify_checkpoint(folder)
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Check every byte of a checkpoint.
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder.
+
+    A number in the folder's name must be the step. A manifest of an earlier version has no sum of
+    its own entries, so its folder must have such a name.
 
     Raises:
-        DamagedCheckpoint: if a file is missing or altered, or the manifest can't be read.
+        DamagedCheckpoint: if the manifest is missing or altered, or names another step.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise DamagedCheckpoint(f"it has no {MANIFEST}")
+    content = path.read_bytes()
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, sums = manifest["format"], dict(manifest["sha256"])
-    except (KeyError, TypeError, ValueError) as error:
+        entries = json.loads(content)
+        version, sums = entries["format"], dict(entries["sha256"])
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(f"its {MANIFEST} can't be read ({error!r})") from None
-    if version != FORMAT:
+    if version not in (FORMAT, UNSEALED):
         raise DamagedCheckpoint(f"it has format {version}, this version reads {FORMAT}")
-    found = {str(file.relative_to(folder)): file for file in _files(folder)}
-    if missing := sums.keys() - found.keys():
+    manifest = Manifest(entries.get("step"), sums)
+    sealed = version == FORMAT or SEAL in entries
+    if sealed and content != manifest.text().encode():
+        raise DamagedCheckpoint(f"{MANIFEST} is damaged: its SHA-256 differs from its entries")
+    name = folder.resolve().name
+    number = _NUMBERED.fullmatch(name)
+    if number is None and not sealed:
+        raise DamagedCheckpoint(
+            f"an earlier version wrote its {MANIFEST}, which only the folder's name confirms: name "
+            f"it checkpoint-{manifest.step}"
+        )
+    if number is not None and int(number[1]) != manifest.step:
+        raise DamagedCheckpoint(
+            f"its {MANIFEST} is of step {manifest.step}, but the folder is named {name}"
+        )
+    return manifest
+
+
+def verify_checkpoint(folder: Path) -> Manifest:
+    """Check every byte that the manifest of a folder names, and return the manifest.
+
+    Files that it does not name are not read, here or on resuming.
+
+    Raises:
+        DamagedCheckpoint: if a file is missing or altered, or the manifest is; see `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    if missing := manifest.sums.keys() - set(files_in(folder)):
         raise DamagedCheckpoint(f"it lacks {min(missing)}")
-    for name, expected in sums.items():
-        if _sha256(found[name]) != expected:
+    for name, expected in manifest.sums.items():
+        if _sha256(folder / name) != expected:
             raise DamagedCheckpoint(f"{name} is damaged: its SHA-256 differs from the manifest")
+    return manifest
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -79,11 +136,6 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     named = ((_NAME.fullmatch(folder.name), folder) for folder in run.iterdir())
     found = [(int(match[1]), folder) for match, folder in named if match and folder.is_dir()]
     return sorted(found, reverse=True)
-
-
-def step_of_checkpoint(folder: Path) -> int:
-    """Return the step of a verified checkpoint, whatever its name."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -135,14 +187,11 @@ def remove_unfinished(run: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the regular files in and below a folder, except the manifest; links are skipped."""
-    return [
-        Path(parent) / name
-        for parent, _, names in os.walk(folder)
-        for name in sorted(names)
-        if (Path(parent), name) != (folder, MANIFEST) and not (Path(parent) / name).is_symlink()
-    ]
+def files_in(folder: Path) -> list[str]:
+    """Return the paths of the regular files in and below a folder, except links and manifest."""
+    files = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
+    names = (file.relative_to(folder).as_posix() for file in files if not file.is_symlink())
+    return sorted(name for name in names if name != MANIFEST)
 
 
 def _sha256(path: Path) -> str:

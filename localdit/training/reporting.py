@@ -55,8 +55,6 @@ class Reporter:
             )
             if found.faults.total:
                 self.say(str(found.faults))
-        if self.main:
-            self.run.forget_after(step)
         if not self.can_draw:
             self.say("curves.png needs matplotlib: pip install matplotlib")
         self.step = step

@@ -20,6 +20,7 @@ from torch import nn
 from localdit.checkpoint.reading import few
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
+from localdit.training.checkpointing import read_manifest
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -71,10 +72,11 @@ class PipelineFolder:
         (folder / "model_index.json").write_text(text, encoding="utf-8")
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Return the averages that `write` wrote, sharded or not."""
+        """Return the averages that `write` wrote, sharded or not; other files are not read."""
         weights: dict[str, torch.Tensor] = {}
-        for file in sorted((folder / "transformer").glob("*.safetensors")):
-            weights |= load_file(file)
+        for name in read_manifest(folder).sums:
+            if name.startswith("transformer/") and name.endswith(".safetensors"):
+                weights |= load_file(folder / name)
         return weights
 
 

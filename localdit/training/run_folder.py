@@ -7,11 +7,11 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from localdit.files import whole_file, whole_folder
+from localdit.files import LOCK, lock_folder, whole_file
 from localdit.images import image_grid, prepare_output_folder, save_image
 from localdit.training.checkpointing import (
     DamagedCheckpoint,
@@ -21,12 +21,14 @@ from localdit.training.checkpointing import (
     remove_old_checkpoints,
     remove_unfinished,
     set_aside_after,
-    step_of_checkpoint,
+    verified_folder,
     verify_checkpoint,
 )
 from localdit.training.options import METHOD_OPTIONS
-from localdit.training.results import ResultFolder
-from localdit.training.state import Snapshot
+
+if TYPE_CHECKING:
+    from localdit.training.results import ResultFolder
+    from localdit.training.state import Snapshot
 
 # A run with another value of these options would be a different run.
 FIXED = (
@@ -49,7 +51,9 @@ class RunFolder:
         self.path = path
 
     def open(self, resume: str | None) -> Path | None:
-        """Prepare the folder and choose the checkpoint to resume from.
+        """Prepare the folder, lock it for this process, and choose the checkpoint to resume from.
+
+        Checkpoints and logs stay as they are until `begin`.
 
         Args:
             resume: folder of a checkpoint, "auto", or None for a new run.
@@ -59,25 +63,47 @@ class RunFolder:
 
         Raises:
             FileExistsError: if the folder holds a run and `resume` is None.
-            ValueError: if the checkpoint is damaged, or "auto" finds only damaged ones.
+            ValueError: if another process is training in the folder, if the checkpoint is damaged,
+                or if "auto" finds only damaged ones.
             OSError: if the folder can't be written to.
         """
-        if resume is None and self.path.exists() and any(self.path.iterdir()):
+        if not (self.path / LOCK).is_file():  # leave a folder without a run as it is
+            self._require_unused(resume)
+        prepare_output_folder(self.path)
+        lock_folder(
+            self.path,
+            f"Another process is training into --output {self.path}. Wait for it or stop it, or "
+            "choose another folder.",
+        )
+        self._require_unused(resume)
+        checkpoint = self._find(resume) if resume else None
+        remove_unfinished(self.path)
+        return checkpoint
+
+    def begin(self, options: Mapping[str, Any], step: int) -> None:
+        """Write `config.json`, and put away what an earlier run left after a step.
+
+        Later checkpoints are set aside, and later lines of the logs are dropped.
+        """
+        for message in set_aside_after(self.path, step):
+            print(message)
+        for file in self.path.glob("*.jsonl"):
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            _write_whole(file, "".join(f"{line}\n" for line in kept))
+        _write_whole(self.path / "config.json", json.dumps(options, indent=2) + "\n")
+
+    def _require_unused(self, resume: str | None) -> None:
+        """Raise FileExistsError if a new run would begin in a folder that holds something."""
+        if (
+            resume is None
+            and self.path.exists()
+            and any(file.name != LOCK for file in self.path.iterdir())
+        ):
             raise FileExistsError(
                 f"--output {self.path} is not empty. Resume the run in it with --resume auto, "
                 "choose another folder, or remove it."
             )
-        checkpoint = self._find(resume) if resume else None
-        prepare_output_folder(self.path)
-        remove_unfinished(self.path)
-        if checkpoint is not None:
-            for message in set_aside_after(self.path, step_of_checkpoint(checkpoint)):
-                print(message)
-        return checkpoint
-
-    def save_options(self, options: Mapping[str, Any]) -> None:
-        """Write `config.json`."""
-        _write_whole(self.path / "config.json", json.dumps(options, indent=2) + "\n")
 
     def _find(self, resume: str) -> Path | None:
         """Return the checkpoint that `--resume` names, and print which ones were skipped."""
@@ -96,13 +122,6 @@ class RunFolder:
                 f"{'; '.join(skipped)}. Remove them to start again, or restore one."
             )
         return checkpoint
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines that a run logged after the checkpoint it resumes from."""
-        for file in self.path.glob("*.jsonl"):
-            lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            _write_whole(file, "".join(f"{line}\n" for line in kept))
 
     def log(self, line: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
         """Append a line, a JSON object with a `step`, to a file."""
@@ -139,9 +158,9 @@ class RunFolder:
         (self.path / "validation").mkdir(exist_ok=True)
         save_image(image_grid(images), self.path / "validation" / f"{step:08d}.png")
 
-    def save_final(self, result: ResultFolder, averages: Mapping[str, Any]) -> None:
-        """Write `final`, the folder of the pipeline or of the adapters."""
-        with whole_folder(self.path / "final") as folder:
+    def save_final(self, result: ResultFolder, averages: Mapping[str, Any], step: int) -> None:
+        """Write `final`, the folder of the pipeline or of the adapters, with its manifest."""
+        with verified_folder(self.path / "final", step) as folder:
             result.write(folder, averages)
 
 

@@ -201,8 +201,8 @@ class Session:
     def finish(self) -> None:
         """Save the last step, and the finished pipeline or adapters."""
         self.save()
-        averages = self.state.models[TRANSFORMER].averaged_weights()
-        self.agreement.on_main(lambda: self.run.save_final(self.models.result, averages))
+        averages, step = self.state.models[TRANSFORMER].averaged_weights(), self.saved
+        self.agreement.on_main(lambda: self.run.save_final(self.models.result, averages, step))
         self.reporter.close()
 
 
@@ -253,7 +253,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     )
     if checkpoint is not None:
         agreement.on_all(partial(session.resume, checkpoint))
-    agreement.on_main(lambda: run.save_options(options_of(args)))
+    agreement.on_main(lambda: run.begin(options_of(args), state.progress.step))
     session.reporter.begin(data, state.progress.step)
     if method.adapters:
         session.reporter.say(str(models.result))

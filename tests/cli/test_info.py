@@ -12,6 +12,7 @@ from localdit.cli import main
 from localdit.cli.info import window_attention_path
 from localdit.images import save_image
 from localdit.machine import processor
+from localdit.training.checkpointing import verified_folder
 from tests.checkpoint.flat import flat_state, released_state, tiny_model
 
 
@@ -140,3 +141,24 @@ def test_mistakes_and_damaged_files(here, capsys, argv, status, message):
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
     assert message in said.err
+
+
+def test_verify_compares_a_folder_with_its_manifest(here, capsys, info):
+    with verified_folder(here / "final", 6) as folder:
+        (folder / "transformer").mkdir()
+        (folder / "transformer/weights").write_bytes(b"weights")
+        (folder / "vae").symlink_to(here)
+    facts = info("--verify", "final")["final"]
+    assert facts.pop("links, which are not verified") == ["vae"]
+    assert facts == {"verified": "1 files agree with manifest.json", "bytes": 7, "step": 6}
+    (here / "final/more").write_text("more")
+    assert info("--verify", "final")["final"]["added later, which resuming does not read"] == [
+        "more"
+    ]
+    (here / "final/transformer/weights").write_bytes(b"weight5")
+    assert main(["info", "--verify", "final"]) == 1
+    assert "error: final: transformer/weights is damaged" in capsys.readouterr().err
+    for wrong in (["vae"], [], ["final/transformer/weights"]):
+        (here / "vae").mkdir(exist_ok=True)
+        assert main(["info", "--verify", *wrong]) == 2
+        assert "manifest.json; --verify expects a checkpoint" in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import signal
@@ -17,7 +18,6 @@ from localdit.training.checkpointing import (
     remove_old_checkpoints,
     remove_unfinished,
     set_aside_after,
-    step_of_checkpoint,
     verify_checkpoint,
 )
 
@@ -74,6 +74,7 @@ def test_a_flipped_bit_a_cut_and_a_missing_file_are_detected(tmp_path, name):
     [
         ("{", "can't be read"),
         ("[]", "can't be read"),
+        ("[" * 100_000, "can't be read"),
         ('{"format": 1}', "can't be read"),
         ('{"format": 99, "sha256": {}}', "format 99"),
     ],
@@ -86,6 +87,64 @@ def test_broken_manifests_are_detected(tmp_path, manifest, message):
     (folder / MANIFEST).unlink()
     with pytest.raises(DamagedCheckpoint, match="no manifest"):
         verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"step": 6', '"step": 4', "manifest.json is damaged"),
+        ('"step"', '"stop"', "manifest.json is damaged"),
+        ('"sha256":', '"sha254":', "manifest.json can't be read"),
+        ('"sha256_of_entries"', '"sha255_of_entries"', "manifest.json is damaged"),
+        ('"format": 2', '"format": 1', "manifest.json is damaged"),
+        ('"format": 2', '"format": 3', "it has format 3, this version reads 2"),
+        ("\n}", "\n }", "manifest.json is damaged"),
+    ],
+)
+def test_an_altered_manifest_is_detected(tmp_path, old, new, message):
+    folder = save(tmp_path, 6)
+    text = (folder / MANIFEST).read_text()
+    assert old in text
+    (folder / MANIFEST).write_text(text.replace(old, new, 1))
+    with pytest.raises(DamagedCheckpoint, match=message):
+        verify_checkpoint(folder)
+
+
+def unsealed(folder, **changes):
+    """Give a checkpoint the manifest of an earlier version."""
+    entries = json.loads((folder / MANIFEST).read_text())
+    del entries["sha256_of_entries"]
+    (folder / MANIFEST).write_text(json.dumps(entries | {"format": 1} | changes, indent=2) + "\n")
+
+
+def test_the_number_in_a_folders_name_is_its_step(tmp_path):
+    folder = save(tmp_path, 6)
+    for name, sound in (("copy", True), ("set-aside-6", True), ("checkpoint-7", False)):
+        folder = folder.rename(tmp_path / name)
+        if sound:
+            assert verify_checkpoint(folder).step == 6
+        else:
+            with pytest.raises(DamagedCheckpoint, match="of step 6, but the folder is named"):
+                verify_checkpoint(folder)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_if_its_name_confirms_the_manifest(tmp_path):
+    folder = save(tmp_path, 6)
+    unsealed(folder)
+    assert verify_checkpoint(folder).step == 6
+    assert newest_checkpoint(tmp_path) == (folder, [])
+    (tmp_path / "latest").symlink_to(folder)
+    assert verify_checkpoint(tmp_path / "latest").step == 6
+    unsealed_step = {"step": 4}, {"step": None}, {"step": "6"}
+    for change in unsealed_step:
+        save(tmp_path, 6)
+        unsealed(folder, **change)
+        with pytest.raises(DamagedCheckpoint, match="but the folder is named checkpoint-6"):
+            verify_checkpoint(folder)
+    save(tmp_path, 6)
+    unsealed(folder)
+    with pytest.raises(DamagedCheckpoint, match="an earlier version .* name it checkpoint-6"):
+        verify_checkpoint(folder.rename(tmp_path / "copy"))
 
 
 def test_the_newest_sound_checkpoint_is_used_and_skipped_ones_are_named(tmp_path):
@@ -117,7 +176,7 @@ def test_damaged_checkpoints_never_displace_later_ones(tmp_path):
     for step in (200, 300):
         (tmp_path / f"checkpoint-{step}/other").write_text("othes")
     found, _ = newest_checkpoint(tmp_path)
-    assert step_of_checkpoint(found) == 100
+    assert verify_checkpoint(found).step == 100
     assert len(set_aside_after(tmp_path, 100)) == 2
     save(tmp_path, 120)
     remove_old_checkpoints(tmp_path, 2)

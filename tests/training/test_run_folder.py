@@ -1,14 +1,20 @@
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from localdit.training.checkpointing import new_checkpoint
-from localdit.training.results import link_or_copy
+from localdit.training.results import PipelineFolder, link_or_copy
 from localdit.training.run_folder import RunFolder
 from localdit.training.state import Snapshot
+
+ROOT = Path(__file__).parents[2]
 
 
 def checkpoint(run, step):
@@ -24,7 +30,7 @@ def run(tmp_path):
 def test_options_are_written_and_a_used_folder_is_refused(run):
     assert run.open(resume=None) is None
     assert run.open(resume=None) is None  # no run was started
-    run.save_options({"seed": 3})
+    run.begin({"seed": 3}, 0)
     assert json.loads((run.path / "config.json").read_text()) == {"seed": 3}
     with pytest.raises(FileExistsError, match="not empty. Resume the run in it with --resume auto"):
         run.open(resume=None)
@@ -37,6 +43,85 @@ def test_auto_starts_a_run_or_resumes_from_the_newest_checkpoint(run, capsys):
     (run.path / "checkpoint-10/file").write_text("c0ntent")
     assert run.open(resume="auto") == run.path / "checkpoint-5"
     assert "checkpoint-10 is skipped: file is damaged" in capsys.readouterr().out
+
+
+def test_checkpoints_are_set_aside_when_the_run_begins_and_not_before(run, capsys):
+    run.open(resume=None)
+    for step in (5, 10, 15):
+        checkpoint(run, step)
+    (run.path / "checkpoint-15/file").write_text("c0ntent")
+    assert run.open(resume=str(run.path / "checkpoint-5")) == run.path / "checkpoint-5"
+    assert {"checkpoint-10", "checkpoint-15"} < set(os.listdir(run.path))
+    run.begin({}, 5)
+    assert {"set-aside-10", "set-aside-15"} < set(os.listdir(run.path))
+    assert "checkpoint-10 is kept as set-aside-10" in capsys.readouterr().out
+
+
+OPENING = """
+import sys
+from pathlib import Path
+from localdit.training.run_folder import RunFolder
+try:
+    RunFolder(Path(sys.argv[1])).open(sys.argv[2] if len(sys.argv) > 2 else None)
+except ValueError as error:
+    sys.exit(str(error))
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def opening(run, *resume):
+    """Open the run in another process, which waits for its end."""
+    return subprocess.Popen(
+        [sys.executable, "-c", OPENING, run.path, *resume],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_second_process_is_refused_and_leaves_the_folder_as_it_is(run):
+    run.open(resume=None)
+    with new_checkpoint(run.path, 5) as folder:
+        (folder / "model").write_text("half")
+        for resume in ("auto",), ():
+            second = opening(run, *resume)
+            error = second.communicate(timeout=300)[1]
+            assert second.returncode == 1
+            assert f"Another process is training into --output {run.path}. Wait" in error
+        (folder / "state").write_text("whole")
+    assert run.open(resume="auto") == run.path / "checkpoint-5"
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(run):
+    run.open(resume=None)
+    checkpoint(run, 5)
+    os.close(os.open(run.path / ".lock", os.O_RDWR))  # closing the file frees this process's lock
+    first = opening(run, "auto")
+    assert first.stdout.readline() == "open\n"
+    with pytest.raises(ValueError, match="Another process is training"):
+        run.open(resume="auto")
+    first.kill()
+    first.communicate()
+    assert run.open(resume="auto") == run.path / "checkpoint-5"
+
+
+def test_a_folder_without_a_run_stays_as_it_is(run):
+    run.path.mkdir(parents=True)
+    (run.path / "letter.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match="not empty"):
+        run.open(resume=None)
+    assert os.listdir(run.path) == ["letter.txt"]
+
+
+def test_averages_are_read_from_the_files_of_the_manifest_only(run):
+    result = PipelineFolder(None, None, {}, {})
+    with new_checkpoint(run.path, 5) as folder:
+        (folder / "transformer").mkdir()
+        save_file({"a": torch.ones(2)}, folder / "transformer/model.safetensors")
+    added = run.path / "checkpoint-5/transformer/zz.safetensors"
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, added)
+    assert run.open(resume="auto") == run.path / "checkpoint-5"
+    averages = result.averages_in(run.path / "checkpoint-5")
+    assert {name: tensor.tolist() for name, tensor in averages.items()} == {"a": [1, 1]}
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_again(run):
@@ -58,7 +143,7 @@ def test_lines_after_the_checkpoint_are_dropped(run):
         run.log({"step": step}, "samples-1.jsonl")
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # killed in the middle of a line
-    run.forget_after(2)
+    run.begin({}, 2)
     for name in ("metrics.jsonl", "samples-1.jsonl"):
         steps = [json.loads(line)["step"] for line in (run.path / name).read_text().splitlines()]
         assert steps == [1, 2]
@@ -83,7 +168,7 @@ def test_a_checkpoint_that_cannot_be_written_gives_one_message(run):
     snapshot = Snapshot({"model": {"a": torch.ones(1)}}, {}, {"progress": {"step": 2}})
     with pytest.raises(OSError, match=r"step 2 could not be written to .*No space left"):
         run.save_checkpoint(NoSpace(), snapshot, keep=2)
-    assert sorted(os.listdir(run.path)) == ["checkpoint-1"]
+    assert sorted(os.listdir(run.path)) == [".lock", "checkpoint-1"]
 
 
 def test_folders_are_linked_or_copied_where_links_are_unsupported(tmp_path, monkeypatch):

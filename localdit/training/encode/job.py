@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import tarfile
 from collections import Counter
@@ -25,7 +24,7 @@ from localdit.core.parts import (
     locate_encoder,
     vae_config,
 )
-from localdit.files import whole_file
+from localdit.files import lock_folder, whole_file
 from localdit.images import prepare_output_folder
 from localdit.training.data.encoded import (
     EMPTY_CAPTION,
@@ -52,7 +51,6 @@ from localdit.training.initialization import encoder_sources
 from localdit.training.options import check_image_size
 
 UNFINISHED = ".*.tmp"
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,11 @@ def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> l
         ValueError: if another command is writing to it.
     """
     prepare_output_folder(folder)
-    lock_folder(folder)
+    lock_folder(
+        folder,
+        f"Another command is encoding into {folder}. To share the work between processes, start "
+        "them together with accelerate launch or torchrun.",
+    )
     for path in folder.glob(UNFINISHED):
         path.unlink()
     if not (folder / MANIFEST).is_file():
@@ -224,29 +226,6 @@ def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> l
         with whole_file(folder / EMPTY_CAPTION) as file:
             file.write(save({"text": empty_text}))
     return unwritten_shards(folder, manifest)
-
-
-def lock_folder(folder: Path) -> None:
-    """Lock the folder against other commands until this process ends.
-
-    Raises:
-        ValueError: if another command has locked it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    # The file stays open, because closing it unlocks it.
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(
-            f"Another command is encoding into {folder}. To share the work between processes, "
-            "start them together with accelerate launch or torchrun."
-        ) from None
-    except OSError:  # some network file systems have no locks
-        os.close(descriptor)
 
 
 def free_bytes(folder: Path) -> int:
