@@ -15,20 +15,21 @@ import csv
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from localdit.files import is_unicode
+from localdit.files import decode_text, is_unicode, text_encoding
 from localdit.training.data.samples import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,
     Blob,
     BrokenSample,
     Candidate,
-    CaptionFile,
     Fault,
+    caption_files,
+    pick_caption,
 )
 
 # Of the formats that `localdit.images` reads.
@@ -38,44 +39,57 @@ PICTURE_SUFFIXES = frozenset(
 )
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
+MAX_LINE = 10_000_000  # characters of a line of a metadata file
+
 Row = Mapping[str, Any] | BrokenSample
 
 
-def list_files(root: Path) -> list[str]:
+def list_files(root: Path, without: Path | None = None) -> list[str]:
     """Return the files in a folder and below it, in an order that is the same on every machine.
 
     Hidden files and folders, whose names begin with a dot, are skipped. Links are followed, except
-    to a folder that contains the link.
+    to a folder that contains the link or `root`. A folder is listed once, however many links lead
+    to it: under its own name if that is below `root`, otherwise under the first link.
+
+    Args:
+        root: the folder.
+        without: a folder that is skipped.
 
     Returns:
         Their paths relative to `root`, with slashes, sorted by code points.
     """
-    return sorted(_walk(str(root), ""))
-
-
-def _walk(root: str, folder: str) -> Iterator[str]:
-    here = os.path.join(root, folder)
-    with os.scandir(here) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = folder + entry.name
-            broken_link = entry.is_symlink() and not os.path.exists(entry.path)
-            if entry.is_file() or broken_link:  # a broken link is reported when it is opened
-                yield name
-            elif entry.is_dir() and not (entry.is_symlink() and _leads_back(entry.path, here)):
-                yield from _walk(root, name + "/")
-
-
-def _leads_back(link: str, folder: str) -> bool:
-    return Path(folder).resolve().is_relative_to(Path(link).resolve())
+    files: list[str] = []
+    folders, links = [""], list[str]()
+    top = Path(root).resolve()
+    seen = {Path(without).resolve()} if without else set()
+    while folders or links:
+        links.sort()
+        folder = folders.pop() if folders else links.pop(0)
+        here = Path(root, folder).resolve()
+        if here in seen:
+            continue
+        seen.add(here)
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                name = folder + entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name + "/")
+                elif entry.is_dir():
+                    target = Path(entry.path).resolve()
+                    if not (here.is_relative_to(target) or top.is_relative_to(target)):
+                        links.append(name + "/")
+                elif entry.is_file() or not os.path.exists(entry.path):
+                    files.append(name)  # a broken link is reported when it is opened
+    return sorted(files)
 
 
 def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     """Return the pictures among files, each with the caption file of its name.
 
     `a.png` takes its caption from `a.txt`, `a.caption` or `a.json`, the first of these that
-    exists. A file with a caption but an unknown suffix, such as `a.heic`, is a fault.
+    has one. A file with a caption but an unknown suffix, such as `a.heic`, is a fault.
 
     Args:
         root: the folder.
@@ -88,12 +102,15 @@ def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     listing: list[Candidate | Fault] = []
     for file in files:
         stem, suffix = split_suffix(file)
-        beside = {other.lower(): f"{stem}.{other}" for other in suffixes[stem]}
-        kind = next((kind for kind in CAPTION_SUFFIXES if kind in beside), None)
+        beside = {
+            other.lower(): Blob(os.path.join(root, f"{stem}.{other}")) for other in suffixes[stem]
+        }
+        captions = caption_files(beside)
         if suffix.lower() in PICTURE_SUFFIXES:
-            caption = kind and CaptionFile(kind, Blob(os.path.join(root, beside[kind])))
-            listing.append(Candidate(printable(file), Blob(os.path.join(root, file)), caption))
-        elif kind and suffix.lower() not in CAPTION_SUFFIXES and not PICTURE_SUFFIXES & {*beside}:
+            listing.append(Candidate(printable(file), Blob(os.path.join(root, file)), captions))
+        elif (
+            captions and suffix.lower() not in CAPTION_SUFFIXES and not PICTURE_SUFFIXES & {*beside}
+        ):
             listing.append(Fault("wrong type", printable(file), f".{suffix} files are not read"))
     return listing
 
@@ -139,11 +156,8 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
             try:
                 if isinstance(row, BrokenSample):
                     raise row
-                name = posixpath.normpath(posixpath.join(folder, _file_name(row)))
-                if name == ".." or name.startswith("../"):
-                    raise BrokenSample("bad entry", f"{name} is outside of the data folder")
-                caption = next((row[key] for key in CAPTION_KEYS if key in row), None)
-                captions.setdefault(name, []).append(caption)
+                name = _inner_path(row.get("file_name"), "file_name", folder)
+                captions.setdefault(name, []).append(pick_caption(row))
             except BrokenSample as broken:
                 faults.append(Fault(broken.kind, f"{file}, entry {number}", broken.detail))
     candidates = [
@@ -153,15 +167,27 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     return [*candidates, *faults]
 
 
-def _file_name(row: Mapping[str, Any]) -> str:
-    name = row.get("file_name")
+def _inner_path(name: object, field: str, folder: str = "") -> str:
+    """Return the path of a file that an entry names, relative to the folder of the data.
+
+    Args:
+        name: the path, relative to `folder`.
+        field: what names it, for errors.
+        folder: a folder within that of the data.
+
+    Raises:
+        BrokenSample: if it is no path, or leads out of the folder of the data. Data may come from
+            anyone, and must not name other files of this machine.
+    """
     if not isinstance(name, str) or not name:
-        raise BrokenSample("bad entry", f"file_name is {name!r}, expected the path of a picture")
-    if "\0" in name or not is_unicode(name) or posixpath.isabs(name):
+        raise BrokenSample("bad entry", f"{field} is {name!r}, expected the path of a picture")
+    path = posixpath.normpath(posixpath.join(folder, name.replace(os.sep, "/")))
+    absolute = posixpath.isabs(path) or os.path.splitdrive(path)[0]
+    if "\0" in name or not is_unicode(name) or absolute or path.split("/")[0] == "..":
         raise BrokenSample(
-            "bad entry", f"file_name {name[:100]!r} is not a path within the data folder"
+            "bad entry", f"{field} {name[:100]!r} is not a path within the data folder"
         )
-    return name
+    return path
 
 
 def _joined(texts: list[Any]) -> Any:
@@ -178,51 +204,85 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    named = read = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            read += 1
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict):
-                    raise ValueError("not a JSON object")
-            except (ValueError, RecursionError) as error:
-                yield BrokenSample("bad entry", f"not a line of JSON: {error}")
-                continue
-            named += "file_name" in row
-            yield row
-    if read and not named:
+    keys: set[str] = set()
+    read = 0
+    for line in _lines(path):
+        if not line.strip():
+            continue
+        read += 1
+        try:
+            _require_text(line)
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+        except (ValueError, RecursionError) as error:
+            yield BrokenSample("bad entry", f"not a line of JSON: {error}")
+            continue
+        keys |= row.keys()
+        yield row
+    if read and not _has_columns(keys):
         raise ValueError(
-            f"No line of {path} has a file_name. Expected lines such as "
-            '{"file_name": "a.png", "text": "a caption"}.'
+            f"No line of {path} has a file_name and one of {', '.join(CAPTION_KEYS)}. Expected "
+            f'lines such as {{"file_name": "a.png", "text": "a caption"}}. '
+            f"The keys are {', '.join(sorted(keys)[:20]) or '(none)'}."
         )
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
+    rows = csv.reader(_lines(path), strict=True)
+    try:
+        columns = next(rows, [])
+    except csv.Error as error:
+        raise ValueError(f"The first line of {path} is not CSV: {error}.") from error
+    _require_columns(path, columns)
+    while True:
         try:
-            columns = next(rows, [])
-        except csv.Error as error:
-            raise ValueError(f"The first line of {path} is not CSV: {error}.") from error
-        _require_columns(path, columns)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield BrokenSample("bad entry", f"not a line of CSV: {error}")
-                continue
-            if not row:
-                continue
-            if len(row) != len(columns):
-                detail = f"{len(row)} cells, expected {len(columns)}: is a quote missing?"
-                yield BrokenSample("bad entry", detail)
-            else:
-                yield dict(zip(columns, row, strict=True))
+            row = next(rows)
+            _require_text("".join(row))
+        except StopIteration:
+            return
+        except (csv.Error, ValueError) as error:
+            yield BrokenSample("bad entry", f"not a line of CSV: {error}")
+            continue
+        if not row:
+            continue
+        if len(row) != len(columns):
+            detail = f"{len(row)} cells, expected {len(columns)}: is a quote missing?"
+            yield BrokenSample("bad entry", detail)
+        else:
+            yield dict(zip(columns, row, strict=True))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file with their ends, each cut to `MAX_LINE` characters.
+
+    Bytes that can't be decoded become half surrogate pairs, so that they spoil a single line.
+
+    Raises:
+        ValueError: if the first line has zero bytes, as UTF-16 without a byte order mark has.
+    """
+    with open(path, "rb") as binary:
+        start = binary.read(1000)
+    encoding, first = text_encoding(start), start.split(b"\n")[0]
+    if encoding == "utf-8-sig" and b"\0" in first:
+        decode_text(first, path)
+    try:
+        with open(path, encoding=encoding, errors="surrogateescape", newline="") as file:
+            while line := file.readline(MAX_LINE):
+                rest = line
+                while len(rest) == MAX_LINE and rest[-1] not in "\r\n":
+                    rest = file.readline(MAX_LINE)
+                yield line.lstrip("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {encoding} text: {error}; save it as UTF-8.") from error
+
+
+def _require_text(line: str) -> None:
+    """Raise ValueError if a line of `_lines` could not be decoded, or was cut."""
+    if len(line) >= MAX_LINE:
+        raise ValueError(f"it has more than {MAX_LINE:,} characters")
+    if not is_unicode(line):
+        decode_text(line.encode("utf-8", "surrogateescape"))
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -244,8 +304,12 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path} can't be read as Parquet: {error}") from error
 
 
+def _has_columns(columns: Iterable[str]) -> bool:
+    return "file_name" in columns and not {*CAPTION_KEYS}.isdisjoint(columns)
+
+
 def _require_columns(path: Path, columns: Sequence[str]) -> None:
-    if "file_name" not in columns or not {*CAPTION_KEYS} & {*columns}:
+    if not _has_columns(columns):
         raise ValueError(
             f"{path} has the columns {', '.join(columns) or '(none)'}; expected file_name and one "
             f"of {', '.join(CAPTION_KEYS)}."
@@ -268,14 +332,14 @@ class Cell(NamedTuple):
 
         Raises:
             OSError: if they can't be read.
-            BrokenSample: if the cell is empty.
+            BrokenSample: if the cell is empty, or its path leads out of the dataset's folder.
         """
         cell = _open_pictures(self.folder, self.split, self.column)[self.row][self.column]
         if cell and cell["bytes"] is not None:
             return cell["bytes"]
         if not (cell and cell["path"]):
             raise BrokenSample("missing", f"{self.column} is empty")
-        return Path(cell["path"]).read_bytes()
+        return Path(self.folder, _inner_path(cell["path"], self.column)).read_bytes()
 
 
 def list_saved(root: Path) -> list[Candidate | Fault]:
@@ -286,14 +350,15 @@ def list_saved(root: Path) -> list[Candidate | Fault]:
         ImportError: if the datasets package is missing.
     """
     dataset, split = _open(str(root))
-    image, caption = _columns(root, dataset)
+    image, captions = _columns(root, dataset)
     prefix = f"{split} row" if split else "row"
     listing: list[Candidate | Fault] = []
-    for batch in dataset.select_columns([caption]).iter(batch_size=1000):
-        for text in batch[caption]:
+    for batch in dataset.select_columns(captions).iter(batch_size=1000):
+        for texts in zip(*(batch[key] for key in captions), strict=True):
             row = len(listing)
             cell = Cell(str(root), split, image, row)
-            listing.append(Candidate(f"{prefix} {row}", cell, text))
+            caption = pick_caption(dict(zip(captions, texts, strict=True)))
+            listing.append(Candidate(f"{prefix} {row}", cell, caption))
     return listing
 
 
@@ -318,6 +383,10 @@ def _open(folder: str, split: str | None = None) -> tuple[Any, str | None]:
         dataset = load_from_disk(folder)
     except Exception as error:  # damaged JSON, Arrow files that are missing or cut off, ...
         raise ValueError(f"{folder} can't be opened as a saved dataset: {error}") from error
+    tables = dataset.values() if isinstance(dataset, DatasetDict) else [dataset]
+    for file in (file["filename"] for table in tables for file in table.cache_files):
+        if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+            raise ValueError(f"{folder} names {file}, which is not in that folder.")
     if not isinstance(dataset, DatasetDict):
         return dataset, None
     names = list(dataset)
@@ -330,18 +399,18 @@ def _open(folder: str, split: str | None = None) -> tuple[Any, str | None]:
     return dataset[split], split
 
 
-def _columns(root: Path, dataset: Any) -> tuple[str, str]:
-    """Return the names of the columns with pictures and captions."""
+def _columns(root: Path, dataset: Any) -> tuple[str, list[str]]:
+    """Return the names of the column with pictures and of those with captions."""
     from datasets import Image
 
     images = [name for name, kind in dataset.features.items() if isinstance(kind, Image)]
     image = images[0] if len(images) == 1 else "image"
-    caption = next((key for key in CAPTION_KEYS if key in dataset.features), None)
-    if image not in images or caption is None:
+    captions = [key for key in CAPTION_KEYS if key in dataset.features and key not in images]
+    if image not in images or not captions:
         columns = ", ".join(f"{name} ({kind})" for name, kind in dataset.features.items())
         raise ValueError(
             f"{root} has the columns {columns}. Expected one column of type Image, "
             f"or one called image among several, and captions in {', '.join(CAPTION_KEYS[:-1])} or "
             f"{CAPTION_KEYS[-1]}; see rename_column and cast_column of datasets."
         )
-    return image, caption
+    return image, captions

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from localdit.core.text import MAX_PROMPT_CHARACTERS
-from localdit.files import is_unicode
+from localdit.files import decode_text, is_unicode
 
 KINDS = {
     "missing": "the picture does not exist",
@@ -29,6 +29,7 @@ KINDS = {
     "duplicate": "another sample has the same name",
 }
 EXAMPLES = 5  # kept of each kind
+DETAIL = 200  # characters of a detail in reports
 # In order of preference, among the files beside a picture and the keys of a JSON object.
 CAPTION_SUFFIXES = ("txt", "caption", "json")
 CAPTION_KEYS = ("text", "caption", "captions", "prompt")
@@ -143,12 +144,14 @@ class Faults:
         return self.counts.total()
 
     def __str__(self) -> str:
-        """Return a line for each kind: its count, its meaning, examples."""
+        """Return a line for each kind: its count, its meaning, examples, the first one's detail."""
         lines = []
         for kind, count in self.counts.most_common():
-            names = ", ".join(fault.id for fault in self.examples[kind][:3])
+            first, *_ = examples = self.examples[kind][:3]
+            names = ", ".join(fault.id for fault in examples)
             more = ", ..." if count > 3 else ""
-            lines.append(f"{count:,} {kind} ({KINDS[kind]}): {names}{more}")
+            detail = f"; {first.id}: {first.detail[:DETAIL]}" if first.detail else ""
+            lines.append(f"{count:,} {kind} ({KINDS[kind]}): {names}{more}{detail}")
         return "\n".join(lines)
 
 
@@ -193,10 +196,23 @@ def map_reads(function: Callable[[Entry], Result], entries: Iterable[Entry]) -> 
 
 
 class CaptionFile(NamedTuple):
-    """A stored caption: the suffixes "txt" and "caption" stand for plain text, "json" for JSON."""
+    """A stored caption: the suffixes "txt" and "caption" stand for plain text, "json" for JSON.
+
+    `otherwise` is read if the file has no caption.
+    """
 
     suffix: str
     blob: Blob
+    otherwise: CaptionFile | None = None
+
+
+def caption_files(blobs: Mapping[str, Blob]) -> CaptionFile | None:
+    """Return the caption files among the files of a sample, given by their suffixes."""
+    chosen = None
+    for suffix in reversed(CAPTION_SUFFIXES):
+        if suffix in blobs:
+            chosen = CaptionFile(suffix, blobs[suffix], chosen)
+    return chosen
 
 
 def read_captions(source: object) -> tuple[str, ...]:
@@ -213,15 +229,32 @@ def read_captions(source: object) -> tuple[str, ...]:
         BrokenSample: "no caption" or "bad caption".
     """
     if isinstance(source, CaptionFile):
-        source = _read_file(source)
+        try:
+            return read_captions(_read_file(source))
+        except BrokenSample as broken:
+            if broken.kind != "no caption" or source.otherwise is None:
+                raise
+            return read_captions(source.otherwise)
+    detail = ""
     if isinstance(source, dict):
-        source = next((source[key] for key in CAPTION_KEYS if key in source), None)
+        detail = f"its keys are {', '.join(source)}, expected {' or '.join(CAPTION_KEYS)}"
+        source = pick_caption(source)
     texts = source if isinstance(source, list) else [source]
     captions = dict.fromkeys(_clean(text) for text in texts if text is not None)
     captions.pop("", None)
     if not captions:
-        raise BrokenSample("no caption")
+        raise BrokenSample("no caption", detail)
     return tuple(captions)
+
+
+def pick_caption(row: Mapping[str, Any]) -> Any:
+    """Return the first value under `CAPTION_KEYS` that is not empty; None if there is none."""
+    return next((row[key] for key in CAPTION_KEYS if not _is_empty(row.get(key))), None)
+
+
+def _is_empty(value: object) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
 
 
 def _read_file(file: CaptionFile) -> Any:
@@ -231,10 +264,11 @@ def _read_file(file: CaptionFile) -> Any:
     if len(data) == limit:
         raise BrokenSample("bad caption", f"the file has more than {MAX_FILE_BYTES:,} bytes")
     try:
-        text = data.decode("utf-8-sig")
+        text = decode_text(data)
+    except ValueError as error:
+        raise BrokenSample("bad caption", str(error)) from error
+    try:
         return json.loads(text) if file.suffix == "json" and text.strip() else text
-    except UnicodeDecodeError as error:
-        raise BrokenSample("bad caption", "it is not UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise BrokenSample("bad caption", f"the file is not JSON: {error}") from error
 

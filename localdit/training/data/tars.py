@@ -18,11 +18,10 @@ from typing import BinaryIO, NamedTuple
 
 from localdit.training.data.listings import PICTURE_SUFFIXES, printable
 from localdit.training.data.samples import (
-    CAPTION_SUFFIXES,
     Blob,
     Candidate,
-    CaptionFile,
     Fault,
+    caption_files,
     map_reads,
 )
 
@@ -168,10 +167,9 @@ def _list_tar(path: str, tar: str) -> list[Candidate | Fault]:
 def _entry(id: str, blobs: Mapping[str, Blob]) -> Candidate | Fault:
     """Return the candidate that the files of a sample make, given by their suffixes."""
     picture = next((blobs[suffix] for suffix in blobs if suffix in PICTURE_SUFFIXES), None)
-    kind = next((suffix for suffix in CAPTION_SUFFIXES if suffix in blobs), None)
     if picture is None:
         return Fault("half sample", id, f"no picture, only {', '.join(blobs)}")
-    return Candidate(id, picture, CaptionFile(kind, blobs[kind]) if kind else None)
+    return Candidate(id, picture, caption_files(blobs))
 
 
 def _cut_off(

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import os
+import tracemalloc
 
 import pytest
 
+from localdit.training.data import listings
 from localdit.training.data.listings import (
     list_files,
     list_metadata,
@@ -57,6 +59,25 @@ def test_hidden_files_links_and_special_files(tmp_path):
     (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
     os.mkfifo(root / "pipe.png")
     assert list_files(root) == ["d.png", "gone.png", "linked/e.png"]
+
+
+def test_each_real_folder_is_listed_once(tmp_path):
+    write_files(tmp_path, {f"data/{name}/p.png": b"" for name in ("a", "c", "e/deep")})
+    write_files(tmp_path, {"other/b/p.png": b"", "other/p.png": b""})
+    root = tmp_path / "data"
+    (root / "a/c").symlink_to("../c")
+    (root / "c/a").symlink_to("../a")
+    (root / "b").symlink_to("e")  # its real name is preferred
+    (root / "x").symlink_to("../other")
+    (root / "w").symlink_to("../other/b")  # the first of two links
+    (root / "y").symlink_to("../other")
+    (tmp_path / "other/b/round").symlink_to("../../data")
+    (tmp_path / "other/up").symlink_to("../..")
+    expected = ["a/p.png", "c/p.png", "e/deep/p.png", "w/p.png", "x/p.png"]
+    assert list_files(root) == expected
+    assert list_files(root, without=root / "e") == [name for name in expected if name[0] != "e"]
+    (tmp_path / "elsewhere").symlink_to(root / "e/deep")
+    assert list_files(root, without=tmp_path / "elsewhere") == [*expected[:2], *expected[3:]]
 
 
 def test_captions_beside_pictures(tmp_path):
@@ -174,6 +195,69 @@ def test_parquet(tmp_path, lists):
     parquet.write_table(table, tmp_path / "metadata.parquet")
     first = ("one", "two") if lists else ("one",)
     assert listed(tmp_path) == ({"a.png": first, "b.png": ("three",)}, {})
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_metadata_in_any_unicode_encoding(tmp_path, name, encoding):
+    text = 'file_name,text\r\na.png,Bär\r\nb.png,"a\nb"\r\n'
+    if name.endswith("jsonl"):
+        rows = [{"file_name": "a.png", "text": "Bär"}, {"file_name": "b.png", "text": "a\nb"}]
+        text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    write_files(tmp_path, {name: text.encode(encoding)})
+    assert listed(tmp_path) == ({"a.png": ("Bär",), "b.png": ("a\nb",)}, {})
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_in_another_encoding_says_so(tmp_path, name):
+    text = "file_name,text\na.png,a bear\nb.png,Bär\n"
+    if name.endswith("jsonl"):
+        rows = [{"file_name": "a.png", "text": "a bear"}, {"file_name": "b.png", "text": "Bär"}]
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    write_files(tmp_path, {f"latin/{name}": text.encode("latin-1")})
+    candidate, fault = list_metadata(tmp_path / "latin", [name])
+    assert (candidate.id, candidate.captions) == ("a.png", "a bear")
+    assert fault[:2] == ("bad entry", f"{name}, entry 2")
+    assert "is not UTF-8 text" in fault.detail
+    write_files(tmp_path, {f"wide/{name}": text.encode("utf-16-le")})
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text.*UTF-16"):
+        list_metadata(tmp_path / "wide", [name])
+    write_files(tmp_path, {f"odd/{name}": text.encode("utf-16") + b"x"})
+    if name.endswith("jsonl"):
+        with pytest.raises(ValueError, match=rf"{name} is not utf-16 text"):
+            list_metadata(tmp_path / "odd", [name])
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_an_endless_line_takes_bounded_memory(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(listings, "MAX_LINE", 200_000)
+    path = tmp_path / name
+    rows = {"a.png": "1", "b.png": "x" * 30_000_000, "c.png": "3"}
+    lines = ["file_name,text", *(f"{name},{text}" for name, text in rows.items())]
+    if name.endswith("jsonl"):
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows.items()]
+    path.write_text("\n".join(lines))
+    del lines, rows
+    tracemalloc.start()
+    pictures, faults = listed(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (pictures, faults) == (
+        {"a.png": ("1",), "c.png": ("3",)},
+        {f"{name}, entry 2": "bad entry"},
+    )
+    assert peak < 3_000_000
+
+
+def test_a_second_key_counts_when_the_first_is_empty(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": None, "caption": "second"},
+        {"file_name": "b.png", "text": [" "], "prompt": "fourth"},
+    ]
+    write_files(tmp_path, {"json/metadata.jsonl": jsonl(*rows)})
+    assert listed(tmp_path / "json")[0] == {"a.png": ("second",), "b.png": ("fourth",)}
+    write_files(tmp_path, {"csv/metadata.csv": "file_name,caption,text\na.png,second,\n"})
+    assert listed(tmp_path / "csv")[0] == {"a.png": ("second",)}
 
 
 def test_names_are_relative_to_the_metadata_file(tmp_path):

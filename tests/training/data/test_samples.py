@@ -19,6 +19,7 @@ from localdit.training.data.samples import (
     Fault,
     Faults,
     Sample,
+    caption_files,
     map_reads,
     read_captions,
     require_few,
@@ -56,6 +57,8 @@ def test_counts_by_kind_with_the_first_as_examples():
     assert first == "1,000 empty (zero bytes): 0.png, 1.png, 2.png, ..."
     assert second.startswith("1 truncated (")
     assert second.endswith("): cut.jpg")
+    faults = Faults([Fault("damaged", "a.png", "bad Huffman code"), Fault("damaged", "b.png", "?")])
+    assert str(faults).endswith("): a.png, b.png; a.png: bad Huffman code")
 
 
 def test_no_faults():
@@ -125,6 +128,8 @@ def caption_file(tmp_path, suffix, content):
         ({"caption": ["two", "three"]}, ("two", "three")),
         ({"captions": ["two"], "other": 5}, ("two",)),
         ({"prompt": "p"}, ("p",)),
+        ({"text": None, "caption": "two"}, ("two",)),
+        ({"text": " \n", "caption": [None, ""], "captions": ["three"]}, ("three",)),
         ("x" * MAX_PROMPT_CHARACTERS, ("x" * MAX_PROMPT_CHARACTERS,)),
     ],
 )
@@ -154,6 +159,34 @@ def test_values_that_are_none(tmp_path, source, kind):
         with pytest.raises(BrokenSample) as raised:
             read_captions(place)
         assert raised.value.kind == kind
+
+
+@pytest.mark.parametrize("empty", [b"", b" \n", b"\xef\xbb\xbf"])
+def test_a_second_file_counts_when_the_first_is_empty(tmp_path, empty):
+    files = {
+        "json": caption_file(tmp_path, "json", '{"text": "", "caption": "third"}').blob,
+        "txt": caption_file(tmp_path, "txt", empty).blob,
+    }
+    assert read_captions(caption_files(files)) == ("third",)
+    files["caption"] = caption_file(tmp_path, "caption", "second").blob
+    assert read_captions(caption_files(files)) == ("second",)
+    files["txt"] = caption_file(tmp_path, "txt", "first").blob
+    assert read_captions(caption_files(files)) == ("first",)
+    assert caption_files({"cls": files["txt"]}) is None
+
+
+def test_the_keys_that_lie_there_are_named():
+    with pytest.raises(BrokenSample, match="its keys are title, width, expected text or caption"):
+        read_captions({"title": "a", "width": 5})
+
+
+def test_captions_in_other_encodings(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        file = caption_file(tmp_path, "txt", "Bär\r\n".encode(encoding))
+        assert read_captions(file) == ("Bär",)
+    for data in ("Bär".encode("latin-1"), "Bär".encode("utf-16-le")):
+        with pytest.raises(BrokenSample, match="is not UTF-8 text"):
+            read_captions(caption_file(tmp_path, "txt", data))
 
 
 def test_a_text_file_is_one_caption(tmp_path):

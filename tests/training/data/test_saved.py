@@ -1,5 +1,6 @@
 """Tests of saved Hugging Face datasets: their columns, splits and pictures."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from localdit.training.data.finding import examine
 from localdit.training.data.listings import list_saved
-from tests.training.data.drawn import damaged_png, picture_bytes
+from tests.training.data.drawn import damaged_png, picture_bytes, write_files
 
 datasets = pytest.importorskip("datasets")
 
@@ -52,25 +53,58 @@ def test_another_process_opens_the_dataset_itself(tmp_path):
     assert int(ran.stdout) == len(picture_bytes())
 
 
-def test_pictures_stored_as_paths(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(picture_bytes("PNG"))
-    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
-    rows = {"image": [str(path), str(tmp_path / "b.png")], "text": ["a", "b"]}
-    (tmp_path / "b.png").write_bytes(b"")
-    dataset = datasets.Dataset.from_dict(rows, features=features)
-    # Written row by row as they are: save_to_disk would take the files in.
-    table = dataset.data.table
-    dataset.save_to_disk(tmp_path / "data")
+def saved_paths(folder, paths):
+    """Save a dataset whose pictures are paths. `save_to_disk` itself would take the files in."""
     import pyarrow as pa
 
-    [arrow] = (tmp_path / "data").glob("*.arrow")
-    with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+    saved(folder, [{"image": picture_bytes(), "text": path} for path in paths])
+    [arrow] = folder.glob("*.arrow")
+    schema = datasets.load_from_disk(folder).data.table.schema
+    cells = [{"bytes": None, "path": path} for path in paths]
+    table = pa.table({"image": cells, "text": paths}, schema=schema)
+    with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         writer.write_table(table)
-    (tmp_path / "b.png").unlink()
+
+
+def test_pictures_stored_as_paths_are_read_within_the_folder(tmp_path):
+    saved_paths(tmp_path / "data", ["a.png", "sub/b.png", "gone.png"])
+    write_files(tmp_path / "data", {"a.png": picture_bytes("PNG"), "sub/b.png": picture_bytes()})
     samples, faults = examine(list_saved(tmp_path / "data"))
-    assert [sample.image.read() for sample in samples] == [path.read_bytes()]
+    assert [sample.image.read() for sample in samples] == [picture_bytes("PNG"), picture_bytes()]
     assert faults.counts == {"missing": 1}
+
+
+def test_pictures_outside_of_the_folder_are_broken(tmp_path):
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(picture_bytes("PNG"))
+    paths = [str(outside), "../secret.png", "sub/../../secret.png", "a\0.png"]
+    saved_paths(tmp_path / "data", paths)
+    samples, faults = examine(list_saved(tmp_path / "data"))
+    assert (samples, faults.counts) == ([], {"bad entry": len(paths)})
+    assert "not a path within the data folder" in str(faults)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_tables_outside_of_the_folder_are_refused(tmp_path, absolute):
+    for name in ("data", "secret"):
+        saved(tmp_path / name, [{"image": picture_bytes(), "text": name}])
+    [arrow] = (tmp_path / "secret").glob("*.arrow")
+    state = json.loads((tmp_path / "data/state.json").read_text())
+    name = str(arrow) if absolute else f"../secret/{arrow.name}"
+    state["_data_files"] = [{"filename": name}]
+    (tmp_path / "data/state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="not in that folder"):
+        list_saved(tmp_path / "data")
+
+
+def test_a_caption_in_a_second_column_counts_when_the_first_is_empty(tmp_path):
+    rows = [
+        {"image": picture_bytes(), "text": text, "caption": "second", "prompt": "third"}
+        for text in ("first", "", None, " ")
+    ]
+    saved(tmp_path / "data", rows)
+    samples, _ = examine(list_saved(tmp_path / "data"))
+    assert [sample.captions for sample in samples] == [("first",), *[("second",)] * 3]
 
 
 def test_splits(tmp_path):
