@@ -137,6 +137,8 @@ def parse_args(
     try:
         _check(args)
         args.stages = _stages(args)
+        if args.use_wandb and not args.dry_run and os.environ.get("RANK", "0") == "0":
+            _log_in_to_wandb()
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -375,6 +377,25 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{_flag(flag)} needs {package}: {EXTRAS}")
     if args.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
+
+
+def _log_in_to_wandb() -> None:
+    """Log in to Weights & Biases, which asks for a key if there is none and a terminal to ask on.
+
+    In offline mode, nothing is asked and no network is needed.
+
+    Raises:
+        ValueError: if there is no key, or it can't be verified.
+    """
+    import wandb
+
+    try:
+        wandb.login()
+    except Exception as error:  # of wandb, or of what it uses for the network
+        raise ValueError(
+            f"--use-wandb can't log in: {' '.join(str(error).split()).rstrip('.')}; run `wandb "
+            "login`, set WANDB_API_KEY, or set WANDB_MODE=offline to upload the run later"
+        ) from error
 
 
 def _check_lora(args: argparse.Namespace) -> None:

@@ -116,6 +116,13 @@ def test_a_failure_to_print_does_not_end_the_drawing(here, model, monkeypatch, c
     assert len(names(here)) == 7
 
 
+def test_unknown_pieces_of_prompts_are_told_once(here, model, caplog):
+    prompts = ["a red circle \U0001f534", "a \U0001f534 cat \u65e5"]
+    assert draw("generate", model, *prompts, "-o", "a.png") == 0
+    assert caplog.text.count("\U0001f534") == 1 and caplog.text.count("\u65e5") == 1
+    assert "The tokenizer does not know" in caplog.text
+
+
 def test_a_picture_may_have_a_name_of_255_bytes(pictures, model):
     name, source = "\u00e9" * 125 + "a.png", b"photo \xff\\e\xcc\x81.png"
     os.rename("photo.png", source)

@@ -1,11 +1,17 @@
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from localdit.config import Config
+from localdit.training import options as options_module
 from localdit.training.options import parse_args, read_stages, stage_of_step
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_defaults_are_those_of_config():
@@ -53,6 +59,43 @@ def test_packages_that_are_missing_are_named(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             parse_args(["--data-root", "x", option])
         assert f"{option} needs {package}: pip install -r" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, "[Nn]o API key|api_key not configured"),
+        ({"WANDB_API_KEY": "", "RANK": "0"}, "[Nn]o API key|api_key not configured"),
+        ({"WANDB_API_KEY": "short"}, "API key must"),
+        ({"RANK": "1"}, None),
+        ({"WANDB_MODE": "offline"}, None),
+        ({"WANDB_MODE": "disabled"}, None),
+    ],
+)
+def test_wandb_without_a_login_is_refused_at_once(tmp_path, environment, reason):
+    pytest.importorskip("wandb")
+    known = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+    done = subprocess.run(
+        [sys.executable, "-m", "localdit.training", "--data-root", "gone", "--use-wandb"],
+        env=known | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)} | environment,
+        cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    last = done.stderr.splitlines()[-1] if done.stderr else ""
+    assert "Traceback" not in done.stderr
+    if reason is None:
+        assert done.returncode == 1 and "wandb login" not in done.stderr  # there is no such data
+        return
+    assert done.returncode == 2
+    assert re.search(
+        rf"error: --use-wandb can't log in: .*({reason}).*; run `wandb login`, set", last
+    )
+    assert "WANDB_MODE=offline" in last
+
+
+def test_a_dry_run_does_not_log_in(monkeypatch):
+    monkeypatch.setattr(options_module, "_log_in_to_wandb", lambda: pytest.fail("logged in"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "is there")
+    assert parse_args(["--data-root", "x", "--use-wandb", "--dry-run"]).use_wandb
 
 
 def test_the_command_line_imports_nothing_heavy():
