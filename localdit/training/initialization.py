@@ -13,7 +13,9 @@ from torch import nn
 from localdit.checkpoint import inspect_checkpoint
 from localdit.core.diffusion import prediction_type_of
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
+from localdit.training.options import PREDICTION_TYPES, check_objective
 from localdit.training.pixart import is_pixart, start_from_pixart
+from localdit.training.state import saved_options
 
 
 def encoder_sources(args: argparse.Namespace) -> dict[str, str]:
@@ -79,23 +81,18 @@ def load_transformer(
     return transformer.train()
 
 
-def load_frozen(
-    source: Path, option: str, like: LocalDiTTransformer2DModel, prediction_type: str
-) -> LocalDiTTransformer2DModel:
+def load_frozen(source: Path, like: LocalDiTTransformer2DModel) -> LocalDiTTransformer2DModel:
     """Return a further transformer that a training method needs, in float32.
 
     Args:
         source: a Diffusers folder or a checkpoint file.
-        option: the option that names it.
         like: the transformer in training; both see the same text and latents.
-        prediction_type: the prediction type of this run.
 
     Raises:
-        ValueError: if it does not fit the encoders, or predicts something else.
+        ValueError: if it does not fit the encoders.
     """
     frozen = _loaded(source)
     check_fit(frozen, like.config.caption_channels, like.config.in_channels)
-    require_same_prediction(source, prediction_type, option)
     return frozen
 
 
@@ -121,37 +118,81 @@ def _shape(source: str) -> dict[str, Any]:
 
 def _json_shape(path: Path, option: str) -> dict[str, Any]:
     """Return the arguments in a JSON file, such as a Diffusers config.json."""
-    try:
-        shape = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option}: {path} can't be read as JSON: {error}.") from None
     # A Diffusers config.json also holds entries such as `_class_name`.
-    return {name: value for name, value in shape.items() if not name.startswith("_")}
+    values = _read_json(path, option)
+    return {name: value for name, value in values.items() if not name.startswith("_")}
 
 
-def require_same_prediction(source: Path, prediction_type: str, option: str) -> None:
-    """Refuse a transformer whose scheduler has another prediction type.
+def _read_json(path: Path, option: str) -> dict[str, Any]:
+    """Return the object in a JSON file that belongs to what an option names."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise ValueError(f"{option}: {path} can't be read as JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{option}: {path} holds no JSON object, such as {{...}}.")
+    return values
 
-    Adapters and a student can't change the prediction type of a model.
+
+def settle_prediction_type(args: argparse.Namespace, checkpoint: Path | None = None) -> str | None:
+    """Set `args.prediction_type`, unless it is given, to what the weights of a run predict.
+
+    A checkpoint predicts what its run was for; `--transformer` counts beside it only if it stays
+    frozen. Weights predict what the scheduler of their pipeline, if any, is for; its folder is
+    beside theirs. New weights predict the noise, "epsilon".
 
     Args:
-        source: the transformer. The scheduler of its pipeline, if any, is in a folder beside it.
-        prediction_type: prediction type of this run.
-        option: the option that names `source`.
+        args: the options.
+        checkpoint: the checkpoint that the run resumes from, if any.
+
+    Returns:
+        A message if the weights decided.
 
     Raises:
-        ValueError: if the prediction types differ.
+        ValueError: if the weights, or the weights and the options, contradict each other.
     """
-    file = source / "../scheduler/scheduler_config.json"
-    if not file.is_file():
-        return
-    config = json.loads(file.read_text(encoding="utf-8"))
-    given = prediction_type_of({"prediction_type": prediction_type, **config})
-    if given != prediction_type:
+    saved = saved_options(checkpoint / "training") if checkpoint is not None else {}
+    named = {"--teacher": args.teacher}
+    if checkpoint is None or args.lora_rank is not None:
+        named["--transformer"] = args.transformer
+    said = {
+        f"{option} {source}": kind
+        for option, source in named.items()
+        if source is not None and (kind := _prediction_type_beside(source)) is not None
+    }
+    if len(set(said.values())) > 1:
+        both = " and ".join(f"{name} for {kind}" for name, kind in said.items())
         raise ValueError(
-            f"--prediction-type is {prediction_type}, but {option} {source} comes with a scheduler "
-            f"for {given}: give --prediction-type {given}."
+            f"The schedulers beside {both} differ: name weights that predict the same."
         )
+    given = args.prediction_type or saved.get("prediction_type")
+    for name, kind in said.items():
+        if kind not in PREDICTION_TYPES:
+            raise ValueError(
+                f"{name} comes with a scheduler for {kind}, which can't be trained; expected "
+                f"{', '.join(PREDICTION_TYPES)}."
+            )
+        if given not in (None, kind):
+            raise ValueError(
+                f"--prediction-type is {given}, but {name} comes with a scheduler for {kind}: give "
+                f"--prediction-type {kind}."
+            )
+    args.prediction_type = given or next(iter(said.values()), "epsilon")
+    check_objective(args)
+    if given is None and said:
+        return (
+            f"The prediction type is {args.prediction_type}: {next(iter(said))} comes with a "
+            "scheduler for it."
+        )
+    return None
+
+
+def _prediction_type_beside(transformer: Path) -> str | None:
+    """Return the prediction type of the scheduler in the pipeline of a transformer, if it says."""
+    file = transformer / "../scheduler/scheduler_config.json"
+    if not file.is_file():
+        return None
+    return prediction_type_of({"prediction_type": None} | _read_json(file, str(transformer)))
 
 
 def check_fit(

@@ -28,6 +28,7 @@ METHODS = {
     "fine-tuning": "fine_tuning.FineTuning",
     "knowledge-distillation": "knowledge_distillation.KnowledgeDistillation",
 }
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 METHOD_OPTIONS = ("method", "teacher")
 EXTRAS = "pip install -r requirements-train.txt"
 
@@ -132,6 +133,8 @@ def parse_args(
     """
     parser = parser or make_parser()
     args = parser.parse_args(argv)
+    if not (args.transformer or args.teacher or args.resume):  # no weights say another one
+        args.prediction_type = args.prediction_type or "epsilon"
     if args.num_workers is None:
         args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
     try:
@@ -262,9 +265,10 @@ def add_encoder_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
 
 def _add_objective_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--prediction-type", choices=["epsilon", "v_prediction", "flow"], default="epsilon",
+    add("--prediction-type", choices=PREDICTION_TYPES,
         help="what the model predicts: the noise, the velocity of diffusion, or the velocity of "
-        "flow matching")  # fmt: skip
+        "flow matching; by default what the scheduler beside --transformer or --teacher is for, or "
+        "else epsilon")  # fmt: skip
     add("--timestep-sampling", choices=["uniform", "logit_normal"], default="uniform",
         help="distribution of the timesteps in training")  # fmt: skip
     add("--min-snr-gamma", type=float,
@@ -361,10 +365,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--keep-checkpoints is {args.keep_checkpoints}; expected at least 2")
     if args.lr_schedule not in ("constant", "cosine"):
         raise ValueError(f"--lr-schedule is {args.lr_schedule!r}; expected constant or cosine")
-    if args.prediction_type == "flow" and args.min_snr_gamma is not None:
-        raise ValueError("--min-snr-gamma is for epsilon and v_prediction, not for flow")
-    if args.prediction_type != "flow" and args.flow_shift != 1:
-        raise ValueError("--flow-shift is for --prediction-type flow")
+    if args.prediction_type is not None:
+        check_objective(args)
     if args.transformer and not args.transformer.exists():
         raise ValueError(f"--transformer {args.transformer} does not exist")
     if (args.method == "knowledge-distillation") != (args.teacher is not None):
@@ -396,6 +398,14 @@ def _log_in_to_wandb() -> None:
             f"--use-wandb can't log in: {' '.join(str(error).split()).rstrip('.')}; run `wandb "
             "login`, set WANDB_API_KEY, or set WANDB_MODE=offline to upload the run later"
         ) from error
+
+
+def check_objective(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option about the objective is for another prediction type."""
+    if args.prediction_type == "flow" and args.min_snr_gamma is not None:
+        raise ValueError("--min-snr-gamma is for epsilon and v_prediction, not for flow")
+    if args.prediction_type != "flow" and args.flow_shift != 1:
+        raise ValueError("--flow-shift is for --prediction-type flow")
 
 
 def _check_lora(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from localdit.training.data.stage_data import (
     held_out_batches,
     stage_batches,
 )
+from localdit.training.initialization import settle_prediction_type
 from localdit.training.methods import Method
 from localdit.training.optimizer import learning_rate
 from localdit.training.options import Stage, stage_of_step
@@ -217,6 +218,14 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     """
     accelerator = start_processes(args)
     agreement = Agreement(accelerator)
+
+    def settle(checkpoint: Path | None) -> None:
+        message = agreement.on_all(partial(settle_prediction_type, args, checkpoint))
+        if message:
+            accelerator.print(message)
+
+    if not args.resume:
+        settle(None)
     data = agreement.on_main(lambda: find_data(args))
     if args.dry_run:
         for stage, stage_data in zip(args.stages, data, strict=True):
@@ -230,6 +239,8 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
 
     run = RunFolder(args.output)
     checkpoint = agreement.on_main(lambda: run.open(args.resume))
+    if args.resume:
+        settle(checkpoint)
     set_seed(args.seed)  # the models start the same in every process
     models = agreement.on_all(lambda: load_models(args, data, accelerator))
     method = models.method

@@ -244,7 +244,6 @@ def _result_folder(
             encoder_classes(sources),
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
-    initialization.require_same_prediction(args.transformer, args.prediction_type, "--transformer")
     add_adapters(transformer, args)
     return AdapterFolder(transformer, args.transformer, fingerprint)
 

@@ -1,10 +1,12 @@
+import json
 import math
 
 import pytest
 import torch
 
 from localdit.models import LocalDiTTransformer2DModel
-from localdit.training.initialization import initialize_weights
+from localdit.training.initialization import initialize_weights, settle_prediction_type
+from localdit.training.options import parse_args
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,66 @@ def test_an_untrained_model_predicts_zero(transformer):
         return_dict=False,
     )[0]
     assert (sample == 0).all()
+
+
+def says(folder, kind):
+    """Write a scheduler beside a transformer, and return the transformer's folder."""
+    (folder / "scheduler").mkdir(parents=True)
+    config = {"_class_name": "DDIMScheduler"} | ({"prediction_type": kind} if kind else {})
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    (folder / "transformer").mkdir()
+    return folder / "transformer"
+
+
+def settled(*options, checkpoint=None):
+    args = parse_args(["--data-root", "x", *map(str, options)])
+    message = settle_prediction_type(args, checkpoint)
+    return args.prediction_type, message
+
+
+def test_the_scheduler_beside_the_weights_says_what_they_predict(tmp_path):
+    velocity, silent = says(tmp_path / "v", "v_prediction"), says(tmp_path / "silent", None)
+    kind, message = settled("--transformer", velocity)
+    assert kind == "v_prediction"
+    assert f"--transformer {velocity} comes with a scheduler for it" in message
+    assert settled("--transformer", velocity, "--prediction-type", kind) == (kind, None)
+    assert settled("--transformer", silent) == ("epsilon", None)
+    assert settled("--transformer", silent, "--prediction-type", "flow") == ("flow", None)
+    assert settled() == ("epsilon", None)
+    distil = ["--method", "knowledge-distillation", "--teacher", velocity]
+    assert settled(*distil)[0] == "v_prediction"
+    assert settled(*distil, "--transformer", silent)[0] == "v_prediction"
+    flow = says(tmp_path / "flow", "flow_prediction")
+    assert settled("--transformer", flow, "--flow-shift", "3")[0] == "flow"
+
+
+def test_weights_and_options_that_contradict_each_other_are_refused(tmp_path):
+    noise, velocity = says(tmp_path / "n", "epsilon"), says(tmp_path / "v", "v_prediction")
+    distil = ["--method", "knowledge-distillation", "--teacher", velocity]
+    for options, message in [
+        (["--transformer", velocity, "--prediction-type", "epsilon"],
+         f"is epsilon, but --transformer {velocity} comes with .* give --prediction-type v_pred"),
+        ([*distil, "--prediction-type", "flow"], "is flow, but --teacher .* v_prediction"),
+        ([*distil, "--transformer", noise], "The schedulers beside --teacher .* differ"),
+        (["--transformer", says(tmp_path / "x", "sample")], "for sample, which can't be trained"),
+        (["--transformer", velocity, "--flow-shift", "3"], "--flow-shift is for"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            settled(*options)
+    for content in ("[1]", "{", "[" * 100_000):
+        (tmp_path / "v/scheduler/scheduler_config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"transformer: .*scheduler_config\.json"):
+            settled("--transformer", velocity)
+
+
+def test_a_resumed_run_keeps_its_prediction_type(tmp_path):
+    velocity = says(tmp_path / "v", "v_prediction")
+    (tmp_path / "training").mkdir()
+    values = {"options": {"prediction_type": "epsilon"}}
+    (tmp_path / "training/state.json").write_text(json.dumps(values))
+    resumed = ["--transformer", velocity, "--resume", "auto"]
+    assert settled(*resumed, checkpoint=tmp_path) == ("epsilon", None)
+    assert settled(*resumed)[0] == "v_prediction"  # nothing to resume yet
+    assert settled("--resume", "auto") == ("epsilon", None)
+    with pytest.raises(ValueError, match="is epsilon, but --transformer"):  # it stays frozen
+        settled(*resumed, "--lora-rank", "2", checkpoint=tmp_path)

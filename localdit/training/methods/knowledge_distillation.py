@@ -48,7 +48,7 @@ class KnowledgeDistillation(FineTuning):
         device: torch.device,
     ) -> KnowledgeDistillation:
         """Load the teacher that `--teacher` names; see `FineTuning.from_options`."""
-        teacher = load_frozen(args.teacher, "--teacher", transformer, args.prediction_type)
+        teacher = load_frozen(args.teacher, transformer)
         return cls(transformer, objective, args.lora_rank is not None, teacher.to(device))
 
     def losses(
