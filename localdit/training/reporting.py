@@ -53,8 +53,8 @@ class Reporter:
                 f"{self.accelerator.device.type} x {stage.gradient_accumulation_steps} = "
                 f"{stage.global_batch(processes)} samples to a step"
             )
-            if found.faults.total:
-                self.say(str(found.faults))
+            for text in filter(None, (found.splits(), str(found.faults))):
+                self.say(text)
         if not self.can_draw:
             self.say("curves.png needs matplotlib: pip install matplotlib")
         self.step = step

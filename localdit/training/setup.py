@@ -76,7 +76,9 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
     data = []
     for stage in args.stages:
         if stage.data_root not in found:
-            found[stage.data_root] = find_samples(stage.data_root, args.data_format)
+            found[stage.data_root] = find_samples(
+                stage.data_root, args.data_format, output=args.output
+            )
         pixels_per_token = _pixels_per_latent(args, found[stage.data_root]) * shape.get(
             "patch_size", 2
         )

@@ -19,6 +19,9 @@ from localdit.training.data.listings import (
     list_pictures,
     list_saved,
     metadata_files,
+    other_saved_splits,
+    other_splits,
+    printable,
     split_suffix,
 )
 from localdit.training.data.pictures import inspect_picture
@@ -37,13 +40,14 @@ from localdit.training.data.tars import COMPRESSED_SUFFIXES, find_tars, list_tar
 FORMATS = {
     "folder": "pictures, each with a .txt, .caption or .json of its name beside it",
     "metadata": "pictures and a metadata.jsonl, metadata.csv or metadata.parquet that names them",
-    "webdataset": "WebDataset tars",
+    "webdataset": "WebDataset tars; a picture and its .txt, .caption or .json share a name",
     "saved": "a Hugging Face dataset, written by its save_to_disk",
     "encoded": "written by python -m localdit.training.encode",
 }
 # A command's output, or an address on a network, both of which WebDataset itself takes.
 STREAM = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+:/")
 CHUNK = 64  # candidates per task of a thread
+NAMES = 6  # of files, listed where there is no data
 MANY = 5000  # candidates from which on a progress bar is shown
 
 
@@ -56,15 +60,47 @@ class Found:
         samples: the samples, in an order that is the same on every machine.
         faults: the broken samples.
         encoded: the set that encoded samples belong to, otherwise None.
+        other_splits: folders or names of the splits that are left out.
+        contents: description of the files in a folder.
     """
 
     format: str
     samples: list[Sample]
     faults: Faults = field(default_factory=Faults)
     encoded: EncodedSet | None = None
+    other_splits: list[str] = field(default_factory=list)
+    contents: str = ""
+
+    def splits(self) -> str:
+        """Return a line about the splits; "" if the data is not split."""
+        others = ", ".join(self.other_splits)
+        return f"Splits: train is used; left out: {others}" if others else ""
+
+    def require_samples(self, data_root: str | Path) -> None:
+        """Refuse data without a sound sample, with the reason.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.samples:
+            return
+        broken = f"all {self.faults.total:,} are broken:\n{self.faults}"
+        lines = [
+            f"{data_root} has no sample that can be used: "
+            + (broken if self.faults.total else "it is empty."),
+            f"Expected {FORMATS[self.format]}.",
+            self.contents,
+            self.splits(),
+        ]
+        raise ValueError("\n".join(filter(None, lines)))
 
 
-def find_samples(data_root: str | Path, data_format: str = "auto", progress: bool = True) -> Found:
+def find_samples(
+    data_root: str | Path,
+    data_format: str = "auto",
+    progress: bool = True,
+    output: Path | None = None,
+) -> Found:
     """Find the samples to train on.
 
     Every caption is read and every picture's header; pictures are not decoded.
@@ -74,6 +110,7 @@ def find_samples(data_root: str | Path, data_format: str = "auto", progress: boo
             or `{a,b}` for several.
         data_format: one of `FORMATS`, or "auto" to recognise it by the files.
         progress: show a progress bar if there are many samples.
+        output: folder that is written to. If it is within `data_root`, it holds no data.
 
     Raises:
         FileNotFoundError: if nothing exists at `data_root`.
@@ -92,14 +129,23 @@ def find_samples(data_root: str | Path, data_format: str = "auto", progress: boo
     root = Path(data_root)
     if not root.is_dir():
         return Found("webdataset", *examine(_list_tars(str(data_root), data_format), progress))
+    if output is not None and output.resolve() == root.resolve():
+        raise ValueError(f"--output {output} is the folder of the data. Choose another.")
     if data_format == "auto":
         data_format = _marked_format(root) or "auto"
     if data_format == "encoded":
         return Found("encoded", *open_encoded(root))
     if data_format == "saved":
-        return Found("saved", *examine(list_saved(root), progress))
-    data_format, listing = _list_folder(root, data_format)
-    return Found(data_format, *examine(listing, progress))
+        samples, faults = examine(list_saved(root), progress)
+        return Found("saved", samples, faults, other_splits=other_saved_splits(root))
+    files = list_files(root, without=output)
+    splits = other_splits(files)
+    beginnings = tuple(f"{folder}/" for folder in splits)
+    files = [file for file in files if not file.startswith(beginnings)]
+    data_format, listing = _list_folder(root, files, data_format)
+    listing = [entry for entry in listing if not entry.id.startswith(beginnings)]
+    samples, faults = examine(listing, progress)
+    return Found(data_format, samples, faults, other_splits=splits, contents=_contents(files))
 
 
 def examine(
@@ -163,9 +209,10 @@ def _list_tars(pattern: str, data_format: str) -> list[Candidate | Fault]:
     return list_tars(tars)
 
 
-def _list_folder(root: Path, data_format: str) -> tuple[str, list[Candidate | Fault]]:
-    """Return the format of a folder, and its candidates."""
-    files = list_files(root)
+def _list_folder(
+    root: Path, files: Sequence[str], data_format: str
+) -> tuple[str, list[Candidate | Fault]]:
+    """Return the format of a folder with these files, and its candidates."""
     if data_format == "auto":
         data_format = _recognize(root, files)
     if data_format == "folder":
@@ -231,4 +278,5 @@ def _contents(files: Sequence[str]) -> str:
     """Describe the files that were found instead."""
     suffixes = Counter(f".{_suffix(file)}" if _suffix(file) else "no suffix" for file in files)
     kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in suffixes.most_common(5))
-    return f"Found {len(files):,} files" + (f": {kinds}." if files else ".")
+    names = ", ".join(printable(file) for file in files[:NAMES])
+    return f"Found {len(files):,} files" + (f": {kinds}. The first: {names}." if files else ".")

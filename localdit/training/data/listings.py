@@ -37,6 +37,11 @@ PICTURE_SUFFIXES = frozenset(
     {"bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm"}
     | {"tif", "tiff", "webp"}
 )
+# Data with several splits is trained on the first of these, and not on the others.
+TRAIN_SPLITS = ("train", "training")
+OTHER_SPLITS = frozenset(
+    {"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 MAX_LINE = 10_000_000  # characters of a line of a metadata file
@@ -83,6 +88,23 @@ def list_files(root: Path, without: Path | None = None) -> list[str]:
                 elif entry.is_file() or not os.path.exists(entry.path):
                     files.append(name)  # a broken link is reported when it is opened
     return sorted(files)
+
+
+def other_splits(files: Sequence[str]) -> list[str]:
+    """Return the folders of splits beside one for training, such as `test` beside `train`.
+
+    Args:
+        files: the result of `list_files`.
+    """
+    parents = {PurePosixPath(posixpath.dirname(file)) for file in files}
+    folders = parents | {above for folder in parents for above in folder.parents}
+    lower = {str(folder).lower() for folder in folders}
+    return sorted(
+        str(folder)
+        for folder in folders
+        if folder.name.lower() in OTHER_SPLITS
+        and any(str(folder.with_name(name)).lower() in lower for name in TRAIN_SPLITS)
+    )
 
 
 def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
@@ -343,7 +365,7 @@ class Cell(NamedTuple):
 
 
 def list_saved(root: Path) -> list[Candidate | Fault]:
-    """Return the rows of a saved dataset; of several splits, those of "train".
+    """Return the rows of a saved dataset; of several splits, those of the first in `TRAIN_SPLITS`.
 
     Raises:
         ValueError: if it can't be opened, or has no such split or columns.
@@ -360,6 +382,17 @@ def list_saved(root: Path) -> list[Candidate | Fault]:
             caption = pick_caption(dict(zip(captions, texts, strict=True)))
             listing.append(Candidate(f"{prefix} {row}", cell, caption))
     return listing
+
+
+def other_saved_splits(root: Path) -> list[str]:
+    """Return the splits of a saved dataset that `list_saved` leaves out."""
+    file = root / "dataset_dict.json"
+    names = json.loads(file.read_text(encoding="utf-8"))["splits"] if file.is_file() else []
+    return [name for name in names if len(names) > 1 and name != _train_split(names)]
+
+
+def _train_split(names: Sequence[str]) -> str | None:
+    return next((name for name in TRAIN_SPLITS if name in names), None)
 
 
 @lru_cache(maxsize=8)
@@ -390,8 +423,9 @@ def _open(folder: str, split: str | None = None) -> tuple[Any, str | None]:
     if not isinstance(dataset, DatasetDict):
         return dataset, None
     names = list(dataset)
-    split = split or ("train" if len(names) != 1 else names[0])
-    if split not in dataset:
+    if split is None:
+        split = names[0] if len(names) == 1 else _train_split(names)
+    if split is None:
         raise ValueError(
             f"{folder} has the splits {', '.join(names) or '(none)'}, none of them called train. "
             "Give the folder of one split."

@@ -58,6 +58,7 @@ class StageData:
         Raises:
             ValueError: if there is no sample to visit.
         """
+        self.found.require_samples(stage.data_root)
         visited = self.buckets.copy()
         visited[self.held_out] = -1
         if not (visited >= 0).any():
@@ -117,7 +118,7 @@ def prepare_data(
         buckets = assign_buckets(shapes, sizes, max_upscale)
     usable = np.flatnonzero(buckets >= 0)
     ids = [found.samples[index].id for index in usable]
-    held_out = [int(usable[index]) for index in hold_out(ids, validation_samples)]
+    held_out = [int(usable[index]) for index in hold_out(ids, validation_samples if ids else 0)]
     return StageData(found, sizes, buckets, sorted(held_out))
 
 
@@ -173,6 +174,7 @@ def dry_run_report(data: StageData, global_batch: int) -> str:
     broken, total = found.faults.total, len(found.samples) + found.faults.total
     sections = [
         f"Format: {found.format} ({FORMATS[found.format]})",
+        *filter(None, [found.splits()]),
         f"Samples: {len(found.samples) - too_small:,} to train on, {too_small:,} too small, "
         f"{broken:,} broken ({broken / max(total, 1):.1%} of {total:,})",
     ]

@@ -37,8 +37,8 @@ from localdit.training.data.encoded import (
     tar_path,
     unwritten_shards,
 )
-from localdit.training.data.finding import find_samples
-from localdit.training.data.samples import Faults, require_few
+from localdit.training.data.finding import Found, find_samples
+from localdit.training.data.samples import require_few
 from localdit.training.encode.shards import (
     DiskNeed,
     Plan,
@@ -59,14 +59,14 @@ class Job:
 
     Attributes:
         plan: the samples.
-        faults: the broken samples that were found.
+        found: the data, with the broken samples.
         manifest: manifest of the set to write.
         need: the disk space that the samples need.
         encoders: the encoders on the device.
     """
 
     plan: Plan
-    faults: Faults
+    found: Found
     manifest: Manifest
     need: DiskNeed
     encoders: Encoders
@@ -92,8 +92,10 @@ class Job:
             lines.append(
                 f"Left out because they are too small (--max-upscale): {self.plan.too_small:,}"
             )
-        if self.faults.total:
-            lines.append(f"Left out because they are broken: {self.faults.total:,}\n{self.faults}")
+        if splits := self.found.splits():
+            lines.append(splits)
+        if (faults := self.found.faults).total:
+            lines.append(f"Left out because they are broken: {faults.total:,}\n{faults}")
         need, total = self.need, self.bytes_of(range(self.plan.num_shards))
         shards = unwritten_shards(folder, self.manifest)
         lines += [
@@ -138,16 +140,17 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet:
     latents = LatentFormat.from_config(vae_config(locate_encoder("vae", sources["vae"])))
     pixels_per_token = latents.pixels_per_latent * args.patch_size
     check_image_size(args.image_size, pixels_per_token)
-    found = find_samples(args.data_root, args.data_format, progress=not quiet)
+    found = find_samples(args.data_root, args.data_format, not quiet, args.output)
     if found.encoded is not None:
         raise ValueError(f"--data-root {args.data_root} is already encoded: give the pictures.")
+    found.require_samples(args.data_root)
     require_few(found.faults, len(found.samples), args.max_broken)
     plan = make_plan(found.samples, args, pixels_per_token)
 
     encoders = load_encoders(sources, torch.bfloat16 if device.type == "cuda" else torch.float32)
     manifest = _manifest(args, command, plan, sources, encoders)
     encoders.to(device)
-    return Job(plan, found.faults, manifest, disk_need(plan, encoders.text, manifest), encoders)
+    return Job(plan, found, manifest, disk_need(plan, encoders.text, manifest), encoders)
 
 
 def _manifest(
@@ -253,7 +256,7 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
     batch_size = 2 if job.encoders.vae.device.type == "cpu" else args.batch_size
     pictures = read_pictures(plan, shards, batch_size, args.num_workers)
     total, broken = sum(len(plan.shard(shard)) for shard in shards), 0
-    faults = deepcopy(job.faults)
+    faults = deepcopy(job.found.faults)
     with tqdm(total=total, desc="Encoding", unit=" samples", disable=quiet or None) as progress:
         encoder = ShardEncoder(
             args.output, job.manifest, plan, job.encoders, batch_size, progress.update

@@ -59,9 +59,11 @@ def test_a_saved_dataset(tmp_path):
     dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     dataset.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "split")
-    for folder in ("one", "split"):
+    datasets.DatasetDict(test=dataset, training=dataset).save_to_disk(tmp_path / "two")
+    for folder, others in (("one", []), ("split", []), ("two", ["test"])):
         found = find_samples(tmp_path / folder)
         assert (found.format, found.samples[0].captions) == ("saved", ("of a",))
+        assert (len(found.samples), found.other_splits) == (1, others)
 
 
 def test_encoded_data_is_opened_by_its_own_reader(tmp_path, monkeypatch):
@@ -112,6 +114,77 @@ def test_pictures_without_captions_are_counted(tmp_path):
     write_files(tmp_path, {"a.jpg": PICTURE, "b.jpg": PICTURE})
     found = find_samples(tmp_path)
     assert (found.format, found.samples, found.faults.counts) == ("folder", [], {"no caption": 2})
+
+
+def test_where_nothing_can_be_used_the_reason_is_told(tmp_path):
+    names = {"a.jpg": PICTURE, "a.jpg.txt": "of a"}
+    write_files(tmp_path, {f"beside/{name}": content for name, content in names.items()})
+    write_files(tmp_path, {"tar/000.tar": tar_bytes([("a.jpg", PICTURE), ("a.cls", "5")])})
+    write_files(tmp_path, {"empty/metadata.jsonl": METADATA["metadata.jsonl"]})
+    messages = {
+        "beside": r"all 1 are broken:\n1 no caption .*a\.jpg\n.*\.txt, \.caption or \.json of its "
+        r"name beside it\.\nFound 2 files: .*The first: a\.jpg, a\.jpg\.txt",
+        "tar": r"all 1 are broken:\n1 no caption .*000\.tar/a\n.*\.txt, \.caption or \.json share",
+        "empty": r"1 missing \(the picture does not exist\): pictures/a\.jpg",
+    }
+    for folder, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            find_samples(tmp_path / folder).require_samples(folder)
+    with pytest.raises(ValueError, match="data has no sample that can be used: it is empty"):
+        Found("saved", []).require_samples("data")
+
+
+def test_the_output_is_no_data(tmp_path):
+    write_files(tmp_path, BESIDE)
+    before = find_samples(tmp_path, output=tmp_path / "run")
+    write_files(tmp_path, {"run/validation/1.png": PICTURE, "run/b.tar": TARS["000.tar"]})
+    found = find_samples(tmp_path, output=tmp_path / "run")
+    assert (found.samples, found.contents) == (before.samples, before.contents)
+    assert found.faults.total == 0
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    assert find_samples(tmp_path.parent / "link", output=tmp_path / "run").samples[0].id == "a.jpg"
+    (tmp_path.parent / "link").unlink()
+    with pytest.raises(ValueError, match="--output .* is the folder of the data"):
+        find_samples(tmp_path, output=tmp_path / "run/..")
+
+
+LINE = METADATA["metadata.jsonl"].replace("pictures/", "")
+
+
+@pytest.mark.parametrize(
+    ("files", "samples", "others"),
+    [
+        (["train/a.jpg", "test/a.jpg", "eval/a.jpg"], ["train/a.jpg"], ["eval", "test"]),
+        (["cats/Train/a.jpg", "cats/Val/a.jpg", "dogs/a.jpg"], ["cats/Train/a.jpg", "dogs/a.jpg"],
+         ["cats/Val"]),
+        (["training/x/a.jpg", "dev/x/a.jpg", "a.jpg"], ["a.jpg", "training/x/a.jpg"], ["dev"]),
+        (["test/a.jpg", "validation/a.jpg"], ["test/a.jpg", "validation/a.jpg"], []),
+        (["train/a.jpg", "boat/a.jpg"], ["boat/a.jpg", "train/a.jpg"], []),
+        (["testing ground/a.jpg", "train/a.jpg"], ["testing ground/a.jpg", "train/a.jpg"], []),
+    ],
+)  # fmt: skip
+def test_of_several_splits_the_one_for_training_is_used(tmp_path, files, samples, others):
+    for file in files:
+        write_files(tmp_path / "folder", {file: PICTURE, file.replace("jpg", "txt"): "of a"})
+        jsonl = file.replace("a.jpg", "metadata.jsonl")
+        write_files(tmp_path / "metadata", {file: PICTURE, jsonl: LINE})
+        write_files(tmp_path / "webdataset", {file.replace("jpg", "tar"): TARS["000.tar"]})
+    for name in ("folder", "metadata", "webdataset"):
+        found = find_samples(tmp_path / name)
+        ids = [sample.id.replace("a.tar/a", "a.jpg") for sample in found.samples]
+        assert (ids, found.other_splits) == (samples, others)
+        assert found.splits() == (
+            f"Splits: train is used; left out: {', '.join(others)}" if others else ""
+        )
+
+
+def test_one_metadata_file_may_name_all_splits(tmp_path):
+    names = ["test/a.jpg", "train/a.jpg"]
+    rows = [json.dumps({"file_name": name, "text": name}) for name in names]
+    write_files(tmp_path, {"metadata.jsonl": "\n".join(rows), **dict.fromkeys(names, PICTURE)})
+    found = find_samples(tmp_path)
+    assert [sample.id for sample in found.samples] == ["train/a.jpg"]
+    assert (found.other_splits, found.faults.total) == (["test"], 0)
 
 
 def test_missing_and_empty_data_is_refused(tmp_path):
