@@ -153,7 +153,8 @@ def run(
 def print_all_characters() -> None:
     r"""Let stdout and stderr print characters that their encoding lacks, as `\xe9` and so on."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        partial = getattr(stream, "errors", None) in ("strict", "surrogateescape")
+        if partial and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -186,8 +187,9 @@ def put(text: str, stream: TextIO | None) -> OSError | None:
         stream.write(text)
         stream.flush()
         return None
-    except OSError as error:
-        with contextlib.suppress(OSError):  # a stream that is no file
+    except (OSError, ValueError) as error:  # a ValueError, if the stream is closed
+        with contextlib.suppress(OSError, ValueError):  # a stream that is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        gone = isinstance(error, BrokenPipeError)
-        return error if gone else OSError(f"can't print: {error.strerror}")
+        if isinstance(error, BrokenPipeError):
+            return error
+        return OSError(f"can't print: {getattr(error, 'strerror', None) or error}")

@@ -112,7 +112,9 @@ def test_a_closed_pipe_prints_no_error():
     assert process.returncode == 1
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8", "utf-16"])
+@pytest.mark.parametrize(
+    "encoding", ["cp1252", "ascii", "latin-1", "utf-8", "utf-16", "ascii:surrogateescape"]
+)
 def test_characters_that_the_output_lacks_are_printed_as_escapes(encoding):
     text = "caf\xe9 \U0001f534 \udcff"
     done = subprocess.run(
@@ -121,6 +123,7 @@ def test_characters_that_the_output_lacks_are_printed_as_escapes(encoding):
         capture_output=True,
     )
     assert done.returncode == 1
+    encoding = encoding.split(":")[0]
     expected = text.encode(encoding, "backslashreplace").decode(encoding)
     assert done.stdout.decode(encoding) == f"{expected}\n"
     assert done.stderr.decode(encoding) == f"program: error: {expected}\n"
