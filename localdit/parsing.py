@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 from .errors import PYTHON, Vocabulary, wording
 from .files import is_unicode
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
         more = "" if "; " in message else f" (see `{self.prog} --help`)"
-        say(f"{self.prog}: error: {one_line(message)}{more}", sys.stderr)
+        say(f"{self.prog}: error: {one_line(message)}{more}", "stderr")
         raise SystemExit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -111,7 +111,7 @@ class Reporting:
         if isinstance(error, SystemExit):  # argparse: 0 after --help, 2 after a mistake
             self.status = error.code if isinstance(error.code, int) else 1
         elif isinstance(error, KeyboardInterrupt):
-            say(f"{self.prog}: interrupted", sys.stderr)
+            say(f"{self.prog}: interrupted", "stderr")
             self.status = 130
         elif isinstance(error, BrokenPipeError):  # the reader, such as `head`, has finished
             self.status = 1
@@ -119,7 +119,7 @@ class Reporting:
             if self.debug:
                 traceback.print_exception(error)
             message = " ".join(wording(error, self.vocabulary).split()) or type(error).__name__
-            say(f"{self.prog}: error: {one_line(message)}", sys.stderr)
+            say(f"{self.prog}: error: {one_line(message)}", "stderr")
             self.status = 2 if isinstance(error, UsageError) else 1
         else:
             return False
@@ -163,20 +163,19 @@ def one_line(text: str) -> str:
     return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def say(text: str, stream: TextIO | None) -> None:
-    """Print a text and a line end at once. A failure to print does not end the work.
-
-    Args:
-        text: one line or more.
-        stream: stdout or stderr; None if the process was started without it.
-    """
-    failure = put(f"{text}\n", stream)
-    if failure and stream is not sys.stderr and not isinstance(failure, BrokenPipeError):
-        say(f"warning: {failure}", sys.stderr)
+def say(text: str, stream: Literal["stdout", "stderr"] = "stdout") -> None:
+    """Print one or more lines at once. A failure to print does not end the work."""
+    failure = put(f"{text}\n", getattr(sys, stream))
+    if failure and stream != "stderr" and not isinstance(failure, BrokenPipeError):
+        say(f"warning: {failure}", "stderr")
 
 
 def put(text: str, stream: TextIO | None) -> OSError | None:
     """Write what a stream holds, and a text; if that fails, all further output vanishes.
+
+    Args:
+        text: what to write.
+        stream: stdout or stderr; None if the process was started without it.
 
     Returns:
         What went wrong: a `BrokenPipeError` if the reader has finished, such as `head`.

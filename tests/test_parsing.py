@@ -157,7 +157,7 @@ def test_output_that_fails_ends_in_a_status_and_no_work_that_says_something(
     assert (tmp_path / "last").exists()
 
 
-SAY_AND_WRITE = "for _ in 'abc': say('x' * 100_000, sys.stdout)\n    open('last', 'w')"
+SAY_AND_WRITE = "for _ in 'abc': say('x' * 100_000)\n    open('last', 'w')"
 
 
 def test_after_the_reader_has_gone_work_goes_on(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -135,7 +134,7 @@ def _first_picture(job: Job, pipe: LocalDiTPipeline) -> Path:
     saved = sorted(folder.glob("t2i_[0-9]*.png"))
     if saved:
         return saved[0]
-    say(f"{folder} has no picture of infer_t2i.py yet; drawing one to start from.", sys.stdout)
+    say(f"{folder} has no picture of infer_t2i.py yet; drawing one to start from.")
     prompts = job.model.preset.t2i[:1]
     return draw(replace(job, prompts=prompts, output=Output(folder, "t2i"), grid=False), pipe)[0]
 
@@ -181,10 +180,10 @@ def draw(job: Job, pipe: LocalDiTPipeline) -> list[Path]:
         for picture in batch:
             settings = _settings(job, pipe, len(paths))
             paths.append(job.output.save(picture, len(paths), settings))
-            say(one_line(f"{paths[-1]}: {settings['prompt']}"), sys.stdout)
+            say(one_line(f"{paths[-1]}: {settings['prompt']}"))
     if job.grid:
         sheet = job.output.save_grid(image_grid([load_image(path) for path in paths]))
-        say(one_line(str(sheet)), sys.stdout)
+        say(one_line(str(sheet)))
     return paths
 
 

@@ -220,7 +220,7 @@ def report_fallback(choice: Choice) -> None:
         say(
             f"The released weights are not in {Config.ckpt_path} (to download them: "
             f"{DOWNLOAD_COMMAND}); using the small model in the box.",
-            sys.stderr,
+            "stderr",
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
+from localdit.parsing import say
 from localdit.training.options import make_parser, parse_args
 from localdit.training.shutdown import StopRequest, TrainingStopped, run_and_exit
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             train(session)
     except TrainingStopped as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            say(f"{parser.prog}: error: {error}", "stderr")
         return 1
     return 0
 

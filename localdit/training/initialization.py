@@ -13,6 +13,7 @@ from torch import nn
 from localdit.checkpoint import inspect_checkpoint
 from localdit.core.diffusion import prediction_type_of
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
+from localdit.parsing import say
 from localdit.training.options import PREDICTION_TYPES, check_objective
 from localdit.training.pixart import is_pixart, start_from_pixart
 from localdit.training.state import saved_options
@@ -72,7 +73,7 @@ def load_transformer(
         transformer = LocalDiTTransformer2DModel(**shape)
         initialize_weights(transformer)
         if source is not None:
-            print(start_from_pixart(transformer, source))
+            say(str(start_from_pixart(transformer, source)))
     else:
         transformer = _loaded(source)
     check_fit(transformer, text_width, latent_channels)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from localdit import parsing
 from localdit.files import whole_file
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData
@@ -71,7 +72,8 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a message above the progress bar."""
         if self.main:
-            tqdm.write(text)
+            with tqdm.external_write_mode():
+                parsing.say(text)
 
     def line(self, line: dict[str, Any]) -> None:
         """Log a line of metrics."""

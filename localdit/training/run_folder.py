@@ -13,6 +13,7 @@ from PIL import Image
 
 from localdit.files import LOCK, lock_folder, whole_file
 from localdit.images import image_grid, prepare_output_folder, save_image
+from localdit.parsing import say
 from localdit.training.checkpointing import (
     DamagedCheckpoint,
     checkpoints,
@@ -86,7 +87,7 @@ class RunFolder:
         Later checkpoints are set aside, and later lines of the logs are dropped.
         """
         for message in set_aside_after(self.path, step):
-            print(message)
+            say(message)
         for file in self.path.glob("*.jsonl"):
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
@@ -115,7 +116,7 @@ class RunFolder:
             return Path(resume)
         checkpoint, skipped = newest_checkpoint(self.path)
         for reason in skipped:
-            print(reason)
+            say(reason)
         if checkpoint is None and checkpoints(self.path):
             raise ValueError(
                 f"All checkpoints in {self.path} are damaged: "

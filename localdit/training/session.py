@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from localdit.parsing import say
 from localdit.training.data.batches import Batch, Draws
 from localdit.training.data.order import Step
 from localdit.training.data.samples import require_few
@@ -221,8 +222,8 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
 
     def settle(checkpoint: Path | None) -> None:
         message = agreement.on_all(partial(settle_prediction_type, args, checkpoint))
-        if message:
-            accelerator.print(message)
+        if message and accelerator.is_local_main_process:
+            say(message)
 
     if not args.resume:
         settle(None)
@@ -230,7 +231,8 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     if args.dry_run:
         for stage, stage_data in zip(args.stages, data, strict=True):
             batch = stage.global_batch(accelerator.num_processes)
-            accelerator.print(dry_run_report(stage_data, batch))
+            if accelerator.is_local_main_process:
+                say(dry_run_report(stage_data, batch))
     for found in (stage_data.found for stage_data in data):
         faults, healthy = found.faults, len(found.samples)
         agreement.on_main(partial(require_few, faults, healthy, args.max_broken))

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
+from localdit.parsing import put
+
 # Sent by schedulers and people: a cluster's time limit, Ctrl-C, `scancel --signal=USR1`.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
@@ -70,6 +72,6 @@ def run_and_exit(main: Callable[[], int]) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        put("", stream)
     os._exit(code)

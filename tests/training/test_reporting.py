@@ -52,6 +52,14 @@ def test_wandb_works_offline_and_resumes_its_run(run, monkeypatch):
     assert len(list(folder.rglob("validation_*.png"))) >= 2
 
 
+def test_a_failure_to_print_does_not_end_the_run(run, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        folder = run()
+    assert (folder / "final").is_dir()
+    assert "warning: can't print: No space left on device" in capsys.readouterr().err
+
+
 def test_an_unwritable_log_does_not_end_the_run(run, monkeypatch, capsys):
     def full(self, line, name="metrics.jsonl"):
         raise OSError(28, "No space left on device")

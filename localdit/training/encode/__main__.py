@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localdit.config import Config
-from localdit.parsing import Parser
+from localdit.parsing import Parser, say
 from localdit.training.options import (
     HelpFormatter,
     add_data_options,
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _require_same(agreement, job.manifest.digest())
         agreement.on_main(lambda: check_folder(args.output, job.manifest))
         if is_main:
-            print(job.describe(args.output), flush=True)
+            say(job.describe(args.output))
         agreement.on_main(lambda: job.require_space(args.output))
         if args.dry_run:
             return 0
@@ -121,10 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         agreement.on_all(lambda: encode(args, job, share, quiet=not is_main))
         summary = agreement.on_main(lambda: report(args, job))
         if is_main:
-            print(summary)
+            say(summary)
     except TrainingStopped as stopped:
         if is_main:
-            print(f"{PROGRAM}: error: {stopped}", file=sys.stderr)
+            say(f"{PROGRAM}: error: {stopped}", "stderr")
         return 1
     finally:
         accelerator.end_training()
