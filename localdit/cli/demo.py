@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
-from ..parsing import Parser, run
+from ..parsing import Parser, run, say
 from . import arguments
 from .arguments import COMMAND_LINE, usage_errors
 from .drawing import load, picture_settings
@@ -85,7 +85,7 @@ def demo(args: argparse.Namespace) -> None:
         from ..demo.page import launch
 
         address = launch(page, args.host, port)
-        print(f"LocalDiT is at {address} (Ctrl+C ends it)", flush=True)
+        say(f"LocalDiT is at {address} (Ctrl+C ends it)")
         try:
             wait_for_the_end()
         finally:

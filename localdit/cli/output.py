@@ -96,6 +96,9 @@ def plan_output(
 
 def _check_name(path: Path, overwrite: bool) -> None:
     """Check that a picture can get a name, before it is drawn."""
+    is_reserved = getattr(os.path, "isreserved", None)  # on Windows, from Python 3.13 on
+    if is_reserved and is_reserved(path):
+        raise OSError(f"--output: {path} can't be the name of a file: Windows reserves it")
     try:
         os.lstat(path)  # not `exists`, which takes a link to nowhere or a bad name for a free one
     except (FileNotFoundError, NotADirectoryError):

@@ -281,7 +281,7 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(path: Path) -> Iterator[Path]:
     """Make a temporary folder on the same disk as `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:40]}.") as scratch:
         yield Path(scratch)
 
 

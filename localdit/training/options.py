@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from localdit.config import Config
-from localdit.parsing import Parser
+from localdit.parsing import Parser, text_argument
 
 DESCRIPTION = """Train a LocalDiT on captioned pictures.
 
@@ -317,7 +317,7 @@ def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
     add("--log-interval", type=int, default=50, help="steps between lines of metrics.jsonl")
     add("--log-samples", action="store_true",
         help="write the ids of each step's samples to samples-RANK.jsonl")  # fmt: skip
-    add("--validation-prompts", nargs="+", default=[], metavar="PROMPT",
+    add("--validation-prompts", nargs="+", default=[], metavar="PROMPT", type=text_argument,
         help="prompts to draw pictures of during training")  # fmt: skip
     add("--validation-guidance-scale", type=float, default=defaults.guidance_scale,
         help="guidance scale of the pictures of --validation-prompts")  # fmt: skip

@@ -119,6 +119,14 @@ def test_names_that_are_too_long_are_refused_at_once(here, name, count, grid):
             plan_output(Path(name), "edit", count, grid=grid, overwrite=overwrite)
 
 
+def test_names_that_windows_reserves_are_refused_there(here, monkeypatch):
+    assert plan_output(Path("aux.png"), "edit", 1).names == ("aux.png",)
+    is_aux = lambda path: Path(path).stem == "aux"  # noqa: E731
+    monkeypatch.setattr("os.path.isreserved", is_aux, raising=False)
+    with pytest.raises(OSError, match="--output: aux.png can't be .*: Windows reserves it"):
+        plan_output(Path("aux.png"), "edit", 1)
+
+
 def test_the_longest_names_are_allowed(here):
     output = plan_output(Path("a" * 246 + ".png"), "edit", 2, grid=True)
     assert [len(name) for name in [*save(output, 2), str(output.save_grid(PICTURE))]] == [

@@ -111,6 +111,13 @@ def test_existing_files_are_kept_without_overwrite(checkpoint, tmp_path):
     assert {each.name for each in tmp_path.iterdir()} == {"folder", "w.safetensors", "w.pt"}
 
 
+def test_names_may_have_255_bytes(checkpoint, tmp_path):
+    folder, path = tmp_path / ("\u00e9" * 127), tmp_path / f"{'a' * 243}.safetensors"
+    convert_to_diffusers(checkpoint, folder)
+    convert_to_single_file(folder, path)
+    assert {each.name for each in tmp_path.iterdir()} == {folder.name, path.name, "w.pt"}
+
+
 def test_another_folder_is_never_overwritten(checkpoint, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years")

@@ -45,6 +45,7 @@ def test_defaults_are_those_of_config():
         (["--max-skipped-steps", "-1"], "--max-skipped-steps is -1; expected at least 0"),
         (["--flow-shift", "3"], "--flow-shift is for --prediction-type flow"),
         (["--prediction-type", "flow", "--min-snr-gamma", "5"], "--min-snr-gamma is for epsilon"),
+        (["--validation-prompts", "a", "b\udcff"], "--validation-prompts: 'b\\udcff' is not"),
     ],
 )  # fmt: skip
 def test_wrong_options_end_the_program(capsys, options, message):
