@@ -5,15 +5,18 @@ This module needs only Pillow (and NumPy for 16-bit greyscale), not PyTorch.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from localdit.files import whole_file
@@ -25,6 +28,9 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 METADATA_KEY = "localdit"
 WHITE = 128  # lowest value in a mask that counts as white
+# The mode of Pillow's in which a profile of each colour space takes its colours.
+PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+SAME = 2  # a profile that moves no value of 255 by more than this is sRGB
 
 
 class NotAnImage(ValueError):
@@ -35,16 +41,17 @@ class ImageTooLarge(ValueError):
     """Raised for an image of more than `MAX_PIXELS` pixels, before it is decoded."""
 
 
-def load_image(source: str | Path | Image.Image, name: object = None) -> Image.Image:
-    """Read a picture as 8-bit RGB, upright.
+def load_image(source: str | Path | BinaryIO | Image.Image, name: object = None) -> Image.Image:
+    """Read a picture as 8-bit sRGB, upright. This is how every picture and mask is read.
 
-    Palettes, CMYK (without colour management) and greyscale are converted, transparency is laid
-    over white, 16-bit values are scaled to 8 bits, floating-point values are expected in [0, 1],
-    EXIF orientation is applied, and the first frame of an animation is taken.
+    Palettes, CMYK, Lab and greyscale are converted, a colour profile by its definition (one that
+    can't be used is left out, with a warning), transparency is laid over white, 16-bit values are
+    scaled to 8 bits, floating-point values are expected in [0, 1], EXIF orientation is applied,
+    and the first frame of an animation is taken.
 
     Args:
-        source: path of a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, or an image, which is not
-            changed.
+        source: path of a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP file, such a file that is open, or
+            an image, which is not changed.
         name: the picture's name in errors, by default the path.
 
     Raises:
@@ -52,36 +59,29 @@ def load_image(source: str | Path | Image.Image, name: object = None) -> Image.I
         ValueError: if it is not such an image (`NotAnImage`), is damaged, or has more than
             `MAX_PIXELS` pixels (`ImageTooLarge`).
     """
-    if isinstance(source, Image.Image):
-        return to_rgb(source, name or "the image")
-    name = name or source
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{name}: there is no such image file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        opened = open_image(source, name)
-    with opened:
-        return to_rgb(opened, name)
+    return lay_over(load_layer(source, name), "white")
 
 
-def load_mask(source: str | Path | Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
+def load_mask(
+    source: str | Path | Image.Image, size: tuple[int, int] | None = None, name: object = None
+) -> Image.Image:
     """Read a mask as 8-bit greyscale: white is repainted, black is kept.
 
     Args:
         source: as for `load_image`.
         size: (width, height) of its picture.
+        name: the mask's name in errors, by default the path.
 
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if it is not an image, has transparency, has another size than the picture, or
             has no white.
     """
-    name = "the mask" if isinstance(source, Image.Image) else source
-    rgb = load_image(source)
-    opened = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-    if _is_transparent(opened):
+    name = name or ("the mask" if isinstance(source, Image.Image) else source)
+    layer = load_layer(source, name)
+    if layer.mode == "RGBA" and any(layer.getchannel("A").histogram()[:255]):
         raise ValueError(f"{name} has transparency; expected white to repaint, black to keep")
-    mask = rgb.convert("L")
+    mask = layer.convert("L")
     if size is not None and mask.size != size:
         raise ValueError(
             f"{name} has {mask.width} x {mask.height} pixels; expected the picture's "
@@ -92,8 +92,24 @@ def load_mask(source: str | Path | Image.Image, size: tuple[int, int] | None = N
     return mask
 
 
+def load_layer(source: str | Path | BinaryIO | Image.Image, name: object = None) -> Image.Image:
+    """Read a picture as `load_image` does, but as RGBA if it has transparency."""
+    if isinstance(source, Image.Image):
+        return decode(source, name or "the image")
+    if isinstance(source, (str, Path)):
+        name = name or source
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"{name}: there is no such image file")
+    name = name or "the image"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = open_image(source, name)
+    with opened:
+        return decode(opened, name)
+
+
 def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
-    """Read the header of an image file; `to_rgb` decodes the rest.
+    """Read the header of an image file; `decode` decodes the rest.
 
     Args:
         source: path or file.
@@ -110,6 +126,8 @@ def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
     except PermissionError:
         raise
     except Exception as error:  # Pillow's readers raise anything on damaged headers
+        if "MAX_TEXT" in str(error):
+            raise NotAnImage(_too_long_texts(name)) from error
         raise NotAnImage(f"{name} is not an image of the kinds {', '.join(FORMATS)}") from error
     if image.width * image.height > MAX_PIXELS:
         image.close()
@@ -117,8 +135,23 @@ def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image, name: object) -> Image.Image:
-    """Decode an image and convert it to 8-bit RGB, as described in `load_image`.
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the (width, height) that an opened image has once `decode` has turned it."""
+    try:
+        # `image.getexif` would decode a PNG, to look for EXIF data behind the pixels.
+        exif = Image.Image.getexif(image)
+    except Exception:  # unreadable EXIF data says nothing, in `decode` too
+        return image.size
+    # The size of a TIFF is the turned one, or not, by the version of Pillow.
+    width, height = exif.get(ExifTags.Base.ImageWidth), exif.get(ExifTags.Base.ImageLength)
+    if image.format != "TIFF" or not width or not height:
+        width, height = image.size
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def decode(image: Image.Image, name: object) -> Image.Image:
+    """Decode an image as described in `load_image`: to RGB, or to RGBA if it has transparency.
 
     Args:
         image: opened or decoded; it is not changed.
@@ -133,19 +166,35 @@ def to_rgb(image: Image.Image, name: object) -> Image.Image:
         raise ValueError(f"{name} is empty: {image.width} x {image.height} pixels")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise anything on damaged data
+        if "MAX_TEXT" in str(error):
+            raise ValueError(_too_long_texts(name)) from error
         raise ValueError(f"{name} is damaged or cut off and can't be decoded: {error}") from error
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _deep_grey_to_rgb(image, name)
-    if _may_be_transparent(image):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
     try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"{name} has mode {image.mode}, which can't be turned into RGB") from error
+        image = ImageOps.exif_transpose(image) or image
+    except Exception:  # unreadable EXIF data says nothing, in `upright_size` too
+        image = image.copy()
+    profile = image.info.get("icc_profile")
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _deep_grey(image, name)
+    alpha = None
+    if image.mode == "La":  # with premultiplied alpha
+        image = image.convert("LA")
+    if "transparency" in image.info or image.mode.upper().endswith("A"):
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = image.convert("L") if image.mode in ("1", "L", "LA") else rgba.convert("RGB")
+    image = _in_srgb(image, profile, name)
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
+
+
+def lay_over(layer: Image.Image, colour: str) -> Image.Image:
+    """Lay what `decode` returned over a colour; the result is RGB."""
+    if layer.mode == "RGB":
+        return layer
+    return Image.alpha_composite(Image.new("RGBA", layer.size, colour), layer).convert("RGB")
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -240,24 +289,20 @@ def prepare_output_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _may_be_transparent(image: Image.Image) -> bool:
-    return "transparency" in image.info or image.mode.upper().endswith("A")
-
-
-def _is_transparent(image: Image.Image) -> bool:
-    """Return whether any pixel is transparent; the image has been read before."""
-    if not _may_be_transparent(image):
-        return False
-    return any(image.convert("RGBA").getchannel("A").histogram()[:255])
-
-
 def _too_large(name: object, size: tuple[int, int] | None = None) -> str:
     given = f" of {size[0]} x {size[1]} pixels" if size else ""
     return f"{name}{given} is too large; at most {MAX_PIXELS // 10**6} million pixels are read"
 
 
-def _deep_grey_to_rgb(image: Image.Image, name: object) -> Image.Image:
-    """Scale 16-bit ([0, 65535], also in 32-bit integers) or float ([0, 1]) grey to 8 bits."""
+def _too_long_texts(name: object) -> str:
+    return (
+        f"{name} has compressed texts or a colour profile of more than a megabyte, which are not "
+        "read: save it without them"
+    )
+
+
+def _deep_grey(image: Image.Image, name: object) -> Image.Image:
+    """Scale 16-bit ([0, 65535], also in 32-bit integers) or float ([0, 1]) grey to L, or to LA."""
     import numpy as np
 
     brightest = 1.0 if image.mode == "F" else 65535
@@ -268,5 +313,54 @@ def _deep_grey_to_rgb(image: Image.Image, name: object) -> Image.Image:
             f"{name} has mode {image.mode} and values from {low:g} to {high:g}; "
             f"expected 0 to {brightest}"
         )
-    grey = np.floor(values * (255 / brightest) + 0.5).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    grey = Image.fromarray(np.floor(values * (255 / brightest) + 0.5).astype(np.uint8))
+    if "transparency" in image.info:
+        shown = values != image.info["transparency"]
+        grey.putalpha(Image.fromarray(np.where(shown, np.uint8(255), np.uint8(0))))
+    return grey
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None, name: object) -> Image.Image:
+    """Convert an image without transparency to RGB, its colours as the profile defines them."""
+    try:
+        if image.mode == "LAB" and not profile:
+            profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        if profile:
+            mode, transform = _to_srgb(profile)
+            if image.mode in ("CMYK", "LAB") or mode in ("CMYK", "LAB"):
+                fits = image.mode == mode
+            else:
+                fits = mode == "RGB" or image.mode in ("1", "L")
+            if not fits:
+                raise ValueError(f"it is for mode {mode}, and the picture has mode {image.mode}")
+            if transform is not None:
+                image = transform.apply(image.convert(mode))
+    except Exception as error:  # profiles may contain anything
+        warnings.warn(
+            f"the colour profile of {name} can't be used, so its colours are read without it: "
+            f"{error}",
+            stacklevel=2,
+        )
+    try:
+        image = image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has mode {image.mode}, which can't be turned into RGB") from error
+    image.info.pop("icc_profile", None)
+    return image
+
+
+@lru_cache(maxsize=8)
+def _to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """Return the mode that a colour profile is for, and its transform to sRGB.
+
+    The transform is None for profiles of sRGB itself: values then stay as they are.
+    """
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = PROFILE_MODES[source.profile.xcolor_space.strip()]
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode not in ("RGB", "L"):
+        return mode, transform
+    colours = list(product(range(0, 256, 15), repeat=len(mode)))
+    probe = Image.frombytes(mode, (len(colours), 1), bytes(chain.from_iterable(colours)))
+    moved = ImageChops.difference(probe.convert("RGB"), transform.apply(probe))
+    return mode, None if max(moved.tobytes()) <= SAME else transform

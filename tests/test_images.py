@@ -1,12 +1,14 @@
 """Reading odd pictures pixel by pixel, refusing hostile ones, and PNGs with their settings."""
 
+import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from localdit import images
 from localdit.images import (
@@ -17,21 +19,12 @@ from localdit.images import (
     read_metadata,
     save_image,
 )
+from tests.training.data.drawn import encode, png_claiming, png_of_chunks
 
 
 def pixels(image):
     assert image.mode == "RGB"
     return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
-
-
-def png_header(width, height):
-    """A PNG of a few bytes that claims to be `width` x `height`."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = b""
-    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
-        chunks += struct.pack(">I", len(data)) + name + data
-        chunks += struct.pack(">I", zlib.crc32(name + data))
-    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def test_palette_with_and_without_transparency(tmp_path):
@@ -71,10 +64,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix):
 def test_16_bit_colour_png(tmp_path):
     row = b"\x00" + struct.pack(">6H", 65535, 0, 0x8000, 0x1234, 0x00FF, 0xFF00)
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n"
-    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")):
-        data += struct.pack(">I", len(body)) + name + body
-        data += struct.pack(">I", zlib.crc32(name + body))
+    data = png_of_chunks((b"IHDR", header), (b"IDAT", zlib.compress(row)))
     (tmp_path / "deep.png").write_bytes(data)
     assert pixels(load_image(tmp_path / "deep.png")) == [(255, 0, 0x80), (0x12, 0, 0xFF)]
 
@@ -107,6 +97,179 @@ def test_exif_orientation_is_applied_once(tmp_path):
     assert pixels(load_image(upright)) == pixels(upright)
 
 
+GREY_HEADER = struct.pack(">IIBBBBB", 2, 1, 8, 0, 0, 0, 0)
+GREY = (b"IHDR", GREY_HEADER), (b"IDAT", zlib.compress(b"\0\xc8\x10"))
+
+
+@pytest.mark.parametrize(
+    "depth, row, transparent",
+    [(1, b"\x80", 1), (2, b"\xc0", 3), (4, b"\xf0", 15), (8, b"\xff\0", 255),
+     (16, b"\x12\x34\0\0", 0x1234)],
+)  # fmt: skip
+def test_a_transparent_grey_of_any_depth_is_laid_over_white(depth, row, transparent):
+    header = struct.pack(">IIBBBBB", 2, 1, depth, 0, 0, 0, 0)
+    data = png_of_chunks(
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(">H", transparent)),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+    )
+    assert pixels(load_image(io.BytesIO(data))) == [(255, 255, 255), (0, 0, 0)]
+
+
+@pytest.mark.parametrize("exif", [b"", b"junk", b"II*\0\xff\xff\xff\x7f", b"MM\0*" + bytes(99)])
+def test_unreadable_orientation_leaves_the_picture_as_it_is(exif):
+    data = png_of_chunks(GREY[0], (b"eXIf", exif), GREY[1])
+    assert pixels(load_image(io.BytesIO(data))) == [(200, 200, 200), (16, 16, 16)]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_huge_compressed_texts_are_named(behind):
+    for kind in (b"zTXt", b"iTXt", b"iCCP"):
+        start = b"a\0\1\0\0\0" if kind == b"iTXt" else b"a\0\0"
+        text = (kind, start + zlib.compress(bytes(2_000_000)))
+        if not (behind and kind == b"iCCP"):
+            data = png_of_chunks(*([*GREY, text] if behind else [GREY[0], text, GREY[1]]))
+            with pytest.raises(ValueError, match="the image has compressed texts or a colour prof"):
+                load_image(io.BytesIO(data))
+    long = (b"tEXt", b"workflow\0" + b"a" * 2_000_000)
+    assert load_image(io.BytesIO(png_of_chunks(GREY[0], long, GREY[1]))).size == (2, 1)
+
+
+# Colour profiles
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def profile_with(**renamed):
+    """The profile of sRGB with tags renamed."""
+    profile = bytearray(SRGB)
+    for i in range(struct.unpack(">I", profile[128:132])[0]):
+        at = 132 + 12 * i
+        name = bytes(profile[at : at + 4]).decode()
+        profile[at : at + 4] = renamed.get(name, name).encode()
+    return bytes(profile)
+
+
+SWAPPED = profile_with(rXYZ="gXYZ", gXYZ="rXYZ")  # red and green change places
+
+
+def grey_profile(gamma=1.0):
+    """A profile of grey with a gamma."""
+
+    def number(value):
+        return struct.pack(">i", round(value * 65536))
+
+    white = b"XYZ \0\0\0\0" + number(0.9642) + number(1.0) + number(0.8249)
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    tags = struct.pack(">I4sII4sII", 2, b"wtpt", 156, len(white), b"kTRC", 176, len(curve))
+    size = 128 + len(tags) + len(white) + len(curve)
+    header = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02400000, b"mntr", b"GRAY", b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + number(0.9642) + number(1.0) + number(0.8249)
+    return header.ljust(128, b"\0") + tags + white + curve
+
+
+def meant(image, profile, mode="RGB"):
+    """The pixels of an image as its profile defines them, by the library."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    image = image.convert(mode)
+    srgb = ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_a_profile_is_converted_to_srgb_from_every_kind_of_file(kind):
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100}
+    data = encode(Image.new("RGB", (16, 16), "red"), kind, icc_profile=SWAPPED, **options)
+    read = load_image(io.BytesIO(data))
+    assert np.abs(np.asarray(read, int) - (0, 255, 0)).max() <= 2
+    assert pixels(load_image(read)) == pixels(read)  # once
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "PA", "RGBX", "YCbCr", "HSV"])
+def test_a_profile_holds_in_every_mode_of_its_colour_space(mode):
+    image = Image.new("RGB", (2, 2), "red")
+    image = (image.convert("P") if mode == "PA" else image).convert(mode)
+    image.info["icc_profile"] = SWAPPED
+    assert np.abs(np.asarray(load_image(image), int) - (0, 255, 0)).max() <= 2
+    assert image.info["icc_profile"] == SWAPPED
+
+
+def test_transparency_is_laid_over_white_after_the_conversion():
+    image = Image.new("RGBA", (1, 1), (255, 0, 0, 51))
+    image.info["icc_profile"] = SWAPPED
+    assert pixels(load_image(image)) == [(204, 255, 204)]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "F", "1"])
+def test_grey_profiles(mode):
+    profile = grey_profile()
+    level = {"1": 255, "F": 0.25, "I;16": 64 * 257}.get(mode, 64)
+    image = Image.new(mode, (1, 1), (level, 255) if mode == "LA" else level)
+    image.info["icc_profile"] = profile
+    expected = meant(Image.new("L", (1, 1), 255 if mode == "1" else 64), profile, "L")
+    assert pixels(load_image(image)) == pixels(expected)
+    assert mode == "1" or expected.getpixel((0, 0))[0] > 120  # gamma 1 is darker in numbers
+
+
+def test_lab_is_converted_with_and_without_a_profile():
+    lab_profile = ImageCms.createProfile("LAB")
+    red = Image.new("RGB", (2, 2), "red")
+    srgb = ImageCms.createProfile("sRGB")
+    lab = ImageCms.profileToProfile(red, srgb, lab_profile, outputMode="LAB")
+    for profile in (None, ImageCms.ImageCmsProfile(lab_profile).tobytes()):
+        lab.info["icc_profile"] = profile
+        read = np.asarray(load_image(io.BytesIO(encode(lab, "TIFF"))), int)
+        assert np.abs(read - (255, 0, 0)).max() < 8
+
+
+def test_the_profile_of_srgb_changes_no_bit():
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    image.info["icc_profile"] = SRGB
+    assert np.array_equal(load_image(image), noise)
+
+
+@pytest.mark.parametrize(
+    "mode, profile",
+    [
+        ("RGB", b"junk"),
+        ("RGB", SRGB[:300]),
+        ("RGB", profile_with(rXYZ="none")),
+        ("RGB", SRGB[:16] + b"CMYK" + SRGB[20:]),
+        ("RGB", SRGB[:16] + b"XYZ " + SRGB[20:]),
+        ("RGB", grey_profile()),
+        ("CMYK", SRGB),
+        ("L", grey_profile()[:150]),
+    ],
+)
+def test_profiles_that_cannot_be_used_are_left_out_with_a_warning(mode, profile):
+    image = Image.new("RGB", (2, 2), (30, 60, 90)).convert(mode)
+    plain = pixels(load_image(image))
+    image.info["icc_profile"] = profile
+    with pytest.warns(UserWarning, match="the colour profile of a.png can't be used"):
+        assert pixels(load_image(image, "a.png")) == plain
+
+
+def test_damaged_profiles_never_crash():
+    random = np.random.default_rng(0)
+    image = Image.new("RGB", (2, 2), "red")
+    for _ in range(300):
+        profile = bytearray(SRGB)
+        for at in random.integers(0, len(profile), 8):
+            profile[at] = random.integers(256)
+        image.info["icc_profile"] = bytes(profile[: random.integers(len(profile) + 1)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert load_image(image).size == (2, 2)
+
+
+def test_open_files_are_read_and_stay_open():
+    file = io.BytesIO(encode(Image.new("RGB", (2, 1), "red"), "PNG"))
+    assert pixels(load_image(file, "upload.png")) == [(255, 0, 0)] * 2
+    with pytest.raises(ValueError, match=r"upload\.png is not an image"):
+        load_image(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "upload.png")
+
+
 def test_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
@@ -123,7 +286,7 @@ def test_the_given_image_is_not_changed():
 @pytest.mark.parametrize("size", [(10_000, 10_000), (8_001, 8_000), (30_000, 30_000)])
 def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, size):
     bomb = tmp_path / "bomb.png"
-    bomb.write_bytes(png_header(*size))
+    bomb.write_bytes(png_claiming(*size))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"bomb\.png.*too large; at most 64 million pixels"):
         load_image(bomb)
@@ -265,9 +428,9 @@ def test_the_output_folder_is_created_and_checked(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"output folder .*file/deeper: Not a directory"):
         prepare_output_folder(tmp_path / "file" / "deeper")
 
-    def read_only(self, data):
+    def read_only(**kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(images.Path, "write_bytes", read_only)
+    monkeypatch.setattr(images.tempfile, "TemporaryFile", read_only)
     with pytest.raises(OSError, match=r"can.t write to the output folder .*: Permission denied"):
         prepare_output_folder(folder)

@@ -1,6 +1,5 @@
 """Images and masks for the pipelines: PIL images, arrays, tensors or latents, read as tensors."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..images import load_image
+from ..images import lay_over, load_layer
 
 # A pixel is repainted if its mask has at least this value. Values between 0 and 1 also set how much
 # of the new picture is blended into the old one.
@@ -21,16 +20,23 @@ def read_images(image: Any, latent_channels: int) -> torch.Tensor:
     Args:
         image: one of these or a list of them: a PIL image of any mode; an array `(H, W, 3)` or
             `(N, H, W, 3)`, or a tensor `(3, H, W)` or `(N, 3, H, W)`, of floats in [0, 1] or of
-            uint8; a tensor of latents `(latent_channels, h, w)` or `(N, latent_channels, h, w)`.
+            uint8; a tensor of latents `(latent_channels, h, w)` or `(N, latent_channels, h, w)`,
+            which have negative values. Arrays may have any strides and any
+            order of bytes.
         latent_channels: channels by which latents are recognised.
 
     Raises:
         TypeError: if it is none of these.
         ValueError: if the list is empty, sizes differ, or values are out of range or not finite.
     """
-    images = _read_all("image", image, load_image, [3], [3, latent_channels])
+    images = _read_all("image", image, "white", [3], [3, latent_channels])
     if images.shape[1] == 3:
         _check_range("image", images)
+    elif (images >= 0).all() and (images > 0).any():  # those of an autoencoder have both signs
+        raise ValueError(
+            f"image has {images.shape[1]} channels, as latents have, but no negative value, as "
+            "pictures with alpha have: give a picture with 3 channels."
+        )
     return images
 
 
@@ -48,7 +54,7 @@ def read_masks(mask_image: Any) -> torch.Tensor:
         ValueError: if the list is empty, sizes differ, values are out of range or not finite, or
             a mask has nothing to repaint.
     """
-    masks = _read_all("mask_image", mask_image, _over_black, [1, 3], [1, 3])
+    masks = _read_all("mask_image", mask_image, "black", [1, 3], [1, 3])
     _check_range("mask_image", masks)
     masks = masks.mean(dim=1, keepdim=True)
     if (masks.amax(dim=(1, 2, 3)) < REPAINTED).any():
@@ -75,18 +81,22 @@ def scale_images(
 def _read_all(
     name: str,
     given: Any,
-    to_rgb: Callable[[Image.Image], Image.Image],
+    under: str,
     array_channels: list[int],
     tensor_channels: list[int],
 ) -> torch.Tensor:
-    """Return one input or a list of them as `(N, C, H, W)`; error messages call them `name`."""
+    """Return one input or a list of them as `(N, C, H, W)`; error messages call them `name`.
+
+    Pictures with transparency are laid over the colour `under`.
+    """
     images = given if isinstance(given, list) else [given]
     if not images:
         raise ValueError(f"{name} is an empty list: give at least one image.")
     tensors = []
     for image in images:
         if isinstance(image, Image.Image):
-            tensors.append(_from_array(name, np.array(to_rgb(image)), [3]))
+            rgb = lay_over(load_layer(image, name), under)
+            tensors.append(_from_array(name, np.array(rgb), [3]))
         elif isinstance(image, np.ndarray):
             tensors.append(_from_array(name, image, array_channels))
         elif isinstance(image, torch.Tensor):
@@ -114,13 +124,22 @@ def _from_array(name: str, array: np.ndarray, channels: list[int]) -> torch.Tens
             f"An array given as {name} must have {wanted} channels, as (H, W, C) or (N, H, W, C); "
             f"got the shape {array.shape}."
         )
-    return _from_tensor(name, torch.from_numpy(np.moveaxis(array, -1, -3)), channels)
+    if array.dtype.kind not in "buif":
+        raise TypeError(
+            f"An array given as {name} must be of floats in [0, 1] or of uint8, got {array.dtype}."
+        )
+    # PyTorch takes neither negative strides nor foreign orders of bytes.
+    dtype = np.uint8 if array.dtype == np.uint8 else np.float32
+    values = np.array(array, dtype, order="C")
+    return _from_tensor(name, torch.from_numpy(np.moveaxis(values, -1, -3)), channels)
 
 
 def _from_tensor(name: str, tensor: torch.Tensor, channels: list[int]) -> torch.Tensor:
     if tensor.ndim == 2 and 1 in channels:
         tensor = tensor[None]
     tensor = tensor[None] if tensor.ndim == 3 else tensor
+    if tensor.is_complex() or tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor of real numbers, got {tensor.dtype}.")
     if tensor.ndim != 4 or tensor.shape[1] not in channels or 0 in tensor.shape:
         raise ValueError(
             f"{name} must have {' or '.join(map(str, channels))} channels, as (C, H, W) or "
@@ -138,11 +157,3 @@ def _check_range(name: str, images: torch.Tensor) -> None:
             f"The values of {name} must lie in [0, 1], or be uint8; these lie in "
             f"[{images.min():g}, {images.max():g}]."
         )
-
-
-def _over_black(mask: Image.Image) -> Image.Image:
-    """Convert a mask of any mode to RGB; transparent pixels become black, so they are kept."""
-    if "transparency" not in mask.info and not mask.mode.upper().endswith("A"):
-        return load_image(mask)
-    black = Image.new("RGBA", mask.size, "black")
-    return Image.alpha_composite(black, mask.convert("RGBA")).convert("RGB")

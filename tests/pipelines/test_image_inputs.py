@@ -1,3 +1,6 @@
+import io
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +34,61 @@ def test_modes_are_converted_with_transparency_over_white():
     torch.testing.assert_close(read_images(deep, 4), torch.full((1, 3, 16, 16), 128 / 255))
 
 
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        lambda a: np.ascontiguousarray(a[..., ::-1])[..., ::-1],
+        lambda a: np.ascontiguousarray(a[::-1])[::-1],
+        lambda a: np.asfortranarray(a),
+        lambda a: np.ascontiguousarray(a.transpose(1, 0, 2)).transpose(1, 0, 2),
+        lambda a: np.repeat(a, 2, axis=1)[:, ::2],
+        lambda a: a.astype(a.dtype.newbyteorder("S")),
+        lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),  # can't be written to
+    ],
+    ids=["BGR", "upside down", "Fortran", "transposed", "strided", "swapped bytes", "read-only"],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64, np.longdouble])
+def test_arrays_of_every_memory_layout_read_the_same(laid_out, dtype):
+    array = ARRAY if dtype == np.uint8 else (ARRAY / 255).astype(dtype)
+    before = array.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = read_images(laid_out(array), 4)
+    assert torch.equal(read, read_images(array, 4))
+    assert torch.equal(read_masks(laid_out(array)), read_masks(array))
+    assert np.array_equal(array, before)
+
+
+@pytest.mark.parametrize("alpha", [255, 0, 128])
+def test_a_tensor_with_alpha_is_not_taken_for_latents(alpha):
+    layer = torch.full((1, 12, 20), alpha, dtype=torch.uint8)
+    rgba = torch.cat([(TENSOR * 255).byte(), layer])
+    for given in (rgba, rgba[None], rgba.float() / 255, rgba.half() / 255, rgba.long(), [rgba]):
+        with pytest.raises(ValueError, match="4 channels, as latents have, but no negative value"):
+            read_images(given, 4)
+    with pytest.raises(ValueError, match="must have 3 or 16 channels"):
+        read_images(rgba, 16)
+
+
+def turned(image, orientation=6):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "1", "P"])
+def test_pictures_and_masks_are_turned_upright_in_every_mode(mode):
+    mask = Image.new("L", (20, 12))
+    mask.paste(255, (0, 0, 10, 12))
+    given = mask.convert("RGB" if mode == "P" else "L").convert(mode)
+    upright = torch.zeros(1, 1, 20, 12)
+    upright[:, :, :10] = 1
+    assert torch.equal(read_masks(turned(given)), upright)
+    assert torch.equal(read_images(turned(given), 4), upright.expand(1, 3, 20, 12))
+
+
 def test_latents_may_have_any_range():
     latents = 5 * torch.randn(2, 4, 8, 8)
     assert torch.equal(read_images(latents, 4), latents)
@@ -51,6 +109,11 @@ def test_latents_may_have_any_range():
         (2 * TENSOR - 1, ValueError, r"must lie in \[0, 1\]"),
         (ARRAY.astype(np.float32), ValueError, r"must lie in \[0, 1\]"),
         (TENSOR * float("nan"), ValueError, "NaN"),
+        (ARRAY.astype(np.complex64), TypeError, "floats in .* got complex64"),
+        (ARRAY.astype(object), TypeError, "floats in .* got object"),
+        (ARRAY.astype(np.uint16), ValueError, r"must lie in \[0, 1\]"),
+        (TENSOR * 1j, TypeError, "real numbers, got torch.complex64"),
+        (TENSOR.to_sparse(), TypeError, "dense tensor"),
         ([PICTURE, PICTURE.resize((16, 16))], ValueError, r"differ .* \(16, 16, 3\), \(20, 12, 3"),
     ],
 )

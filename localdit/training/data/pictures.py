@@ -15,9 +15,16 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ImageOps
 
-from localdit.images import ImageTooLarge, NotAnImage, fit_image, open_image, to_rgb
+from localdit.images import (
+    ImageTooLarge,
+    NotAnImage,
+    fit_image,
+    load_image,
+    open_image,
+    upright_size,
+)
 from localdit.training.data.buckets import Size
 from localdit.training.data.samples import Blob, BrokenSample, Readable
 
@@ -25,6 +32,7 @@ from localdit.training.data.samples import Blob, BrokenSample, Readable
 TAIL, LONG_TAIL = 256, 256 * 1024
 JPEG_END = b"\xff\xd9"
 FOREIGN_TO_JPEG = re.compile(rb"\xff[^\x00\xff\xc4\xd0-\xd7\xda\xdb\xdd\xfe]")  # among pixels
+XMP = b"XML:com.adobe.xmp"  # a text in a PNG, also with the orientation
 DRAFT = 2  # a JPEG is decoded at a smaller scale if that leaves this many times the size
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -56,18 +64,18 @@ def inspect_picture(image: Readable) -> tuple[int, int]:
         kind = _recognize(file)
         if _is_cut_off(kind, file):
             raise BrokenSample("truncated", f"the end of the {kind} is missing")
+        behind = kind == "PNG" and _has_orientation_behind(file)
         file.seek(0)
         with _broken_if_undecodable(kind, file), open_image(file, "the picture") as picture:
+            if behind:  # rare, and only decoding comes to it
+                picture.load()
             # Phones store depth or brightness maps as further pictures (MPO) of a photograph.
             if getattr(picture, "is_animated", False) and picture.format != "MPO":
                 raise BrokenSample("animated")
-            # `picture.getexif` would decode a PNG, to look for EXIF data behind the pixels.
-            exif = Image.Image.getexif(picture)
-            turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            width, height = picture.size
+            width, height = upright_size(picture)
             if not width * height:
                 raise BrokenSample("damaged", f"{height} x {width} pixels")
-            return (width, height) if turned else (height, width)
+            return height, width
 
 
 def read_picture(image: Readable, size: Size, flip: bool = False) -> torch.Tensor:
@@ -90,7 +98,7 @@ def read_picture(image: Readable, size: Size, flip: bool = False) -> torch.Tenso
     with _broken_if_undecodable(kind, data), open_image(data, "the picture") as picture:
         side = DRAFT * max(size)
         picture.draft(None, (side, side))
-        fitted = fit_image(to_rgb(picture, "the picture"), size.height, size.width)
+        fitted = fit_image(load_image(picture, "the picture"), size.height, size.width)
     pixels = np.array(ImageOps.mirror(fitted) if flip else fitted)  # (H, W, 3) uint8
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -198,6 +206,21 @@ def _jpeg_cut_off(file: BinaryIO) -> bool:
 
 def _png_cut_off(file: BinaryIO) -> bool:
     return b"IEND" not in _tail(file, TAIL) and b"IEND" not in _tail(file, LONG_TAIL)
+
+
+def _has_orientation_behind(file: BinaryIO) -> bool:
+    """Return whether a PNG has chunks behind its pixels that may say how to turn it."""
+    raw = getattr(file, "raw", file)  # a buffer would read all the pixels
+    start, behind = raw.tell(), False
+    raw.seek(8)
+    while len(head := raw.read(8 + len(XMP))) >= 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if behind and (kind == b"eXIf" or head[8:].startswith((XMP, b"Raw profile"))):
+            break
+        behind = behind or kind == b"IDAT"
+        raw.seek(8 + length + 4 - len(head), os.SEEK_CUR)
+    raw.seek(start)
+    return len(head) >= 8
 
 
 def _webp_cut_off(file: BinaryIO) -> bool:

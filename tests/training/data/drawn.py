@@ -22,14 +22,19 @@ def encode(image, kind, **options):
     return file.getvalue()
 
 
-def png_claiming(width, height):
-    """Return a PNG of a few bytes that claims any size."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def png_of_chunks(*chunks):
+    """Return a PNG of chunks, given as pairs of name and data; IEND is added."""
     data = b"\x89PNG\r\n\x1a\n"
-    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+    for name, body in (*chunks, (b"IEND", b"")):
         data += struct.pack(">I", len(body)) + name + body
         data += struct.pack(">I", zlib.crc32(name + body))
     return data
+
+
+def png_claiming(width, height):
+    """Return a PNG of a few bytes that claims any size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return png_of_chunks((b"IHDR", header), (b"IDAT", zlib.compress(b"")))
 
 
 def animation(kind="GIF"):

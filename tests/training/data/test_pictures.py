@@ -1,7 +1,9 @@
 """Tests of the sizes in headers, of pixels, and of all kinds of broken pictures."""
 
 import io
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -9,15 +11,18 @@ import torch
 from PIL import Image, ImageDraw
 
 from localdit.images import load_image
+from localdit.pipelines.image_inputs import read_images
 from localdit.training.data.buckets import Size
 from localdit.training.data.pictures import LONG_TAIL, inspect_picture, read_picture
 from localdit.training.data.samples import Blob, BrokenSample
+from tests.test_images import SWAPPED
 from tests.training.data.drawn import (
     animation,
     damaged_png,
     encode,
     picture_bytes,
     png_claiming,
+    png_of_chunks,
 )
 
 KINDS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
@@ -96,7 +101,7 @@ def test_photographs_with_appended_data_or_a_preview(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "TIFF", "WEBP"])
 def test_sizes_and_pixels_belong_to_the_upright_picture(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -107,6 +112,39 @@ def test_sizes_and_pixels_belong_to_the_upright_picture(kind, orientation):
     assert inspect_picture(image) == (upright.height, upright.width)
     pixels = read_picture(image, Size(upright.height, upright.width))
     assert torch.equal(pixels, torch.from_numpy(np.array(upright)).permute(2, 0, 1))
+
+
+def turned_png(*behind):
+    """A PNG of 2 x 1 pixels with chunks behind its pixels."""
+    header = struct.pack(">IIBBBBB", 2, 1, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\0\xc8\x10")
+    halves = (b"IDAT", pixels[:5]), (b"IDAT", pixels[5:])
+    return png_of_chunks((b"IHDR", header), *halves, *behind)
+
+
+def test_the_orientation_of_a_png_may_stand_behind_its_pixels(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x xmlns:tiff="a" tiff:Orientation="6"/>'
+    long = (b"tEXt", b"note\0" + b"a" * 2 * LONG_TAIL)
+    for chunk in ((b"eXIf", exif.tobytes()[6:]), (b"iTXt", xmp)):
+        for image in stored(tmp_path, turned_png((b"tEXt", b"date\0"), chunk, long)):
+            assert inspect_picture(image) == (2, 1)
+            assert read_picture(image, Size(2, 1)).flatten().tolist() == [200, 16] * 3
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    for image in stored(tmp_path, turned_png((b"tEXt", b"date\0"))):
+        assert inspect_picture(image) == (1, 2)
+
+
+def test_training_reads_the_pixels_that_pipelines_read():
+    noise = np.random.default_rng(0).integers(0, 256, (12, 20, 4), dtype=np.uint8)
+    rgba = Image.fromarray(noise)
+    for picture in (rgba, rgba.convert("LA"), rgba.convert("P"), rgba.convert("1")):
+        for options in ({}, {"icc_profile": SWAPPED}):
+            data = encode(picture, "PNG", **options)
+            expected = read_images(Image.open(io.BytesIO(data)), 4)
+            pixels = read_picture(Bytes(data), Size(12, 20))
+            assert torch.equal(pixels[None] / 255, expected)
 
 
 def test_pictures_are_scaled_to_cover_and_cropped_in_the_middle():
