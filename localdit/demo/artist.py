@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import Config, with_settings
+from ..core.text import unknown_message, unknown_pieces
 from ..errors import FieldError, Vocabulary
 from ..images import load_image
 from ..inference import inference_batches
@@ -74,9 +75,9 @@ class Settings:
         Raises:
             ValueError: the settings cannot work; the message uses the labels of the page.
         """
-        if not self.prompt.strip():
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError("The prompt is empty: say what the picture shows.")
-        if self.seed is None or not 0 <= self.seed <= MAX_SEED:
+        if type(self.seed) is not int or not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"The seed must be a whole number from 0 to {MAX_SEED}.")
         names = ("num_inference_steps", "strength", "guidance_scale", "height", "width")
         try:
@@ -155,6 +156,14 @@ class Artist:
         finally:
             stopped.set()
             worker.join()
+
+    def unknown(self, settings: Settings) -> str:
+        """Return what to tell of pieces of the prompts that the model does not know, or ""."""
+        with self._turn:  # a tokenizer has state
+            pieces = unknown_pieces(
+                self.pipe.tokenizer, [settings.prompt, settings.negative_prompt or ""]
+            )
+        return unknown_message(pieces) if pieces else ""
 
     def _prepare(
         self,

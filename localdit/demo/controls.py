@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABCMeta
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from io import BytesIO
 from typing import Any
 
 import gradio as gr
+from gradio.components.base import server
+from gradio.components.image_editor import AcceptBlobs
 from PIL import Image
+from starlette.exceptions import HTTPException
 
 from ..config import Config, inference_settings
 from .artist import MAX_SEED
 
 MODES = [("Generate", "generate"), ("Edit", "edit"), ("Inpaint", "inpaint")]
+MOST_LAYERS = 16  # of a painting
+MOST_PAINTINGS = 128  # that were sent ahead and wait to be drawn
 BRUSH = ("#ff2d95", 0.7)  # colour and opacity; visible on most pictures
 
 
@@ -45,6 +52,97 @@ class Offer:
         return self.multiple, longest, self.multiple
 
 
+# What visitors send
+
+
+def _reading(component: Any, preprocess: Callable[..., Any], **methods: Any) -> Any:
+    """Return a component that reads what is sent to it with `preprocess(self, payload)`.
+
+    It is a class, because Gradio makes new components of the same class for each visitor. To
+    derive it as usual would write a file of types beside this one.
+    """
+    methods |= {"preprocess": preprocess, "__module__": component.__module__}
+    return ABCMeta.__new__(type(component), component.__name__, (component,), methods)
+
+
+def _checked(component: Any, expected: str, kinds: tuple[type, ...]) -> Any:
+    """Return a component whose error for an unusable value names its label.
+
+    Args:
+        component: one of Gradio's.
+        expected: what it takes, with placeholders for its attributes.
+        kinds: the types of what is sent.
+    """
+
+    def preprocess(self: Any, payload: Any) -> Any:
+        try:
+            if type(payload) not in kinds:
+                raise TypeError
+            read = component.preprocess(self, payload)
+            if read != payload:  # Gradio would round it
+                raise ValueError
+            return read
+        except Exception as error:
+            given = repr(payload)
+            given = given if len(given) < 60 else f"{given[:60]} …"
+            what = expected.format_map(vars(self))
+            message = f"{self.label} is {given}; expected {what}."
+            raise gr.Error(escape(message, quote=False), print_exception=False) from error
+
+    return _reading(component, preprocess)
+
+
+def _picture_of(self: Any, upload: Any) -> str | None:
+    """Return the path of an upload, for `load_image` to read.
+
+    Gradio itself would try all of Pillow's readers, one of which starts another program.
+    """
+    return upload and upload.path
+
+
+def _painting_of(self: Any, sent: Any) -> dict[str, Any] | None:
+    """Return the background and the layers of an editor, as paths or open files.
+
+    Browsers send them ahead, under an `id`.
+    """
+    if sent is None:
+        return None
+    if sent.id is not None:
+        sent = self.blob_storage.pop(sent.id, None)
+    if sent is None:
+        return None
+
+    def source(part: Any) -> Any:
+        return BytesIO(part) if isinstance(part, bytes) else part.path
+
+    return {
+        "background": source(sent.background) if sent.background else None,
+        "layers": [source(layer) for layer in sent.layers or [] if layer],
+    }
+
+
+def _accept_blobs(self: Any, data: AcceptBlobs) -> None:
+    """Keep a part that a browser sends ahead; parts of too many paintings are forgotten."""
+    index = data.data.get("index")
+    if str(index) not in [*map(str, range(MOST_LAYERS)), "null", "None", ""]:
+        raise HTTPException(400, f"A painting has at most {MOST_LAYERS} layers.")
+    if data.data["id"] not in self.blob_storage and len(self.blob_storage) >= MOST_PAINTINGS:
+        del self.blob_storage[next(iter(self.blob_storage))]
+    gr.ImageEditor.accept_blobs(self, data)
+
+
+Picture = _reading(gr.Image, _picture_of)
+Painting = _reading(gr.ImageEditor, _painting_of, accept_blobs=server(_accept_blobs))
+Choice = _checked(gr.Radio, f"one of {', '.join(mode for _, mode in MODES)}", (str,))
+Text = _checked(gr.Textbox, "text", (str, type(None)))
+Slider = _checked(gr.Slider, "a number from {minimum} to {maximum}", (int, float))
+Number = _checked(gr.Number, "a whole number from {minimum} to {maximum}", (int, float, type(None)))
+Switch = _checked(gr.Checkbox, "true or false", (bool, type(None)))
+
+
+# The page
+
+
 class Controls:
     """The components of the page; `style.css` places its three parts side by side if they fit."""
 
@@ -60,11 +158,11 @@ class Controls:
 
     def _lay_out_request(self, offer: Offer) -> None:
         """Lay out the controls for the picture to draw and the one to start from."""
-        self.mode = gr.Radio(
-            MODES, value="generate", show_label=False, container=False, elem_id="mode"
+        self.mode = Choice(
+            MODES, value="generate", label="Mode", show_label=False, container=False, elem_id="mode"
         )
         with gr.Column(visible=False, elem_id="source") as self.source:
-            self.image = gr.Image(
+            self.image = Picture(
                 offer.picture,
                 label="Picture to start from",
                 sources=["upload", "clipboard"],
@@ -74,12 +172,10 @@ class Controls:
                 buttons=[],
                 elem_id="image",
             )
-            vars(self.image)["preprocess"] = _path_of
-            self.editor = gr.ImageEditor(
+            self.editor = Painting(
                 offer.picture,
                 label="Paint over what should change",
                 sources=["upload", "clipboard"],
-                type="pil",
                 transforms=(),
                 brush=gr.Brush(colors=[BRUSH], default_color=BRUSH, color_mode="fixed"),
                 layers=False,
@@ -89,11 +185,11 @@ class Controls:
                 buttons=[],
                 elem_id="editor",
             )
-            self.strength = gr.Slider(
+            self.strength = Slider(
                 0, 1, offer.strength["edit"], step=0.05, label="Strength",
                 info="0 keeps the picture, 1 ignores it", elem_id="strength",
             )  # fmt: skip
-        self.prompt = gr.Textbox(
+        self.prompt = Text(
             offer.prompts[0],
             label="Prompt",
             placeholder="What the picture shows",
@@ -117,7 +213,7 @@ class Controls:
         """Lay out the settings that seldom change."""
         first = inference_settings(offer.config)
         with gr.Accordion("Settings", elem_id="settings"):
-            self.negative_prompt = gr.Textbox(
+            self.negative_prompt = Text(
                 offer.negative_prompt,
                 label="Negative prompt",
                 placeholder="What the picture should not show",
@@ -127,15 +223,15 @@ class Controls:
                 self.width = _side("Width", offer.config.width, offer)
                 self.height = _side("Height", offer.config.height, offer)
             with gr.Row():
-                self.num_inference_steps = gr.Slider(
+                self.num_inference_steps = Slider(
                     1, 100, first["num_inference_steps"], step=1, precision=0, label="Steps"
                 )
-                self.guidance_scale = gr.Slider(
+                self.guidance_scale = Slider(
                     1, 15, first["guidance_scale"], step=0.5, label="Guidance"
                 )
             with gr.Row(equal_height=True):
-                self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-                self.random_seed = gr.Checkbox(True, label="New for each picture")
+                self.seed = Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                self.random_seed = Switch(True, label="New for each picture")
 
     def _lay_out_results(self) -> None:
         """Lay out the picture, its settings and buttons, and the gallery."""
@@ -171,17 +267,9 @@ class Controls:
         self.history = gr.State([])  # paths of the session's pictures, newest first
 
 
-def _path_of(upload: Any) -> Any:
-    """Return the path of an upload, for `load_image` to read.
-
-    Gradio itself would try all of Pillow's readers, and say little if they fail.
-    """
-    return upload and upload.path
-
-
-def _side(label: str, value: int, offer: Offer) -> gr.Slider:
+def _side(label: str, value: int, offer: Offer) -> Any:
     shortest, longest, step = offer.sides
-    return gr.Slider(shortest, longest, value, step=step, precision=0, label=label)
+    return Slider(shortest, longest, value, step=step, precision=0, label=label)
 
 
 # HTML

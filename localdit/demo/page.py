@@ -8,20 +8,21 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
+from PIL import Image, ImageChops
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from ..errors import wording
-from ..images import load_image, read_metadata
+from ..images import load_image, load_layer, read_metadata
 from ..sizes import proportional_size
 from .artist import PAGE, Artist, Settings, Step
-from .controls import Controls, Offer, header, note, problem, progress, settings_list
-
-if TYPE_CHECKING:
-    from PIL import Image
+from .controls import MOST_LAYERS, Controls, Offer, header, note, problem, progress, settings_list
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,18 @@ NEW_SEEDS = 2**32  # number of different new seeds, which keeps them short
 STYLE = Path(__file__).with_name("style.css")
 # Browsers then fetch nothing from other servers, even if Gradio's page asks for it.
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+# Addresses of Gradio's that fetch from other servers, or start a program for what was uploaded.
+CLOSED = ("/file=http", "/proxy=", "/process_recording", "/run-history/")
+MOST_BYTES = 80 * 2**20  # of a request: a file of the largest size, and some more
+UNREADABLE = (
+    "What was sent does not fit the page: it expects the values that /gradio_api/info lists, and "
+    "pictures that were uploaded to it."
+)
 
 Updates = dict[Any, Any]  # new values of components
-Save = Callable[["Image.Image", Settings], Path]
+Save = Callable[[Image.Image, Settings], Path]
 Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
@@ -60,7 +69,9 @@ def build_page(artist: Artist, offer: Offer, about: list[str], save: Save) -> gr
     )
     with page:
         gr.HTML(header(about))
-        Desk(artist, offer, Controls(offer), save).wire()
+        desk = Desk(artist, offer, Controls(offer), save)
+        desk.wire()
+    guard(page, Path(desk.controls.image.GRADIO_CACHE))
     page.queue(max_size=WAITING)
     return page
 
@@ -184,7 +195,10 @@ class Desk:
     def _drawn(self, drawn: Path, settings: Settings, history: list[str]) -> Updates:
         history = [str(drawn), *history][:HISTORY]
         captioned = [(path, read_metadata(path)["prompt"]) for path in history]
-        return self._show(history[0]) | {
+        shown = self._show(history[0])
+        if unknown := self.artist.unknown(settings):
+            shown[self.controls.status] = problem(unknown) + shown[self.controls.status]
+        return shown | {
             self.controls.gallery: gr.update(value=captioned, selected_index=0, visible=True),
             self.controls.history: history,
             self.controls.seed: settings.seed,
@@ -263,41 +277,90 @@ def _pictures(
     """Return the picture to start from and the mask, each None if it is missing."""
     if mode == "edit" and image:
         return _picture(image), None
-    if mode == "inpaint" and painted:
-        return painted["background"], _mask(painted["layers"])
+    if mode == "inpaint" and painted and painted["background"]:
+        return _picture(painted["background"]), _mask(painted["layers"])
     return None, None
 
 
-def _mask(layers: list[Image.Image]) -> Image.Image | None:
+def _mask(layers: list[Any]) -> Image.Image | None:
     """Return a mask that is white where any of the layers is painted."""
-    from PIL import ImageChops
+    if len(layers) > MOST_LAYERS:
+        raise ValueError(f"The painting has {len(layers)} layers; at most {MOST_LAYERS} are read.")
+    masks = [_painted(load_layer(layer, "the painting")) for layer in layers]
+    if len({mask.size for mask in masks}) > 1:
+        raise ValueError("The layers of the painting differ in size; expected that of the picture.")
+    return reduce(ImageChops.lighter, masks) if masks else None
 
-    mask = None
-    for layer in layers:
-        painted = layer.getchannel("A").point(lambda alpha: 255 * (alpha > 0))
-        mask = painted if mask is None else ImageChops.lighter(mask, painted)
-    return mask
+
+def _painted(layer: Image.Image) -> Image.Image:
+    """Return a mask that is white where a layer is painted."""
+    return layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 0))
 
 
-def _picture(source: str | Image.Image) -> Image.Image:
+def _picture(source: Any) -> Image.Image:
     """Read a picture; errors have the name of its file, but not the server's folder."""
     return load_image(source, Path(source).name if isinstance(source, str) else None)
 
 
 @contextmanager
 def _page_errors() -> Iterator[None]:
-    """Turn any error into a `gr.Error` with a message for the page."""
+    """Turn any error into a `gr.Error` with a message for the page, without paths of the server."""
     try:
         yield
+    except gr.Error:
+        raise
     except ValueError as error:
         raise _error(wording(error, PAGE)) from error
     except Exception as error:
         logger.exception("Something in the page failed")
-        raise _error(f"{type(error).__name__}: {error} (the terminal has more)") from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise _error(f"The server failed: {reason}. Its terminal has more.") from error
 
 
 def _error(message: str) -> gr.Error:
     return gr.Error(html.escape(message, quote=False), print_exception=False)
+
+
+def guard(page: gr.Blocks, uploads: Path) -> None:
+    """Let a page read no files but uploads, and answer whatever is sent with a sentence.
+
+    Args:
+        page: its methods are replaced by which Gradio handles what visitors and programs send.
+        uploads: the folder that Gradio keeps uploads in.
+    """
+    preprocess_data, process_api = page.preprocess_data, page.process_api
+
+    async def preprocess(block_fn: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            _check_paths(inputs, uploads.resolve())
+            return await preprocess_data(block_fn, inputs, *args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise _error(UNREADABLE) from error
+
+    async def process(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await process_api(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            logger.exception("Something in the page failed")
+            raise _error("The server can't do that. Its terminal has more.") from error
+
+    vars(page).update(preprocess_data=preprocess, process_api=process)
+
+
+def _check_paths(sent: Any, uploads: Path) -> None:
+    """Raise ValueError if a path or an address in what was sent is not that of an upload."""
+    if isinstance(sent, dict):
+        path = sent.get("path")
+        if isinstance(path, str) and not Path(path).resolve().is_relative_to(uploads):
+            raise ValueError("not an upload")
+        sent = list(sent.values())
+    if isinstance(sent, list):
+        for part in sent:
+            _check_paths(part, uploads)
 
 
 # Serving
@@ -340,13 +403,25 @@ def launch(page: gr.Blocks, host: str, port: int | None) -> str:
 
 
 class SelfContained:
-    """ASGI middleware that sends `POLICY` with each response."""
+    """ASGI middleware that sends `POLICY` with each response, and closes what no page needs."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
 
-    async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
-        """Pass a request on."""
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, unless it is for one of the `CLOSED` addresses or too long."""
+        if any(part in scope.get("path", "") for part in CLOSED):
+            await PlainTextResponse("This page has no such address.", 404)(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_some() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MOST_BYTES:
+                raise HTTPException(413, "The request is too long.")
+            return message
 
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -354,4 +429,4 @@ class SelfContained:
                 message["headers"] = [*message.get("headers", []), policy]
             await send(message)
 
-        await self.app(scope, receive, send_with_policy)
+        await self.app(scope, receive_some, send_with_policy)
