@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,24 @@ METHODS = {
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 METHOD_OPTIONS = ("method", "teacher")
+# The numbers that options of training and of encoding may have: in words, as a test, and for which.
+LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "more than 0": (lambda value: value > 0, (
+        "image_size", "max_caption_length", "max_upscale", "batch_size", "max_train_steps",
+        "learning_rate", "gradient_clip", "gradient_accumulation_steps", "save_interval",
+        "log_interval", "validation_interval", "flow_shift", "min_snr_gamma", "lora_rank",
+        "lora_alpha", "window_size", "patch_size", "samples_per_shard",
+    )),
+    "at least 0": (lambda value: value >= 0, (
+        "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
+        "max_skipped_steps",
+    )),
+    "0 to 1": (lambda value: 0 <= value <= 1, (
+        "max_broken", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
+    )),
+    "1 or more": (lambda value: value >= 1, ("max_aspect_ratio",)),
+    "at least 2": (lambda value: value >= 2, ("keep_checkpoints",)),
+}  # fmt: skip
 EXTRAS = "pip install -r requirements-train.txt"
 
 
@@ -70,20 +88,6 @@ class Stage:
 
 
 STAGE_OPTIONS = tuple(field.name for field in fields(Stage))[2:]
-
-
-def make_stages(options: Mapping[str, Any], changes: list[dict[str, Any]]) -> list[Stage]:
-    """Return the stages in their order.
-
-    Args:
-        options: the options of the command line, which a stage takes unless it changes them.
-        changes: the options that each stage changes, by name.
-    """
-    stages: list[Stage] = []
-    for change in changes:
-        values = {name: change.get(name, options[name]) for name in STAGE_OPTIONS}
-        stages.append(Stage(len(stages), stages[-1].end if stages else 0, **values))
-    return stages
 
 
 def read_stages(path: Path) -> list[dict[str, Any]]:
@@ -155,9 +159,7 @@ def make_parser(prog: str | None = None) -> Parser:
     add_data_options(data, defaults)
     _add_visit_options(data, defaults)
     models = parser.add_argument_group("models")
-    _add_transformer_options(models)
-    _add_method_options(models)
-    _add_lora_options(models)
+    _add_model_options(models)
     add_encoder_options(models, defaults)
     _add_objective_options(parser.add_argument_group("objective"))
     _add_optimisation_options(parser.add_argument_group("optimisation"), defaults)
@@ -217,7 +219,7 @@ def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None
         help="report what was found in the data, and stop")  # fmt: skip
 
 
-def _add_transformer_options(group: argparse._ArgumentGroup) -> None:
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--transformer", type=Path,
         help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from; without "
@@ -225,20 +227,12 @@ def _add_transformer_options(group: argparse._ArgumentGroup) -> None:
     add("--transformer-config", default="released",
         help="shape of the transformer if it is new or starts from a PixArt: released, tiny, or a "
         "JSON file")  # fmt: skip
-
-
-def _add_method_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
     add("--method", choices=list(METHODS), default="fine-tuning",
         help="learn from the data alone (fine-tuning, also for a new transformer), or from the "
         "predictions of --teacher (knowledge-distillation)")  # fmt: skip
     add("--teacher", type=Path,
         help="Diffusers folder or checkpoint file of the frozen LocalDiT that --method "
         "knowledge-distillation learns from")  # fmt: skip
-
-
-def _add_lora_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
     add("--lora-rank", type=int,
         help="train LoRA adapters of this rank, and freeze the weights of --transformer; without "
         "it, all weights are trained")  # fmt: skip
@@ -329,40 +323,32 @@ def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
     add("--use-tensorboard", action="store_true", help="also log to TensorBoard")
 
 
-def _stages(args: argparse.Namespace) -> list[Any]:
-    """Return the stages, each checked like the command line."""
-    changes = read_stages(args.stages) if args.stages else [{}]
-    for number, change in enumerate(changes, start=1):
+def _stages(args: argparse.Namespace) -> list[Stage]:
+    """Return the stages, each checked like the command line, whose options they take or change."""
+    stages: list[Stage] = []
+    for index, change in enumerate(read_stages(args.stages) if args.stages else [{}]):
+        place = f"--stages, stage {index + 1}"
         for name, value in change.items():
             default = getattr(args, name)
             wanted = (int, float) if isinstance(default, float) else type(default)
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise ValueError(
-                    f"--stages, stage {number}: {name.replace('_', '-')} is {value!r}; expected a "
-                    f"value such as {default!r}"
+                    f"{place}: {name.replace('_', '-')} is {value!r}; expected a value such as "
+                    f"{default!r}"
                 )
+        options = vars(args) | change
         try:
-            _check(argparse.Namespace(**(vars(args) | change)))
+            _check(argparse.Namespace(**options))
         except ValueError as error:
-            raise ValueError(f"--stages, stage {number}: {error}") from None
-    return make_stages(vars(args), changes)
+            raise ValueError(f"{place}: {error}") from None
+        values = {name: options[name] for name in STAGE_OPTIONS}
+        stages.append(Stage(index, stages[-1].end if stages else 0, **values))
+    return stages
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ValueError if an option is invalid."""
-    check_data_options(vars(args))
-    positive = ["batch_size", "max_train_steps", "learning_rate", "gradient_clip",
-                "gradient_accumulation_steps", "save_interval", "log_interval",
-                "validation_interval", "flow_shift"]  # fmt: skip
-    if args.min_snr_gamma is not None:
-        positive.append("min_snr_gamma")
-    require_positive(vars(args), positive)
-    for name in ("warmup_steps", "weight_decay", "seed", "validation_samples", "max_skipped_steps"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"{_flag(name)} is {getattr(args, name)}; expected at least 0")
-    require_shares(vars(args), ("token_dropout", "ema_decay", "horizontal_flip"))
-    if args.keep_checkpoints < 2:
-        raise ValueError(f"--keep-checkpoints is {args.keep_checkpoints}; expected at least 2")
+    check_limits(vars(args))
     if args.lr_schedule not in ("constant", "cosine"):
         raise ValueError(f"--lr-schedule is {args.lr_schedule!r}; expected constant or cosine")
     if args.prediction_type is not None:
@@ -415,23 +401,19 @@ def _check_lora(args: argparse.Namespace) -> None:
             if getattr(args, name):
                 raise ValueError(f"{_flag(name)} is for adapters: also give --lora-rank")
         return
-    require_positive(vars(args), ("lora_rank",) if args.lora_alpha is None else
-                     ("lora_rank", "lora_alpha"))  # fmt: skip
-    require_shares(vars(args), ("lora_dropout",))
     if args.transformer is None:
         raise ValueError("--lora-rank adapts existing weights: name them with --transformer")
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"--lora-rank needs peft: {EXTRAS}")
 
 
-def check_data_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError if an option about data and encoders is invalid."""
-    require_positive(options, ("image_size", "max_caption_length", "max_upscale"))
-    require_shares(options, ("max_broken",))
-    if options["num_workers"] < 0:
-        raise ValueError(f"--num-workers is {options['num_workers']}; expected at least 0")
-    if not options["max_aspect_ratio"] >= 1:
-        raise ValueError(f"--max-aspect-ratio is {options['max_aspect_ratio']}; expected 1 or more")
+def check_limits(options: Mapping[str, Any]) -> None:
+    """Raise ValueError if an option of training or encoding, as far as it is given, is invalid."""
+    for expected, (holds, names) in LIMITS.items():
+        for name in names:
+            value = options.get(name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{_flag(name)} is {value}; expected {expected}")
     if options["pretrained"] and not options["pretrained"].is_dir():
         raise ValueError(f"--pretrained {options['pretrained']} is not a folder")
 
@@ -443,20 +425,6 @@ def check_image_size(size: int, multiple: int) -> None:
         raise ValueError(
             f"--image-size is {size}; expected a multiple of {multiple}, the nearest is {nearest}"
         )
-
-
-def require_positive(options: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise ValueError unless these options are more than 0."""
-    for name in names:
-        if not options[name] > 0:
-            raise ValueError(f"{_flag(name)} is {options[name]}; expected more than 0")
-
-
-def require_shares(options: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise ValueError unless these options are from 0 to 1."""
-    for name in names:
-        if not 0 <= options[name] <= 1:
-            raise ValueError(f"{_flag(name)} is {options[name]}; expected 0 to 1")
 
 
 def _flag(name: str) -> str:

@@ -22,8 +22,7 @@ from localdit.training.options import (
     HelpFormatter,
     add_data_options,
     add_encoder_options,
-    check_data_options,
-    require_positive,
+    check_limits,
 )
 from localdit.training.shutdown import TrainingStopped, run_and_exit
 
@@ -50,10 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.num_workers is None:
         args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
     try:
-        check_data_options(vars(args))
-        require_positive(
-            vars(args), ("window_size", "patch_size", "samples_per_shard", "batch_size")
-        )
+        check_limits(vars(args))
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -57,7 +57,16 @@ class FineTuning(Method):
         Raises:
             ValueError, OSError: if a frozen model is missing or does not fit.
         """
-        return cls(transformer, objective, adapters=args.lora_rank is not None)
+        models = cls.frozen_models(args, transformer)
+        frozen = {name: model.to(device) for name, model in models.items()}
+        return cls(transformer, objective, args.lora_rank is not None, frozen)
+
+    @classmethod
+    def frozen_models(
+        cls, args: argparse.Namespace, transformer: LocalDiTTransformer2DModel
+    ) -> dict[str, nn.Module]:
+        """Load the frozen models that the loss needs beside the transformer, by name."""
+        return {}
 
     def losses(
         self,

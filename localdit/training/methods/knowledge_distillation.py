@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from localdit.core.diffusion import Objective, denoising_errors
+from localdit.core.diffusion import denoising_errors
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.flops import forward_flops
 from localdit.training.initialization import load_frozen
@@ -24,32 +24,14 @@ class KnowledgeDistillation(FineTuning):
 
     This is output-level knowledge distillation (BK-SDM, Kim et al., 2023, eq. 3). The teacher
     predicts for the same noised latents, text and picture sizes.
-
-    Attributes:
-        teacher: the frozen teacher, on the training device.
     """
 
-    def __init__(
-        self,
-        transformer: LocalDiTTransformer2DModel,
-        objective: Objective,
-        adapters: bool,
-        teacher: LocalDiTTransformer2DModel,
-    ) -> None:
-        super().__init__(transformer, objective, adapters, frozen={TEACHER: teacher})
-        self.teacher = teacher
-
     @classmethod
-    def from_options(
-        cls,
-        args: argparse.Namespace,
-        transformer: LocalDiTTransformer2DModel,
-        objective: Objective,
-        device: torch.device,
-    ) -> KnowledgeDistillation:
-        """Load the teacher that `--teacher` names; see `FineTuning.from_options`."""
-        teacher = load_frozen(args.teacher, transformer)
-        return cls(transformer, objective, args.lora_rank is not None, teacher.to(device))
+    def frozen_models(
+        cls, args: argparse.Namespace, transformer: LocalDiTTransformer2DModel
+    ) -> dict[str, nn.Module]:
+        """Load the teacher that `--teacher` names."""
+        return {TEACHER: load_frozen(args.teacher, transformer)}
 
     def losses(
         self,
@@ -72,4 +54,6 @@ class KnowledgeDistillation(FineTuning):
         """Return the operations of the student's step and of the teacher's forward pass."""
         rows, _, height, width = inputs.latents.shape
         sizes = (height, width, inputs.text.shape[1])
-        return super().step_flops(inputs) + rows * forward_flops(self.teacher.config, *sizes)
+        teacher = self.frozen[TEACHER]
+        assert isinstance(teacher, LocalDiTTransformer2DModel)
+        return super().step_flops(inputs) + rows * forward_flops(teacher.config, *sizes)
