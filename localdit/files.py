@@ -65,6 +65,10 @@ def whole_file(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
         flush_file(unfinished)
         _rename(unfinished, path, overwrite)
         flush_entries(path.parent)
+    except OSError as error:
+        if error.errno and error.filename is None:  # of writing, which knows no name
+            error.filename = str(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from .arguments import BOX_NAME, CONFIG_SETTINGS, named_model, usage_errors
 from .output import Output, plan_output
 
 Task = Literal["t2i", "i2i"]
+MAX_PROMPT_FILE = 50_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -316,9 +317,14 @@ def _read_prompts(path: Path) -> list[str]:
         if sys.stdin is None:
             raise ValueError("--prompt-file is -, but standard input is closed")
         name = "standard input"
-        given: bytes | str = getattr(sys.stdin, "buffer", sys.stdin).read()
+        given: bytes | str = getattr(sys.stdin, "buffer", sys.stdin).read(MAX_PROMPT_FILE + 1)
     else:
-        name, given = str(path), path.read_bytes()
+        with path.open("rb") as file:
+            name, given = str(path), file.read(MAX_PROMPT_FILE + 1)
+    if len(given) > MAX_PROMPT_FILE:
+        raise ValueError(
+            f"{name} has more than {MAX_PROMPT_FILE:,} bytes; expected one prompt per line"
+        )
     text = given if isinstance(given, str) else decode_text(given, name)
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:

@@ -255,6 +255,7 @@ MISTAKES = [
     ("generate", ["a", "--negative-prompt", "\0"], "--negative-prompt has '\\x00' at position 0"),
     ("generate", ["--prompt-file", "zeros.txt"], "zeros.txt is not UTF-8 text: it has zero bytes"),
     ("generate", ["a", "b", "-o", "x" * 251 + ".png"], "can't be the name of a file"),
+    ("generate", ["--prompt-file", "/dev/zero"], "/dev/zero has more than 50,000,000 bytes"),
     ("inpaint", ["photo.png", "gone.png", "a"], "gone.png: there is no such image file"),
     ("inpaint", ["photo.png", "small.png", "a"], "48 x 48 pixels; expected the picture's 96 x 48"),
     ("inpaint", ["photo.png", "black.png", "a"], "nothing in black.png is white"),
