@@ -43,7 +43,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "max_skipped_steps",
     )),
     "0 to 1": (lambda value: 0 <= value <= 1, (
-        "max_broken", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
+        "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
     )),
     "1 or more": (lambda value: value >= 1, ("max_aspect_ratio",)),
     "at least 2": (lambda value: value >= 2, ("keep_checkpoints",)),
@@ -194,6 +194,9 @@ def add_data_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add("--max-upscale", type=float, default=1.5,
         help="largest factor by which a picture is enlarged; smaller pictures are left "
         "out")  # fmt: skip
+    add("--max-crop", type=float, default=1.0,
+        help="largest share of a picture that is cut away to fit its bucket; pictures that would "
+        "lose more, such as panoramas, are left out")  # fmt: skip
     add("--max-broken", type=float, default=0.1,
         help="largest share of broken samples; if there are more, the run stops")  # fmt: skip
     add("--max-caption-length", type=int, default=defaults.max_length,

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from localdit import parsing
 from localdit.files import whole_file
+from localdit.training.data.buckets import describe_crops, left_out
 from localdit.training.data.samples import Fault
-from localdit.training.data.stage_data import StageData
+from localdit.training.data.stage_data import StageData, unknown_captions
 from localdit.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -42,19 +43,30 @@ class Reporter:
             total=args.stages[-1].end, desc="Training", unit="step", disable=not self.main or None
         )  # None shows the bar on terminals only
 
-    def begin(self, data: Sequence[StageData], step: int) -> None:
-        """Print the data of each stage, and start the trackers."""
+    def begin(self, data: Sequence[StageData], step: int, tokenizer: Any = None) -> None:
+        """Print the data of each stage, and start the trackers.
+
+        Args:
+            data: the data of each stage.
+            step: steps taken before.
+            tokenizer: the tokenizer of the captions; None if all of them are encoded.
+        """
         processes = self.accelerator.num_processes
         for stage, stage_data in zip(self.args.stages, data, strict=True):
-            found, left_out = stage_data.found, int((stage_data.buckets < 0).sum())
+            found = stage_data.found
             self.say(
-                f"{stage}: {len(found.samples):,} samples ({left_out:,} too small, "
+                f"{stage}: {len(found.samples):,} samples ({left_out(stage_data.buckets)}, "
                 f"{len(stage_data.held_out):,} held out, {found.faults.total:,} broken), "
                 f"{len(stage_data.sizes)} buckets, {stage.batch_size} x {processes} processes on "
                 f"{self.accelerator.device.type} x {stage.gradient_accumulation_steps} = "
                 f"{stage.global_batch(processes)} samples to a step"
             )
-            for text in filter(None, (found.splits(), str(found.faults))):
+            crops = describe_crops(found.samples, stage_data.sizes, stage_data.buckets)
+            unknown = ""
+            if self.main and tokenizer is not None:
+                unknown = unknown_captions(found.samples, tokenizer)
+            texts = [found.splits(), *crops.splitlines()[:1], unknown, str(found.faults)]
+            for text in filter(None, texts):
                 self.say(text)
         if not self.can_draw:
             self.say("curves.png needs matplotlib: pip install matplotlib")

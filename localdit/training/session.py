@@ -35,6 +35,7 @@ from localdit.training.setup import (
     Models,
     find_data,
     load_models,
+    local_tokenizer,
     make_state,
     start_processes,
 )
@@ -229,10 +230,11 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         settle(None)
     data = agreement.on_main(lambda: find_data(args))
     if args.dry_run:
+        tokenizer = local_tokenizer(args)
         for stage, stage_data in zip(args.stages, data, strict=True):
             batch = stage.global_batch(accelerator.num_processes)
             if accelerator.is_local_main_process:
-                say(dry_run_report(stage_data, batch))
+                say(dry_run_report(stage_data, batch, tokenizer))
     for found in (stage_data.found for stage_data in data):
         faults, healthy = found.faults, len(found.samples)
         agreement.on_main(partial(require_few, faults, healthy, args.max_broken))
@@ -267,7 +269,8 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     if checkpoint is not None:
         agreement.on_all(partial(session.resume, checkpoint))
     agreement.on_main(lambda: run.begin(options_of(args), state.progress.step))
-    session.reporter.begin(data, state.progress.step)
+    encoders = models.make_inputs.encoders
+    session.reporter.begin(data, state.progress.step, encoders and encoders.tokenizer)
     if method.adapters:
         session.reporter.say(str(models.result))
     return session

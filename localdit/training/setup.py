@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import ProjectConfiguration
@@ -14,9 +14,11 @@ from localdit.config import Config
 from localdit.core.diffusion import Objective
 from localdit.core.latents import LatentFormat
 from localdit.core.parts import (
+    PARTS,
     encoder_classes,
     encoder_folders,
     load_encoders,
+    locate,
     locate_encoder,
     vae_config,
     weights_fingerprint,
@@ -92,10 +94,23 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             args.max_aspect_ratio,
             args.max_upscale,
             args.validation_samples,
+            args.max_crop,
         )
         prepared.order(stage, 1, args.seed)  # refuses a stage without samples
         data.append(prepared)
     return data
+
+
+def local_tokenizer(args: argparse.Namespace) -> Any:
+    """Return the tokenizer of the options; None if it is not on this machine: none is fetched."""
+    from transformers import AutoTokenizer
+
+    source = initialization.encoder_sources(args)["tokenizer"]
+    try:
+        where = locate(PARTS["tokenizer"], source, local_files_only=True)
+        return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
 
 
 def _pixels_per_latent(args: argparse.Namespace, found: Found) -> int:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from localdit.core.text import unknown_message, unknown_pieces
 from localdit.training.data.batches import Batch, VisitDataset, load_batches
-from localdit.training.data.buckets import Size, assign_buckets, crop_sizes
+from localdit.training.data.buckets import (
+    CUT_TOO_MUCH,
+    TOO_SMALL,
+    Size,
+    assign_buckets,
+    crop_sizes,
+    describe_crops,
+    left_out,
+)
 from localdit.training.data.finding import FORMATS, Found
 from localdit.training.data.order import (
     Order,
@@ -20,7 +31,7 @@ from localdit.training.data.order import (
     epoch_batches,
     hold_out,
 )
-from localdit.training.data.samples import EXAMPLES
+from localdit.training.data.samples import EXAMPLES, Sample
 from localdit.training.options import Stage
 
 FREQUENT = 5  # resolutions that are listed
@@ -34,7 +45,7 @@ class StageData:
     Attributes:
         found: the samples, and the broken ones.
         sizes: sizes of the buckets, in pixels.
-        buckets: (N,) bucket of each sample, -1 for samples that are too small.
+        buckets: (N,) bucket of each sample; negative for samples that are left out.
         held_out: indices of the samples held out of training for validation.
     """
 
@@ -64,9 +75,9 @@ class StageData:
         if not (visited >= 0).any():
             raise ValueError(
                 f"{stage.data_root} holds no picture to train on: of {len(visited):,} samples, "
-                f"{int((self.buckets < 0).sum()):,} are too small for {stage.image_size} "
+                f"{left_out(self.buckets).replace(' ', ' are ', 1)} for {stage.image_size} "
                 f"pixels and {len(self.held_out):,} are held out. Lower --image-size or "
-                "--validation-samples, or raise --max-upscale."
+                "--validation-samples, or raise --max-upscale or --max-crop."
             )
         return Order(visited, global_batch, [seed, stage.index])
 
@@ -80,6 +91,7 @@ def prepare_data(
     max_aspect_ratio: float,
     max_upscale: float,
     validation_samples: int,
+    max_crop: float = 1.0,
 ) -> StageData:
     """Sort the samples into buckets, and hold some of them out.
 
@@ -90,7 +102,8 @@ def prepare_data(
         stage: the stage that trains on them.
         window_size: side of the model's windows, in tokens.
         pixels_per_token: pixels per latent times the patch size.
-        crop, max_aspect_ratio, max_upscale, validation_samples: the options of these names.
+        crop, max_aspect_ratio, max_upscale, validation_samples, max_crop: the options of these
+            names.
 
     Raises:
         ValueError: if samples were encoded for another size or for other tokens.
@@ -115,7 +128,7 @@ def prepare_data(
         buckets = np.array([index[shape] for shape in shapes], dtype=np.int64)
     else:
         sizes = crop_sizes(crop, stage.image_size, window_size, pixels_per_token, max_aspect_ratio)
-        buckets = assign_buckets(shapes, sizes, max_upscale)
+        buckets = assign_buckets(shapes, sizes, max_upscale, max_crop)
     usable = np.flatnonzero(buckets >= 0)
     ids = [found.samples[index].id for index in usable]
     held_out = [int(usable[index]) for index in hold_out(ids, validation_samples if ids else 0)]
@@ -163,32 +176,59 @@ def held_out_batches(
     return load_batches(dataset, visits, num_workers)
 
 
-def dry_run_report(data: StageData, global_batch: int) -> str:
+def unknown_captions(samples: Sequence[Sample], tokenizer: Any) -> str:
+    """Describe what a tokenizer does not know in captions; "" if it knows all of it.
+
+    Each word is tokenised once. Captions are tokenised only if they may have unknown pieces.
+
+    Args:
+        samples: samples with captions.
+        tokenizer: a Transformers tokenizer.
+    """
+    words = {word for sample in samples for text in sample.captions for word in text.split()}
+    pieces = unknown_pieces(tokenizer, sorted(words))
+    if not pieces:
+        return ""
+    any_piece = re.compile("|".join(map(re.escape, pieces)))
+    captions = [text for sample in samples for text in sample.captions]
+    concerned = [text for text in captions if any_piece.search(text.lower())]
+    return (
+        f"Captions with unknown pieces: {len(concerned):,} of {len(captions):,}. "
+        + unknown_message(unknown_pieces(tokenizer, concerned) or pieces)
+    )
+
+
+def dry_run_report(data: StageData, global_batch: int, tokenizer: Any = None) -> str:
     """Describe the data, its buckets and its batches in several lines of text.
 
     Args:
         data: the data of a stage.
         global_batch: samples in an optimizer step.
+        tokenizer: the tokenizer of the captions; None if it is not on this machine.
     """
-    found, too_small = data.found, int((data.buckets < 0).sum())
+    found, used = data.found, int((data.buckets >= 0).sum())
     broken, total = found.faults.total, len(found.samples) + found.faults.total
     sections = [
         f"Format: {found.format} ({FORMATS[found.format]})",
-        *filter(None, [found.splits()]),
-        f"Samples: {len(found.samples) - too_small:,} to train on, {too_small:,} too small, "
+        found.splits(),
+        f"Samples: {used:,} to train on, {left_out(data.buckets)}, "
         f"{broken:,} broken ({broken / max(total, 1):.1%} of {total:,})",
     ]
     if found.samples:
         sections += [
             _resolutions(found),
             _buckets(data, global_batch),
+            describe_crops(found.samples, data.sizes, data.buckets),
             _captions(found),
+            "Captions with unknown pieces: not counted, as the tokenizer is not on this machine"
+            if tokenizer is None
+            else unknown_captions(found.samples, tokenizer),
         ]
     if broken:
         sections.append("Broken:\n" + _indented(str(found.faults)))
     if found.samples:
         sections.append("Examples:\n" + _indented(_examples(data)))
-    return "\n".join(sections)
+    return "\n".join(filter(None, sections))
 
 
 def _resolutions(found: Found) -> str:
@@ -243,7 +283,8 @@ def _examples(data: StageData) -> str:
     samples, lines = data.found.samples, []
     for index in np.linspace(0, len(samples) - 1, min(EXAMPLES, len(samples))).astype(int):
         sample, bucket = samples[index], data.buckets[index]
-        place = f"bucket {data.sizes[bucket]}" if bucket >= 0 else "too small"
+        reasons = {TOO_SMALL: "too small", CUT_TOO_MUCH: "cut too much"}
+        place = reasons.get(bucket) or f"bucket {data.sizes[bucket]}"
         caption = " ".join(sample.captions[0].split())
         if len(caption) > CAPTION_CHARACTERS:
             caption = caption[:CAPTION_CHARACTERS].rstrip() + "..."

@@ -26,6 +26,7 @@ from localdit.core.parts import (
 )
 from localdit.files import lock_folder, whole_file
 from localdit.images import prepare_output_folder
+from localdit.training.data.buckets import describe_crops
 from localdit.training.data.encoded import (
     EMPTY_CAPTION,
     MANIFEST,
@@ -39,6 +40,7 @@ from localdit.training.data.encoded import (
 )
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.samples import require_few
+from localdit.training.data.stage_data import unknown_captions
 from localdit.training.encode.shards import (
     DiskNeed,
     Plan,
@@ -83,17 +85,19 @@ class Job:
 
     def describe(self, folder: Path) -> str:
         """Describe the samples to encode into a folder, and the disk space they need."""
-        counts = Counter(self.plan.buckets.tolist())
-        lines = [f"{len(self.plan.samples):,} samples to encode:"]
-        lines += [
-            f"  {count:,} of {self.plan.sizes[bucket]} pixels" for bucket, count in counts.items()
-        ]
-        if self.plan.too_small:
-            lines.append(
-                f"Left out because they are too small (--max-upscale): {self.plan.too_small:,}"
-            )
-        if splits := self.found.splits():
-            lines.append(splits)
+        plan = self.plan
+        counts = Counter(plan.buckets.tolist())
+        lines = [f"{len(plan.samples):,} samples to encode:"]
+        lines += [f"  {count:,} of {plan.sizes[bucket]} pixels" for bucket, count in counts.items()]
+        if plan.too_small:
+            lines.append(f"Left out because they are too small (--max-upscale): {plan.too_small:,}")
+        if plan.cut_too_much:
+            lines.append(f"Left out because of --max-crop: {plan.cut_too_much:,}")
+        lines += filter(None, [
+            describe_crops(plan.samples, plan.sizes, plan.buckets),
+            unknown_captions(plan.samples, self.encoders.tokenizer),
+            self.found.splits(),
+        ])  # fmt: skip
         if (faults := self.found.faults).total:
             lines.append(f"Left out because they are broken: {faults.total:,}\n{faults}")
         need, total = self.need, self.bytes_of(range(self.plan.num_shards))

@@ -23,7 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 from localdit.core.parts import Encoders
 from localdit.core.text import TextSpace
 from localdit.files import whole_file
-from localdit.training.data.buckets import Size, assign_buckets, crop_sizes
+from localdit.training.data.buckets import (
+    CUT_TOO_MUCH,
+    Size,
+    assign_buckets,
+    crop_sizes,
+    left_out,
+)
 from localdit.training.data.encoded import FORMAT, Manifest, index_path, tar_path
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import BrokenSample, Fault, Sample
@@ -45,6 +51,7 @@ class Plan:
         sizes: sizes of all buckets, in pixels.
         samples_per_shard: samples per tar.
         too_small: number of samples left out because they would have been enlarged too much.
+        cut_too_much: number of samples left out because too much would have been cut away.
     """
 
     samples: list[Sample]
@@ -52,6 +59,7 @@ class Plan:
     sizes: list[Size]
     samples_per_shard: int
     too_small: int = 0
+    cut_too_much: int = 0
 
     @property
     def num_shards(self) -> int:
@@ -100,11 +108,16 @@ def make_plan(samples: Sequence[Sample], args: argparse.Namespace, pixels_per_to
         args.crop, args.image_size, args.window_size, pixels_per_token, args.max_aspect_ratio
     )
     shapes = [(sample.height, sample.width) for sample in samples]
-    buckets = assign_buckets(shapes, sizes, args.max_upscale)
+    buckets = assign_buckets(shapes, sizes, args.max_upscale, args.max_crop)
     order = np.argsort(buckets, kind="stable")
     order = order[buckets[order] >= 0]
+    cut_too_much = int((buckets == CUT_TOO_MUCH).sum())
     if not len(order):
         square = Size(args.image_size, args.image_size)
+        if cut_too_much:
+            raise ValueError(
+                f"Of {len(samples):,} pictures, {left_out(buckets)}: choose a larger --max-crop."
+            )
         raise ValueError(
             f"All {len(samples):,} pictures are too small: for {square} pixels, each would have to "
             f"be enlarged by more than {args.max_upscale:g}. Choose a smaller --image-size, or a "
@@ -115,7 +128,8 @@ def make_plan(samples: Sequence[Sample], args: argparse.Namespace, pixels_per_to
         buckets=buckets[order],
         sizes=sizes,
         samples_per_shard=args.samples_per_shard,
-        too_small=len(samples) - len(order),
+        too_small=len(samples) - len(order) - cut_too_much,
+        cut_too_much=cut_too_much,
     )
 
 

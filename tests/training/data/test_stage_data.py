@@ -10,7 +10,12 @@ from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import Found
 from localdit.training.data.samples import Blob, Fault, Faults, Sample
-from localdit.training.data.stage_data import StageData, dry_run_report, prepare_data
+from localdit.training.data.stage_data import (
+    StageData,
+    dry_run_report,
+    prepare_data,
+    unknown_captions,
+)
 from localdit.training.options import Stage
 from tests.training.manifests import some_manifest
 
@@ -122,3 +127,51 @@ def test_data_without_usable_samples():
     small = Found("folder", [sample(0, 8, 8)])
     data = StageData(small, [Size(64, 64)], np.array([-1]), [])
     assert "Buckets: none in use" in dry_run_report(data, 4)
+
+
+class Words:
+    """A tokenizer that knows a few words."""
+
+    is_fast, unk_token_id = False, 0
+
+    def tokenize(self, text):
+        return text.split()
+
+    def convert_tokens_to_ids(self, words):
+        return [int(word in ("a", "red", "bear")) for word in words]
+
+
+def test_unknown_pieces_of_captions_are_counted_and_named_once():
+    samples = [sample(n, 64, 64, *texts) for n, texts in enumerate(
+        [("a red bear",), ("A 熊", "a bear"), ("a 熊 and a 猫",)]
+    )]  # fmt: skip
+    text = unknown_captions(samples, Words())
+    assert text.startswith("Captions with unknown pieces: 2 of 4. The tokenizer does not know 4 ")
+    assert text.endswith("token: '熊' (2 times), 'and', '猫'.")
+    assert unknown_captions(samples[:1], Words()) == ""
+    data = StageData(Found("folder", samples), [Size(64, 64)], np.zeros(3, dtype=np.int64), [])
+    assert text in dry_run_report(data, 1, Words()).splitlines()
+    assert "not counted" in dry_run_report(data, 1)
+
+
+def test_the_report_tells_of_splits_and_of_what_is_cut_away():
+    found = Found("folder", [sample(0, 64, 6400)], other_splits=["test", "val"])
+    data = StageData(found, [Size(64, 64)], np.array([0]), [])
+    report = dry_run_report(data, 1).splitlines()
+    assert "Splits: train is used; left out: test, val" in report
+    assert "  most: 0.png (64 x 6400: 99.0%)" in report
+    limited = StageData(found, [Size(64, 64)], np.array([-2]), [])
+    report = dry_run_report(limited, 1)
+    assert "Samples: 0 to train on, 0 too small, 1 cut too much, 0 broken" in report
+    assert "0.png: 64 x 6400, cut too much" in report
+
+
+def test_the_true_reason_why_nothing_can_be_trained():
+    stage = Stage(0, 0, "data", 64, 4, 1, 10, 1e-4, "constant", 0)
+    broken = Found("folder", [], Faults([Fault("no caption", "a.png")]), contents="Found 1 file.")
+    for data, message in (
+        (prepared(broken), r"all 1 are broken:\n1 no caption .*: a\.png\n.*\.txt.*\nFound 1 file"),
+        (prepared(found((8, 8))), "of 1 samples, 1 are too small for 64 pixels and 0 are held out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.order(stage, 1, 0)

@@ -302,6 +302,28 @@ def test_latents_are_shifted_and_scaled_as_the_vae_asks(
     assert "encode the data again, into a new folder" in message
 
 
+def test_what_is_cut_away_is_told_and_limited(workplace, tmp_path, capsys):
+    assert main(options(workplace, tmp_path / "all", "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert "at most 16.7%; --max-crop leaves out those that lose more" in said
+    worst = ", ".join(f"{number}.png (40 x 80: 16.7%)" for number in (0, 3, 6, 9))
+    assert f"  most: {worst}\n" in said
+    assert "Captions with unknown pieces: " in said
+    assert main(options(workplace, tmp_path / "some", "--dry-run", "--max-crop", "0.1")) == 0
+    said = capsys.readouterr().out
+    assert "7 samples to encode" in said
+    assert "Left out because of --max-crop: 4" in said
+    wide = workplace / "pictures/metadata.jsonl"
+    (tmp_path / "wide").mkdir()
+    lines = [line for line in wide.read_text().splitlines() if '"0.png"' in line]
+    (tmp_path / "wide/metadata.jsonl").write_text(lines[0])
+    shutil.copy(workplace / "pictures/0.png", tmp_path / "wide")
+    argv = options(workplace, tmp_path / "none", "--dry-run", "--max-crop", "0.1")
+    assert "1 cut too much: choose a larger --max-crop" in stopped(
+        [*argv, "--data-root", str(tmp_path / "wide")]
+    )
+
+
 def test_small_pictures_are_left_out(workplace, tmp_path, capsys):
     main(options(workplace, tmp_path / "some", "--max-upscale", "1.25"))
     assert "4 samples to encode" in (said := capsys.readouterr().out)
