@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -201,13 +203,14 @@ class TextSpace:
         Raises:
             ValueError: if a text is not in the cache and there is no text encoder.
         """
-        if self.cache is not None:
-            self.cache.serve(self.text_encoder, device)
         states: dict[tuple[int, ...], torch.Tensor] = {}
-        tokens = [tuple(ids) for ids in self.tokenize(texts, max_length, warn=True)]
-        for ids in tokens:
-            if ids not in states:
-                states[ids] = self._states_of(ids, device)
+        with nullcontext() if self.cache is None else self.cache.lock:
+            if self.cache is not None:
+                self.cache.serve(self.text_encoder, device)
+            tokens = [tuple(ids) for ids in self.tokenize(texts, max_length, warn=True)]
+            for ids in tokens:
+                if ids not in states:
+                    states[ids] = self._states_of(ids, device)
         return pad_states([states[ids] for ids in tokens], max_length)
 
     def encode_batch(
@@ -367,6 +370,9 @@ class TextCache:
     It holds the states of one text encoder. It empties itself as soon as it serves another one, or
     the same one with other weights, dtype or device. Without a text encoder it goes on serving.
 
+    `lock` is held while texts are encoded, so that threads can share the cache. A copy of it, as
+    pickle makes one, holds the same states.
+
     Args:
         max_bytes: bytes to hold at most; 0 switches the cache off.
     """
@@ -377,6 +383,15 @@ class TextCache:
         self._told: set[str] = set()
         self._encoder: weakref.ref[torch.nn.Module] | None = None
         self._state: Hashable = None
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock, and the reference to an encoder that is another one in a copy."""
+        return {**vars(self), "_encoder": None, "_entries": self._entries.copy(), "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, with a lock of its own."""
+        vars(self).update(state, lock=threading.RLock())
 
     def __len__(self) -> int:
         """Number of texts held."""
@@ -385,7 +400,7 @@ class TextCache:
     @property
     def nbytes(self) -> int:
         """Size of the states held, in bytes."""
-        return sum(states.nbytes for states in self._entries.values())
+        return sum(states.nbytes for states in list(self._entries.values()))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -413,7 +428,10 @@ class TextCache:
         """Store a copy of states `(tokens, C)`, unless they exceed `max_bytes` by themselves."""
         if states.nbytes > self.max_bytes:
             return
-        self._entries[key] = states.detach().to("cpu", copy=True)
+        import torch
+
+        with torch.inference_mode(False):  # what is kept can be used in and out of that mode
+            self._entries[key] = states.detach().to("cpu", copy=True)
         self._entries.move_to_end(key)
         while self.nbytes > self.max_bytes:
             self._entries.popitem(last=False)
