@@ -9,8 +9,12 @@ differently or lack.
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,6 +23,10 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal"]
+logger = logging.getLogger(__name__)
+_defaults = threading.Lock()
+_inside = 0  # calls within `default_settings`
+_outer_dtype = torch.float32
 NOISE_SCHEDULE = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 
 
@@ -157,9 +165,10 @@ def sample_position(generator: torch.Generator, sampling: TimestepSampling) -> f
     normal number, which favours the middle (Esser et al., 2024, section 3.1).
     """
     # In float32, as batches hold positions: rounding a float64 could give 1.
+    device = generator.device
     if sampling == "uniform":
-        return torch.rand(1, generator=generator, device=generator.device).item()
-    return torch.randn(1, generator=generator, device=generator.device).sigmoid().item()
+        return torch.rand(1, generator=generator, device=device, dtype=torch.float32).item()
+    return torch.randn(1, generator=generator, device=device, dtype=torch.float32).sigmoid().item()
 
 
 def denoising_errors(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -183,8 +192,79 @@ def prediction_type_of(scheduler_config: Mapping[str, Any]) -> str:
     return kind
 
 
+@contextmanager
+def default_settings() -> Iterator[None]:
+    """Compute with PyTorch's original default dtype and device, float32 and the CPU.
+
+    A seed then means the same picture whatever defaults a program has set. Its default dtype, which
+    all threads share, is set again when the last one has left.
+    """
+    global _inside, _outer_dtype
+    device = torch.get_default_device()
+    with _defaults:
+        if not _inside:
+            _outer_dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+        _inside += 1
+    try:
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        with _defaults:
+            _inside -= 1
+            if not _inside:
+                torch.set_default_dtype(_outer_dtype)
+
+
+def check_prediction(scheduler: Any) -> None:
+    """Refuse a scheduler that can't take the model's prediction for what it is, or warn of it.
+
+    Schedulers without a `prediction_type`, other than those of flow matching, expect one that they
+    do not name.
+
+    Raises:
+        ValueError: if the configuration that such a scheduler was made from names another
+            prediction than noise.
+    """
+    config = getattr(scheduler, "config", {})
+    kind = prediction_type_of({**config, "_class_name": type(scheduler).__name__})
+    known = inspect.signature(type(scheduler).__init__).parameters
+    if kind == "flow" or "prediction_type" in known:
+        return
+    message = (
+        f"{type(scheduler).__name__} has no prediction_type, so it may take the model's prediction "
+        "for something else and draw blotches. Use a scheduler that has one, such as "
+        "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)."
+    )
+    if kind != "epsilon":
+        raise ValueError(f"The model predicts {kind!r}. {message}")
+    logger.warning("%s", message)
+
+
+def warn_of_other_prediction(before: Any, now: Any) -> None:
+    """Log a warning if a scheduler takes another prediction than the one that it replaces."""
+    if not (hasattr(before, "config") and hasattr(now, "config")):
+        return
+    kinds = [
+        prediction_type_of({**one.config, "_class_name": type(one).__name__})
+        for one in (before, now)
+    ]
+    if kinds[0] != kinds[1]:
+        logger.warning(
+            "The new scheduler takes the model's prediction for %r, the one before for %r. Unless "
+            "the model is replaced too, make it with %s.from_config(pipe.scheduler.config), or "
+            "choose one that has this prediction type.",
+            kinds[1],
+            kinds[0],
+            type(now).__name__,
+        )
+
+
 def check_schedule(scheduler: Any) -> None:
     """Raise `ValueError` for timesteps that do not lead from noise to a picture.
+
+    Timesteps count the steps of training, of which there are many: those of a schedule that starts
+    at 2 or less and are not whole are on another scale.
 
     Timesteps must not ascend, and must exist: those of a scheduler that counts in whole ones are at
     least 0. A solver of order 1 that goes by noise levels divides by their differences, which must
@@ -196,6 +276,12 @@ def check_schedule(scheduler: Any) -> None:
         sound = bool(timesteps[-1] >= 0)
     if sound and sigmas is not None and scheduler.order == 1:
         sound = bool((sigmas[: len(timesteps)].diff() < 0).all())
+    steps = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
+    if sound and steps > 2 and timesteps.is_floating_point() and timesteps[0] <= 2:
+        raise ValueError(
+            f"{type(scheduler).__name__} starts at timestep {float(timesteps[0]):.3g}, but the "
+            f"model counts timesteps up to {steps}: use a scheduler that does so, too."
+        )
     if not sound:
         raise ValueError(
             f"The {len(timesteps)} timesteps must each be lower than the one before, and at least "

@@ -20,14 +20,35 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.conditions import size_conditions
-from ..core.diffusion import check_schedule, scale_input
+from ..core.diffusion import (
+    check_prediction,
+    check_schedule,
+    default_settings,
+    scale_input,
+    warn_of_other_prediction,
+)
 from ..core.latents import LatentSpace
 from ..core.text import TextCache, TextSpace, check_prompts
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import PIXELS_PER_LATENT
-from .request import DenoiserText, Request, TextEmbeddings, check_latent_channels
+from .request import CallState, Request, RunningCalls, TextEmbeddings, check_latent_channels
 from .saving import SavedPipeline
+
+CALLS = RunningCalls()
+
+
+def _of_call(name: str) -> Any:
+    """Return a property of a pipeline that reads and writes an attribute of its running call.
+
+    In a thread that runs none of its calls, it writes that of all of them.
+    """
+
+    def write(pipe: Any, value: Any) -> None:
+        for state in CALLS.of(pipe) or [pipe._latest_call]:
+            setattr(state, name, value)
+
+    return property(lambda pipe: getattr(pipe._call, name), write)
 
 
 class LocalDiTBasePipeline(SavedPipeline):
@@ -66,14 +87,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.prompt_cache = TextCache()
-        self._denoiser_text = DenoiserText()
-        self._guidance_scale = 1.0
-        self._cross_attention_kwargs: dict[str, Any] | None = None
-        self._within_interval = True
-        self._latest_context: str | None = None
-        self._current_timestep: torch.Tensor | None = None
-        self._num_timesteps = 0
-        self._interrupt = False
+        self._latest_call = CallState()
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LocalDiTBasePipeline":
@@ -115,17 +129,64 @@ class LocalDiTBasePipeline(SavedPipeline):
         """Pixels along the side of one token; heights and widths are multiples of it."""
         return self.vae_scale_factor * self.transformer.config.patch_size
 
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler; within a call, the one that this call works on."""
+        state = self._call
+        return self.__dict__["scheduler"] if state.scheduler is None else state.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        warn_of_other_prediction(self.__dict__.get("scheduler"), scheduler)
+        self.__dict__["scheduler"] = scheduler
+        if self._call.scheduler is not None:
+            self._call.scheduler = scheduler
+
     # State of a call
+
+    @contextmanager
+    def running(self, request: Request) -> Iterator[None]:
+        """Give a call its own state, and clear the state that it shares with other calls.
+
+        PyTorch's default dtype and device do not matter within it.
+        """
+        state = CallState(
+            guidance_scale=request.guidance_scale,
+            cross_attention_kwargs=request.cross_attention_kwargs,
+        )
+        CALLS.begin(self, self.__dict__["scheduler"], state)
+        self._latest_call = state
+        try:
+            self.transformer._reset_stateful_cache()
+            with default_settings():
+                yield
+        finally:
+            self.transformer._reset_stateful_cache()
+            CALLS.end(state)
+            state.end()
+
+    @property
+    def _call(self) -> CallState:
+        """The state of this thread's call, or else of the latest one."""
+        if "_latest_call" not in self.__dict__:  # while the pipeline is made
+            return CallState()
+        running = CALLS.of(self)
+        return running[-1] if running else self._latest_call
+
+    _guidance_scale = _of_call("guidance_scale")
+    _interrupt = _of_call("interrupt")
+    _within_interval = _of_call("within_interval")
+    _denoiser_text = _of_call("denoiser_text")
 
     @property
     def guidance_scale(self) -> float:
         """Weight g of `uncond + g * (text - uncond)`; a callback may set `_guidance_scale`."""
-        return self._guidance_scale
+        return self._call.guidance_scale
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
         """Further arguments of the transformer: the scale of LoRA adapters."""
-        return self._cross_attention_kwargs
+        return self._call.cross_attention_kwargs
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -133,22 +194,25 @@ class LocalDiTBasePipeline(SavedPipeline):
 
         It does if the guidance scale exceeds 1, within the guidance interval.
         """
-        return self._guidance_scale > 1 and self._within_interval
+        return self._call.guidance_scale > 1 and self._call.within_interval
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
         """The timestep of the step that is being computed; None outside of a call."""
-        return self._current_timestep
+        return self._call.current_timestep
 
     @property
     def num_timesteps(self) -> int:
         """Number of denoising steps of the latest call."""
-        return self._num_timesteps
+        return self._call.num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` to True in a callback to skip the remaining steps."""
-        return self._interrupt
+        """Set `_interrupt` to True in a callback to skip the remaining steps.
+
+        In another thread, this ends all calls of the pipeline that are running.
+        """
+        return self._call.interrupt
 
     # Stages
 
@@ -162,6 +226,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         if self.vae is not None:
             channels = self.latent_space.format.channels
             check_latent_channels(channels, self.transformer.config.in_channels)
+        check_prediction(self.scheduler)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
         request.check_embeddings(self.transformer.config.caption_channels)
         request.check_prompts(self.text_space.can_encode)
@@ -192,7 +257,7 @@ class LocalDiTBasePipeline(SavedPipeline):
 
     def encode_request(self, request: Request) -> TextEmbeddings:
         """Encode the prompts of a request: see `encode_prompt`."""
-        return TextEmbeddings(
+        text = TextEmbeddings(
             *self.encode_prompt(
                 request.prompt,
                 do_classifier_free_guidance=request.guided,
@@ -202,6 +267,8 @@ class LocalDiTBasePipeline(SavedPipeline):
                 **request.text._asdict(),
             )
         )
+        self._call.watch("The text encoder", text.prompt_embeds, text.negative_prompt_embeds)
+        return text
 
     def encode_prompt(
         self,
@@ -288,7 +355,10 @@ class LocalDiTBasePipeline(SavedPipeline):
         noise = request.latents
         if noise is None:
             noise = randn_tensor(
-                self._latents_shape(request), request.generator, self._execution_device
+                self._latents_shape(request),
+                request.generator,
+                self._execution_device,
+                torch.float32,
             )
         return noise.to(self._execution_device, torch.float32)
 
@@ -330,17 +400,16 @@ class LocalDiTBasePipeline(SavedPipeline):
         options = {"eta": request.eta, "generator": request.generator}
         step_options = {name: value for name, value in options.items() if name in accepted}
         guided = request.guided_steps(len(timesteps))
-        self._guidance_scale = request.guidance_scale
-        self._cross_attention_kwargs = request.cross_attention_kwargs
-        self._num_timesteps = len(timesteps)
-        self._interrupt = False
-        with self._clean_state(), self.progress_bar(total=len(timesteps)) as progress_bar:
+        steps, state = len(timesteps), self._call
+        state.num_timesteps = steps
+        with self.progress_bar(total=steps) as progress_bar:
             for index, timestep in enumerate(timesteps):
-                if self.interrupt:
+                if state.interrupt:
                     break
-                self._within_interval = index in guided
-                self._current_timestep = timestep
+                state.within_interval = index in guided
+                state.current_timestep = timestep
                 prediction = self.predict(timestep, **tensors)
+                state.watch(f"The denoiser at step {index + 1} of {steps}", prediction)
                 tensors["latents"] = self.scheduler.step(
                     prediction, timestep, tensors["latents"], **step_options, return_dict=False
                 )[0]
@@ -348,7 +417,12 @@ class LocalDiTBasePipeline(SavedPipeline):
                     tensors["latents"] = after_step(tensors["latents"], index)
                 if callback is not None:
                     shown = {name: tensors[name] for name in callback_inputs}
-                    tensors |= callback(self, index, timestep, shown) or {}
+                    returned = callback(self, index, timestep, shown) or {}
+                    tensors |= {name: returned[name] for name in tensors if name in returned}
+                state.watch(
+                    f"The scheduler, or a callback, at step {index + 1} of {steps}",
+                    tensors["latents"],
+                )
                 progress_bar.update()
         return tensors["latents"]
 
@@ -376,9 +450,10 @@ class LocalDiTBasePipeline(SavedPipeline):
                 )
             latents = torch.cat([latents, latents])
             pairs.insert(0, (negative_prompt_embeds, negative_prompt_attention_mask))
-        embeds, mask = self._denoiser_text(*pairs)
+        embeds, mask = self._call.denoiser_text(*pairs)
         height, width = (self.vae_scale_factor * length for length in latents.shape[2:])
-        with self._cache_context("cond_uncond" if guided else "cond"):
+        kind = "cond_uncond" if guided else "cond"
+        with CALLS.turn(self.transformer), self._cache_context(kind):
             prediction = self.transformer(
                 scale_input(self.scheduler, latents, timestep),
                 encoder_hidden_states=embeds,
@@ -397,41 +472,31 @@ class LocalDiTBasePipeline(SavedPipeline):
             prediction = prediction.chunk(2, dim=1)[0]
         return prediction
 
-    @contextmanager
-    def _clean_state(self) -> Iterator[None]:
-        """Clear the state that steps share, before and after a run of steps."""
-        self._reset_between_runs()
-        try:
-            yield
-        finally:
-            self._reset_between_runs()
-            self._within_interval = True
-            self._current_timestep = None
-
-    def _reset_between_runs(self) -> None:
-        """Clear what is carried from step to step: joined text, and a step cache's states."""
-        self._denoiser_text.clear()
-        self._latest_context = None
-        self.transformer._reset_stateful_cache()
-
     def _cache_context(self, name: str) -> AbstractContextManager[None]:
         """Name the kind of call for a step cache, and drop its states of another kind.
 
         Those have another batch size and are several steps old.
         """
-        if name != self._latest_context:
+        if name != self._call.latest_context:
             self.transformer._reset_stateful_cache()
-            self._latest_context = name
+            self._call.latest_context = name
         return self.transformer.cache_context(name)
 
     def decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
         """Decode latents `(B, C, h, w)` into pictures `(B, 3, H, W)` in [0, 1].
 
         If the output type is "latent", the latents are returned as they are.
+
+        Raises:
+            ValueError: a stage of the call gave values that are not finite; the message names it.
         """
         if request.output_type == "latent":
+            self._call.check_finite()
             return latents
-        pictures = self.latent_space.decode(latents)
+        with CALLS.turn(self.vae):
+            pictures = self.latent_space.decode(latents)
+        self._call.watch("The autoencoder (VAE), decoding,", pictures)
+        self._call.check_finite()
         return self.image_processor.postprocess(pictures, output_type="pt")
 
     def output(self, pictures: torch.Tensor, request: Request) -> ImagePipelineOutput | tuple[Any]:

@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..core.diffusion import add_noise
-from .base import LocalDiTBasePipeline
+from .base import CALLS, LocalDiTBasePipeline
 from .image_inputs import read_images, scale_images
 from .request import (
     Generators,
@@ -80,9 +80,12 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         images = scale_images(images, request.height, request.width)
         if self.image_processor.config.do_normalize:
             images = self.image_processor.normalize(images)
-        return self.latent_space.encode(
-            images, sample=True, generator=request.generator, repeats=repeats
-        )
+        with CALLS.turn(self.vae):
+            latents = self.latent_space.encode(
+                images, sample=True, generator=request.generator, repeats=repeats
+            )
+        self._call.watch("The autoencoder (VAE), encoding,", latents)
+        return latents
 
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
@@ -161,10 +164,11 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
         request = Request.of_call(locals())
         self.check_inputs(request)
         self.check_images(images, request)
-        self.set_timesteps(request)
-        schedule = self.get_timesteps(strength)
-        text = self.encode_request(request)
-        encoded = self.encode_images(images, request)
-        start = self.add_noise(encoded, self.prepare_noise(request), schedule[:1])
-        latents = self.denoise(start, schedule, text, request)
-        return self.output(self.decode(latents, request), request)
+        with self.running(request):
+            self.set_timesteps(request)
+            schedule = self.get_timesteps(strength)
+            text = self.encode_request(request)
+            encoded = self.encode_images(images, request)
+            start = self.add_noise(encoded, self.prepare_noise(request), schedule[:1])
+            latents = self.denoise(start, schedule, text, request)
+            return self.output(self.decode(latents, request), request)

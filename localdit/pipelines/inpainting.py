@@ -212,21 +212,24 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
                 else Canvas.around_masks(images, masks, *size, padding_mask_crop)
             )
             images, masks = canvas.part(*size)
-        self.set_timesteps(request)
-        schedule = self.get_timesteps(strength)
-        text = self.encode_request(request)
-        encoded = self.encode_images(images, request)
-        noise = self.prepare_noise(request)
-        repaint = latents_to_repaint(masks, self.vae_scale_factor, len(encoded)).to(encoded.device)
-        start = self.add_noise(encoded, noise, schedule)
-        if strength == 1:
-            start = torch.where(repaint, noise * initial_scale(self.scheduler), start)
-        keep = self.keeping(encoded, noise, repaint, schedule)
-        painted = self.denoise(start, schedule, text, request, after_step=keep)
-        pictures = self.decode(painted, request)
-        if canvas is not None and output_type != "latent":
-            pictures = canvas.put_back(pictures)
-        return self.output(pictures, request)
+        with self.running(request):
+            self.set_timesteps(request)
+            schedule = self.get_timesteps(strength)
+            text = self.encode_request(request)
+            encoded = self.encode_images(images, request)
+            noise = self.prepare_noise(request)
+            repaint = latents_to_repaint(masks, self.vae_scale_factor, len(encoded)).to(
+                encoded.device
+            )
+            start = self.add_noise(encoded, noise, schedule)
+            if strength == 1:
+                start = torch.where(repaint, noise * initial_scale(self.scheduler), start)
+            keep = self.keeping(encoded, noise, repaint, schedule)
+            painted = self.denoise(start, schedule, text, request, after_step=keep)
+            pictures = self.decode(painted, request)
+            if canvas is not None and output_type != "latent":
+                pictures = canvas.put_back(pictures)
+            return self.output(pictures, request)
 
     def keeping(
         self,

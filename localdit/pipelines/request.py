@@ -1,15 +1,19 @@
-"""The arguments that all LocalDiT pipelines share, and their checks before any work."""
+"""One call of a pipeline: its arguments, their checks before any work, and its state."""
 
+import copy
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..core.text import NO_ENCODER, check_prompts, cut_padding
-from ..errors import Field
+from ..errors import Field, FieldValueError, Setting
 from ..sizes import check_size
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -56,7 +60,7 @@ class Request:
     def of_call(cls, arguments: Mapping[str, Any]) -> "Request":
         """Gather a pipeline's arguments; `arguments` are the `locals()` of its `__call__`."""
         text = TextEmbeddings(*(arguments[name] for name in TextEmbeddings._fields))
-        shared = [field.name for field in fields(cls) if field.name != "text"]
+        shared = [one.name for one in fields(cls) if one.name != "text"]
         return cls(text=text, **{name: arguments[name] for name in shared})
 
     @property
@@ -284,3 +288,126 @@ class DenoiserText:
     def _join(pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> tuple[Any, Any]:
         embeds, masks = zip(*pairs, strict=True)
         return cut_padding(torch.cat(embeds), torch.cat(masks))
+
+
+@dataclass(eq=False)
+class CallState:
+    """What a call of a pipeline changes from step to step.
+
+    Attributes:
+        scheduler: the scheduler of this call; None before and after it.
+        guidance_scale, cross_attention_kwargs: as in the request; callbacks may change them.
+        within_interval: whether the present step lies within the guidance interval.
+        current_timestep: the timestep of the present step.
+        num_timesteps: number of steps.
+        interrupt: whether to skip the remaining steps.
+        latest_context: the kind of the latest call of the denoiser, for step caches.
+        denoiser_text: the text for the denoiser.
+    """
+
+    scheduler: Any = None
+    guidance_scale: float = 1.0
+    cross_attention_kwargs: dict[str, Any] | None = None
+    within_interval: bool = True
+    current_timestep: torch.Tensor | None = None
+    num_timesteps: int = 0
+    interrupt: bool = False
+    latest_context: str | None = None
+    denoiser_text: DenoiserText = field(default_factory=DenoiserText)
+    _watched: list[tuple[str, torch.Tensor, torch.dtype]] = field(default_factory=list)
+
+    def watch(self, stage: str, *tensors: torch.Tensor | None) -> None:
+        """Note whether what a stage gave is finite. This does not wait for a GPU."""
+        self._watched += [
+            (stage, tensor.isfinite().all(), tensor.dtype)
+            for tensor in tensors
+            if tensor is not None
+        ]
+
+    def check_finite(self) -> None:
+        """Raise `ValueError` that names the first stage with a value that is not finite."""
+        watched, self._watched = self._watched, []
+        finite = torch.stack([flag for _, flag, _ in watched]).tolist() if watched else []
+        for (stage, _, dtype), sound in zip(watched, finite, strict=True):
+            if sound:
+                continue
+            if dtype == torch.float16:
+                raise FieldValueError(
+                    "{stage} gave NaN or infinite values, so there is no picture. float16 "
+                    "overflows above 65504: {advice}, or bfloat16.",
+                    stage=stage,
+                    advice=Setting("torch_dtype", "float32", "load with torch_dtype=torch.float32"),
+                )
+            raise FieldValueError(
+                "{stage} gave NaN or infinite values, so there is no picture. Its weights may be "
+                "damaged: check that they are finite, or load them from another file.",
+                stage=stage,
+            )
+
+    def end(self) -> None:
+        """Forget what is of no use after the call, and free its memory."""
+        self.scheduler = self.current_timestep = self.latest_context = None
+        self.within_interval = True
+        self.denoiser_text.clear()
+        self._watched.clear()
+
+
+class RunningCalls:
+    """The calls of all pipelines that are running in this process, in any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: list[tuple[Any, int, CallState]] = []
+        self._turns: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
+
+    def begin(self, pipe: Any, scheduler: Any, state: CallState) -> None:
+        """Register a call of this thread. It gets a copy of a scheduler that is in use already.
+
+        Raises:
+            RuntimeError: a model of the pipeline serves one call at a time, and is in use.
+        """
+        with self._lock:
+            others = [(other.components.values(), thread) for other, thread, _ in self._running]
+            for model in pipe.components.values() if others else ():
+                threads = [thread for used, thread in others if any(m is model for m in used)]
+                check_unused(model, threads)
+            if any(running.scheduler is scheduler for *_, running in self._running):
+                # The first copy is atomic: the scheduler may be at work in another thread.
+                scheduler = copy.deepcopy(copy.copy(scheduler))
+            state.scheduler = scheduler
+            self._running.append((pipe, threading.get_ident(), state))
+
+    def end(self, state: CallState) -> None:
+        """Remove a call that has ended."""
+        with self._lock:
+            self._running = [call for call in self._running if call[2] is not state]
+
+    def of(self, pipe: Any) -> list[CallState]:
+        """Return a pipeline's innermost call in this thread; in other threads, all its calls."""
+        calls = [call for call in self._running if call[0] is pipe]
+        own = [state for _, thread, state in calls if thread == threading.get_ident()]
+        return own[-1:] or [state for *_, state in calls]
+
+    def turn(self, model: Any) -> AbstractContextManager[Any]:
+        """Return the lock of a model, for work that changes it for a while: dtype, tiles, scale."""
+        with self._lock:
+            return self._turns.setdefault(model, threading.RLock())
+
+
+def check_unused(model: Any, threads: list[int]) -> None:
+    """Raise `RuntimeError` if a model that calls in `threads` use serves one call at a time."""
+    if not threads or not isinstance(model, torch.nn.Module):
+        return
+    registries: list[Any] = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    hooks = [hook for registry in registries if registry for hook in registry.hooks.values()]
+    if any(hook._is_stateful for hook in hooks):
+        raise RuntimeError(
+            "Another call is running, and the step cache holds the states of one call at a time: "
+            "wait for the other call, or disable the cache."
+        )
+    offloaded = hooks or any(hasattr(module, "_hf_hook") for module in model.modules())
+    if offloaded and any(thread != threading.get_ident() for thread in threads):
+        raise RuntimeError(
+            "Another thread is drawing with these models, which are offloaded and serve one thread "
+            "at a time: wait for the other call, or switch offloading off."
+        )

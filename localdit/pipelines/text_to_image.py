@@ -83,8 +83,9 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         width = default_size if width is None else width
         request = Request.of_call(locals())
         self.check_inputs(request)
-        schedule = self.set_timesteps(request)
-        text = self.encode_request(request)
-        start = self.prepare_noise(request) * initial_scale(self.scheduler)
-        latents = self.denoise(start, schedule, text, request)
-        return self.output(self.decode(latents, request), request)
+        with self.running(request):
+            schedule = self.set_timesteps(request)
+            text = self.encode_request(request)
+            start = self.prepare_noise(request) * initial_scale(self.scheduler)
+            latents = self.denoise(start, schedule, text, request)
+            return self.output(self.decode(latents, request), request)
