@@ -121,7 +121,7 @@ def _painting_of(self: Any, sent: Any) -> dict[str, Any] | None:
     }
 
 
-def _accept_blobs(self: Any, data: AcceptBlobs) -> None:
+def accept_blobs(self: Any, data: AcceptBlobs) -> None:
     """Keep a part that a browser sends ahead; parts of too many paintings are forgotten."""
     index = data.data.get("index")
     if str(index) not in [*map(str, range(MOST_LAYERS)), "null", "None", ""]:
@@ -132,7 +132,7 @@ def _accept_blobs(self: Any, data: AcceptBlobs) -> None:
 
 
 Picture = _reading(gr.Image, _picture_of)
-Painting = _reading(gr.ImageEditor, _painting_of, accept_blobs=server(_accept_blobs))
+Painting = _reading(gr.ImageEditor, _painting_of, accept_blobs=server(accept_blobs))
 Choice = _checked(gr.Radio, f"one of {', '.join(mode for _, mode in MODES)}", (str,))
 Text = _checked(gr.Textbox, "text", (str, type(None)))
 Slider = _checked(gr.Slider, "a number from {minimum} to {maximum}", (int, float))

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image, ImageFile
 
 gradio_client = pytest.importorskip("gradio_client")
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
 
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from localdit.config import Config  # noqa: E402
+from localdit.demo import controls  # noqa: E402
 from localdit.demo.controls import Offer  # noqa: E402
 from localdit.demo.page import build_page, launch  # noqa: E402
 from localdit.images import read_metadata, save_image  # noqa: E402
@@ -242,6 +243,22 @@ def test_a_painting_that_is_sent_ahead_is_drawn_once(visitor, artist, asked):
     drawn = httpx.get(answer[0]["url"]).content
     assert np.array_equal(Image.open(io.BytesIO(drawn)), expected)
     assert "There is no picture" in visitor.refusal("inpaint", painted={"id": "p"})
+
+
+@pytest.mark.parametrize(
+    "ours, of_gradio",
+    [("Picture", "Image"), ("Painting", "ImageEditor"), ("Choice", "Radio"), ("Text", "Textbox"),
+     ("Slider", "Slider"), ("Number", "Number"), ("Switch", "Checkbox")],
+)  # fmt: skip
+def test_browsers_see_the_components_of_gradio(ours, of_gradio):
+    seen = []
+    for component in (getattr(controls, ours), getattr(gradio, of_gradio)):
+        with gradio.Blocks() as page:
+            id = component()._id
+        (config,) = [c for c in page.config["components"] if c["id"] == id]
+        seen.append(config | {"id": None})
+        assert config["type"] == of_gradio.lower()
+    assert seen[0] == seen[1]
 
 
 def test_an_editor_keeps_few_parts(visitor):
