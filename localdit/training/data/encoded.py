@@ -27,6 +27,7 @@ from localdit.training.data.samples import BrokenSample, Fault, Faults, Sample
 FORMAT = 1
 MANIFEST = "encoded.json"
 EMPTY_CAPTION = "empty.safetensors"
+MAX_SHARDS = 1_000_000
 NOTES = ("command", "sources", "too_small")  # fields that may differ when encoding is resumed
 # Fields added later: written only if they are not None, so that older sets keep their digest.
 STATISTICS = ("shift_factor", "latents_mean", "latents_std")
@@ -135,7 +136,10 @@ def read_manifest(folder: Path) -> Manifest:
             "encode the data again, or use the version that encoded it."
         )
     try:
-        return Manifest.from_json(values)
+        manifest = Manifest.from_json(values)
+        if not 0 <= manifest.shards <= MAX_SHARDS:
+            raise TypeError(f"{manifest.shards} shards")
+        return manifest
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): encode the data again.") from None
 
@@ -290,6 +294,11 @@ def read_shard(
             for entry in values["samples"]
         ]
         faults = [Fault(*fault) for fault in values["faults"]]
+        for sample, entry in zip(samples, values["samples"], strict=True):
+            offset, length = entry["offset"], entry["size"]
+            inside = 0 <= offset <= offset + length <= size and isinstance(offset + length, int)
+            if not inside or (sample.height, sample.width) not in manifest.sizes:
+                raise ValueError(f"place or size of {sample.id!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is damaged ({error}). {again}") from None
     if stored != digest:

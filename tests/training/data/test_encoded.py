@@ -162,6 +162,28 @@ def test_a_damaged_shard_is_refused(folder, damage):
         open_encoded(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("offset", -1), ("offset", 10**18), ("offset", "0"), ("offset", 0.5), ("size", -1),
+     ("size", 10**30), ("size", None), ("height", 10**9), ("width", "32")],
+)  # fmt: skip
+def test_a_place_outside_of_the_tar_or_an_unknown_size_is_refused(folder, name, value):
+    path = folder / "shard-00000.json"
+    index = json.loads(path.read_text())
+    index["samples"][0][name] = value
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"shard-00000\.json is damaged"):
+        open_encoded(folder)
+
+
+@pytest.mark.parametrize("shards", [10**15, -1, "2"])
+def test_an_absurd_number_of_shards_is_refused_at_once(folder, shards):
+    path = folder / "encoded.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shards": shards}))
+    with pytest.raises(ValueError, match=r"encoded\.json is damaged"):
+        open_encoded(folder)
+
+
 def test_without_the_empty_caption_a_set_is_refused(folder):
     (folder / "empty.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"empty\.safetensors can't be read"):
