@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import codecs
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 LOCK = ".lock"
 
@@ -92,6 +93,30 @@ def whole_folder(path: Path) -> Iterator[Path]:
         flush_entries(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; see `parse_json`."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object that a text holds.
+
+    Args:
+        text: the text, or its bytes in UTF-8, UTF-16 or UTF-32.
+        where: where the text is from, for messages.
+
+    Raises:
+        ValueError: if it is no JSON object, or is nested too deep to be read.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON object ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is no JSON object: it is a {type(found).__name__}.")
+    return found
 
 
 def remove_folder(path: Path) -> None:

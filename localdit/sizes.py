@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import Field, FieldValueError
+from .files import read_json
 
 if TYPE_CHECKING:
     from .config import Config
@@ -144,7 +144,6 @@ def check_size(field: Field, value: Any, multiple: int) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or an empty one if there is no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -10,17 +10,21 @@ import functools
 import inspect
 import logging
 import re
+import reprlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import init_empty_weights
+from diffusers import ConfigMixin
 from torch import nn
 
 from ..errors import Field, FieldValueError
+from ..files import read_json
 from .layout import Layout, Route, flat_name, read_layout
-from .reading import CheckpointFile, few
+from .reading import CheckpointFile, few, folder_files, open_files, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -131,17 +135,7 @@ class Plan(Generic[Model]):
             for route in by_source[name]:
                 rows = _part(state[route.target], route.target_part)
                 rows.copy_(_part(tensor, route.source_part))
-                if not _is_finite(rows):
-                    narrow = _is_finite(tensor)
-                    raise FieldValueError(
-                        "{path}: {name!r} has values that are not finite{as_dtype}. Expected "
-                        "finite ones: the file is damaged, or the training diverged"
-                        + (", or a wider {field} is needed." if narrow else "."),
-                        path=self.file.path,
-                        name=name,
-                        as_dtype=f" as {self.dtype}" if narrow else "",
-                        field=Field("torch_dtype", "`torch_dtype`"),
-                    )
+                require_finite(self.file.path, name, rows, stored=tensor)
         return state
 
     def _add_missing(self, state: dict[str, torch.Tensor]) -> None:
@@ -194,7 +188,10 @@ def plan_loading(
         )
     stored = {name: value for name, value in file.config.items() if name in known}
     config = _resolve_config(layout, stored, overrides, drawn, str(path))
-    model: Any = empty_model(model_class, config)
+    try:
+        model: Any = empty_model(model_class, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
     shapes = parameter_shapes(model)
     absent = [name for name in shapes if released and flat_name(name) != name]
@@ -254,6 +251,8 @@ def _resolve_config(
     config = {**stored, **given, **{name: facts[name].value for name in facts}}
 
     claimed = given.get("layer_types") or stored.get("layer_types") or []
+    if not isinstance(claimed, (list, tuple)):
+        raise ValueError(f"{where}: `layer_types` is {reprlib.repr(claimed)}; expected a list.")
     default = "local_global" if drawn else "local"
     layer_types = [
         kind or ("full" if claimed[layer : layer + 1] == ["full"] else default)
@@ -302,8 +301,106 @@ def _check(file: CheckpointFile, layout: Layout, expected: dict[str, torch.Size]
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return all(bound.isfinite() for bound in tensor.aminmax())  # makes no copy, spreads NaN
+def read_folder(
+    model_class: type[nn.Module],
+    folder: Path,
+    *,
+    variant: str | None = None,
+    whole: bool = True,
+    **options: Any,
+) -> tuple[dict[str, Any], dict[str, CheckpointFile]]:
+    """Return the configuration of a Diffusers folder, and the file of each of its tensors.
+
+    The sizes in the configuration are compared with the header of the weights before a model of
+    these sizes is built. No values are read.
+
+    Args:
+        model_class: class of the model.
+        folder: the model's folder.
+        variant: part of the files' names, such as "fp16".
+        whole: also refuse the folder unless its tensors are those of the model.
+        **options: arguments of the model, which replace those in the configuration, and others.
+
+    Raises:
+        FileNotFoundError: if the configuration or a part of the weights is missing.
+        ValueError: if the weights and the configuration don't match, or one of them is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no 'config.json': not the folder of a transformer.")
+    config = read_json(path)
+    files = open_files(folder_files(folder, variant))
+    if not files or config.get("quantization_config"):  # quantized weights have other names
+        return config, files
+    infos = {name: file.infos[name] for name, file in files.items()}
+    known = [*inspect.signature(model_class.__init__).parameters][1:]
+    arguments = {name: value for name, value in {**config, **options}.items() if name in known}
+    layout = read_layout(infos, str(folder))
+    for name, fact in layout.facts.items():
+        if arguments.get(name) not in (None, fact.value):
+            raise FieldValueError(
+                "{path}: {field} is {value}, but {evidence} in the weights beside it implies "
+                "{fact!r}.",
+                path=path,
+                field=Field(name, f"`{name}`"),
+                value=reprlib.repr(arguments[name]),
+                evidence=fact.evidence,
+                fact=fact.value,
+            )
+    files = {name: file for name, file in files.items() if name not in layout.dead}
+    if whole:
+        try:
+            expected = parameter_shapes(empty_model(model_class, arguments))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        wrong = [n for n in {**expected, **files} if n not in files or n not in expected]
+        wrong += [n for n in files if n not in wrong and infos[n].shape != expected[n]]
+        if wrong:
+            raise ValueError(
+                f"{folder}: {few(wrong)} missing, unexpected, or of another shape than its "
+                "'config.json' asks for."
+            )
+    return config, files
+
+
+def require_savable(model: nn.Module) -> None:
+    """Refuse a model whose saved folder would not load as the same model.
+
+    Raises:
+        ValueError: if it has adapters, or weights that are on the disk or were replaced.
+    """
+    name = type(model).__name__
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            f"The {name} has adapters, with which its folder would not load. Save them with "
+            "`save_lora_weights`, and remove them with `unload_lora_weights()`; after "
+            "`fuse_lora()`, their effect stays in the weights that are saved."
+        )
+    if getattr(model, "hf_quantizer", None) or getattr(model, "hf_device_map", None):
+        return  # the library that quantized or spread the model saves it as such, or refuses
+    state = model.state_dict()
+    groups = [getattr(hook, "group", None) for module in model.modules() for hook in _hooks(module)]
+    away = [n for n, t in state.items() if not isinstance(t, torch.Tensor) or t.is_meta]
+    if away or any(getattr(group, "offload_to_disk_path", None) for group in groups):
+        raise ValueError(
+            f"Weights of the {name} are elsewhere, for it is offloaded or quantized. Save it "
+            "before that, or after `remove_all_hooks()`, or load it again."
+        )
+    if isinstance(model, ConfigMixin):
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+            fresh = type(model).from_config(model.config).state_dict()
+        lost = [n for n, t in fresh.items() if n not in state or t.shape != state[n].shape]
+        if lost:
+            raise ValueError(
+                f"The {name} lacks {few(lost)}: its layers were replaced, and its folder would "
+                "not load as this model. Save it before that."
+            )
+
+
+def _hooks(module: nn.Module) -> Collection[Any]:
+    """Return the hooks that Diffusers has put on a module."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry.hooks.values() if registry else ()
 
 
 def _part(tensor: torch.Tensor, part: tuple[int, int]) -> torch.Tensor:

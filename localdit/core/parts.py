@@ -9,13 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import config_field
-from ..errors import FieldError, FieldNotFoundError, FieldOSError, Setting, Vocabulary
+from ..errors import (
+    Field,
+    FieldError,
+    FieldNotFoundError,
+    FieldOSError,
+    FieldValueError,
+    Setting,
+    Vocabulary,
+)
+from ..files import read_json
 from .latents import LatentSpace
 from .text import TextSpace
 
@@ -69,6 +79,7 @@ PARTS = {  # in the order in which they are loaded: the largest comes last
     ),
 }
 ENCODERS = ("tokenizer", "text_encoder", "vae")
+_ONE_AT_A_TIME = threading.RLock()  # a setting of Transformers holds for the whole process
 # Models whose encoder alone, or whose text tower alone, makes the caption. Of any other text model
 # the last hidden states do.
 TEXT_CLASSES = {
@@ -95,6 +106,7 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
 
     Raises:
         FileNotFoundError: a local folder is missing or lacks files; a `FieldError`.
+        ValueError: a local configuration is unsound.
         OSError: a repository on the hub can't be reached; a `FieldError`.
     """
     local = Path(source).expanduser()
@@ -103,6 +115,7 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
             files = local / folder
             weights = any(any(files.glob(pattern)) for pattern in part.weights)
             if (files / part.config).is_file() and (weights or not part.weights):
+                require_sound_config(files)
                 return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
         raise FieldNotFoundError(
             "{field}: {folder} lacks files; expected {layouts}",
@@ -174,7 +187,56 @@ def locate_parts(
     }
 
 
+def require_sound_config(folder: Path) -> None:
+    """Refuse configurations in a part's folder that are damaged or out of all proportion.
+
+    A model has a tensor for each of its layers at least, so its weights bound their number.
+
+    Raises:
+        ValueError: the message names the file and the setting.
+    """
+    from ..checkpoint.reading import open_files
+
+    for path in sorted(folder.glob("*config.json")):
+        settings = list(read_json(path).items())
+        numbers = []
+        while settings:  # no recursion: settings may be nested deep
+            name, value = settings.pop()
+            if isinstance(value, dict):
+                settings += value.items()
+            elif isinstance(value, list):
+                settings += [(name, one) for one in value]
+            elif type(value) is int and re.search("layers|blocks|timesteps", name):
+                numbers.append((name, value))
+        weights = sorted(folder.glob("*.safetensors")) if numbers else []
+        tensors = len(open_files(weights)) or 1000
+        for name, value in numbers:
+            if value > (most := 1_000_000 if "timesteps" in name else tensors):
+                raise FieldValueError(
+                    "{path}: {field} is {value:,}; expected at most {most:,}{why}.",
+                    path=path,
+                    field=Field(name, f"'{name}'"),
+                    value=value,
+                    most=most,
+                    why=f", as {path.parent} has that many tensors" if weights else "",
+                )
+
+
 # Loading
+
+
+@contextmanager
+def unattended() -> Iterator[None]:
+    """Let Transformers refuse code in a folder where it would ask on standard input to run it."""
+    from transformers import dynamic_module_utils as dynamic
+
+    with _ONE_AT_A_TIME:
+        seconds = dynamic.TIME_OUT_REMOTE_CODE
+        dynamic.TIME_OUT_REMOTE_CODE = 0  # no time to answer
+        try:
+            yield
+        finally:
+            dynamic.TIME_OUT_REMOTE_CODE = seconds
 
 
 def load_parts(
@@ -185,13 +247,12 @@ def load_parts(
 ) -> dict[str, Any]:
     """Load the parts that `locate_parts` found."""
     from diffusers import DPMSolverMultistepScheduler
-    from transformers import AutoTokenizer
 
     quantization = config.text_encoder_quantization
     loaders = {
         "scheduler": lambda at: DPMSolverMultistepScheduler.from_pretrained(**at),
         "vae": lambda at: load_vae(at, dtype),
-        "tokenizer": lambda at: AutoTokenizer.from_pretrained(**at),
+        "tokenizer": load_tokenizer,
         "text_encoder": lambda at: load_text_encoder(at, dtype, quantization, device),
     }
     parts = {}
@@ -200,6 +261,13 @@ def load_parts(
             with fetching(part, getattr(config, part.field)):
                 parts[name] = loaders[name](where[name])
     return parts
+
+
+def load_tokenizer(where: Mapping[str, Any]) -> Any:
+    """Load a tokenizer; one that needs code of its folder is refused, and nobody is asked."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
 
 
 def vae_config(where: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,14 +292,14 @@ def load_vae(where: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
             f"{where['pretrained_model_name_or_path']}: {name!r} is no autoencoder of Diffusers; "
             "expected AutoencoderKL, AutoencoderDC or AutoencoderTiny."
         )
-    return kind.from_pretrained(**where, torch_dtype=dtype)
+    return _loaded(kind, where, torch_dtype=dtype)
 
 
 def text_encoder_class(where: Mapping[str, Any]) -> Any:
     """Return the Transformers class that loads a text encoder; no weights are read."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(**where)
+    config = transformers.AutoConfig.from_pretrained(**where, trust_remote_code=False)
     name = TEXT_CLASSES.get(config.model_type)
     return (
         getattr(transformers, name) if name else transformers.AutoModel._model_mapping[type(config)]
@@ -263,7 +331,31 @@ def load_text_encoder(
         )
     if options:
         options["device_map"] = {"": device}
-    return text_encoder_class(where).from_pretrained(**where, torch_dtype=dtype, **options)
+    return _loaded(text_encoder_class(where), where, torch_dtype=dtype, **options)
+
+
+def _loaded(kind: Any, where: Mapping[str, Any], **options: Any) -> Any:
+    """Load a model, and refuse it unless it has all of its weights, with finite values."""
+    if "quantization_config" in options:  # quantized weights have other names
+        return kind.from_pretrained(**where, **options)
+    model, info = kind.from_pretrained(**where, output_loading_info=True, **options)
+    folder = Path(where["pretrained_model_name_or_path"]) / where["subfolder"]
+    require_whole(model, folder, info["missing_keys"])
+    return model
+
+
+def require_whole(model: torch.nn.Module, folder: Path, missing: Collection[str] = ()) -> None:
+    """Refuse a model some of whose weights were not in its folder, or are not finite.
+
+    Raises:
+        ValueError: the message names the folder and the weights.
+    """
+    from ..checkpoint.reading import few, require_finite
+
+    if missing:
+        raise ValueError(f"{folder} lacks the weights {few(sorted(missing))}. Fetch it again.")
+    for name, parameter in model.named_parameters():
+        require_finite(folder, name, parameter)
 
 
 # Training
@@ -318,11 +410,10 @@ def load_encoders(sources: Mapping[str, str], text_dtype: torch.dtype) -> Encode
         OSError: if a part is neither a local folder nor available from the hub.
     """
     import torch
-    from transformers import AutoTokenizer
 
     where = {name: locate_encoder(name, sources[name]) for name in ENCODERS}
     encoders = Encoders(
-        AutoTokenizer.from_pretrained(**where["tokenizer"]),
+        load_tokenizer(where["tokenizer"]),
         load_text_encoder(where["text_encoder"], text_dtype),
         load_vae(where["vae"], torch.float32),
     )
@@ -362,10 +453,8 @@ def encoder_folders(sources: Mapping[str, str]) -> dict[str, Path]:
 
 def encoder_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
     """Return library and class of each of `ENCODERS`, as a pipeline's `model_index.json` has it."""
-    from transformers import AutoTokenizer
-
     where = {name: locate_encoder(name, sources[name]) for name in ENCODERS}
-    tokenizer = AutoTokenizer.from_pretrained(**where["tokenizer"])
+    tokenizer = load_tokenizer(where["tokenizer"])
     return {
         "tokenizer": ["transformers", type(tokenizer).__name__],
         "text_encoder": ["transformers", text_encoder_class(where["text_encoder"]).__name__],

@@ -14,22 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..checkpoint.layout import flat_name
 from ..checkpoint.loading import (
     CheckpointReport,
-    empty_model,
-    parameter_shapes,
     plan_loading,
+    read_folder,
     require_float,
 )
-from ..checkpoint.reading import CONFIG_KEY, few
+from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, require_finite
 from ..errors import FieldExistsError, Setting
 from .transformer import LocalDiTTransformer2DModel
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load_transformer(
@@ -233,9 +229,7 @@ def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     """
     if (folder / "model_index.json").exists():
         folder = folder / "transformer"
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no 'config.json': not the folder of a transformer.")
-    config = json.loads((folder / "config.json").read_text())
+    config, _ = read_folder(LocalDiTTransformer2DModel, folder, whole=False)
     name = LocalDiTTransformer2DModel.__name__
     if config.get("_class_name") != name:
         raise ValueError(f"{folder} holds a {config.get('_class_name')!r}; expected {name!r}.")
@@ -243,34 +237,17 @@ def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return configuration and tensors of a Diffusers folder, the latter mapped into memory."""
-    folder, config = transformer_folder(folder)
-    index = folder / f"{WEIGHTS}.index.json"
-    shards = {WEIGHTS}
-    if index.exists():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-    files = [folder / Path(name).name for name in sorted(shards)]
-    absent = [file.name for file in files if not file.exists()]
-    if absent:
-        raise FileNotFoundError(f"{folder} lacks its weights {few(absent)}.")
-
+    """Return configuration and tensors of a Diffusers folder."""
+    folder, _ = transformer_folder(folder)
+    config, files = read_folder(LocalDiTTransformer2DModel, folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} lacks its weights {WEIGHTS[0]!r}.")
     state: dict[str, torch.Tensor] = {}
-    for shard in files:
-        try:
-            with safe_open(os.fspath(shard), framework="pt") as file:
-                state.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{shard} is truncated or damaged ({error}).") from error
-    config = _public(config)
-    expected = parameter_shapes(empty_model(LocalDiTTransformer2DModel, config))
-    wrong = [key for key in {**expected, **state} if (key in expected) != (key in state)]
-    wrong += [key for key, shape in expected.items() if key in state and state[key].shape != shape]
-    if wrong:
-        raise ValueError(
-            f"{folder}: {few(wrong)} missing, unexpected, or of another shape than its "
-            "'config.json' asks for."
-        )
-    return config, state
+    for file in dict.fromkeys(files.values()):
+        for name, tensor in file.tensors(file.infos):
+            require_finite(file.path, name, tensor)
+            state[name] = tensor.clone()
+    return _public(config), state
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from einops import rearrange
 from torch import nn
 
-from ..checkpoint.loading import plan_loading
-from ..checkpoint.reading import local_file
+from ..checkpoint.loading import plan_loading, read_folder, require_savable
+from ..checkpoint.reading import few, local_file, require_finite
+from ..errors import Field, FieldValueError
+from ..files import read_json
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .block import LocalDiTBlock
@@ -104,6 +109,7 @@ class LocalDiTTransformer2DModel(
         activation_fn: str = "gelu-approximate",
     ) -> None:
         super().__init__()
+        _require_sound_arguments(self.config)
         dim = num_attention_heads * attention_head_dim
         text_dim = dim if cross_attention_dim is None else cross_attention_dim
         if norm_type != "ada_norm_single":
@@ -113,8 +119,6 @@ class LocalDiTTransformer2DModel(
                 f"`cross_attention_dim` is {text_dim}, but captions are projected to the width "
                 f"of the model, num_attention_heads * attention_head_dim = {dim}."
             )
-        if window_size < 1:
-            raise ValueError(f"`window_size` is {window_size}; it has to be at least 1.")
         layer_types = _resolve_layer_types(layer_types, num_layers, use_global)
         shifts = shift_sizes(num_layers, window_size, shift_schedule)
 
@@ -161,6 +165,72 @@ class LocalDiTTransformer2DModel(
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load a Diffusers folder, or a model of the hub; arguments are those of Diffusers.
+
+        Raises:
+            OSError: if it is missing or incomplete, or cannot be downloaded.
+            ValueError: if weights are missing, unexpected, of another shape than the configuration
+                asks for, or not finite, or if the configuration is unsound.
+        """
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        if (folder / cls.config_name).is_file() and not kwargs.get("ignore_mismatched_sizes"):
+            read_folder(cls, folder, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
+        wrong = [*info.get("missing_keys", ()), *info.get("unexpected_keys", ())]
+        wrong = [name for name in wrong if ".attn2.to_kv." not in name]  # copies, once fused
+        if wrong and getattr(model, "hf_quantizer", None) is None:
+            raise ValueError(f"{folder}: {few(wrong)} missing or unexpected: another model's file.")
+        for name, parameter in model.named_parameters():
+            require_finite(folder, name, parameter)
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return read_json(Path(json_file))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., None] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model as a Diffusers folder, which loads as the same model.
+
+        Compiled blocks, step caches and processors are not saved, and fused projections are saved
+        separately. Arguments are those of Diffusers.
+
+        Raises:
+            ValueError: if the model has adapters, or its weights are elsewhere or were replaced.
+        """
+        require_savable(self)
+        fused = [one for one in self._attentions() if one.fused_projections]
+        for attention in fused:
+            attention.unfuse_projections()
+        try:
+            super().save_pretrained(
+                save_directory,
+                is_main_process,
+                save_function,
+                safe_serialization,
+                variant,
+                max_shard_size,
+                push_to_hub,
+                **kwargs,
+            )
+        finally:
+            for attention in fused:
+                attention.fuse_projections()
 
     @classmethod
     def from_single_file(
@@ -368,6 +438,61 @@ class LocalDiTTransformer2DModel(
             raise ValueError(
                 "`attention_mask` is not supported, nor anything in `cross_attention_kwargs` but "
                 "'scale'."
+            )
+
+
+# The largest sound value of each size. A configuration may be damaged, or written to do harm.
+_LARGEST = {
+    "num_attention_heads": 1024,
+    "attention_head_dim": 1024,
+    "in_channels": 65536,
+    "out_channels": 65536,
+    "num_layers": 1024,
+    "cross_attention_dim": 65536,
+    "sample_size": 65536,
+    "patch_size": 256,
+    "window_size": 1024,
+    "caption_channels": 65536,
+    "num_embeds_ada_norm": 2**31,
+}
+# The other numbers: the least value, and the largest.
+_RANGES = {
+    "dropout": (0, 1),
+    "qk_norm_eps": (0, 1),
+    "norm_eps": (0, 1),
+    "interpolation_scale": (1e-6, 1e6),
+}
+_TYPES: dict[str, type] = {"do_rope": bool, "use_global": bool, "use_additional_conditions": bool}
+_TYPES |= {"shift_schedule": str, "norm_type": str, "activation_fn": str}
+
+
+def _require_sound_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse values of the wrong type, and sizes out of all proportion, before they cost memory."""
+    optional = inspect.signature(LocalDiTTransformer2DModel.__init__).parameters
+    for name, value in arguments.items():
+        if value is None and name in optional and "None" in str(optional[name].annotation):
+            continue
+        if name in _LARGEST:
+            sound = type(value) is int and 1 <= value <= _LARGEST[name]
+            expected = f"it has to be at least 1, an integer of at most {_LARGEST[name]:,}"
+        elif name in _RANGES:
+            least, largest = _RANGES[name]
+            sound = type(value) in (int, float) and least <= value <= largest
+            expected = f"it has to be a number from {least} to {largest}"
+        elif name in _TYPES:
+            sound = type(value) is _TYPES[name]
+            expected = f"it has to be a {_TYPES[name].__name__}"
+        elif name == "layer_types":
+            sound = isinstance(value, (list, tuple)) and all(type(one) is str for one in value)
+            expected = "it has to be a list of names"
+        else:
+            continue
+        if not sound:
+            raise FieldValueError(
+                "{field} is {value}; {expected}.",
+                field=Field(name, f"`{name}`"),
+                value=reprlib.repr(value),
+                expected=expected,
             )
 
 

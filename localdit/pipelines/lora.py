@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,59 @@ from diffusers.loaders.lora_base import (
     LORA_WEIGHT_NAME_SAFE,
 )
 
-from ..checkpoint.reading import CheckpointFile, few
+from ..checkpoint.reading import CheckpointFile, few, require_finite
+from ..files import parse_json
 from ..models.transformer import LocalDiTTransformer2DModel
 
 Tensors = dict[str, torch.Tensor]
 
 NEEDS_PEFT = "LoRA needs peft 0.17 or higher: pip install 'localdit[lora]'"
 PREFIX = "transformer."  # of the names of tensors in a file
+HALVES = (".lora_A.", ".lora_B.")
+TEXT_ENCODERS = ("text_encoder", "lora_te")  # prefixes of adapters that are not the transformer's
+KOHYA = "lora_unet_"  # the prefix of kohya's sd-scripts, whose names have "_" instead of "."
+
+# peft takes the keys of patterns for regular expressions. These ones are matched in linear time.
+_PLAIN = re.compile(r"(?:[\w.^$-]|\\\.)+")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e9
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_pattern(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(_PLAIN.fullmatch(name) for name in value)
+        and all(map(_is_number, value.values()))
+        and len(value) <= 10_000
+    )
+
+
+# The settings that an adapter in a file may have. Any other one has to be at peft's default.
+_SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: type(value) is int and value > 0, "a rank of at least 1"),
+    "lora_alpha": (_is_number, "a number"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number below 1"),
+    "rank_pattern": (_is_pattern, "numbers by the names of layers, no regular expressions"),
+    "alpha_pattern": (_is_pattern, "numbers by the names of layers, no regular expressions"),
+    "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
+    "lora_bias": (_is_flag, "true or false"),
+    "inference_mode": (_is_flag, "true or false"),
+    "init_lora_weights": (
+        lambda value: _is_flag(value) or value in ("gaussian", "orthogonal"),
+        "true, false, 'gaussian' or 'orthogonal': others change the model's own weights",
+    ),
+}
+# Settings that are replaced: the tensors say which layers have an adapter.
+_CHOICE_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Settings that tell of the adapter's history, and that nothing here depends on.
+_ORIGIN = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type")
 
 
 def adapter_of(
@@ -101,19 +148,139 @@ def read_adapter(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
     checkpoint = CheckpointFile(file)
     tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors(checkpoint.infos)}
     text = checkpoint.metadata.get(LORA_ADAPTER_METADATA_KEY)
-    try:
-        return tensors, None if text is None else dict(json.loads(text))
-    except (TypeError, ValueError) as error:
+    where = f"{file}: its metadata {LORA_ADAPTER_METADATA_KEY!r}"
+    return tensors, None if text is None else parse_json(text, where)
+
+
+def from_kohya(
+    tensors: Tensors, metadata: dict[str, Any] | None, transformer: LocalDiTTransformer2DModel
+) -> tuple[Tensors, dict[str, Any] | None]:
+    """Return tensors and settings with Diffusers' names if they have kohya's, else as they are.
+
+    Raises:
+        ValueError: if there is something else than the two halves of layers and their alpha.
+    """
+    if not any(name.startswith(KOHYA) for name in tensors):
+        return tensors, metadata
+    layers = {name.replace(".", "_"): name for name, _ in transformer.named_modules()}
+    halves = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    converted: Tensors = {}
+    alphas = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.removeprefix(KOHYA).partition(".")
+        if not name.startswith(KOHYA) or kind not in (*halves, "alpha"):
+            raise ValueError(
+                f"This LoRA has {name!r} beside kohya's names; expected names such as "
+                f"'{KOHYA}transformer_blocks_0_attn1_to_qkv.lora_down.weight', '.lora_up.weight' "
+                "and '.alpha', and nothing else."
+            )
+        layer = layers.get(layer, layer)
+        if kind == "alpha" and tensor.numel() == 1:
+            alphas[layer] = float(tensor)
+        elif kind != "alpha":
+            converted[f"{PREFIX}{layer}.{halves[kind]}"] = tensor
+    ranks = _ranks(converted)
+    alphas = {layer: alphas.get(layer, float(rank)) for layer, rank in ranks.items()}
+    settings = {
+        "r": max(ranks.values(), default=1),
+        "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items()},
+        "alpha_pattern": {f"^{layer}": alpha for layer, alpha in alphas.items()},
+    }
+    return converted, {PREFIX + name: value for name, value in settings.items()}
+
+
+def _ranks(tensors: Tensors) -> dict[str, int]:
+    """Return the rank of each layer's adapter."""
+    half = ".lora_A.weight"
+    return {
+        name.removeprefix(PREFIX).removesuffix(half): len(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith(PREFIX) and name.endswith(half) and tensor.ndim
+    }
+
+
+def checked_settings(
+    metadata: Mapping[str, Any] | None,
+    tensors: Tensors,
+    transformer: LocalDiTTransformer2DModel,
+) -> dict[str, Any] | None:
+    """Return the settings of an adapter, checked against its tensors.
+
+    The tensors say which layers have an adapter and of which rank. Nothing in the settings is taken
+    for a regular expression that could take long to match, and no weights are made without tensors.
+
+    Args:
+        metadata: settings as in a file, or None.
+        tensors: the adapter's tensors by name.
+        transformer: the model that they fit.
+
+    Returns:
+        The settings with the names in a file; None if they follow from the tensors alone.
+
+    Raises:
+        ValueError: if a setting is unknown or unsound, or contradicts the tensors.
+    """
+    ranks = _ranks(tensors)
+    given = {
+        name.removeprefix(PREFIX): value
+        for name, value in (metadata or {}).items()
+        if name.startswith(PREFIX)
+    }
+    if not given or not ranks:
+        return None
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    if unknown := [name for name in given if name not in defaults]:
         raise ValueError(
-            f"{file}: its metadata {LORA_ADAPTER_METADATA_KEY!r} is no JSON object ({error})."
-        ) from None
+            f"This LoRA has the unknown settings {few(unknown)} in its metadata: "
+            "it may need a newer version of peft."
+        )
+    settings = {n: v for n, v in given.items() if n not in (*_CHOICE_OF_LAYERS, *_ORIGIN)}
+    for name, value in settings.items():
+        sound, expected = _SOUND.get(
+            name, (lambda value, name=name: value == defaults[name], f"{defaults[name]!r}")
+        )
+        if not sound(value):
+            _refuse(name, value, expected)
+    settings = {"r": defaults["r"], **settings}
+    pattern = settings.get("rank_pattern", {})
+    for layer, rank in ranks.items():
+        key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", layer)), None)
+        name, claimed = ("rank_pattern", pattern[key]) if key else ("r", settings["r"])
+        if claimed != rank:
+            _refuse(name, claimed, f"{rank}, the rank of the tensors of {layer!r}")
+    for name, half in {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}.items():
+        if settings.get(name, False) != (present := any(half in tensor for tensor in tensors)):
+            _refuse(name, not present, f"{present}, by its tensors")
+    choice = [given.get(name) for name in _CHOICE_OF_LAYERS]
+    targets = choice[0] if isinstance(choice[0], list) and len(choice[0]) <= 1000 else []
+    chosen = {
+        name
+        for name, _ in transformer.named_modules()
+        if any(name == one or name.endswith(f".{one}") for one in targets)
+    }
+    same = chosen == set(ranks) and not any(choice[1:])
+    settings["target_modules"] = targets if same else list(ranks)
+    return {PREFIX + name: value for name, value in settings.items()}
+
+
+def _refuse(name: str, value: Any, expected: str) -> None:
+    raise ValueError(
+        f"This LoRA has the setting {name!r} = {reprlib.repr(value)} in its metadata; expected "
+        f"{expected}."
+    )
 
 
 def require_adapter(tensors: Tensors, source: str) -> None:
     """Refuse tensors that are no LoRA of a transformer in Diffusers' layout, with ValueError."""
-    if any(name.startswith(PREFIX) and "lora" in name for name in tensors):
+    if any(name.startswith((PREFIX, KOHYA)) and "lora" in name for name in tensors):
+        own = [name for name in tensors if name.startswith(PREFIX)]
+        a, b = ({name.partition(half)[0] for name in own if half in name} for half in HALVES)
+        if odd := a ^ b:
+            raise ValueError(f"{source} lacks one half of the adapter of {few(sorted(odd))}.")
         return
-    if any(name.startswith("text_encoder") for name in tensors):
+    if any(name.startswith(TEXT_ENCODERS) for name in tensors):
         return  # `require_no_text_encoder` refuses these
     hint = ""
     if any(name.startswith("transformer_blocks.") and "lora" in name for name in tensors):
@@ -126,7 +293,7 @@ def require_adapter(tensors: Tensors, source: str) -> None:
 
 def require_no_text_encoder(tensors: Tensors) -> None:
     """Refuse a LoRA with weights for a text encoder, with ValueError."""
-    names = [name for name in tensors if name.startswith("text_encoder")]
+    names = [name for name in tensors if name.startswith(TEXT_ENCODERS)]
     if names:
         raise ValueError(
             f"This LoRA is one of a text encoder as well ({few(names, 1)}), which LocalDiT does "
@@ -148,15 +315,22 @@ def require_fit(tensors: Tensors, transformer: LocalDiTTransformer2DModel) -> No
         raise ValueError(
             f"This LoRA is one of another model: the transformer has no {few(strangers)}."
         )
+    ranks = _ranks(tensors)
     for name, tensor in own.items():
+        require_finite("This LoRA", name, tensor)
         target, _, half = name.partition(".lora")
-        width = _width(layers[target], half)
-        given = tensor.shape[0 if half.startswith("_B") else 1] if tensor.ndim > 1 else width
-        if width not in (None, given):
+        if (width := _width(layers[target], half)) is None:
+            continue
+        given, rank = tensor.shape[:2] if tensor.ndim > 1 else (None, None)
+        if half.startswith("_A"):
+            given, rank = rank, given
+        if given != width:
             raise ValueError(
                 f"This LoRA is one of a model of another size: {name} is {tuple(tensor.shape)}, "
                 f"but {target} is {width} wide."
             )
+        if not rank or rank != ranks.get(target, rank):
+            raise ValueError(f"This LoRA has two halves of different rank for {target}.")
 
 
 def _width(layer: torch.nn.Module, half: str) -> int | None:

@@ -18,8 +18,18 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo
 from huggingface_hub.utils import EntryNotFoundError
 
+from ..checkpoint.loading import require_savable
+from ..checkpoint.reading import open_files
 from ..config import Config
-from ..core.parts import PARTS, load_parts, locate_parts
+from ..core.parts import (
+    PARTS,
+    load_parts,
+    locate_parts,
+    require_sound_config,
+    require_whole,
+    unattended,
+)
+from ..files import read_json
 from ..models.transformer import LocalDiTTransformer2DModel
 from . import lora
 from .lora import Tensors
@@ -121,7 +131,13 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
                 namespace; this and the following arguments are for `push_to_hub`.
             commit_message, private, token, create_pr: as in Diffusers.
             **kwargs: as in Diffusers.
+
+        Raises:
+            ValueError: if a part has adapters, or its weights are elsewhere or were replaced.
         """
+        for part in self.components.values():
+            if isinstance(part, torch.nn.Module):
+                require_savable(lora.bare(part))
         folder = Path(save_directory)
         super().save_pretrained(
             str(folder),
@@ -157,11 +173,34 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """Load a pipeline from a folder or the hub; arguments are those of Diffusers.
+
+        Code in the folder is not run, and nobody is asked whether to run it.
+
+        Raises:
+            OSError: if a part is missing, or cannot be downloaded.
+            ValueError: if weights of the transformer are missing or unexpected, if weights of any
+                part are not finite, if a configuration is unsound, or a part needs code.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        for part in (one for one in folder.glob("*/") if one.name not in kwargs):
+            require_sound_config(part)
+        with unattended():
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name not in ("transformer", *kwargs):
+                require_whole(part, folder / name, _not_in(folder / name, part))
+        return pipe
+
+    @classmethod
     def _dict_from_json_file(
         cls, json_file: str | os.PathLike[str], **kwargs: Any
     ) -> dict[str, Any]:
         """Read an index, and ignore the folder's code: these classes do not need it."""
-        config = super()._dict_from_json_file(json_file, **kwargs)
+        config = read_json(Path(json_file))
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
         return config
@@ -266,9 +305,12 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             tensors, metadata = lora.read_adapter(file)
         else:
             kwargs.setdefault("use_safetensors", True)
-            tensors, metadata = super().lora_state_dict(
-                str(source), return_lora_metadata=True, **kwargs
-            )
+            try:
+                tensors, metadata = super().lora_state_dict(
+                    str(source), return_lora_metadata=True, **kwargs
+                )
+            except RecursionError:
+                raise ValueError(f"{source}: its metadata is nested too deep.") from None
         if not isinstance(source, dict):  # for a dict, Diffusers warns about what it cannot use
             lora.require_adapter(tensors, str(source))
         lora.require_no_text_encoder(tensors)
@@ -280,6 +322,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         state_dict: Tensors,
         transformer: LocalDiTTransformer2DModel,
         *args: Any,
+        metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Check that an adapter fits the transformer, and load it.
@@ -287,8 +330,11 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         Raises:
             ValueError: if it does not fit.
         """
-        lora.require_fit(state_dict, lora.bare(transformer))
-        super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
+        model = lora.bare(transformer)
+        tensors, metadata = lora.from_kohya(state_dict, metadata, model)
+        lora.require_fit(tensors, model)
+        metadata = lora.checked_settings(metadata, tensors, model)
+        super().load_lora_into_transformer(tensors, transformer, *args, metadata=metadata, **kwargs)
 
     @classmethod
     def save_lora_weights(
@@ -332,6 +378,20 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             safe_serialization,
             lora.as_json(metadata) if metadata else None,
         )
+
+
+def _not_in(folder: Path, model: torch.nn.Module) -> list[str]:
+    """Return the weights of a model that the files in its folder lack.
+
+    Libraries rename old weights while they load them, and quantize them. So there are none if the
+    files have names that the model lacks, or if it is quantized.
+    """
+    held = open_files(sorted(folder.glob("*.safetensors")))
+    state = model.state_dict()
+    if not held or held.keys() - state or getattr(model, "hf_quantizer", None):
+        return []
+    tied = {state[name].data_ptr() for name in held}
+    return [n for n, tensor in state.items() if n not in held and tensor.data_ptr() not in tied]
 
 
 def _write_index(folder: Path, class_name: str, remote_code: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch import nn
 
 from localdit.checkpoint import inspect_checkpoint
 from localdit.core.diffusion import prediction_type_of
+from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
+from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
 from localdit.training.options import PREDICTION_TYPES, check_objective
 from localdit.training.pixart import is_pixart, start_from_pixart
@@ -39,7 +40,7 @@ def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
     if args.transformer is None or is_pixart(args.transformer):
         return _shape(args.transformer_config)
     if args.transformer.is_dir():
-        return _json_shape(args.transformer / "config.json", "--transformer")
+        return _public(transformer_folder(args.transformer)[1])
     return inspect_checkpoint(args.transformer).config
 
 
@@ -114,25 +115,20 @@ def _shape(source: str) -> dict[str, Any]:
         raise ValueError(
             f"--transformer-config {source} is neither a file nor one of {', '.join(PRESETS)}."
         )
-    return _json_shape(Path(source), "--transformer-config")
+    return _public(_read_json(Path(source), "--transformer-config"))
 
 
-def _json_shape(path: Path, option: str) -> dict[str, Any]:
-    """Return the arguments in a JSON file, such as a Diffusers config.json."""
-    # A Diffusers config.json also holds entries such as `_class_name`.
-    values = _read_json(path, option)
-    return {name: value for name, value in values.items() if not name.startswith("_")}
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments in a Diffusers config.json, without entries such as `_class_name`."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _read_json(path: Path, option: str) -> dict[str, Any]:
     """Return the object in a JSON file that belongs to what an option names."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as error:
-        raise ValueError(f"{option}: {path} can't be read as JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{option}: {path} holds no JSON object, such as {{...}}.")
-    return values
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: {path} can't be read as JSON: {error}") from None
 
 
 def settle_prediction_type(args: argparse.Namespace, checkpoint: Path | None = None) -> str | None:

@@ -18,7 +18,6 @@ Self-attention differs, so the resulting model needs training before it can draw
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,12 +26,18 @@ from typing import NamedTuple
 
 import torch
 
-from localdit.checkpoint.reading import CheckpointFile, few
+from localdit.checkpoint.reading import (
+    WEIGHTS,
+    CheckpointFile,
+    few,
+    folder_files,
+    open_files,
+    require_finite,
+)
+from localdit.files import read_json
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.attention import LocalDiTAttention
 
-# Diffusers' name of a model's weights, alone or as the index of several files.
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 BLOCK = "transformer_blocks."
 MARK = f"{BLOCK}0.attn1.to_q.weight"  # PixArt only: a LocalDiT has one tensor for q, k and v
 # Parameters that only a LocalDiT has.
@@ -83,7 +88,7 @@ def is_pixart(source: Path) -> bool:
         ValueError: if a file is damaged.
     """
     paths = _weight_files(source)
-    return bool(paths) and MARK in _open(paths)
+    return bool(paths) and MARK in open_files(paths)
 
 
 def start_from_pixart(transformer: LocalDiTTransformer2DModel, source: Path) -> PixArtReport:
@@ -107,7 +112,7 @@ def start_from_pixart(transformer: LocalDiTTransformer2DModel, source: Path) -> 
         raise ValueError(
             f"{source} has no weights; expected {WEIGHTS[0]} in it, or in its folder transformer."
         )
-    files = _open(paths)
+    files = open_files(paths)
     if MARK not in files:
         raise ValueError(
             f"{source} is not a PixArt with Diffusers' names: it has no tensor {MARK}. Convert an "
@@ -137,26 +142,14 @@ def _weight_files(source: Path) -> list[Path]:
     """Return the files with the weights: the source itself, or those in a Diffusers folder."""
     if not source.is_dir():
         return [source]
-    for folder in (source / "transformer", source):
-        for name in WEIGHTS:
-            if (folder / name).is_file():
-                return [folder / name]
-            if (index := folder / f"{name}.index.json").is_file():
-                parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return [folder / part for part in sorted(set(parts))]
-    return []
-
-
-def _open(paths: list[Path]) -> dict[str, CheckpointFile]:
-    """Return the file of each tensor, by name."""
-    return {name: file for file in map(CheckpointFile, paths) for name in file.infos}
+    return folder_files(source / "transformer") or folder_files(source)
 
 
 def _require_same_heads(transformer: LocalDiTTransformer2DModel, path: Path) -> None:
     """Compare the numbers of heads, which no shape shows, if PixArt has a configuration."""
     if not (config := path.parent / "config.json").is_file():
         return
-    heads = json.loads(config.read_text(encoding="utf-8")).get("num_attention_heads")
+    heads = read_json(config).get("num_attention_heads")
     wanted = transformer.config.num_attention_heads
     if heads not in (None, wanted):
         raise ValueError(
@@ -259,6 +252,7 @@ def _copy(
     patches = transformer.config.patch_size**2
     for file in dict.fromkeys(files.values()):
         for name, tensor in file.tensors(name for name in file.infos if name in routes):
+            require_finite(file.path, name, tensor)
             for target, part in routes[name]:
                 destination = parameters[target]
                 if part is not None:

@@ -429,3 +429,24 @@ def test_loading_the_released_size_peaks_at_1_3_times_its_live_size(name, write)
         print(f"{name} to {dtype}: peak {float(peak):.3f} times the live size")
         assert float(peak) <= 1.3
     path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "'localdit_config' is no JSON object"),
+        ("[]", "'localdit_config' is no JSON object"),
+        ('{"layer_types": "xxxxxxxxx", "sample_size": "big"}', "`layer_types` is 'xxxxxxxxx'"),
+        ('{"sample_size": "big"}', "`sample_size` is 'big'"),
+        ('{"sample_size": 1e999}', "`sample_size` is inf"),
+        ('{"sample_size": 10000000000}', "`sample_size` is 10000000000.* of at most 65,536"),
+        ('{"norm_eps": [[[[1]]]]}', "`norm_eps` is "),
+        ('{"layer_types": {"full": 1}}', "`layer_types`"),
+    ],
+)
+def test_unsound_settings_in_a_files_metadata_are_refused(tmp_path, text, message):
+    file = tmp_path / "w.safetensors"
+    save_file(flat_state(tiny_model()), file, {"localdit_config": text})
+    for read in (load_transformer, inspect_checkpoint):
+        with pytest.raises(ValueError, match=f"w.safetensors: .*{message}"):
+            read(file)

@@ -1,10 +1,15 @@
 import copy
+import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from localdit.core.parts import Encoders
-from tests.tiny import tiny_components, tiny_tokenizer
+from localdit import Config, load_model
+from localdit.core.parts import ENCODERS, Encoders, encoder_classes, load_encoders
+from localdit.pipelines import LocalDiTPipeline
+from tests.tiny import tiny_components, tiny_pipeline, tiny_tokenizer
 
 
 @pytest.fixture
@@ -41,3 +46,124 @@ def test_a_change_of_one_part_is_seen_in_its_fingerprint(encoders, part):
     before = encoders.fingerprints()
     after = encoders._replace(**{part: changed}).fingerprints()
     assert [name for name in before if before[name] != after[name]] == [part]
+
+
+# Folders that are damaged, or written to do harm
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def loaders(folder):
+    """Return everything that loads the parts in a folder."""
+    config = Config(ckpt_path=folder / "transformer", text_encoder=folder, vae=folder)
+    config.scheduler = folder
+    sources = dict.fromkeys(ENCODERS, str(folder))
+    return {
+        "from_pretrained": lambda: LocalDiTPipeline.from_pretrained(folder),
+        "load_model": lambda: load_model(Config(ckpt_path=folder), device="cpu"),
+        "parts": lambda: load_model(config, device="cpu"),
+        "encoders": lambda: load_encoders(sources, torch.float32),
+        "classes": lambda: encoder_classes(sources),
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "auto", "kind"),
+    [
+        ("tokenizer/tokenizer_config.json", "AutoTokenizer", "PreTrainedTokenizerFast"),
+        ("tokenizer/tokenizer_config.json", "AutoTokenizer", "AutoTokenizer"),
+        ("tokenizer/tokenizer_config.json", "AutoTokenizer", "BarkProcessor"),  # loads an Auto...
+        ("text_encoder/config.json", "AutoConfig", "T5EncoderModel"),
+        ("text_encoder/config.json", "AutoModel", "AutoModel"),
+    ],
+)
+def test_no_loader_asks_whether_to_run_code(folder, tmp_path, monkeypatch, file, auto, kind):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    change(folder / file, auto_map={auto: "evil.Evil"}, tokenizer_class="Evil", model_type="evil")
+    part = file.partition("/")[0]
+    change(folder / "model_index.json", **{part: ["transformers", kind]})
+    (folder / part / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nEvil = None\n")
+    refused = 0
+    for load in loaders(folder).values():
+        try:
+            load()
+        except (OSError, ValueError):
+            refused += 1
+    assert refused >= 3  # the others load a class that does not need the code
+    assert not asked
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"),
+    [
+        ("vae/config.json", {"layers_per_block": 10**9}),
+        ("text_encoder/config.json", {"num_layers": 10**9}),
+        ("text_encoder/config.json", {"text_config": {"num_hidden_layers": 10**9}}),
+        ("vae/config.json", {"num_encoder_blocks": [1, 10**9]}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}),
+    ],
+)
+def test_settings_out_of_all_proportion_are_refused(folder, file, setting):
+    change(folder / file, **setting)
+    name = re.findall(r"'(\w+)'", str(setting))[-1]
+    for load in loaders(folder).values():
+        if file.startswith("scheduler") and load.__code__.co_names[0] in (
+            "load_encoders",
+            "encoder_classes",
+        ):
+            continue  # these need no scheduler
+        with pytest.raises((OSError, ValueError), match=f"{file}: '{name}' is 1,000,000,000"):
+            load()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "transformer/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer_config.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+@pytest.mark.parametrize("text", ['{"a":' * 100_000, "[1]", "no JSON"], ids=["nested", "list", ""])
+def test_configurations_that_are_no_json_objects_are_refused(folder, file, text):
+    (folder / file).write_text(text)
+    for name in ("from_pretrained", "load_model"):
+        with pytest.raises(ValueError, match=f"{file} is no JSON object"):
+            loaders(folder)[name]()
+
+
+def test_values_that_are_not_finite_are_refused_in_every_part(folder):
+    for name in ("transformer", "vae", "text_encoder"):
+        pipe = tiny_pipeline()
+        with torch.no_grad():
+            next(getattr(pipe, name).parameters()).flatten()[-1] = torch.nan
+        pipe.save_pretrained(folder)
+        for load in ("from_pretrained", "load_model", "parts", "encoders"):
+            if (name, load) != ("transformer", "encoders"):
+                with pytest.raises((OSError, ValueError), match="values that are not finite"):
+                    loaders(folder)[load]()
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_missing_weights_are_refused_in_every_part(folder, part):
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    lost = next(name for name in tensors if tensors[name].ndim == 2)
+    save_file({n: t for n, t in tensors.items() if n != lost}, file, {"format": "pt"})
+    for load in ("from_pretrained", "load_model", "parts", "encoders"):
+        if (part, load) != ("transformer", "encoders"):
+            with pytest.raises((OSError, ValueError), match=re.escape(lost)):
+                loaders(folder)[load]()

@@ -167,7 +167,7 @@ def test_incomplete_folders_are_refused(tmp_path):
     save_file({n: t for n, t in state.items() if n != "proj_out.bias"}, weights)
     refused(ValueError, "'proj_out.bias' missing, unexpected, or of another shape")
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(ValueError, "diffusion_pytorch_model.safetensors is truncated")
+    refused(ValueError, "diffusion_pytorch_model.safetensors is a truncated or damaged")
     weights.unlink()
     refused(FileNotFoundError, "lacks its weights 'diffusion_pytorch_model.safetensors'")
     (folder / "config.json").write_text(json.dumps({**config, "_class_name": "UNet2DModel"}))
@@ -238,3 +238,100 @@ def test_help_imports_nothing_heavy():
     assert "--global-context" in result.stdout
     assert "torch" not in result.stderr
     assert time.monotonic() - start < 5
+
+
+# Folders that are damaged, or written to do harm
+
+
+def edit(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_layers": 10**9},
+        {"num_attention_heads": 10**9},
+        {"attention_head_dim": -24},
+        {"patch_size": 2**40},
+        {"window_size": 10**9},
+        {"sample_size": "big"},
+        {"caption_channels": [16] * 1000},
+        {"layer_types": ["local"] * 10**5},
+        {"layer_types": "xxxxxxxxx"},
+        {"norm_eps": None},
+        {"dropout": True},
+        {"interpolation_scale": 0},
+        {"do_rope": "no"},
+        {"activation_fn": {"a": {"b": 1}}},
+    ],
+)
+@pytest.mark.parametrize(
+    "load",
+    [
+        LocalDiTTransformer2DModel.from_pretrained,
+        lambda folder: convert_to_single_file(folder, folder / "new.safetensors"),
+    ],
+    ids=["from_pretrained", "convert"],
+)
+def test_settings_that_the_weights_refute_are_refused(tmp_path, load, setting):
+    tiny_model().save_pretrained(tmp_path)
+    edit(tmp_path, **setting)
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"config.json: .*`{name}`"):
+        load(tmp_path)
+
+
+def renamed(state):
+    return {name.replace("proj_out", "final"): tensor for name, tensor in state.items()}
+
+
+def reshaped(state):
+    return state | {"proj_out.bias": torch.zeros(3)}
+
+
+def with_infinity(state):
+    return state | {"proj_out.bias": torch.full_like(state["proj_out.bias"], torch.inf)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (renamed, "proj_out.weight"),
+        (reshaped, "'proj_out.bias' missing, unexpected, or of another shape"),
+        (with_infinity, "'proj_out.bias' has values that are not finite"),
+        (lambda state: state | {"stale": torch.zeros(1)}, "'stale' missing, unexpected"),
+        (lambda state: dict(list(state.items())[1:]), "missing, unexpected"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused(tmp_path, change, message):
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(file)), file)
+    for load in (
+        LocalDiTTransformer2DModel.from_pretrained,
+        lambda folder: LocalDiTTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False),
+        lambda folder: convert_to_single_file(folder, folder / "new.safetensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+def test_an_index_names_files_of_its_folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    index = tmp_path / "model/diffusion_pytorch_model.safetensors.index.json"
+    for names in ({"a": "../b.safetensors"}, {"a": 1}, ["a"]):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        with pytest.raises(ValueError, match="'weight_map' has to name files of this folder"):
+            LocalDiTTransformer2DModel.from_pretrained(tmp_path / "model")
+
+
+def test_copies_of_fused_projections_in_a_folder_are_not_read(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    copy = {"transformer_blocks.0.attn2.to_kv.weight": torch.zeros(1)}
+    save_file(load_file(file) | copy, file)  # as earlier versions wrote it
+    loaded = LocalDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert same(loaded.state_dict(), model.state_dict())

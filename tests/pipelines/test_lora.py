@@ -341,6 +341,131 @@ def test_malformed_settings_are_refused(pipe, files, tmp_path):
         pipe.load_lora_weights(tmp_path)
 
 
+HOSTILE = {  # settings in the metadata of a file, and what the refusal says
+    "nested": ("[" * 100_000, "'lora_adapter_metadata' is no JSON object"),
+    "list": ([1], "'lora_adapter_metadata' is no JSON object"),
+    "unknown": ({"nonsense": 1}, "unknown settings 'nonsense'"),
+    "layers": ({"layer_replication": [[0, 10**9]]}, "'layer_replication' = .*expected None"),
+    "module": ({"megatron_config": {}, "megatron_core": "antigravity"}, "'megatron_config'"),
+    "init": ({"init_lora_weights": "pissa"}, "'init_lora_weights' = 'pissa'.*expected true"),
+    "rank": ({"r": 10**12}, f"'r' = {10**12}.*expected 2, the rank of the tensors"),
+    "rank of other layers": ({"rank_pattern": {"to_qkv": 3}}, "'rank_pattern' = 3.*expected 2"),
+    "no rank": ({"r": "2"}, "'r' = '2'.*expected a rank"),
+    "flag": ({"use_rslora": 1}, "'use_rslora' = 1.*true or false"),
+    "bias": ({"bias": "all"}, "'bias' = 'all'.*expected 'none'"),
+    "dora": ({"use_dora": True}, "'use_dora' = True.*expected False, by its tensors"),
+    "infinite": ({"lora_alpha": float("inf")}, "'lora_alpha' = inf.*expected a number"),
+    "dropout": ({"lora_dropout": 7}, "'lora_dropout' = 7.*below 1"),
+    "slow": ({"alpha_pattern": {"(([a-z0-9_.])*)*$X": 1}}, "no regular expressions"),
+    "slow, too": ({"rank_pattern": {"(.|.)" * 40 + "X": 2}}, "no regular expressions"),
+}
+
+
+def rewrite(source, target, settings):
+    """Copy a file of an adapter with other settings: changes of them, or the text itself."""
+    with safe_open(source, "pt") as file:
+        known = json.loads(file.metadata()["lora_adapter_metadata"])
+    if isinstance(settings, dict):
+        settings = known | {f"transformer.{name}": value for name, value in settings.items()}
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    save_file(load_file(source), target, {"lora_adapter_metadata": text})
+    return target
+
+
+@pytest.mark.parametrize(("settings", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_settings_that_contradict_the_tensors_are_refused(pipe, files, tmp_path, settings, message):
+    file = rewrite(files / "first" / NAME, tmp_path / NAME, settings)
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(file)
+    assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"target_modules": "(([a-z0-9_.])*)*$X"},  # would be matched for ever
+        {"target_modules": r".*\.(to_qkv|to_k|to_out\.0|proj)"},
+        {"target_modules": ["to_q"]},
+        {"target_modules": None},
+        {"target_modules": {"to_qkv": {}}},
+        {"exclude_modules": "((.)*)*X"},
+        {"layers_to_transform": [1], "layers_pattern": "((.)*)*X"},
+    ],
+)
+def test_the_tensors_say_which_layers_have_an_adapter(pipe, files, tmp_path, choice):
+    pipe.load_lora_weights(files / "first" / NAME)
+    expected = draw(pipe)
+    other = tiny_pipeline()
+    other.load_lora_weights(rewrite(files / "first" / NAME, tmp_path / NAME, choice))
+    assert torch.equal(draw(other), expected)
+
+
+def with_nan(tensors):
+    return tensors | {name: tensors[name] * torch.nan for name in [list(tensors)[-1]]}
+
+
+def of_two_ranks(tensors):
+    return {name: t[:, :1].contiguous() if "lora_B" in name else t for name, t in tensors.items()}
+
+
+def of_one_half(tensors):
+    return dict(list(tensors.items())[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_nan, "has values that are not finite"),
+        (of_two_ranks, "two halves of different rank"),
+        (of_one_half, "lacks one half of the adapter of 'transformer"),
+    ],
+)
+def test_unsound_tensors_are_refused(pipe, files, tmp_path, change, message):
+    save_file(change(load_file(files / "first" / NAME)), tmp_path / NAME)
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(tmp_path)
+    assert pipe.get_list_adapters() == {}
+
+
+def kohya(tensors, alpha):
+    """Return an adapter's tensors with kohya's names."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, _, half = name.removeprefix("transformer.").partition(".lora_")
+        layer = "lora_unet_" + layer.replace(".", "_")
+        renamed[f"{layer}.lora_{'down' if half[0] == 'A' else 'up'}.weight"] = tensor
+        if alpha is not None:
+            renamed[f"{layer}.alpha"] = torch.tensor(alpha)
+    return renamed
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(6.0, 1), (3.0, 0.5), (None, 1 / 3)])
+def test_kohyas_names_are_converted(pipe, files, tmp_path, alpha, scale):
+    pipe.load_lora_weights(files / "first" / NAME, adapter_name="a")  # rank 2, alpha 6
+    pipe.set_adapters("a", scale)
+    save_file(kohya(load_file(files / "first" / NAME), alpha), tmp_path / "kohya.safetensors")
+    other = tiny_pipeline()
+    other.load_lora_weights(tmp_path / "kohya.safetensors", adapter_name="a")
+    close(draw(other), draw(pipe))
+    other.load_lora_weights(files / "second" / NAME, adapter_name="b")  # adapters can be added
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora_unet_transformer_blocks_0_attn1_to_qkv.hada_w1_a", "'.*hada_w1_a' beside kohya's"),
+        ("lora_unet_transformer_blocks_0_attn1_to_qkv.dora_scale", "'.*dora_scale' beside"),
+        ("lora_unet_down_blocks_0_conv1.lora_down.weight", "another model: .* 'down_blocks_0_conv"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "one of a text encoder as well"),
+    ],
+)
+def test_what_else_kohyas_files_hold_is_refused_by_name(pipe, files, tmp_path, name, message):
+    tensors = kohya(load_file(files / "first" / NAME), 6.0) | {name: torch.ones(2, 2)}
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(tmp_path / "kohya.safetensors")
+
+
 def test_saving_a_missing_adapter_or_into_a_file_is_refused(pipe, tmp_path):
     with pytest.raises(ValueError, match="adapters are none; none was named"):
         pipe.save_lora_weights(tmp_path, pipe.transformer)

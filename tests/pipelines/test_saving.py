@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import EntryNotFoundError
 
 from localdit.config import Config
+from localdit.models import FullAttnProcessor
 from localdit.pipelines import (
     LocalDiTImg2ImgPipeline,
     LocalDiTInpaintPipeline,
@@ -294,3 +296,167 @@ def test_the_card_of_a_pipeline_without_text_encoder():
     assert "2 x 2 tokens, with global context |" in text
     assert "trust_remote_code=True" in text
     assert "import localdit" not in text
+
+
+# Whatever state a pipeline is in, its folder draws the same, or is refused.
+
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        "a cat",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+
+
+def with_adapter(part, fuse=False):
+    def change(pipe):
+        peft = pytest.importorskip("peft")
+        targets = ["q"] if part == "text_encoder" else ["to_q", "to_qkv"]
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        if part == "transformer":
+            pipe.transformer.add_adapter(config, "a")
+        else:
+            peft.inject_adapter_in_model(config, getattr(pipe, part), "a")
+        if fuse:
+            pipe.fuse_lora()
+
+    return change
+
+
+def quantized(pipe):
+    kinds = {torch.nn.Linear}
+    pipe.text_encoder = torch.ao.quantization.quantize_dynamic(pipe.text_encoder, kinds)
+
+
+def with_another_layer(pipe):
+    pipe.transformer.transformer_blocks[0] = torch.nn.Sequential(
+        pipe.transformer.transformer_blocks[0]
+    )
+
+
+def on_the_meta_device(pipe):
+    pipe.vae = pipe.vae.to("meta")
+
+
+def offloaded(pipe):
+    accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
+
+
+def on_the_disk(pipe, folder):
+    pipe.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        offload_to_disk_path=str(folder),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_adapter("transformer"), "LocalDiTTransformer2DModel has adapters.*save_lora_weights"),
+        (with_adapter("transformer", fuse=True), "after `fuse_lora\\(\\)`, their effect stays"),
+        (with_adapter("text_encoder"), "T5EncoderModel has adapters"),
+        (quantized, "Weights of the T5EncoderModel are elsewhere.*quantized"),
+        (with_another_layer, "lacks 'transformer_blocks.0.*its layers were replaced"),
+        (on_the_meta_device, "Weights of the AutoencoderKL are elsewhere"),
+        (offloaded, "Weights of the LocalDiTTransformer2DModel are elsewhere.*remove_all_hooks"),
+    ],
+)
+def test_what_would_not_load_again_is_not_saved(tmp_path, change, message):
+    pipe = tiny_pipeline()
+    change(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    if "Transformer2DModel" in message:
+        with pytest.raises(ValueError, match=message):
+            pipe.transformer.save_pretrained(tmp_path / "folder")
+
+
+def test_weights_that_are_offloaded_to_the_disk_are_not_saved(tmp_path):
+    pipe = tiny_pipeline()
+    on_the_disk(pipe, tmp_path / "weights")
+    with pytest.raises(ValueError, match="LocalDiTTransformer2DModel are elsewhere"):
+        pipe.save_pretrained(tmp_path / "folder")
+
+
+def fuse_and_unload(pipe):
+    with_adapter("transformer", fuse=True)(pipe)
+    pipe.unload_lora_weights()
+
+
+def fuse_projections(pipe):
+    pipe.transformer.fuse_qkv_projections()
+    pipe.vae.fuse_qkv_projections()
+
+
+def fuse_both(pipe):
+    with_adapter("transformer", fuse=True)(pipe)
+    fuse_projections(pipe)
+    pipe.unload_lora_weights()
+
+
+def cached(pipe):
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+
+
+def compiled(pipe):
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+def compiled_blocks(pipe):
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+
+
+def group_offloaded(pipe):
+    for part in (pipe.transformer, pipe.vae):
+        part.enable_group_offload(
+            onload_device=torch.device("cpu"),
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+        )
+
+
+def cast_by_layers(pipe):
+    pipe.transformer.enable_layerwise_casting(torch.bfloat16, torch.float32)
+
+
+def swapped_processors(pipe):
+    pipe.transformer.set_attn_processor(FullAttnProcessor())
+    pipe.transformer.set_default_attn_processor()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        fuse_and_unload,
+        fuse_projections,
+        fuse_both,
+        cached,
+        compiled,
+        compiled_blocks,
+        group_offloaded,
+        cast_by_layers,
+        swapped_processors,
+    ],
+)
+@pytest.mark.parametrize("kind", [LocalDiTPipeline, diffusers.DiffusionPipeline])
+def test_what_is_saved_draws_the_same(tmp_path, change, kind):
+    pipe = tiny_pipeline()
+    change(pipe)
+    pipe.save_pretrained(tmp_path)
+    expected = draw(pipe)  # after saving, which leaves the pipeline as it was
+    loaded = kind.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    torch.testing.assert_close(draw(loaded), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [LocalDiTPipeline, diffusers.DiffusionPipeline])
+def test_a_pipeline_spread_by_a_device_map_is_saved(tmp_path, kind):
+    tiny_pipeline().save_pretrained(tmp_path / "one")
+    pipe = kind.from_pretrained(tmp_path / "one", device_map="cpu")
+    pipe.save_pretrained(tmp_path / "two")
+    assert torch.equal(weights(kind.from_pretrained(tmp_path / "two")), weights(tiny_pipeline()))
