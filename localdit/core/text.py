@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Far more than 120 tokens of any language. Tokenising megabytes takes seconds and gigabytes.
 MAX_PROMPT_CHARACTERS = 10_000
+# Zero bytes, and halves of surrogate pairs, which JSON and arguments of the command line may have.
 NO_CHARACTER = re.compile(r"[\0\ud800-\udfff]")
 # Text is cut or padded to a multiple of this many tokens: few lengths to compile for, and rows of
 # masks that fast attention kernels accept.

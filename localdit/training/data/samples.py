@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from localdit.core.text import MAX_PROMPT_CHARACTERS
-from localdit.files import decode_text, is_unicode
+from localdit.core.text import MAX_PROMPT_CHARACTERS, NO_CHARACTER
+from localdit.files import decode_text
 
 KINDS = {
     "missing": "the picture does not exist",
@@ -281,6 +281,6 @@ def _clean(text: object) -> str:
         raise BrokenSample(
             "bad caption", f"it has {len(text):,} characters, more than {MAX_PROMPT_CHARACTERS:,}"
         )
-    if not is_unicode(text):
-        raise BrokenSample("bad caption", "it has half of a surrogate pair")
+    if wrong := NO_CHARACTER.search(text):
+        raise BrokenSample("bad caption", f"it has {wrong[0]!a}, which is no character of a text")
     return text

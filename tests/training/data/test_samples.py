@@ -152,6 +152,7 @@ def test_values(tmp_path, source, captions):
         ({"text": {"de": "Bär"}}, "bad caption"),
         ("x" * (MAX_PROMPT_CHARACTERS + 1), "bad caption"),
         ("half \ud83d", "bad caption"),
+        ("zero \0 byte", "bad caption"),
     ],
 )
 def test_values_that_are_none(tmp_path, source, kind):
