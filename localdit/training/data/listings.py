@@ -15,6 +15,7 @@ import csv
 import json
 import os
 import posixpath
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -157,7 +158,7 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     """Return the pictures that metadata files name.
 
     A picture that is named several times gets all of the captions. Names outside of `root` are
-    faults.
+    faults. Names may have backslashes, or their accents composed in another way than the files.
 
     Args:
         root: the folder of the data.
@@ -171,6 +172,7 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     folders = [posixpath.dirname(file) for file in metadata]
     if len({*folders}) < len(folders):
         raise ValueError(f"Expected one metadata file per folder, found {', '.join(metadata)}.")
+    known = {_plain(file): file for file in files} | {file: file for file in files}
     captions: dict[str, list[Any]] = {}
     faults: list[Fault] = []
     for file, folder in zip(metadata, folders, strict=True):
@@ -179,6 +181,7 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
                 if isinstance(row, BrokenSample):
                     raise row
                 name = _inner_path(row.get("file_name"), "file_name", folder)
+                name = known.get(name) or known.get(_plain(name), name)
                 captions.setdefault(name, []).append(pick_caption(row))
             except BrokenSample as broken:
                 faults.append(Fault(broken.kind, f"{file}, entry {number}", broken.detail))
@@ -187,6 +190,11 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
         for name, texts in captions.items()
     ]
     return [*candidates, *faults]
+
+
+def _plain(name: str) -> str:
+    """Return a name as other systems write it: composed accents, and slashes for backslashes."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
 
 
 def _inner_path(name: object, field: str, folder: str = "") -> str:

@@ -249,6 +249,23 @@ def test_an_endless_line_takes_bounded_memory(tmp_path, name, monkeypatch):
     assert peak < 3_000_000
 
 
+def test_names_as_other_systems_write_them(tmp_path):
+    composed, decomposed = "sub/caf\u00e9.png", "sub/cafe\u0301 2.png"
+    write_files(tmp_path, {composed: b"", decomposed: b"", "sub/x\\y.png": b""})
+    named = {
+        "sub\\cafe\u0301.png": composed,
+        "sub/caf\u00e9 2.png": decomposed,
+        "sub/x\\y.png": "sub/x\\y.png",
+        "..\\sub/gone.png": "..\\sub/gone.png",
+    }
+    rows = [{"file_name": name, "text": name} for name in named]
+    write_files(tmp_path, {"metadata.jsonl": jsonl(*rows)})
+    listing = list_metadata(tmp_path, list_files(tmp_path))
+    assert [(entry.id, entry.captions) for entry in listing] == [
+        (file, name) for name, file in named.items()
+    ]
+
+
 def test_a_second_key_counts_when_the_first_is_empty(tmp_path):
     rows = [
         {"file_name": "a.png", "text": None, "caption": "second"},
