@@ -418,6 +418,11 @@ class LocalDiTBasePipeline(SavedPipeline):
                 if callback is not None:
                     shown = {name: tensors[name] for name in callback_inputs}
                     returned = callback(self, index, timestep, shown) or {}
+                    if not isinstance(returned, dict):
+                        raise TypeError(
+                            "callback_on_step_end must return a dict of tensors or None, got "
+                            f"{type(returned).__name__}."
+                        )
                     tensors |= {name: returned[name] for name in tensors if name in returned}
                 state.watch(
                     f"The scheduler, or a callback, at step {index + 1} of {steps}",

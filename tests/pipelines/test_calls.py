@@ -228,6 +228,12 @@ def test_a_callback_may_return_other_names(pipe):
     assert seen == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("returned", [True, "latents", ("latents",)])
+def test_a_callback_returns_a_dict_or_none(pipe, returned):
+    with pytest.raises(TypeError, match="must return a dict of tensors or None, got"):
+        draw(pipe, callback_on_step_end=lambda *_: returned)
+
+
 # Schedulers
 
 
