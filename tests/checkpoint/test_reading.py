@@ -174,3 +174,27 @@ def test_a_bare_pickle_is_not_even_opened(tmp_path):
 def test_few_names_and_a_count():
     assert few("abc") == "'a', 'b', 'c'"
     assert few("abcde") == "'a', 'b', 'c' and 2 more"
+
+
+def test_a_flipped_bit_in_a_record_is_noticed(tmp_path):
+    path = tmp_path / "w.pt"
+    state = {"a": torch.arange(1000.0), "b": torch.ones(10)}
+    torch.save(state, path)
+    assert dict(CheckpointFile(path).tensors(state)).keys() == state.keys()
+    content = bytearray(path.read_bytes())
+    place = content.index(state["a"].numpy().tobytes()) + 2001
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged: a record is not what was saved .*CRC"):
+        list(CheckpointFile(path).tensors(state))
+
+
+def test_a_file_that_was_saved_without_sums_is_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(1000)}, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    ((_, tensor),) = CheckpointFile(tmp_path / "w.pt").tensors(["a"])
+    assert torch.equal(tensor, torch.ones(1000))
