@@ -209,7 +209,10 @@ def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise _taken("{path} is not empty. Choose another name, or {advice}.", folder)
     config = folder / "config.json"
-    if not config.exists() or LocalDiTTransformer2DModel.__name__ not in config.read_text():
+    if (
+        not config.exists()
+        or LocalDiTTransformer2DModel.__name__.encode() not in config.read_bytes()
+    ):
         raise FileExistsError(
             f"{folder} holds something else than a LocalDiT transformer, which is not overwritten. "
             "Choose another name."
