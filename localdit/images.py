@@ -313,9 +313,11 @@ def _deep_grey(image: Image.Image, name: object) -> Image.Image:
             f"{name} has mode {image.mode} and values from {low:g} to {high:g}; "
             f"expected 0 to {brightest}"
         )
-    grey = Image.fromarray(np.floor(values * (255 / brightest) + 0.5).astype(np.uint8))
-    if "transparency" in image.info:
-        shown = values != image.info["transparency"]
+    shown = values != image.info["transparency"] if "transparency" in image.info else None
+    values *= 255 / brightest  # in place, as large pictures take much memory
+    values += 0.5
+    grey = Image.fromarray(values.astype(np.uint8))
+    if shown is not None:
         grey.putalpha(Image.fromarray(np.where(shown, np.uint8(255), np.uint8(0))))
     return grey
 
