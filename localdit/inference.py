@@ -70,7 +70,19 @@ def inference(
         ValueError: a size that the model can't draw, no prompts, lists of different lengths,
             arguments that exclude each other, or a mask that does not fit its image.
     """
-    batches = inference_batches(**locals())
+    batches = inference_batches(
+        pipe,
+        prompts,
+        neg_prompts,
+        config,
+        image,
+        mask=mask,
+        padding_mask_crop=padding_mask_crop,
+        seed=seed,
+        generator=generator,
+        latents=latents,
+        progress=progress,
+    )
     return [picture for batch in batches for picture in batch]
 
 

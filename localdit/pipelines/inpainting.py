@@ -18,6 +18,7 @@ from .request import (
     Generators,
     Request,
     StepCallback,
+    TextEmbeddings,
     check_integer,
     check_number,
     check_one_each,
@@ -199,7 +200,22 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         images = read_images(image, self.transformer.config.in_channels)
         masks = read_masks(mask_image)
         height, width = self.size_of(images, height, width)
-        request = Request.of_call(locals())
+        request = Request(
+            prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
+            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
+            guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
+            latents=latents,
+            text=TextEmbeddings(
+                prompt_embeds, prompt_attention_mask,
+                negative_prompt_embeds, negative_prompt_attention_mask,
+            ),
+            output_type=output_type, return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )  # fmt: skip
         self.check_inputs(request)
         self.check_images(images, request)
         self.check_masks(masks, images, padding_mask_crop, request)

@@ -3,9 +3,9 @@
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -55,13 +55,6 @@ class Request:
     callback_on_step_end_tensor_inputs: Sequence[str]
     max_sequence_length: int
     cross_attention_kwargs: dict[str, Any] | None = None
-
-    @classmethod
-    def of_call(cls, arguments: Mapping[str, Any]) -> "Request":
-        """Gather a pipeline's arguments; `arguments` are the `locals()` of its `__call__`."""
-        text = TextEmbeddings(*(arguments[name] for name in TextEmbeddings._fields))
-        shared = [one.name for one in fields(cls) if one.name != "text"]
-        return cls(text=text, **{name: arguments[name] for name in shared})
 
     @property
     def num_prompts(self) -> int:

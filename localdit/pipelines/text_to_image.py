@@ -8,7 +8,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..core.diffusion import initial_scale
 from .base import LocalDiTBasePipeline
-from .request import Generators, Request, StepCallback
+from .request import Generators, Request, StepCallback, TextEmbeddings
 
 
 class LocalDiTPipeline(LocalDiTBasePipeline):
@@ -81,7 +81,22 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         default_size = self.transformer.config.sample_size * self.vae_scale_factor
         height = default_size if height is None else height
         width = default_size if width is None else width
-        request = Request.of_call(locals())
+        request = Request(
+            prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
+            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
+            guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
+            latents=latents,
+            text=TextEmbeddings(
+                prompt_embeds, prompt_attention_mask,
+                negative_prompt_embeds, negative_prompt_attention_mask,
+            ),
+            output_type=output_type, return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )  # fmt: skip
         self.check_inputs(request)
         with self.running(request):
             schedule = self.set_timesteps(request)
