@@ -5,6 +5,7 @@
     python -m benchmarks.pipeline compile    # compile time and run time, on the model in the box
     python -m benchmarks.pipeline seams      # decoding in tiles against decoding at once
     python -m benchmarks.pipeline large      # 4096 x 4096 pixels from the model in the box
+    python -m benchmarks.pipeline sizes      # memory over images of 150 sizes, model in the box
 
 Full-size models have random weights. They take the time and memory of trained models but do not
 generate meaningful images.
@@ -22,7 +23,7 @@ from . import command_line, tables
 from .provenance import circumstances, describe, sentence
 from .worker import ROOT
 
-NAMES = ("parts", "quality", "compile", "seams", "large")
+NAMES = ("parts", "quality", "compile", "seams", "large", "sizes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,12 +15,21 @@ memory. Training and compiled models compute the whole map at once.
 has seen freed, 32 MiB at most, and the system clears every page that it hands out again. This took
 4 % of a forward pass in float32. `keep_freed_memory` prevents it.
 
-Hidden state: `keep_freed_memory` changes a setting of the C library, once per process.
+**oneDNN's primitives.** For each shape of its inputs, oneDNN compiles a primitive of up to a
+megabyte, and PyTorch keeps 1024 of them in two caches. So memory grows with each picture size that
+is drawn: by half over 150 sizes. This module makes the caches smaller, unless the environment
+variables that size them are set. A step of the denoiser needs about 20 primitives. Measurement:
+`python -m benchmarks.pipeline sizes`.
+
+Hidden state: `keep_freed_memory` changes a setting of the C library, once per process. Importing
+this module sets the two environment variables of `PRIMITIVES`; PyTorch reads them at its first
+convolution or linear layer by oneDNN, so they have no effect after it.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +42,12 @@ from .windows import WindowGrid
 # the 1152 channels of the released model, these are 256 tokens and 16384 tokens in float32.
 BAND_ON_CPU = 256 * 1152 * 4
 BAND_ON_GPU = 16384 * 1152 * 4
+
+# Capacities of PyTorch's cache of oneDNN's primitives and of oneDNN's own, in primitives. Both hold
+# the same ones, so one cache is enough.
+PRIMITIVES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+for _variable, _capacity in PRIMITIVES.items():
+    os.environ.setdefault(_variable, _capacity)
 
 
 class Linear(nn.Linear):

@@ -83,3 +83,9 @@ def test_it_measures(arguments, tmp_path):
     report = json.loads((tmp_path / f"pipeline_{arguments[0]}_000.json").read_text())
     assert report["rows"]
     assert all(len(cells) == len(report["columns"]) for cells in report["rows"])
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_sizes_that_were_drawn():
+    before, first, second = in_own_process("pipeline_sizes:draw_sizes", capacity=None, count=60)
+    assert first < 1.05 * before and second < 1.05 * before

@@ -1,5 +1,9 @@
 """Linear layers by oneDNN, and computing in bands."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,3 +151,18 @@ def test_every_linear_layer_of_the_blocks_can_use_onednn():
         if isinstance(module, nn.Linear) and type(module) is not Linear
     }
     assert all("query_feat_extract" in name for name in others)
+
+
+def test_caches_of_primitives_are_small_unless_their_variables_are_set():
+    program = (
+        f"import localdit.models, os; print(*[os.environ[name] for name in {[*cpu.PRIMITIVES]}])"
+    )
+    for given, expected in (
+        ({}, [*cpu.PRIMITIVES.values()]),
+        ({"LRU_CACHE_CAPACITY": "7"}, ["7", "32"]),
+    ):
+        environment = {k: v for k, v in os.environ.items() if k not in cpu.PRIMITIVES} | given
+        printed = subprocess.check_output(
+            [sys.executable, "-c", program], env=environment, text=True
+        )
+        assert printed.split() == expected
