@@ -21,8 +21,8 @@ def read_images(image: Any, latent_channels: int) -> torch.Tensor:
         image: one of these or a list of them: a PIL image of any mode; an array `(H, W, 3)` or
             `(N, H, W, 3)`, or a tensor `(3, H, W)` or `(N, 3, H, W)`, of floats in [0, 1] or of
             uint8; a tensor of latents `(latent_channels, h, w)` or `(N, latent_channels, h, w)`,
-            which have negative values. Arrays may have any strides and any
-            order of bytes.
+            unless their values are those of a picture with alpha. Arrays may have any strides and
+            any order of bytes.
         latent_channels: channels by which latents are recognised.
 
     Raises:
@@ -32,12 +32,19 @@ def read_images(image: Any, latent_channels: int) -> torch.Tensor:
     images = _read_all("image", image, "white", [3], [3, latent_channels])
     if images.shape[1] == 3:
         _check_range("image", images)
-    elif (images >= 0).all() and (images > 0).any():  # those of an autoencoder have both signs
+    elif _looks_like_a_picture(images):
         raise ValueError(
             f"image has {images.shape[1]} channels, as latents have, but no negative value, as "
             "pictures with alpha have: give a picture with 3 channels."
         )
     return images
+
+
+def _looks_like_a_picture(latents: torch.Tensor) -> bool:
+    """Return whether values lie in [0, 1], or in [0, 255] far beyond those of latents."""
+    if (latents < 0).any() or not (latents > 0).any():
+        return False
+    return bool(latents.max() <= 1 or latents.max() > 32)
 
 
 def read_masks(mask_image: Any) -> torch.Tensor:
