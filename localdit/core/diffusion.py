@@ -264,7 +264,7 @@ def check_schedule(scheduler: Any) -> None:
     """Raise `ValueError` for timesteps that do not lead from noise to a picture.
 
     Timesteps count the steps of training, of which there are many: those of a schedule that starts
-    at 2 or less and are not whole are on another scale.
+    at 2 or less and are not whole are on another scale, and a warning says so.
 
     Timesteps must not ascend, and must exist: those of a scheduler that counts in whole ones are at
     least 0. A solver of order 1 that goes by noise levels divides by their differences, which must
@@ -278,9 +278,12 @@ def check_schedule(scheduler: Any) -> None:
         sound = bool((sigmas[: len(timesteps)].diff() < 0).all())
     steps = getattr(scheduler, "config", {}).get("num_train_timesteps", 0)
     if sound and steps > 2 and timesteps.is_floating_point() and timesteps[0] <= 2:
-        raise ValueError(
-            f"{type(scheduler).__name__} starts at timestep {float(timesteps[0]):.3g}, but the "
-            f"model counts timesteps up to {steps}: use a scheduler that does so, too."
+        logger.warning(
+            "%s starts at timestep %.3g, but the model counts timesteps up to %s, so pictures will "
+            "be blotches. Use a scheduler that counts as the model does.",
+            type(scheduler).__name__,
+            float(timesteps[0]),
+            steps,
         )
     if not sound:
         raise ValueError(

@@ -248,18 +248,14 @@ def test_schedulers_without_prediction_type_are_refused_or_warned_of(pipe, calls
         draw(other)
     assert not calls
     other.scheduler = kind()
-    try:
-        draw(other)
-    except ValueError as error:
-        assert "timestep" in str(error)
+    draw(other)
     assert f"{name} has no prediction_type" in caplog.text
 
 
-def test_schedulers_that_count_timesteps_on_another_scale_are_refused(pipe, calls):
+def test_schedulers_that_count_timesteps_on_another_scale_are_warned_of(pipe, caplog):
     other = LocalDiTPipeline(**{**pipe.components, "scheduler": diffusers.EDMEulerScheduler()})
-    with pytest.raises(ValueError, match="starts at timestep 1.1, but .* up to 1000"):
-        draw(other)
-    assert not calls
+    draw(other)
+    assert "starts at timestep 1.1, but the model counts timesteps up to 1000" in caplog.text
 
 
 def test_a_new_scheduler_with_another_prediction_is_warned_of(pipe, caplog):
