@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, TextIO
 from .errors import PYTHON, Vocabulary, wording
 from .files import is_unicode
 
-# What could forge lines of the output, steer a terminal, or reverse the direction of writing.
+# Characters that could forge lines of output, control a terminal, or reverse the text direction.
 CONTROLS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 

@@ -102,7 +102,7 @@ def unknown_pieces(tokenizer: Any, texts: str | Sequence[str]) -> dict[str, int]
         spans = zip(texts, encoded.offset_mapping, strict=True)
         pieces = [[text[start:end] for start, end in of_one] for text, of_one in spans]
         tokens = encoded.input_ids
-    else:  # such a tokenizer has no offsets, but tells unknown pieces as they are
+    else:  # without offsets; `tokenize` returns unknown pieces unchanged
         pieces = [tokenizer.tokenize(text) for text in texts]
         tokens = [tokenizer.convert_tokens_to_ids(of_one) for of_one in pieces]
     for of_one, ids in zip(pieces, tokens, strict=True):
@@ -121,9 +121,10 @@ def unknown_message(pieces: Mapping[str, int]) -> str:
         for piece, count in pieces.items()
     ]
     more = f" and {len(names) - PIECES_SHOWN} more" if len(names) > PIECES_SHOWN else ""
+    count = sum(pieces.values())
     return (
-        f"The tokenizer does not know {sum(pieces.values())} pieces of the text, and replaces each "
-        f"by the same token: {', '.join(names[:PIECES_SHOWN])}{more}."
+        f"The tokenizer does not know {count} piece{'s' * (count > 1)} of the text, and replaces "
+        f"each with the same token: {', '.join(names[:PIECES_SHOWN])}{more}."
     )
 
 

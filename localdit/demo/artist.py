@@ -158,7 +158,7 @@ class Artist:
             worker.join()
 
     def unknown(self, settings: Settings) -> str:
-        """Return what to tell of pieces of the prompts that the model does not know, or ""."""
+        """Return a warning of pieces of the prompts that the tokenizer does not know, or ""."""
         with self._turn:  # a tokenizer has state
             pieces = unknown_pieces(
                 self.pipe.tokenizer, [settings.prompt, settings.negative_prompt or ""]

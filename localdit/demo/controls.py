@@ -52,7 +52,7 @@ class Offer:
         return self.multiple, longest, self.multiple
 
 
-# What visitors send
+# Input from visitors
 
 
 def _reading(component: Any, preprocess: Callable[..., Any], **methods: Any) -> Any:

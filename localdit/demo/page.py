@@ -41,8 +41,8 @@ POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 CLOSED = ("/file=http", "/proxy=", "/process_recording", "/run-history/")
 MOST_BYTES = 80 * 2**20  # of a request: a file of the largest size, and some more
 UNREADABLE = (
-    "What was sent does not fit the page: it expects the values that /gradio_api/info lists, and "
-    "pictures that were uploaded to it."
+    "The request does not fit this page. Send the values that /gradio_api/info lists, and upload "
+    "pictures to this page first."
 )
 
 Updates = dict[Any, Any]  # new values of components

@@ -66,7 +66,7 @@ _SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 # Settings that are replaced: the tensors say which layers have an adapter.
 _CHOICE_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# Settings that tell of the adapter's history, and that nothing here depends on.
+# Settings that record the adapter's history. Nothing here depends on them.
 _ORIGIN = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type")
 
 

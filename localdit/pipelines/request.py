@@ -285,7 +285,7 @@ class DenoiserText:
 
 @dataclass(eq=False)
 class CallState:
-    """What a call of a pipeline changes from step to step.
+    """The state of one call of a pipeline, which changes from step to step.
 
     Attributes:
         scheduler: the scheduler of this call; None before and after it.

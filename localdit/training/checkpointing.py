@@ -34,7 +34,7 @@ class DamagedCheckpoint(ValueError):
 
 
 class Manifest(NamedTuple):
-    """What a folder holds.
+    """The step of a folder and the checksums of its files.
 
     Attributes:
         step: optimizer steps before it was written.

@@ -1,4 +1,4 @@
-"""What a call owes to other calls, to a program's settings, and to copies of its pipeline."""
+"""Calls side by side, calls under a program's settings, and calls of copies of a pipeline."""
 
 import copy
 import io
