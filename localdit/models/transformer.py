@@ -6,8 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from torch import nn
 
 from ..checkpoint.loading import plan_loading, read_folder, require_savable
 from ..checkpoint.reading import few, local_file, require_finite
-from ..errors import Field, FieldValueError
 from ..files import read_json
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .block import LocalDiTBlock
+from .configuration import require_sound_arguments, resolve_layer_types
 from .cpu import bands, write_band
 from .diffusers_hooks import complete_cache_config, scaled_adapters
 from .layers import PatchEmbedding, modulate
@@ -109,7 +108,7 @@ class LocalDiTTransformer2DModel(
         activation_fn: str = "gelu-approximate",
     ) -> None:
         super().__init__()
-        _require_sound_arguments(self.config)
+        require_sound_arguments(self.config, inspect.signature(LocalDiTTransformer2DModel.__init__))
         dim = num_attention_heads * attention_head_dim
         text_dim = dim if cross_attention_dim is None else cross_attention_dim
         if norm_type != "ada_norm_single":
@@ -119,7 +118,7 @@ class LocalDiTTransformer2DModel(
                 f"`cross_attention_dim` is {text_dim}, but captions are projected to the width "
                 f"of the model, num_attention_heads * attention_head_dim = {dim}."
             )
-        layer_types = _resolve_layer_types(layer_types, num_layers, use_global)
+        layer_types = resolve_layer_types(layer_types, num_layers, use_global)
         shifts = shift_sizes(num_layers, window_size, shift_schedule)
 
         self.inner_dim = dim
@@ -439,79 +438,6 @@ class LocalDiTTransformer2DModel(
                 "`attention_mask` is not supported, nor anything in `cross_attention_kwargs` but "
                 "'scale'."
             )
-
-
-# The largest sound value of each size. A configuration may be damaged, or written to do harm.
-_LARGEST = {
-    "num_attention_heads": 1024,
-    "attention_head_dim": 1024,
-    "in_channels": 65536,
-    "out_channels": 65536,
-    "num_layers": 1024,
-    "cross_attention_dim": 65536,
-    "sample_size": 65536,
-    "patch_size": 256,
-    "window_size": 1024,
-    "caption_channels": 65536,
-    "num_embeds_ada_norm": 2**31,
-}
-# The other numbers: the least value, and the largest.
-_RANGES = {
-    "dropout": (0, 1),
-    "qk_norm_eps": (0, 1),
-    "norm_eps": (0, 1),
-    "interpolation_scale": (1e-6, 1e6),
-}
-_TYPES: dict[str, type] = {"do_rope": bool, "use_global": bool, "use_additional_conditions": bool}
-_TYPES |= {"shift_schedule": str, "norm_type": str, "activation_fn": str}
-
-
-def _require_sound_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse values of the wrong type, and sizes out of all proportion, before they cost memory."""
-    optional = inspect.signature(LocalDiTTransformer2DModel.__init__).parameters
-    for name, value in arguments.items():
-        if value is None and name in optional and "None" in str(optional[name].annotation):
-            continue
-        if name in _LARGEST:
-            sound = type(value) is int and 1 <= value <= _LARGEST[name]
-            expected = f"it has to be at least 1, an integer of at most {_LARGEST[name]:,}"
-        elif name in _RANGES:
-            least, largest = _RANGES[name]
-            sound = type(value) in (int, float) and least <= value <= largest
-            expected = f"it has to be a number from {least} to {largest}"
-        elif name in _TYPES:
-            sound = type(value) is _TYPES[name]
-            expected = f"it has to be a {_TYPES[name].__name__}"
-        elif name == "layer_types":
-            sound = isinstance(value, (list, tuple)) and all(type(one) is str for one in value)
-            expected = "it has to be a list of names"
-        else:
-            continue
-        if not sound:
-            raise FieldValueError(
-                "{field} is {value}; {expected}.",
-                field=Field(name, f"`{name}`"),
-                value=reprlib.repr(value),
-                expected=expected,
-            )
-
-
-def _resolve_layer_types(
-    layer_types: list[str] | None, num_layers: int, use_global: bool
-) -> list[str]:
-    """Return the kind of attention of each layer."""
-    if layer_types is None:
-        return ["local_global" if use_global else "local"] * num_layers
-    if len(layer_types) != num_layers:
-        raise ValueError(
-            f"`layer_types` names {len(layer_types)} layers, but `num_layers` is {num_layers}."
-        )
-    if use_global != ("local_global" in layer_types):
-        raise ValueError(
-            f"`use_global` is {use_global}, but `layer_types` "
-            f"{'has no' if use_global else 'has a'} 'local_global' layer. Make the two agree."
-        )
-    return list(layer_types)
 
 
 def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -1,0 +1,90 @@
+"""The transformer's configuration: checks of its values, and the kind of each layer."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from inspect import Signature
+from typing import Any
+
+from ..errors import Field, FieldValueError
+
+# The largest sound value of each size. A configuration may be damaged, or written to do harm.
+_LARGEST = {
+    "num_attention_heads": 1024,
+    "attention_head_dim": 1024,
+    "in_channels": 65536,
+    "out_channels": 65536,
+    "num_layers": 1024,
+    "cross_attention_dim": 65536,
+    "sample_size": 65536,
+    "patch_size": 256,
+    "window_size": 1024,
+    "caption_channels": 65536,
+    "num_embeds_ada_norm": 2**31,
+}
+# The other numbers: the least value, and the largest.
+_RANGES = {
+    "dropout": (0, 1),
+    "qk_norm_eps": (0, 1),
+    "norm_eps": (0, 1),
+    "interpolation_scale": (1e-6, 1e6),
+}
+_TYPES: dict[str, type] = {"do_rope": bool, "use_global": bool, "use_additional_conditions": bool}
+_TYPES |= {"shift_schedule": str, "norm_type": str, "activation_fn": str}
+
+
+def require_sound_arguments(arguments: Mapping[str, Any], signature: Signature) -> None:
+    """Refuse arguments of the transformer before they cost memory.
+
+    Args:
+        arguments: by name; names that are unknown here are not checked.
+        signature: the annotations of the transformer's parameters, which say what may be None.
+
+    Raises:
+        ValueError: if a value has the wrong type, or a size is out of all proportion.
+    """
+    optional = signature.parameters
+    for name, value in arguments.items():
+        if value is None and name in optional and "None" in str(optional[name].annotation):
+            continue
+        if name in _LARGEST:
+            sound = type(value) is int and 1 <= value <= _LARGEST[name]
+            expected = f"it has to be at least 1, an integer of at most {_LARGEST[name]:,}"
+        elif name in _RANGES:
+            least, largest = _RANGES[name]
+            sound = type(value) in (int, float) and least <= value <= largest
+            expected = f"it has to be a number from {least} to {largest}"
+        elif name in _TYPES:
+            sound = type(value) is _TYPES[name]
+            expected = f"it has to be a {_TYPES[name].__name__}"
+        elif name == "layer_types":
+            sound = isinstance(value, (list, tuple)) and all(type(one) is str for one in value)
+            expected = "it has to be a list of names"
+        else:
+            continue
+        if not sound:
+            raise FieldValueError(
+                "{field} is {value}; {expected}.",
+                field=Field(name, f"`{name}`"),
+                value=reprlib.repr(value),
+                expected=expected,
+            )
+
+
+def resolve_layer_types(
+    layer_types: list[str] | None, num_layers: int, use_global: bool
+) -> list[str]:
+    """Return the kind of attention of each layer."""
+    if layer_types is None:
+        return ["local_global" if use_global else "local"] * num_layers
+    if len(layer_types) != num_layers:
+        raise ValueError(
+            f"`layer_types` names {len(layer_types)} layers, but `num_layers` is {num_layers}."
+        )
+    if use_global != ("local_global" in layer_types):
+        raise ValueError(
+            f"`use_global` is {use_global}, but `layer_types` "
+            f"{'has no' if use_global else 'has a'} 'local_global' layer. Make the two agree."
+        )
+    return list(layer_types)
