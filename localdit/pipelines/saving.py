@@ -178,6 +178,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     ) -> Any:
         """Load a pipeline from a folder or the hub; arguments are those of Diffusers.
 
+        `device_map="auto"` means "balanced", as in Accelerate; Diffusers' pipelines know the latter.
         Code in the folder is not run, and nobody is asked whether to run it.
 
         Raises:
@@ -188,6 +189,8 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         folder = Path(pretrained_model_name_or_path)
         for part in (one for one in folder.glob("*/") if one.name not in kwargs):
             require_sound_config(part)
+        if kwargs.get("device_map") == "auto":
+            kwargs["device_map"] = "balanced"
         with unattended():
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name, part in pipe.components.items():

@@ -273,10 +273,11 @@ def test_half_precision_pipelines_save_load_and_run(kind, components, tmp_path):
     assert distance(draw(loaded), half) < 1e-2
 
 
-def test_a_pipeline_loads_onto_a_device(kind, tmp_path):
+@pytest.mark.parametrize("device_map", ["cpu", "balanced", "auto"])
+def test_a_pipeline_loads_onto_devices(kind, tmp_path, device_map):
     pipe = make(kind)
     pipe.save_pretrained(tmp_path)
-    loaded = kind.from_pretrained(tmp_path, device_map="cpu")
+    loaded = kind.from_pretrained(tmp_path, device_map=device_map)
     assert distance(draw(loaded), draw(pipe)) == 0
 
 
