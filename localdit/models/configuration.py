@@ -31,7 +31,16 @@ _RANGES = {
     "interpolation_scale": (1e-6, 1e6),
 }
 _TYPES: dict[str, type] = {"do_rope": bool, "use_global": bool, "use_additional_conditions": bool}
-_TYPES |= {"shift_schedule": str, "norm_type": str, "activation_fn": str}
+_TYPES |= {"shift_schedule": str, "norm_type": str}
+# The activations of Diffusers' feed-forward.
+_ACTIVATIONS = (
+    "gelu",
+    "gelu-approximate",
+    "geglu",
+    "geglu-approximate",
+    "swiglu",
+    "linear-silu",
+)
 
 
 def require_sound_arguments(arguments: Mapping[str, Any], signature: Signature) -> None:
@@ -58,6 +67,9 @@ def require_sound_arguments(arguments: Mapping[str, Any], signature: Signature) 
         elif name in _TYPES:
             sound = type(value) is _TYPES[name]
             expected = f"it has to be a {_TYPES[name].__name__}"
+        elif name == "activation_fn":
+            sound = type(value) is str and value in _ACTIVATIONS
+            expected = f"choose one of {', '.join(_ACTIVATIONS)}"
         elif name == "layer_types":
             sound = isinstance(value, (list, tuple)) and all(type(one) is str for one in value)
             expected = "it has to be a list of names"
