@@ -178,7 +178,8 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     ) -> Any:
         """Load a pipeline from a folder or the hub; arguments are those of Diffusers.
 
-        `device_map="auto"` means "balanced", as in Accelerate; Diffusers' pipelines know the latter.
+        `device_map="auto"` means "balanced", as in Accelerate.
+
         Code in the folder is not run, and nobody is asked whether to run it.
 
         Raises:
