@@ -48,8 +48,8 @@ def test_a_run_writes_pipelines_that_draw_pictures(train):
     assert 0 < lines(run)[-1]["learning_rate"] < 1e-4
     assert json.loads((run / "config.json").read_text())["batch_size"] == 2
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoint-4", "checkpoint-6", "config.json", "curves.png", "final", "metrics.jsonl",
-        "samples-0.jsonl", "validation",
+        ".lock", "checkpoint-4", "checkpoint-6", "config.json", "curves.png", "final",
+        "metrics.jsonl", "samples-0.jsonl", "validation",
     ]  # fmt: skip
     assert Image.open(run / "validation/00000004.png").size == (192, 96)
     for name in ("checkpoint-4", "checkpoint-6", "final"):

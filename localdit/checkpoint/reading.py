@@ -116,7 +116,8 @@ class CheckpointFile:
                     with archive.open(record) as file:
                         while record.CRC and file.read(2**20):
                             pass
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, UnicodeDecodeError) as error:
+            # The third is raised for a way of packing that zipfile does not know.
             raise ValueError(
                 f"{self.path} is damaged: a record is not what was saved ({error}). Fetch it again."
             ) from error

@@ -58,8 +58,9 @@ def require_sound_arguments(arguments: Mapping[str, Any], signature: Signature) 
         if value is None and name in optional and "None" in str(optional[name].annotation):
             continue
         if name in _LARGEST:
-            sound = type(value) is int and 1 <= value <= _LARGEST[name]
-            expected = f"it has to be at least 1, an integer of at most {_LARGEST[name]:,}"
+            least: float = 0 if name == "num_layers" else 1  # benchmarks use a model without blocks
+            sound = type(value) is int and least <= value <= _LARGEST[name]
+            expected = f"it has to be at least {least}, an integer of at most {_LARGEST[name]:,}"
         elif name in _RANGES:
             least, largest = _RANGES[name]
             sound = type(value) in (int, float) and least <= value <= largest
