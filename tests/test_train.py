@@ -2,13 +2,16 @@ import json
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline
+from localdit.training.checkpointing import read_manifest
 from tests.tiny import tiny_pipeline
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
 
@@ -257,6 +260,20 @@ def test_a_damaged_checkpoint_is_skipped(train, capsys):
     assert "checkpoint-4 is kept as set-aside-4" in printed
     assert "Resuming from" in printed and "after step 2." in printed
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in expected]
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys):
+    run = train("run", "--max-train-steps", "2")
+    folder = run / "checkpoint-2"
+    file = folder / "training/model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    manifest = read_manifest(folder)
+    sums = manifest.sums | {"training/model.safetensors": sha256(file.read_bytes()).hexdigest()}
+    (folder / "manifest.json").write_text(manifest._replace(sums=sums).text())
+    train("run", "--resume", "auto", expect=1)
+    assert "has values that are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

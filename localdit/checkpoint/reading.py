@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from ..errors import Field, FieldValueError
 from ..files import parse_json, read_json
@@ -234,6 +235,14 @@ def local_file(path: str | Path, local_files_only: bool = False) -> Path:
     return Path(
         hf_hub_download(repository, name, revision=revision, local_files_only=local_files_only)
     )
+
+
+def load_finite(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a `.safetensors` file, all finite; see `require_finite`."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        require_finite(path, name, tensor)
+    return tensors
 
 
 def require_finite(

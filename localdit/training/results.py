@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
 from torch import nn
 
-from localdit.checkpoint.reading import few
+from localdit.checkpoint.reading import few, load_finite
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
 from localdit.training.checkpointing import read_manifest
@@ -76,7 +75,7 @@ class PipelineFolder:
         weights: dict[str, torch.Tensor] = {}
         for name in read_manifest(folder).sums:
             if name.startswith("transformer/") and name.endswith(".safetensors"):
-                weights |= load_file(folder / name)
+                weights |= load_finite(folder / name)
         return weights
 
 
@@ -182,7 +181,7 @@ class AdapterFolder:
         """Return the averages that `write` wrote, by the names of the parameters.
 
         Raises:
-            ValueError: if the adapters belong to another base or to other layers.
+            ValueError: if the adapters belong to another base or to other layers, or not finite.
         """
         base: dict[str, Any] = json.loads((folder / BASE).read_text(encoding="utf-8"))
         if base["sha256"] != self.fingerprint:
@@ -190,7 +189,7 @@ class AdapterFolder:
                 f"{folder} holds adapters of {base['transformer']}, whose weights are not those of "
                 f"--transformer {self.source}. Name the same base."
             )
-        tensors = load_file(folder / LORA_WEIGHTS)
+        tensors = load_finite(folder / LORA_WEIGHTS)
         names = {f"transformer.{name}": parameter for name, parameter in self._names().items()}
         if names.keys() != tensors.keys():
             differing = sorted(names.keys() ^ tensors.keys())

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from localdit.checkpoint.reading import load_finite
 from localdit.training.data.order import Position, Step
 from localdit.training.metrics import Metrics
 from localdit.training.optimizer import load_optimizer_state, optimizer_state
@@ -359,7 +360,8 @@ def _file(kind: str, model: str) -> str:
 
 
 def _load(folder: Path, kind: str, model: str) -> Tensors:
-    return load_file(folder / f"{_file(kind, model)}.safetensors")
+    path = folder / f"{_file(kind, model)}.safetensors"
+    return load_file(path) if kind == "optimizer" else load_finite(path)
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
