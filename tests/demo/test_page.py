@@ -279,7 +279,7 @@ def test_only_uploads_are_read(visitor, tmp_path, meta):
     for path in (str(tmp_path / "secret.png"), "http://127.0.0.1:1/x.png", "../x.png", "\0"):
         file = {"path": path, **meta}
         for asked_for in (("edit", file), ("inpaint", None, editor(file, file))):
-            assert "pictures that were uploaded to it" in visitor.refusal(*asked_for)
+            assert "upload pictures to this page first" in visitor.refusal(*asked_for)
 
 
 ODD = [None, True, 7, -1, 2.5, 10**30, float("nan"), "abc", "", [], [[1]], {}, {"a": 1}]
