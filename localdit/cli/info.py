@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..files import read_json
 from ..parsing import Parser, UsageError, one_line
 from ..sizes import pixels_per_latent
 from . import arguments
@@ -235,7 +236,7 @@ def _of_lora(file: CheckpointFile) -> Facts:
 
 
 def _of_pipeline(folder: Path) -> dict[str, Facts]:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json")
     parts = {name: value for name, value in index.items() if isinstance(value, list)}
     absent = [name for name in PARTS if not (parts.get(name) or [None])[0]]
     absent += [name for name in parts if name not in absent and not (folder / name).is_dir()]

@@ -133,10 +133,13 @@ def test_the_reason_for_the_implementation():
         (["--device", "cuda:77"], 2, "--device is 'cuda:77'"),
         (["."], 1, "has no 'config.json'"),
         (["page.pt"], 1, "a web page"),
+        (["deep"], 1, "model_index.json is no JSON object"),
     ],
 )
 def test_mistakes_and_damaged_files(here, capsys, argv, status, message):
     (here / "page.pt").write_text("<html>404</html>")
+    (here / "deep").mkdir()
+    (here / "deep/model_index.json").write_text('{"a": ' * 100_000)
     assert main(["info", *argv]) == status
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1

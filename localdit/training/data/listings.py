@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from localdit.files import decode_text, is_unicode, text_encoding
+from localdit.files import decode_text, is_unicode, read_json, text_encoding
 from localdit.training.data.samples import (
     CAPTION_KEYS,
     CAPTION_SUFFIXES,
@@ -395,7 +395,7 @@ def list_saved(root: Path) -> list[Candidate | Fault]:
 def other_saved_splits(root: Path) -> list[str]:
     """Return the splits of a saved dataset that `list_saved` leaves out."""
     file = root / "dataset_dict.json"
-    names = json.loads(file.read_text(encoding="utf-8"))["splits"] if file.is_file() else []
+    names = read_json(file)["splits"] if file.is_file() else []
     return [name for name in names if len(names) > 1 and name != _train_split(names)]
 
 
