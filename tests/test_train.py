@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -340,6 +341,51 @@ def test_a_student_learns_the_predictions_of_its_teacher(train, workplace):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
     adapters = train("lora", *distil, "--transformer", teacher, "--lora-rank", "2")
     assert (adapters / "final/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["latent-consistency", "continuous-consistency"])
+def test_a_few_step_student_is_a_folder_that_knows_its_steps(train, workplace, kind):
+    """Check that a student starts as its teacher, resumes to the same bits, and draws."""
+    teacher = workplace / "pipeline/transformer"
+    distil = ["--method", "distil", "--distillation", kind, "--teacher", teacher,
+              "--image-size", "64", "--student-steps", "2", "--validation-samples", "2",
+              "--validation-interval", "3"]  # fmt: skip
+    whole = train("whole", *distil)
+    train("part", *distil, "--max-train-steps", "2")
+    part = train("part", *distil, "--resume", "auto")
+    expected, resumed = weights(whole / "final"), weights(part / "final")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+    assert any("validation/ema/loss" in line for line in lines(whole))
+
+    pipe = LocalDiTPipeline.from_pretrained(whole / "final")
+    assert type(pipe.scheduler).__name__ == "LCMScheduler"
+    assert (pipe.config.num_inference_steps, pipe.config.guidance_scale) == (2, 1.0)
+    pipe("a red square", output_type="latent")
+    assert pipe.num_timesteps == 2
+
+
+def test_a_few_step_lora_and_several_processes_of_one_batch(train, workplace):
+    teacher = workplace / "pipeline/transformer"
+    adapters = train("lora", "--method", "distil", "--teacher", teacher, "--lora-rank", "2")
+    assert (adapters / "final/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "distil"], "--teacher and --method distil .* go together"),
+        (["--teacher-steps", "10"], "--teacher-steps is for --method distil"),
+        (["--method", "distil", "--teacher", "TEACHER", "--teacher-steps", "3"],
+         "--teacher-steps is 3; expected at least --student-steps, which is 4"),
+        (["--method", "distil", "--teacher", "TEACHER", "--validation-guidance-scale", "3"],
+         "--validation-guidance-scale is not for --method distil"),
+    ],
+)  # fmt: skip
+def test_options_of_distillation_are_checked(train, workplace, capsys, options, message):
+    teacher = str(workplace / "pipeline/transformer")
+    with pytest.raises(SystemExit):
+        train("run", *(teacher if one == "TEACHER" else one for one in options))
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_run_with_another_method_is_not_resumed(train, workplace, capsys):

@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+)
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal"]
@@ -98,7 +103,7 @@ class Objective:
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """Return `alpha * latents + sigma * noise`, `(B, C, H, W)`, at timesteps `(B,)`."""
-        alpha, sigma = self._levels(timesteps)
+        alpha, sigma = self.levels(timesteps)
         return alpha * latents + sigma * noise
 
     def target(
@@ -108,9 +113,67 @@ class Objective:
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "v_prediction":
-            alpha, sigma = self._levels(timesteps)
+            alpha, sigma = self.levels(timesteps)
             return alpha * noise - sigma * latents
         return noise - latents
+
+    def denoised(
+        self, noised: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the latents that a prediction for noised ones implies, all `(B, C, H, W)`."""
+        alpha, sigma = self.levels(timesteps)
+        if self.prediction_type == "epsilon":
+            return (noised - sigma * prediction) / alpha
+        if self.prediction_type == "v_prediction":
+            return alpha * noised - sigma * prediction
+        return noised - sigma * prediction
+
+    def move(
+        self,
+        noised: torch.Tensor,
+        prediction: torch.Tensor,
+        timesteps: torch.Tensor,
+        goals: torch.Tensor,
+    ) -> torch.Tensor:
+        """Move noised latents along the ODE from `timesteps` to `goals`, both `(B,)`, in one step.
+
+        This is a step of DDIM (Song et al., 2021, eq. 12 without noise), or Euler's for "flow": the
+        latents and the noise that the prediction implies are mixed for the goal. A step to
+        `clean_timestep` gives the latents.
+        """
+        latents = self.denoised(noised, prediction, timesteps)
+        if self.prediction_type == "epsilon":
+            noise = prediction
+        elif self.prediction_type == "v_prediction":
+            alpha, sigma = self.levels(timesteps)
+            noise = sigma * noised + alpha * prediction
+        else:
+            noise = latents + prediction
+        return self.add_noise(latents, noise, goals)
+
+    @property
+    def clean_timestep(self) -> int:
+        """The timestep without noise: for noise and v-prediction, the one before the first."""
+        return 0 if self.is_flow else -1
+
+    def grid(self, positions: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each position's timestep on a grid of `steps`, and the grid's next lower one.
+
+        The grid is that of Diffusers' `LCMScheduler`; for "flow", it is even before the shift. The
+        timestep below the lowest one is `clean_timestep`.
+
+        Args:
+            positions: `(B,)` in [0, 1).
+            steps: number of timesteps of the grid, at most `num_timesteps`.
+
+        Returns:
+            Two tensors `(B,)`, of the dtype of `timesteps`.
+        """
+        lower = (positions * steps).long().clamp(max=steps - 1)
+        if self.is_flow:
+            return self.timesteps((lower + 1) / steps), self.timesteps(lower / steps)
+        stride = self.num_timesteps // steps
+        return (lower + 1) * stride - 1, lower * stride - 1
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the weights of the errors at timesteps `(B,)`, `(B,)` (Hang et al., 2023).
@@ -121,7 +184,7 @@ class Objective:
         """
         if self.min_snr_gamma is None:
             return torch.ones(len(timesteps), device=timesteps.device)
-        alpha, sigma = self._levels(timesteps)
+        alpha, sigma = self.levels(timesteps)
         snr = (alpha / sigma).square().flatten()
         normaliser = snr if self.prediction_type == "epsilon" else snr + 1
         return snr.clamp(max=self.min_snr_gamma) / normaliser
@@ -141,21 +204,38 @@ class Objective:
             **NOISE_SCHEDULE,
         )
 
-    def _levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return alpha and sigma, both `(B, 1, 1, 1)` float32."""
+    def few_step_scheduler(self, steps: int) -> LCMScheduler | FlowMatchLCMScheduler:
+        """Return the scheduler of a consistency model that was trained on a grid of `steps`."""
+        if self.is_flow:
+            return FlowMatchLCMScheduler(
+                num_train_timesteps=self.num_timesteps, shift=self.flow_shift
+            )
+        return LCMScheduler(
+            num_train_timesteps=self.num_timesteps,
+            prediction_type=self.prediction_type,
+            original_inference_steps=steps,
+            clip_sample=False,
+            **NOISE_SCHEDULE,
+        )
+
+    def levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return alpha and sigma at timesteps `(B,)`, both `(B, 1, 1, 1)` float32."""
         if self.is_flow:
             sigma = (timesteps / self.num_timesteps).view(-1, 1, 1, 1)
             return 1 - sigma, sigma
-        products = _alphas_cumprod(self.num_timesteps, timesteps.device)[timesteps]
+        products = _alphas_cumprod(self.num_timesteps, timesteps.device)[timesteps + 1]
         products = products.view(-1, 1, 1, 1)
         return products.sqrt(), (1 - products).sqrt()
 
 
 @functools.lru_cache(maxsize=8)
 def _alphas_cumprod(num_timesteps: int, device: torch.device) -> torch.Tensor:
-    """Return the products of DDPM's alphas, `(num_timesteps,)` float32; cached per device."""
+    """Return the products of DDPM's alphas, `(1 + num_timesteps,)` float32; cached per device.
+
+    The first is 1, that of `Objective.clean_timestep`.
+    """
     scheduler = DDPMScheduler(num_train_timesteps=num_timesteps, **NOISE_SCHEDULE)
-    return scheduler.alphas_cumprod.to(device)
+    return torch.cat([torch.ones(1), scheduler.alphas_cumprod]).to(device)
 
 
 def sample_position(generator: torch.Generator, sampling: TimestepSampling) -> float:

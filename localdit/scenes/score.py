@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
@@ -16,6 +17,8 @@ from localdit.scenes.scene import (
     SIZE_RADIUS,
     SUPERSAMPLING,
     Scene,
+    SceneObject,
+    draw_scene,
     nearest_position,
     outline,
     relation_between,
@@ -93,6 +96,43 @@ def read_picture(picture: Image.Image | np.ndarray) -> tuple[str, list[SeenObjec
     blobs = [blob for blob in connected_components(foreground) if blob.mean() > _LEAST_AREA]
     blobs.sort(key=lambda blob: -int(blob.sum()))
     return _nearest_colour(ground), [_read_blob(pixels, blob, ground) for blob in blobs]
+
+
+def reported_scene(picture: Image.Image | np.ndarray) -> Scene | None:
+    """Return the scene that a picture shows; None if it shows no scene.
+
+    Raises:
+        ValueError: if the picture is not (height, width, 3).
+    """
+    background, seen = read_picture(picture)
+    try:
+        objects = (SceneObject(str(one.shape), one.colour, one.size, one.x, one.y) for one in seen)
+        return Scene(background, tuple(objects))
+    except ValueError:  # an unknown shape, an object of the background's colour, too many or none
+        return None
+
+
+def edge_contrast(picture: Image.Image, scene: Scene) -> float:
+    """Return the contrast of a square picture across the edges of a scene's true drawing.
+
+    It is the inner product of the gradients of picture and drawing, divided by that of the
+    drawing's with themselves: 1 for the drawing, and less for blurred or displaced edges.
+    """
+    shown, true = (_gradient(one) for one in (picture, draw_scene(scene, picture.width)))
+    return float(shown @ true / (true @ true))
+
+
+def _gradient(picture: Image.Image) -> np.ndarray:
+    """Return the differences of neighbouring pixels, as one vector."""
+    pixels = np.asarray(picture, dtype=np.float64)
+    return np.concatenate([np.diff(pixels, axis=axis).ravel() for axis in (0, 1)])
+
+
+def psnr(picture: Image.Image, other: Image.Image) -> float:
+    """Return the peak signal-to-noise ratio of two pictures of one size, in dB."""
+    first, second = (np.asarray(one, dtype=np.float64) for one in (picture, other))
+    error = max(float(np.mean((first - second) ** 2)), 1e-10)
+    return 20 * math.log10(255.0) - 10 * math.log10(error)
 
 
 def connected_components(mask: np.ndarray) -> list[np.ndarray]:

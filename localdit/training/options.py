@@ -27,20 +27,34 @@ FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
 METHODS = {
     "fine-tuning": "fine_tuning.FineTuning",
     "knowledge-distillation": "knowledge_distillation.KnowledgeDistillation",
+    "distil": "",  # one of the following
+}
+DISTIL = "distil"
+DISTILLATIONS = {
+    "latent-consistency": "distillation.LatentConsistency",
+    "continuous-consistency": "distillation.ContinuousConsistency",
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
-METHOD_OPTIONS = ("method", "teacher")
+# The options of distillation, with their defaults.
+DISTIL_OPTIONS = {
+    "distillation": "latent-consistency",
+    "teacher_guidance_scale": Config.guidance_scale,
+    "teacher_steps": 50,
+    "student_steps": 4,
+}
+METHOD_OPTIONS = ("method", "teacher", *DISTIL_OPTIONS)
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
 LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "more than 0": (lambda value: value > 0, (
         "image_size", "max_caption_length", "max_upscale", "batch_size", "max_train_steps",
         "learning_rate", "gradient_clip", "gradient_accumulation_steps", "save_interval",
         "log_interval", "validation_interval", "flow_shift", "min_snr_gamma", "lora_rank",
-        "lora_alpha", "window_size", "patch_size", "samples_per_shard",
+        "lora_alpha", "window_size", "patch_size", "samples_per_shard", "teacher_steps",
+        "student_steps",
     )),
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
-        "max_skipped_steps",
+        "max_skipped_steps", "teacher_guidance_scale",
     )),
     "0 to 1": (lambda value: 0 <= value <= 1, (
         "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
@@ -139,6 +153,11 @@ def parse_args(
     args = parser.parse_args(argv)
     if not (args.transformer or args.teacher or args.resume):  # no weights say another one
         args.prediction_type = args.prediction_type or "epsilon"
+    if args.method == DISTIL:
+        args.transformer = args.transformer or args.teacher  # the student starts as its teacher
+        for name, default in DISTIL_OPTIONS.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
     if args.num_workers is None:
         args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
     try:
@@ -231,11 +250,23 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="shape of the transformer if it is new or starts from a PixArt: released, tiny, or a "
         "JSON file")  # fmt: skip
     add("--method", choices=list(METHODS), default="fine-tuning",
-        help="learn from the data alone (fine-tuning, also for a new transformer), or from the "
-        "predictions of --teacher (knowledge-distillation)")  # fmt: skip
+        help="learn from the data alone (fine-tuning, also for a new transformer), from the "
+        "predictions of --teacher (knowledge-distillation), or to draw in a few steps what "
+        "--teacher draws in many (distil)")  # fmt: skip
     add("--teacher", type=Path,
         help="Diffusers folder or checkpoint file of the frozen LocalDiT that --method "
-        "knowledge-distillation learns from")  # fmt: skip
+        "knowledge-distillation or distil learns from")  # fmt: skip
+    add("--distillation", choices=list(DISTILLATIONS),
+        help="the loss of --method distil; by default latent-consistency")  # fmt: skip
+    add("--teacher-guidance-scale", type=float,
+        help="guidance scale of the teacher, which --method distil builds into the student; by "
+        f"default {DISTIL_OPTIONS['teacher_guidance_scale']:g}")  # fmt: skip
+    add("--teacher-steps", type=int,
+        help="number of steps into which --method distil divides the teacher's way from noise to a "
+        f"picture; by default {DISTIL_OPTIONS['teacher_steps']}")  # fmt: skip
+    add("--student-steps", type=int,
+        help="number of steps that the result of --method distil draws in unless another one is "
+        f"asked for; by default {DISTIL_OPTIONS['student_steps']}")  # fmt: skip
     add("--lora-rank", type=int,
         help="train LoRA adapters of this rank, and freeze the weights of --transformer; without "
         "it, all weights are trained")  # fmt: skip
@@ -316,8 +347,9 @@ def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
         help="write the ids of each step's samples to samples-RANK.jsonl")  # fmt: skip
     add("--validation-prompts", nargs="+", default=[], metavar="PROMPT", type=text_argument,
         help="prompts to draw pictures of during training")  # fmt: skip
-    add("--validation-guidance-scale", type=float, default=defaults.guidance_scale,
-        help="guidance scale of the pictures of --validation-prompts")  # fmt: skip
+    add("--validation-guidance-scale", type=float,
+        help="guidance scale of the pictures of --validation-prompts; by default "
+        f"{defaults.guidance_scale:g}, and none with --method distil")  # fmt: skip
     add("--validation-samples", type=int, default=0,
         help="number of samples to hold out of training, to measure the loss on them")  # fmt: skip
     add("--validation-interval", type=int, default=defaults.validation_interval,
@@ -358,8 +390,23 @@ def _check(args: argparse.Namespace) -> None:
         check_objective(args)
     if args.transformer and not args.transformer.exists():
         raise ValueError(f"--transformer {args.transformer} does not exist")
-    if (args.method == "knowledge-distillation") != (args.teacher is not None):
-        raise ValueError("--method knowledge-distillation and --teacher go together: give both")
+    if (args.method == "fine-tuning") != (args.teacher is None):
+        raise ValueError(
+            "--teacher and --method distil or knowledge-distillation go together: give both"
+        )
+    for name in DISTIL_OPTIONS:
+        if args.method != DISTIL and getattr(args, name) is not None:
+            raise ValueError(f"{_flag(name)} is for --method {DISTIL}")
+    if args.method == DISTIL and args.validation_guidance_scale is not None:
+        raise ValueError(
+            "--validation-guidance-scale is not for --method distil, whose result is not guided: "
+            "leave it out"
+        )
+    if args.method == DISTIL and args.teacher_steps < args.student_steps:
+        raise ValueError(
+            f"--teacher-steps is {args.teacher_steps}; expected at least --student-steps, which is "
+            f"{args.student_steps}"
+        )
     if args.teacher and not args.teacher.exists():
         raise ValueError(f"--teacher {args.teacher} does not exist")
     _check_lora(args)

@@ -22,9 +22,8 @@ from localdit.pipelines.saving import TRANSFORMER
 from localdit.training.checkpointing import read_manifest
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
     from localdit.models import LocalDiTTransformer2DModel
+    from localdit.training.methods import Sampling
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # Diffusers' name
 BASE = "base.json"
@@ -40,13 +39,13 @@ class PipelineFolder:
 
     Attributes:
         transformer: the transformer in training; only its configuration is used.
-        scheduler: the scheduler to sample with.
+        sampling: the scheduler, and the steps and guidance that suit the model.
         encoders: folders of "tokenizer", "text_encoder" and "vae" on this machine.
         classes: library and class of each encoder.
     """
 
     transformer: LocalDiTTransformer2DModel
-    scheduler: SchedulerMixin
+    sampling: Sampling
     encoders: Mapping[str, Path]
     classes: Mapping[str, list[str]]
 
@@ -57,16 +56,18 @@ class PipelineFolder:
         links.
         """
         with_weights(self.transformer, averages).save_pretrained(folder / "transformer")
-        self.scheduler.save_pretrained(folder / "scheduler")
+        scheduler = self.sampling.scheduler
+        scheduler.save_pretrained(folder / "scheduler")
         for name, source in self.encoders.items():
             link_or_copy(source, folder / name)
-        index = {
+        index: dict[str, Any] = {
             "_class_name": "LocalDiTPipeline",
             "_diffusers_version": diffusers.__version__,
-            "scheduler": ["diffusers", type(self.scheduler).__name__],
+            "scheduler": ["diffusers", type(scheduler).__name__],
             "transformer": TRANSFORMER,
             **self.classes,
         }
+        index |= self.sampling.settings()
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model_index.json").write_text(text, encoding="utf-8")
 
@@ -159,21 +160,29 @@ class AdapterFolder:
         transformer: the transformer in training, with its adapters.
         source: path of the frozen base.
         fingerprint: SHA-256 of the weights of the base.
+        sampling: the steps and guidance that suit the result, and the scheduler for them.
     """
 
     transformer: LocalDiTTransformer2DModel
     source: Path
     fingerprint: str
+    sampling: Sampling
 
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
-        """Write the adapters and the fingerprint of their base, without the weights of the base."""
+        """Write the adapters and the fingerprint of their base, without the weights of the base.
+
+        Adapters that need other steps than the base come with the scheduler for them.
+        """
         LocalDiTPipeline.save_lora_weights(
             folder,
             {name: averages[parameter].contiguous() for name, parameter in self._names().items()},
             weight_name=LORA_WEIGHTS,
             transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
         )
-        base = {"transformer": str(self.source), "sha256": self.fingerprint}
+        base: dict[str, Any] = {"transformer": str(self.source), "sha256": self.fingerprint}
+        if settings := self.sampling.settings():
+            base |= settings
+            self.sampling.scheduler.save_pretrained(folder / "scheduler")
         text = json.dumps(base, indent=2) + "\n"
         (folder / BASE).write_text(text, encoding="utf-8")
 

@@ -153,9 +153,7 @@ class Session:
                 line |= self._validation_losses(stage, model, name)
             self.reporter.line(line)
         if pictures is not None:
-            drawn = pictures.draw(
-                averaged, self.models.objective.sampling_scheduler(), stage.image_size
-            )
+            drawn = pictures.draw(averaged, stage.image_size)
             by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
             self.reporter.pictures([image for _, image in by_prompt], self.state.progress.step)
 
@@ -174,7 +172,7 @@ class Session:
         )
         return validation_losses(
             model,
-            self.models.objective,
+            self.method.validation_errors,
             (
                 ValidationBatch(b.size, b.ids, self.models.make_inputs(b), b.weights)
                 for b in batches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +29,17 @@ from localdit.training.data.batches import Draws, VisitDataset
 from localdit.training.data.encoded import EncodedSet, require_latent_statistics
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
-from localdit.training.methods import InputMaker, Method
+from localdit.training.methods import InputMaker, Method, Sampling
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import METHODS, Stage, check_image_size
+from localdit.training.options import (
+    DISTIL,
+    DISTILLATIONS,
+    METHODS,
+    Stage,
+    check_image_size,
+)
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
@@ -205,23 +211,25 @@ def load_models(
         )
     transformer = initialization.load_transformer(args, text_width, latents.channels)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
-    result = _result_folder(args, transformer, objective, sources)
+    kind = _method_class(args)
+    sampling = kind.sampling(args, objective)
+    result = _result_folder(args, transformer, sampling, sources)
     transformer.to(device)
-    module, name = METHODS[args.method].split(".")
-    methods = importlib.import_module(f"localdit.training.methods.{module}")
-    method = getattr(methods, name).from_options(args, transformer, objective, device)
+    method = kind.from_options(args, transformer, objective, device)
     if args.compile:
         transformer.compile_repeated_blocks()
 
     pictures = None
     if args.validation_prompts:
         assert encoders is not None
+        if args.validation_guidance_scale is not None:
+            sampling = replace(sampling, guidance_scale=args.validation_guidance_scale)
         pictures = PromptPictures(
             args.validation_prompts,
             encoders,
             args.max_caption_length,
             args.seed,
-            args.validation_guidance_scale,
+            sampling,
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
@@ -235,6 +243,8 @@ def load_models(
             args.max_caption_length,
             (transformer, *method.frozen.values()),
             bf16=accelerator.mixed_precision == "bf16",
+            guided=method.guided,
+            empty_text=encoded.empty_text if encoded is not None else None,
         ),
         latents,
         result,
@@ -242,10 +252,17 @@ def load_models(
     )
 
 
+def _method_class(args: argparse.Namespace) -> type[FineTuning]:
+    """Return the class of the method that the options name."""
+    path = DISTILLATIONS[args.distillation] if args.method == DISTIL else METHODS[args.method]
+    module, name = path.split(".")
+    return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
+
+
 def _result_folder(
     args: argparse.Namespace,
     transformer: LocalDiTTransformer2DModel,
-    objective: Objective,
+    sampling: Sampling,
     sources: dict[str, str],
 ) -> ResultFolder:
     """Return the writer of the result. If that is adapters, add them to the transformer.
@@ -256,13 +273,13 @@ def _result_folder(
     if args.lora_rank is None:
         return PipelineFolder(
             transformer,
-            objective.sampling_scheduler(),
+            sampling,
             encoder_folders(sources),
             encoder_classes(sources),
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
     add_adapters(transformer, args)
-    return AdapterFolder(transformer, args.transformer, fingerprint)
+    return AdapterFolder(transformer, args.transformer, fingerprint, sampling)
 
 
 def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | None:

@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import SchedulerMixin
 from PIL import Image
 
-from localdit.core.diffusion import Objective, denoising_errors
 from localdit.core.parts import Encoders
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.pipelines import LocalDiTPipeline
 from localdit.training.data.buckets import Size
 from localdit.training.data.order import stable_hash
-from localdit.training.methods import Inputs, noised_prediction
+from localdit.training.methods import Inputs, Sampling
+
+# Of a model, inputs, noise (B, C, h, w) and positions of the timesteps (B,); they are (B,).
+Errors = Callable[[torch.nn.Module, Inputs, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -38,7 +39,7 @@ class ValidationBatch:
 @torch.no_grad()
 def validation_losses(
     model: torch.nn.Module,
-    objective: Objective,
+    errors: Errors,
     batches: Iterable[ValidationBatch],
     sizes: Sequence[Size],
     name: str = "model",
@@ -46,7 +47,7 @@ def validation_losses(
     seed: int = 0,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """Return the mean squared errors of a model, by size and by amount of noise.
+    """Return the mean errors of a model, by size and by amount of noise.
 
     The timesteps are divided into bins of equal length. Each sample is evaluated once per bin, with
     a timestep and noise that depend only on the seed, the sample and the bin. So losses of
@@ -54,7 +55,7 @@ def validation_losses(
 
     Args:
         model: the model, or its average. It is in evaluation mode during the call.
-        objective: the objective of the training.
+        errors: the errors of a batch, such as `Method.validation_errors`.
         batches: the held-out samples of this process, on the model's device. With sharded
             parameters, each process must have the same number of batches.
         sizes: all possible sizes, the same in every process.
@@ -79,8 +80,8 @@ def validation_losses(
             weights = batch.weights.cpu()
             row[-1] += weights.sum()
             for number in range(num_bins):
-                errors = _errors(model, objective, batch, number, num_bins, seed)
-                row[number] += torch.where(weights > 0, errors * weights, 0).sum()
+                found = _errors(model, errors, batch, number, num_bins, seed)
+                row[number] += torch.where(weights > 0, found * weights, 0).sum()
     finally:
         model.train(was_training)
     if reduce is not None:
@@ -91,7 +92,7 @@ def validation_losses(
 
 def _errors(
     model: torch.nn.Module,
-    objective: Objective,
+    errors: Errors,
     batch: ValidationBatch,
     number: int,
     num_bins: int,
@@ -105,14 +106,12 @@ def _errors(
         position = (number + torch.rand(1, generator=generator).item()) / num_bins
         positions.append(min(position, 1 - 2**-24))  # the highest below 1 in float32
         noise.append(torch.randn(latents.shape[1:], generator=generator))
-    prediction, target, _ = noised_prediction(
+    return errors(
         model,
-        objective,
         batch.inputs,
         torch.stack(noise).to(latents.device),
         torch.tensor(positions, device=latents.device),
-    )
-    return denoising_errors(prediction, target).cpu()
+    ).cpu()
 
 
 def _named(sums: torch.Tensor, sizes: Sequence[Size], prefix: str) -> dict[str, float]:
@@ -142,7 +141,7 @@ class PromptPictures:
         encoders: encode the prompts of this process, and decode latents.
         max_length: number of text tokens after which prompts are cut.
         seed: picture i starts from noise of `seed + i`.
-        guidance_scale, num_inference_steps: the settings of the pipeline.
+        sampling: the scheduler, and the settings of the pipeline.
         rank, num_processes: this process draws the prompts `rank`, `rank + num_processes`, ...
     """
 
@@ -152,15 +151,13 @@ class PromptPictures:
         encoders: Encoders,
         max_length: int,
         seed: int,
-        guidance_scale: float,
-        num_inference_steps: int = 20,
+        sampling: Sampling,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
         self.indices = list(range(len(prompts)))[rank::num_processes]
         self.seed = seed
-        self.guidance_scale = guidance_scale
-        self.num_inference_steps = num_inference_steps
+        self.sampling = sampling
         self.vae = encoders.vae
         self.embeddings = []
         pipeline = LocalDiTPipeline(*encoders, transformer=None, scheduler=None)  # type: ignore[arg-type]
@@ -174,11 +171,11 @@ class PromptPictures:
                 self.embeddings.append(embeddings)
 
     def draw(
-        self, transformer: LocalDiTTransformer2DModel, scheduler: SchedulerMixin, size: int
+        self, transformer: LocalDiTTransformer2DModel, size: int
     ) -> list[tuple[int, Image.Image]]:
         """Draw this process's pictures of `size` x `size` pixels, each with its prompt's number."""
         self.vae.to(transformer.device)
-        pipeline = LocalDiTPipeline(None, None, self.vae, transformer, scheduler)
+        pipeline = LocalDiTPipeline(None, None, self.vae, transformer, self.sampling.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         pictures = []
         for index, (text, mask, negative, negative_mask) in zip(
@@ -191,8 +188,8 @@ class PromptPictures:
                 negative_prompt_attention_mask=negative_mask,
                 height=size,
                 width=size,
-                guidance_scale=self.guidance_scale,
-                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.sampling.guidance_scale,
+                num_inference_steps=self.sampling.num_inference_steps,  # type: ignore[arg-type]
                 generator=torch.Generator("cpu").manual_seed(self.seed + index),
                 return_dict=False,
             )

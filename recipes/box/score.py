@@ -5,6 +5,11 @@
 Writes `score.json`, `score.md` (a table) and `samples.png` (the first images) into the folder.
 With `--vae` the images are the true drawings passed through an autoencoder: an upper bound for any
 transformer in its latents.
+
+Right shapes may still be blurred. So two figures compare each image with the scene that it shows,
+drawn again: the contrast across the edges of the drawing, and the PSNR to the drawing as the
+autoencoder decodes it. Images that show no scene do not count. A third figure is the spread: the
+number of different backgrounds in eight images of a caption that names none.
 """
 
 from __future__ import annotations
@@ -16,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from PIL import Image
 
+    from localdit.pipelines import LocalDiTPipeline
     from localdit.scenes import Scene
 
 SIDE = 128
@@ -34,9 +41,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
     parser.add_argument("--trained-on", action="store_true",
                         help="use combinations seen in training instead")  # fmt: skip
-    parser.add_argument("--num-inference-steps", "--steps", type=int, default=20,
-                        help="number of inference steps")  # fmt: skip
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="weight of the caption")
+    parser.add_argument("--num-inference-steps", "--steps", type=int,
+                        help="number of inference steps; by default the pipeline's")  # fmt: skip
+    parser.add_argument("--guidance-scale", type=float,
+                        help="weight of the caption; by default the pipeline's")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=10, help="captions per call")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
     parser.add_argument("--device", default="cpu", help="device to generate on")
@@ -54,36 +62,45 @@ def prompts(count: int, seed: int, held_out: bool) -> tuple[list[Scene], list[st
     return scenes, [describe(scene, rng).text for scene in scenes]
 
 
-def generate(texts: list[str], args: argparse.Namespace) -> list[Image.Image]:
+def open_captions(count: int, seed: int) -> list[str]:
+    """Return captions that do not name the background."""
+    import numpy as np
+
+    from localdit.scenes import describe, sample_scenes
+
+    rng = np.random.default_rng([seed, 12])
+    captions = (
+        describe(scene, rng, False) for scene in sample_scenes(20 * count, seed + 2_000_003)
+    )
+    return [caption.text for caption in captions if caption.background is None][:count]
+
+
+def generate(
+    pipe: LocalDiTPipeline, texts: list[str], args: argparse.Namespace
+) -> list[Image.Image]:
     """Generate one image per caption; image i depends on `seed` and i, not on the batches."""
     import torch
 
-    from localdit.pipelines import LocalDiTPipeline
-
-    pipe = LocalDiTPipeline.from_pretrained(args.pipeline).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
     pictures: list[Image.Image] = []
     for start in range(0, len(texts), args.batch_size):
         batch = texts[start : start + args.batch_size]
         seeds = range(args.seed + start, args.seed + start + len(batch))
         generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pictures += pipe(
-            batch, height=SIDE, width=SIDE, num_inference_steps=args.num_inference_steps,
-            generator=generator, guidance_scale=args.guidance_scale,
+            batch, height=SIDE, width=SIDE, num_inference_steps=args.num_inference_steps or 20,
+            generator=generator, guidance_scale=args.guidance_scale or 2.0,
         ).images  # fmt: skip
     return pictures
 
 
-def reconstruct(scenes: list[Scene], folder: Path) -> list[Image.Image]:
+def reconstruct(scenes: list[Scene], vae: AutoencoderKL) -> list[Image.Image]:
     """Encode and decode the true drawings."""
     import numpy as np
     import torch
-    from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
 
     from localdit.scenes import draw_scene
 
-    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
     pictures: list[Image.Image] = []
     for scene in scenes:
         values = torch.from_numpy(np.array(draw_scene(scene, SIDE))).permute(2, 0, 1)[None]
@@ -92,6 +109,34 @@ def reconstruct(scenes: list[Scene], folder: Path) -> list[Image.Image]:
             decoded = vae.decode(latents).sample
         pictures += VaeImageProcessor().postprocess(decoded, output_type="pil")
     return pictures
+
+
+def sharpness(pictures: list[Image.Image], vae: AutoencoderKL) -> dict[str, float]:
+    """Return the share of pictures that show a scene, and their mean contrast and PSNR to it."""
+    import numpy as np
+
+    from localdit.scenes.score import edge_contrast, psnr, reported_scene
+
+    reported = [(picture, reported_scene(picture)) for picture in pictures]
+    pairs = [(picture, scene) for picture, scene in reported if scene is not None]
+    drawn = reconstruct([scene for _, scene in pairs], vae)
+    return {
+        "show a scene": len(pairs) / len(pictures),
+        "contrast across the edges": float(np.mean([edge_contrast(*pair) for pair in pairs])),
+        "PSNR to the drawing": float(
+            np.mean([psnr(p, d) for (p, _), d in zip(pairs, drawn, strict=True)])
+        ),
+    }
+
+
+def spread(pipe: LocalDiTPipeline, args: argparse.Namespace, captions: int = 40) -> float:
+    """Return the mean number of different backgrounds in eight images of a caption."""
+    from localdit.scenes.score import read_picture
+
+    texts = [text for text in open_captions(captions, args.seed) for _ in range(8)]
+    colours = [read_picture(picture)[0] for picture in generate(pipe, texts, args)]
+    groups = [set(colours[start : start + 8]) for start in range(0, len(colours), 8)]
+    return sum(map(len, groups)) / len(groups)
 
 
 def contact_sheet(pictures: list[Image.Image], columns: int = 8, rows: int = 6) -> Image.Image:
@@ -115,32 +160,48 @@ def group_means(scenes: list[Scene], scores: list[dict[str, float]]) -> dict[str
     return {f"{name} ({len(group)})": mean_scores(group) for name, group in groups.items()}
 
 
-def table(means: dict[str, dict[str, float]]) -> str:
-    """Return a Markdown table with a column per group."""
+def table(means: dict[str, dict[str, float]], figures: dict[str, float]) -> str:
+    """Return a Markdown table with a column per group, and one of the figures of all images."""
     from localdit.scenes.score import ATTRIBUTES
 
     lines = [f"| right, of captions with | {' | '.join(means)} |", "|---" * (len(means) + 1) + "|"]
     for name in ATTRIBUTES:
         shares = [f"{100 * group[name]:.1f} %" if name in group else "" for group in means.values()]
         lines.append(f"| {name} | {' | '.join(shares)} |")
+    lines += ["", "| all images | |", "|---|---|"]
+    lines += [f"| {name} | {value:.3g} |" for name, value in figures.items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     args = parse_args()
 
+    import torch
+    from diffusers import AutoencoderKL
+
+    from localdit.pipelines import LocalDiTPipeline
     from localdit.scenes.score import score_picture
 
     scenes, texts = prompts(args.count, args.seed, held_out=not args.trained_on)
+    if args.vae:
+        vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
+    else:
+        pipe = LocalDiTPipeline.from_pretrained(args.pipeline).to(args.device)
+        pipe.set_progress_bar_config(disable=True)
+        vae = pipe.vae
     started = time.perf_counter()
-    pictures = reconstruct(scenes, args.vae) if args.vae else generate(texts, args)
+    pictures = reconstruct(scenes, vae) if args.vae else generate(pipe, texts, args)
     seconds = time.perf_counter() - started
     scores = [score_picture(*pair) for pair in zip(pictures, scenes, strict=True)]
     means = group_means(scenes, scores)
 
     args.output.mkdir(parents=True, exist_ok=True)
+    figures = sharpness(pictures, vae)
+    if not args.vae:
+        figures["different backgrounds of eight"] = spread(pipe, args)
     report = {
         "mean": means,
+        "figures": figures,
         "count": args.count,
         "seconds_per_picture": seconds / args.count,
         "pictures": [
@@ -149,9 +210,10 @@ def main() -> None:
         ],
     }
     (args.output / "score.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    (args.output / "score.md").write_text(table(means), "utf-8")
+    text = table(means, figures)
+    (args.output / "score.md").write_text(text, "utf-8")
     contact_sheet(pictures).save(args.output / "samples.png")
-    print(table(means) + f"\n{seconds / args.count:.2f} s per image")
+    print(text + f"\n{seconds / args.count:.2f} s per image")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,18 @@ import torch
 from localdit.core.diffusion import Objective
 from localdit.training.data.buckets import Size
 from localdit.training.methods import Inputs
+from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.validation import ValidationBatch, validation_losses
 from tests.tiny import TEXT_WIDTH, tiny_components
 
 SQUARE, WIDE = Size(64, 64), Size(32, 96)
 SIZES = [SQUARE, WIDE]
 BINS = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
+
+
+def errors(objective):
+    """Return the errors of predictions."""
+    return FineTuning(None, objective, adapters=False).validation_errors
 
 
 def make_batch(ids, size=SQUARE, weights=None):
@@ -43,18 +49,18 @@ def close(found, expected):
 @pytest.mark.parametrize("chosen", [Objective(), Objective("v_prediction"), Objective("flow")])
 def test_losses_are_the_same_every_time_and_in_any_batches(model, chosen):
     torch.manual_seed(0)
-    first = validation_losses(model, chosen, [make_batch("abcd")], SIZES)
+    first = validation_losses(model, errors(chosen), [make_batch("abcd")], SIZES)
     torch.manual_seed(1)
-    assert validation_losses(model, chosen, [make_batch("abcd")], SIZES) == first
+    assert validation_losses(model, errors(chosen), [make_batch("abcd")], SIZES) == first
     apart = [make_batch("dc"), make_batch("a"), make_batch("b")]
-    assert close(validation_losses(model, chosen, apart, SIZES), first)
-    other = validation_losses(model, chosen, [make_batch("abcd")], SIZES, seed=1)
+    assert close(validation_losses(model, errors(chosen), apart, SIZES), first)
+    other = validation_losses(model, errors(chosen), [make_batch("abcd")], SIZES, seed=1)
     assert other["validation/model/loss"] != first["validation/model/loss"]
 
 
 def test_losses_are_means_over_samples(model):
     def losses(*batches, name="ema"):
-        return validation_losses(model, Objective(), batches, SIZES, name)
+        return validation_losses(model, errors(Objective()), batches, SIZES, name)
 
     both = losses(make_batch("ab"), make_batch("c", WIDE))
     one, two, three = (
@@ -92,7 +98,9 @@ class Recorder(torch.nn.Module):
 
 def test_each_sample_is_evaluated_once_per_bin():
     model = Recorder().train()
-    found = validation_losses(model, Objective("flow"), [make_batch("abc")], SIZES, num_bins=5)
+    found = validation_losses(
+        model, errors(Objective("flow")), [make_batch("abc")], SIZES, num_bins=5
+    )
     assert len(model.asked) == 5
     for number, (_, timesteps) in enumerate(model.asked):
         assert (timesteps >= 200 * number).all()
@@ -110,42 +118,44 @@ def test_a_perfect_model_has_no_loss():
         def forward(self, sample, timestep, **conditions):
             return ((sample - batch.inputs.latents) / (timestep / 1000).view(-1, 1, 1, 1),)
 
-    found = validation_losses(Perfect(), chosen, [batch], SIZES)
+    found = validation_losses(Perfect(), errors(chosen), [batch], SIZES)
     assert found["validation/model/loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_placeholders_do_not_count(model):
-    expected = validation_losses(model, Objective(), [make_batch("a")], SIZES)
+    expected = validation_losses(model, errors(Objective()), [make_batch("a")], SIZES)
     padded = make_batch("ax", weights=[1.0, 0.0])
     padded.inputs.latents[1] = torch.nan
-    assert close(validation_losses(model, Objective(), [padded], SIZES), expected)
+    assert close(validation_losses(model, errors(Objective()), [padded], SIZES), expected)
 
 
 def test_several_processes_return_the_losses_of_one(model):
     mine, theirs = make_batch("ab"), make_batch("c", WIDE)
-    expected = validation_losses(model, Objective(), [mine, theirs], SIZES)
+    expected = validation_losses(model, errors(Objective()), [mine, theirs], SIZES)
     sums = []
 
     def give(tensor):
         sums.append(tensor)
         return tensor
 
-    validation_losses(model, Objective(), [theirs], SIZES, reduce=give)
+    validation_losses(model, errors(Objective()), [theirs], SIZES, reduce=give)
     found = validation_losses(
-        model, Objective(), [mine], SIZES, reduce=lambda tensor: tensor + sums[0]
+        model, errors(Objective()), [mine], SIZES, reduce=lambda tensor: tensor + sums[0]
     )
     assert close(found, expected)
     # A process may have nothing to bring.
-    alone = validation_losses(model, Objective(), [], SIZES, reduce=lambda tensor: sums[0])
+    alone = validation_losses(model, errors(Objective()), [], SIZES, reduce=lambda tensor: sums[0])
     assert alone["validation/model/32x96/loss"] == expected["validation/model/32x96/loss"]
 
 
 def test_the_model_keeps_its_mode(model):
     model.train()
-    validation_losses(model, Objective(), [make_batch("a")], SIZES)
+    validation_losses(model, errors(Objective()), [make_batch("a")], SIZES)
     assert model.training
     model.eval()
     with pytest.raises(ValueError, match="do not divide into"):
-        validation_losses(model.train(), Objective(), [make_batch("a", Size(64, 8))], [Size(64, 8)])
+        validation_losses(
+            model.train(), errors(Objective()), [make_batch("a", Size(64, 8))], [Size(64, 8)]
+        )
     assert model.training
     model.eval()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 
 from localdit.core.conditions import size_conditions
@@ -27,12 +29,20 @@ class Inputs(NamedTuple):
         text: (B, L, channels) float32.
         text_mask: (B, L), 1 = token.
         conditions: the transformer's `added_cond_kwargs`; see `size_conditions`.
+        empty_text: (L, channels) float32, the empty caption; None if the method does not need it.
     """
 
     latents: torch.Tensor
     text: torch.Tensor
     text_mask: torch.Tensor
     conditions: dict[str, torch.Tensor | None]
+    empty_text: torch.Tensor | None = None
+
+    def without_captions(self) -> Inputs:
+        """Return the inputs with the empty caption in all rows, for classifier-free guidance."""
+        assert self.empty_text is not None
+        text, mask = pad_states([self.empty_text] * len(self.latents))
+        return self._replace(text=text, text_mask=mask)
 
 
 class InputMaker:
@@ -44,6 +54,8 @@ class InputMaker:
         max_caption_length: number of text tokens after which captions are cut.
         models: models that take the inputs, conditioned on picture sizes or not.
         bf16: encode pictures in bfloat16.
+        guided: also give the empty caption.
+        empty_text: its states (L, channels) in encoded data.
     """
 
     def __init__(
@@ -53,6 +65,8 @@ class InputMaker:
         max_caption_length: int,
         models: Iterable[torch.nn.Module | None],
         bf16: bool = False,
+        guided: bool = False,
+        empty_text: torch.Tensor | None = None,
     ) -> None:
         self.device = device
         self.encoders = encoders
@@ -62,6 +76,12 @@ class InputMaker:
             getattr(model, "use_additional_conditions", False) for model in models
         )
         self.bf16 = bf16
+        self.empty_text = None
+        if guided:
+            if encoders is not None:
+                empty_text = encoders.text.encode_unpadded([""], max_caption_length)[""]
+            assert empty_text is not None
+            self.empty_text = empty_text.to(device, torch.float32)
 
     def __call__(self, batch: Batch) -> Inputs:
         """Return the transformer's inputs for a batch, without noise."""
@@ -78,7 +98,30 @@ class InputMaker:
             text.to(self.device, torch.float32, non_blocking=True),
             mask.to(self.device, non_blocking=True),
             size_conditions(self.conditioned, *batch.size, self.device),
+            self.empty_text,
         )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The way to sample from the trained transformer.
+
+    Attributes:
+        scheduler: the scheduler.
+        num_inference_steps, guidance_scale: values that suit the model; None means the defaults.
+    """
+
+    scheduler: SchedulerMixin
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+
+    def settings(self) -> dict[str, float]:
+        """Return steps and guidance as a folder's index names them, as far as they are set."""
+        values = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Method(ABC):
@@ -88,7 +131,10 @@ class Method(ABC):
         trained: bare models. Their weights are trained if they require a gradient.
         frozen: models on the training device that the loss needs and no step changes. They are not
             part of the training state.
+        guided: whether the loss needs the empty caption.
     """
+
+    guided = False
 
     def __init__(
         self, trained: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
@@ -113,6 +159,17 @@ class Method(ABC):
             inputs: latents, text and conditions of the batch.
             noise: (B, C, h, w) float32.
             positions: (B,) in [0, 1), from the latents to the noise; see `Objective.timesteps`.
+        """
+
+    @abstractmethod
+    def validation_errors(
+        self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the unweighted errors `(B,)` of held-out samples.
+
+        Args:
+            model: the transformer in training, or its average.
+            inputs, noise, positions: as in `losses`.
         """
 
     @abstractmethod
@@ -154,14 +211,22 @@ def noised_prediction(
         positions: (B,) in [0, 1).
     """
     timesteps = objective.timesteps(positions)
-    prediction = model(
-        objective.add_noise(inputs.latents, noise, timesteps),
+    noised = objective.add_noise(inputs.latents, noise, timesteps)
+    prediction = predict(model, noised, inputs, timesteps)
+    return NoisedPrediction(
+        prediction, objective.target(inputs.latents, noise, timesteps), timesteps
+    )
+
+
+def predict(
+    model: nn.Module, noised: torch.Tensor, inputs: Inputs, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """Return a model's prediction `(B, C, h, w)` for noised latents at timesteps `(B,)`."""
+    return model(
+        noised,
         encoder_hidden_states=inputs.text,
         encoder_attention_mask=inputs.text_mask,
         timestep=timesteps,
         added_cond_kwargs=inputs.conditions,
         return_dict=False,
     )[0]
-    return NoisedPrediction(
-        prediction, objective.target(inputs.latents, noise, timesteps), timesteps
-    )

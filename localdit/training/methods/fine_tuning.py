@@ -11,7 +11,7 @@ from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.models.flops import forward_flops
-from localdit.training.methods import Inputs, Method, noised_prediction
+from localdit.training.methods import Inputs, Method, Sampling, noised_prediction
 from localdit.training.state import TRANSFORMER
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class FineTuning(Method):
         return cls(transformer, objective, args.lora_rank is not None, frozen)
 
     @classmethod
+    def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
+        """Return the way to sample from the result."""
+        return Sampling(objective.sampling_scheduler())
+
+    @classmethod
     def frozen_models(
         cls, args: argparse.Namespace, transformer: LocalDiTTransformer2DModel
     ) -> dict[str, nn.Module]:
@@ -80,6 +85,13 @@ class FineTuning(Method):
             models[TRANSFORMER], self.objective, inputs, noise, positions
         )
         return denoising_errors(prediction, target) * self.objective.weights(timesteps)
+
+    def validation_errors(
+        self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the mean squared error of each sample's prediction, `(B,)`."""
+        prediction, target, _ = noised_prediction(model, self.objective, inputs, noise, positions)
+        return denoising_errors(prediction, target)
 
     def step_flops(self, inputs: Inputs) -> int:
         """Return the operations of the transformer.

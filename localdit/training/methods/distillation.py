@@ -1,0 +1,202 @@
+"""Distillation to few steps: a student draws in one to four passes what its teacher draws in forty.
+
+A consistency model (Song et al., 2023) maps a point of the teacher's ODE at any timestep to the
+clean latents at its end. Guidance is part of the ODE, so the student needs no second pass for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from localdit.core.diffusion import Objective, denoising_errors
+from localdit.models import LocalDiTTransformer2DModel
+from localdit.models.flops import forward_flops
+from localdit.training.initialization import load_frozen
+from localdit.training.methods import Inputs, Sampling, predict
+from localdit.training.methods.fine_tuning import FineTuning
+from localdit.training.methods.knowledge_distillation import TEACHER
+from localdit.training.state import TRANSFORMER
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+HUBER = 0.001  # of the pseudo-Huber loss (Luo et al., 2023, appendix)
+DIFFERENCE = 5  # timesteps to either side in finite differences
+TANGENT = 0.1  # c in the normalised tangent g / (|g| + c) (Lu & Song, 2024, section 4.1)
+
+
+class Distillation(FineTuning):
+    """Trains a consistency model on the guided ODE of a frozen teacher.
+
+    Attributes:
+        guidance_scale: g in `uncond + g * (text - uncond)` of the teacher.
+        teacher_steps: number of timesteps on the grid that the student is sampled on.
+    """
+
+    passes: int  # of the student without gradient
+
+    def __init__(
+        self,
+        transformer: LocalDiTTransformer2DModel,
+        objective: Objective,
+        adapters: bool,
+        frozen: Mapping[str, nn.Module],
+        guidance_scale: float,
+        teacher_steps: int,
+    ) -> None:
+        super().__init__(transformer, objective, adapters, frozen)
+        self.guidance_scale, self.teacher_steps = guidance_scale, teacher_steps
+        self.guided = guidance_scale > 1
+
+    @classmethod
+    def from_options(
+        cls,
+        args: argparse.Namespace,
+        transformer: LocalDiTTransformer2DModel,
+        objective: Objective,
+        device: torch.device,
+    ) -> Self:
+        """Make the method that `--distillation` names, and load the teacher."""
+        return cls(
+            transformer,
+            objective,
+            args.lora_rank is not None,
+            {TEACHER: load_frozen(args.teacher, transformer).to(device)},
+            args.teacher_guidance_scale,
+            args.teacher_steps,
+        )
+
+    @classmethod
+    def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
+        """Return the consistency model's scheduler, and `--student-steps` without guidance."""
+        scheduler = objective.few_step_scheduler(args.teacher_steps)
+        return Sampling(scheduler, args.student_steps, guidance_scale=1.0)
+
+    def teacher_prediction(
+        self, teacher: nn.Module, noised: torch.Tensor, inputs: Inputs, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the teacher's prediction `(B, C, h, w)` with classifier-free guidance."""
+        text = predict(teacher, noised, inputs, timesteps)
+        if not self.guided:
+            return text
+        uncond = predict(teacher, noised, inputs.without_captions(), timesteps)
+        return uncond + self.guidance_scale * (text - uncond)
+
+    def consistent(
+        self, student: nn.Module, noised: torch.Tensor, inputs: Inputs, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the clean latents that the student sees in noised ones, `(B, C, h, w)`."""
+        # Without noise the timestep may be -1, which the model has not learned. It does not matter:
+        # then the latents are returned as they are, whatever the model predicts.
+        prediction = predict(student, noised, inputs, timesteps.clamp(min=0))
+        return self.objective.denoised(noised, prediction, timesteps)
+
+    def answers(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        inputs: Inputs,
+        noise: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the student's answer at a timestep of the grid, and its answer one step further.
+
+        The step is one of the teacher along its ODE. The second answer has no gradient.
+        """
+        timesteps, lower = self.objective.grid(positions, self.teacher_steps)
+        noised = self.objective.add_noise(inputs.latents, noise, timesteps)
+        with torch.no_grad():
+            guided = self.teacher_prediction(teacher, noised, inputs, timesteps)
+            further = self.objective.move(noised, guided, timesteps, lower)
+            target = self.consistent(student, further, inputs, lower)
+        return self.consistent(student, noised, inputs, timesteps).float(), target.float()
+
+    def validation_errors(
+        self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the mean squared distance of each sample's two answers, `(B,)`."""
+        return denoising_errors(
+            *self.answers(model, self.frozen[TEACHER], inputs, noise, positions)
+        )
+
+    def step_flops(self, inputs: Inputs) -> int:
+        """Return the operations of the student's step and of the passes without gradient."""
+        rows, _, height, width = inputs.latents.shape
+        sizes = (height, width, inputs.text.shape[1])
+        teacher = self.frozen[TEACHER]
+        assert isinstance(teacher, LocalDiTTransformer2DModel)
+        passes = (1 + self.guided) * forward_flops(teacher.config, *sizes)
+        passes += self.passes * forward_flops(self.transformer.config, *sizes)
+        return super().step_flops(inputs) + rows * passes
+
+
+class LatentConsistency(Distillation):
+    """Latent consistency distillation (Luo et al., 2023, algorithm 1).
+
+    The student's answer at a timestep of the grid is compared with its answer one step of the grid
+    further along the teacher's ODE. It is its own target, without an average of the weights (Song &
+    Dhariwal, 2023, section 3.2), and there is one guidance scale, which is not an input.
+    """
+
+    passes = 1
+
+    def losses(
+        self,
+        models: Mapping[str, nn.Module],
+        inputs: Inputs,
+        noise: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the pseudo-Huber distance of each sample's two answers, `(B,)`."""
+        answer, target = self.answers(
+            models[TRANSFORMER], models[TEACHER], inputs, noise, positions
+        )
+        distance = (answer - target).square()
+        return ((distance + HUBER**2).sqrt() - HUBER).flatten(1).mean(dim=1)
+
+
+class ContinuousConsistency(Distillation):
+    """Consistency distillation in continuous time, sCM (Lu & Song, 2024, section 4).
+
+    The student's answer must not change along the teacher's ODE. Its derivative is taken by central
+    differences, so attention needs no derivative in forward mode, and is normalised.
+    """
+
+    passes = 2
+
+    def losses(
+        self,
+        models: Mapping[str, nn.Module],
+        inputs: Inputs,
+        noise: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the squared distance of each sample's prediction from one that changes less.
+
+        Its value says little, because the derivative is normalised; its gradient is that of the
+        paper's equation 8.
+        """
+        student, objective = models[TRANSFORMER], self.objective
+        timesteps = objective.timesteps(positions)
+        noised = objective.add_noise(inputs.latents, noise, timesteps)
+        prediction = predict(student, noised, inputs, timesteps).float()
+        upper = (timesteps + DIFFERENCE).clamp(max=objective.timesteps(torch.ones(1)).item())
+        lower = (timesteps - DIFFERENCE).clamp(min=objective.clean_timestep)
+        with torch.no_grad():
+            guided = self.teacher_prediction(models[TEACHER], noised, inputs, timesteps)
+            answers = [
+                self.consistent(
+                    student, objective.move(noised, guided, timesteps, goal), inputs, goal
+                ).float()
+                for goal in (lower, upper)
+            ]
+            share = ((upper - lower) / objective.num_timesteps).view(-1, 1, 1, 1)
+            tangent = objective.levels(timesteps)[0] * (answers[1] - answers[0]) / share
+            size = tangent.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+            target = prediction + tangent / (size + TANGENT)
+        return (prediction - target).square().flatten(1).mean(dim=1)
