@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .config import config_field, inference_settings
+from .core.settings import SamplingSettings
 from .core.text import check_prompts
 from .images import fit_image, load_image, load_mask
 from .sizes import check_size
 
 __all__ = ["inference", "inference_batches"]
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +124,7 @@ def inference_batches(
     else:
         negatives = _one_each("neg_prompts", neg_prompts, count)
         each["negative_prompt"] = check_prompts(negatives, "neg_prompts")
+    _warn_of_settings(SamplingSettings.of(pipe.config), settings)
     if image is not None:
         pipe = _sibling(pipe, "Img2Img" if mask is None else "Inpaint")
         settings["strength"] = strength
@@ -185,6 +190,19 @@ def _step_callback(
         return then(pipe, step, timestep, tensors) if then else None
 
     return on_step_end
+
+
+def _warn_of_settings(own: SamplingSettings, given: dict[str, Any]) -> None:
+    """Log a warning if a model for few steps without guidance is drawn otherwise."""
+    many = given["num_inference_steps"] >= SamplingSettings.num_inference_steps
+    if own.few_steps and (many or given["guidance_scale"] > 1):
+        logger.warning(
+            "The model is made for %d steps without guidance, but the settings are %d steps with a "
+            "guidance scale of %g: its own draw better pictures.",
+            own.num_inference_steps,
+            given["num_inference_steps"],
+            given["guidance_scale"],
+        )
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from localdit.cli.plan import SCENES
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
 from localdit.scenes import Scene, SceneObject, describe, draw_scene, sample_scenes
 from localdit.scenes.score import mean_scores, score_picture
@@ -42,7 +41,7 @@ def test_it_draws_scenes_that_it_was_never_trained_on(pipe):
     scenes = list(sample_scenes(16, seed=5, held_out=True))
     rng = np.random.default_rng(5)
     prompts = [describe(scene, rng).text for scene in scenes]
-    pictures = pipe(prompts, generator=seeds(16), **SCENES.config).images
+    pictures = pipe(prompts, generator=seeds(16)).images
     scores = [score_picture(*pair) for pair in zip(pictures, scenes, strict=True)]
     means = mean_scores(scores)
     assert means["all"] >= 0.6
@@ -68,7 +67,7 @@ def test_image_to_image_follows_the_prompt_and_keeps_the_composition(pipe):
     after = Scene("blue", (SceneObject("circle", "yellow", "large", 0.25, 0.25),))
     edit = LocalDiTImg2ImgPipeline.from_pipe(pipe)
     edit.set_progress_bar_config(disable=True)
-    common = {"image": draw_scene(before), "generator": seeds(1)[0], **SCENES.config}
+    common = {"image": draw_scene(before), "generator": seeds(1)[0]}
     prompt = "a large yellow circle at the top left on a blue background"
 
     strong = edit(prompt, strength=0.9, **common).images[0]

@@ -57,6 +57,19 @@ def test_as_in_the_readme(pipe, config, spy):
     assert call["negative_prompt"] == ["bad quality"]
 
 
+def test_a_few_step_model_that_is_drawn_otherwise_is_warned_of(pipe, config, caplog):
+    few = type(pipe)(**pipe.components, num_inference_steps=4, guidance_scale=1.0)
+    warned = {}
+    for steps, scale, negatives in ((3, 7.0, ""), (20, 7.0, None), (4, 1.0, ""), (3, 7.0, None)):
+        config.denoising_steps, config.guidance_scale = steps, scale
+        caplog.clear()
+        inference_batches(few, PROMPTS, negatives, config)
+        warned[steps, scale, negatives] = "made for 4 steps without guidance" in caplog.text
+        inference_batches(pipe, PROMPTS, negatives, config)
+        assert len(caplog.records) == warned[steps, scale, negatives]
+    assert list(warned.values()) == [True, True, False, False]
+
+
 def test_equals_the_pipeline(pipe, config):
     images = inference(pipe, PROMPTS[:1], "bad", config, seed=5)
     expected = pipe(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.pipelines import LocalDiTPipeline
+from localdit.pipelines.request import Request, TextEmbeddings
 
 WORDS = (
     "a an the and or of on in above below left right photo picture painting small large red "
@@ -160,6 +161,19 @@ def tiny_pipeline(seed: int = 0, vae: str = "sdxl", **transformer_overrides) -> 
     pipe = LocalDiTPipeline(**tiny_components(seed, vae, **transformer_overrides))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def request_of(**changes) -> Request:
+    """A call for one picture of 64 pixels, for tests of single stages."""
+    given = {
+        "prompt": "a cat", "negative_prompt": "", "height": 64, "width": 64,
+        "num_inference_steps": 20, "timesteps": None, "sigmas": None, "guidance_scale": 1.0,
+        "guidance_interval": (0.0, 1.0), "num_images_per_prompt": 1, "eta": 0.0,
+        "generator": None, "latents": None, "text": TextEmbeddings(None, None, None, None),
+        "output_type": "pt", "return_dict": True, "callback_on_step_end": None,
+        "callback_on_step_end_tensor_inputs": (), "max_sequence_length": 9,
+    }  # fmt: skip
+    return Request(**{**given, **changes})
 
 
 def tiny_text_encoder(kind: str) -> transformers.PreTrainedModel:

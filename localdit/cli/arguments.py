@@ -89,10 +89,11 @@ def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     add("--seed", metavar="N", type=int, default=0,
         help="seed of the first picture; the next has N + 1, and so on (default: 0)")  # fmt: skip
     add("--num-inference-steps", "--steps", metavar="N", type=int,
-        help="number of denoising steps (default: 20)")  # fmt: skip
+        help="number of denoising steps (default: those that the model's folder names, else "
+        "20)")  # fmt: skip
     add("--guidance-scale", metavar="G", type=float,
-        help="weight of the prompt; 1 or less turns guidance off (default: 7, or 2 for the model "
-        "in the box)")  # fmt: skip
+        help="weight of the prompt; 1 or less turns guidance off (default: that of the model's "
+        "folder, else 7)")  # fmt: skip
     for side in ("height", "width"):
         add(f"--{side}", metavar="PIXELS", type=int,
             help=f"{side} in pixels, usually a multiple of 16 (default: {size})")  # fmt: skip

@@ -94,7 +94,7 @@ def script_parser(task: Task) -> Parser:
     doing = "Draw pictures from prompts" if task == "t2i" else "Change a picture to follow prompts"
     parser = Parser(
         description=f"{doing} with LocalDiT. Without options, default prompts are drawn.",
-        epilog="Settings without an option come from config.py or suit the model in the box. "
+        epilog="Settings without an option come from config.py, or from the model's folder. "
         + CARRIES,
     )
     arguments.add_prompt_options(parser)

@@ -8,10 +8,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..core.settings import read_settings
 from ..files import read_json
 from ..parsing import Parser, UsageError, one_line
 from ..sizes import pixels_per_latent
@@ -245,6 +247,7 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
             "kind": f"pipeline ({index.get('_class_name')})",
             "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "missing": absent or "nothing",
+            **asdict(read_settings(folder)),
         }
     }
     for name, (_, kind, *_) in sorted(parts.items()):

@@ -6,11 +6,12 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config, config_field, with_settings
+from ..config import Config, config_field, inference_settings, with_settings
+from ..core.settings import SamplingSettings, read_settings
 from ..files import decode_text
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
@@ -23,12 +24,11 @@ MAX_PROMPT_FILE = 50_000_000  # bytes
 
 @dataclass(frozen=True)
 class Preset:
-    """Prompts and settings that suit a model, where the command gives none."""
+    """Prompts that suit a model, where the command gives none."""
 
     t2i: list[str]
     i2i: list[str]
     negative_prompt: str
-    config: dict[str, Any]  # what differs from the Config
 
 
 PHOTOGRAPHS = Preset(
@@ -39,7 +39,6 @@ PHOTOGRAPHS = Preset(
     ],
     i2i=["an oil painting of a boat on a lake, thick brush strokes, warm colours"],
     negative_prompt="bad quality, worst quality, low resolution, blurry",
-    config={},
 )
 SCENES = Preset(
     t2i=[
@@ -50,7 +49,6 @@ SCENES = Preset(
     ],
     i2i=["a large green circle at the top left on a yellow background"],
     negative_prompt="",
-    config={"guidance_scale": 2.0},
 )
 
 
@@ -168,7 +166,8 @@ def plan(
 def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choice:
     """Return the model that the options or a Config name, or else the one in the box.
 
-    The model, its LoRAs and its local parts are looked for; nothing heavy is imported.
+    The settings that its folder names replace those that the Config leaves at their defaults. The
+    model, its LoRAs and its local parts are looked for; nothing heavy is imported.
 
     Raises:
         FileNotFoundError: the model or a part is missing.
@@ -188,9 +187,16 @@ def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choi
         named = False
     checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
     preset = SCENES if checkpoint.resolve() == BOX else PHOTOGRAPHS
-    config = with_settings(config, preset.config | settings)
+    config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)
+
+
+def _untouched(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """Return the settings of a pipeline's folder that the Config leaves at their defaults."""
+    own, given = asdict(read_settings(checkpoint.expanduser())), inference_settings(config)
+    default = asdict(SamplingSettings())
+    return {name: own[name] for name in own if given[name] == default[name]}
 
 
 def check_model(choice: Choice, described: bool = False) -> Choice:

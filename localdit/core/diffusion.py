@@ -340,6 +340,56 @@ def warn_of_other_prediction(before: Any, now: Any) -> None:
         )
 
 
+def set_timesteps(
+    scheduler: Any,
+    device: torch.device,
+    num_inference_steps: int,
+    strength: float = 1.0,
+    custom: Mapping[str, Any] | None = None,
+) -> int:
+    """Set a scheduler's timesteps, and return the index of the first one to take.
+
+    The last `int(steps * strength)` steps are taken. Of few steps, the last ones would be too
+    coarse: the schedulers of few-step models take all of theirs, from the noise level of the
+    strength.
+
+    Args:
+        scheduler: its timesteps are set.
+        device: device of the timesteps.
+        num_inference_steps: number of steps in the whole schedule.
+        strength: in [0, 1]; 1 starts from noise.
+        custom: a schedule by name, "timesteps" or "sigmas", instead of a number of steps.
+    """
+    if not custom and (schedule := _few_steps(scheduler, num_inference_steps, strength)):
+        scheduler.set_timesteps(device=device, **schedule)
+        return 0
+    scheduler.set_timesteps(
+        device=device, **(custom or {"num_inference_steps": num_inference_steps})
+    )
+    order = scheduler.order
+    steps = math.ceil(len(scheduler.timesteps) / order)
+    return (steps - int(steps * strength)) * order
+
+
+def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
+    """Return the schedule of a few-step model as arguments of `set_timesteps`, or else nothing.
+
+    LCM's schedulers start at a strength themselves. They tell `original_inference_steps` levels
+    apart, of which a low strength leaves fewer than there are steps.
+
+    By itself, LCM for flow matching would take its last step at hardly any noise; the evenly spaced
+    levels `1 - i / steps` are those of Diffusers' pipelines for flows.
+    """
+    if isinstance(scheduler, FlowMatchLCMScheduler):
+        levels = [strength * (1 - i / steps) for i in range(steps)]
+        return {"sigmas": levels} if strength > 0 else {}
+    if "strength" not in inspect.signature(scheduler.set_timesteps).parameters:
+        return {}
+    if strength < 1:
+        steps = min(steps, int(scheduler.config.original_inference_steps * strength))
+    return {"num_inference_steps": steps, "strength": strength} if steps else {}
+
+
 def check_schedule(scheduler: Any) -> None:
     """Raise `ValueError` for timesteps that do not lead from noise to a picture.
 

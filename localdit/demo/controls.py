@@ -223,11 +223,12 @@ class Controls:
                 self.width = _side("Width", offer.config.width, offer)
                 self.height = _side("Height", offer.config.height, offer)
             with gr.Row():
+                steps, guidance = first["num_inference_steps"], first["guidance_scale"]
                 self.num_inference_steps = Slider(
-                    1, 100, first["num_inference_steps"], step=1, precision=0, label="Steps"
+                    1, max(100, steps), steps, step=1, precision=0, label="Steps"
                 )
                 self.guidance_scale = Slider(
-                    1, 15, first["guidance_scale"], step=0.5, label="Guidance"
+                    min(1, guidance), max(15, guidance), guidance, step=0.5, label="Guidance"
                 )
             with gr.Row(equal_height=True):
                 self.seed = Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)

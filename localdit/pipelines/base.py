@@ -8,6 +8,7 @@ prepare the latents, denoise, decode. The stages are here, on top of the diffusi
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from ..core.diffusion import (
     check_schedule,
     default_settings,
     scale_input,
+    set_timesteps,
     warn_of_other_prediction,
 )
 from ..core.latents import LatentSpace
+from ..core.settings import SamplingSettings
 from ..core.text import TextCache, TextSpace, check_prompts
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
@@ -62,6 +65,12 @@ class LocalDiTBasePipeline(SavedPipeline):
         vae: autoencoder between pictures and latents.
         transformer: the denoiser.
         scheduler: any Diffusers scheduler; the released model samples with DPM-Solver++ 2M.
+        num_inference_steps, guidance_scale: the settings that suit the model, for calls that give
+            none. They are saved with the pipeline; `pipe.register_to_config(guidance_scale=2.0)`
+            changes one.
+
+    Raises:
+        TypeError, ValueError: a setting of the wrong type or out of range.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -76,8 +85,11 @@ class LocalDiTBasePipeline(SavedPipeline):
         vae: AutoencoderKL | AutoencoderDC | AutoencoderTiny,
         transformer: LocalDiTTransformer2DModel,
         scheduler: KarrasDiffusionSchedulers,
+        num_inference_steps: int = SamplingSettings.num_inference_steps,
+        guidance_scale: float = SamplingSettings.guidance_scale,
     ) -> None:
         super().__init__()
+        self.register_to_config(**asdict(SamplingSettings(num_inference_steps, guidance_scale)))
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -95,11 +107,13 @@ class LocalDiTBasePipeline(SavedPipeline):
 
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
         unless a `dtype` or `torch_dtype` is given. Both pipelines share the cache of encoded
-        prompts and, if whole models are offloaded, the offloading.
+        prompts and, if whole models are offloaded, the offloading. The number of steps and the
+        guidance scale that suit the model are kept, too.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
-        made = cls(**{**pipeline.components, **kwargs})
+        own = asdict(SamplingSettings.of(pipeline.config))
+        made = cls(**{**own, **pipeline.components, **kwargs})
         for name in ("prompt_cache", "_all_hooks", "_offload_device", "_offload_gpu_id"):
             if hasattr(pipeline, name):
                 setattr(made, name, getattr(pipeline, name))
@@ -232,28 +246,41 @@ class LocalDiTBasePipeline(SavedPipeline):
         request.check_prompts(self.text_space.can_encode)
         request.check_noise(self._latents_shape(request))
 
+    def settings_of_call(
+        self, num_inference_steps: int | None, guidance_scale: float | None
+    ) -> dict[str, Any]:
+        """Return steps and guidance scale by name; the pipeline's own where a call gives None."""
+        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return {
+            name: self.config[name] if value is None else value for name, value in given.items()
+        }
+
     def set_timesteps(self, request: Request) -> torch.Tensor:
-        """Set the scheduler's timesteps, from the most noise to the least, and return them.
+        """Set the scheduler's timesteps, and return those to take, the most noise first.
 
         Raises:
             ValueError: if both timesteps and sigmas are given, the scheduler does not accept them,
                 the timesteps do not descend, or there are more than the scheduler has.
         """
-        custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
-        schedule: dict[str, Any] = {k: v for k, v in custom.items() if v is not None}
-        if len(schedule) > 1:
+        custom = request.custom_schedule
+        if len(custom) > 1:
             raise ValueError("Give either timesteps or sigmas, not both.")
         accepted = inspect.signature(self.scheduler.set_timesteps).parameters
-        for name in schedule:
+        for name in custom:
             if name not in accepted:
                 raise ValueError(
                     f"{type(self.scheduler).__name__} takes no custom {name}: leave them out, or "
                     "use another scheduler."
                 )
-        schedule = schedule or {"num_inference_steps": request.num_inference_steps}
-        self.scheduler.set_timesteps(device=self._execution_device, **schedule)
+        first = set_timesteps(
+            self.scheduler,
+            self._execution_device,
+            request.num_inference_steps,
+            request.strength,
+            custom,
+        )
         check_schedule(self.scheduler)
-        return self.scheduler.timesteps
+        return self.scheduler.timesteps[first:]
 
     def encode_request(self, request: Request) -> TextEmbeddings:
         """Encode the prompts of a request: see `encode_prompt`."""

@@ -1,7 +1,6 @@
 """Image to image, and the stages of all pipelines that start from images."""
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,19 +53,22 @@ class FromImagesPipeline(LocalDiTBasePipeline):
                 f"need {size}. Latents cannot be scaled: leave height and width out."
             )
 
-    def get_timesteps(self, strength: float) -> torch.Tensor:
-        """Return the last `int(steps * strength)` steps of the scheduler's timesteps."""
-        timesteps, order = self.scheduler.timesteps, self.scheduler.order
-        steps = math.ceil(len(timesteps) / order)
-        kept = int(steps * strength)
-        if strength > 0 and kept == 0:
+    def set_timesteps(self, request: Request) -> torch.Tensor:
+        """Set the scheduler's timesteps, let it begin where the strength says, and return the rest.
+
+        Raises:
+            ValueError: as in `LocalDiTBasePipeline.set_timesteps`.
+        """
+        schedule = super().set_timesteps(request)
+        if request.strength > 0 and len(schedule) == 0:
             logger.warning(
-                "Strength %g of %d steps is less than one step: no step is taken.", strength, steps
+                "Strength %g of %d steps is less than one step: no step is taken.",
+                request.strength,
+                request.num_inference_steps,
             )
-        first = (steps - kept) * order
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(first)
-        return timesteps[first:]
+            self.scheduler.set_begin_index(len(self.scheduler.timesteps) - len(schedule))
+        return schedule
 
     def encode_images(self, images: torch.Tensor, request: Request) -> torch.Tensor:
         """Encode images `(N, 3, H, W)` in [0, 1] as latents `(B, C, h, w)`.
@@ -104,8 +106,8 @@ class FromImagesPipeline(LocalDiTBasePipeline):
 class LocalDiTImg2ImgPipeline(FromImagesPipeline):
     """Change pictures to follow prompts (SDEdit, Meng et al., 2022).
 
-    See `LocalDiTBasePipeline` for the components; `LocalDiTImg2ImgPipeline(**pipe.components)`
-    shares those of another pipeline.
+    See `LocalDiTBasePipeline` for the components; `LocalDiTImg2ImgPipeline.from_pipe(pipe)` shares
+    those of another pipeline.
     """
 
     @torch.no_grad()
@@ -117,10 +119,10 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
         negative_prompt: str | list[str] | None = "",
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 7.0,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -146,7 +148,8 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
                 tensors `(3, H, W)` in [0, 1], or latents as `output_type="latent"` returns them.
             strength: how much to change, in [0, 1]. The last `int(num_inference_steps * strength)`
                 timesteps are taken, starting from the encoded image with the noise of the first of
-                them. At 0 the image is only encoded and decoded.
+                them; the schedulers of few-step models (LCM, TCD, flow-matching LCM) take all steps
+                from the noise level of the strength. At 0 the image is only encoded and decoded.
             height, width: pixels to scale the image to, multiples of `pixels_per_token`; by
                 default its own.
             latents: standard normal noise to add, `(B * n, C, h, w)` in latents.
@@ -164,8 +167,8 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
         height, width = self.size_of(images, height, width)
         request = Request(
             prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
-            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
-            guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            **self.settings_of_call(num_inference_steps, guidance_scale),
+            timesteps=timesteps, sigmas=sigmas, guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
             latents=latents,
             text=TextEmbeddings(
@@ -176,13 +179,12 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
-            cross_attention_kwargs=cross_attention_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs, strength=strength,
         )  # fmt: skip
         self.check_inputs(request)
         self.check_images(images, request)
         with self.running(request):
-            self.set_timesteps(request)
-            schedule = self.get_timesteps(strength)
+            schedule = self.set_timesteps(request)
             text = self.encode_request(request)
             encoded = self.encode_images(images, request)
             start = self.add_noise(encoded, self.prepare_noise(request), schedule[:1])

@@ -144,10 +144,10 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         negative_prompt: str | list[str] | None = "",
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 7.0,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -202,8 +202,8 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         height, width = self.size_of(images, height, width)
         request = Request(
             prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
-            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
-            guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            **self.settings_of_call(num_inference_steps, guidance_scale),
+            timesteps=timesteps, sigmas=sigmas, guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
             latents=latents,
             text=TextEmbeddings(
@@ -214,7 +214,7 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
-            cross_attention_kwargs=cross_attention_kwargs,
+            cross_attention_kwargs=cross_attention_kwargs, strength=strength,
         )  # fmt: skip
         self.check_inputs(request)
         self.check_images(images, request)
@@ -229,8 +229,7 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
             )
             images, masks = canvas.part(*size)
         with self.running(request):
-            self.set_timesteps(request)
-            schedule = self.get_timesteps(strength)
+            schedule = self.set_timesteps(request)
             text = self.encode_request(request)
             encoded = self.encode_images(images, request)
             noise = self.prepare_noise(request)

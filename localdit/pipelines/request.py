@@ -55,6 +55,13 @@ class Request:
     callback_on_step_end_tensor_inputs: Sequence[str]
     max_sequence_length: int
     cross_attention_kwargs: dict[str, Any] | None = None
+    strength: float = 1.0
+
+    @property
+    def custom_schedule(self) -> dict[str, Any]:
+        """The custom timesteps or sigmas by name, if any."""
+        given = {"timesteps": self.timesteps, "sigmas": self.sigmas}
+        return {name: values for name, values in given.items() if values is not None}
 
     @property
     def num_prompts(self) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from ..core.parts import (
     require_whole,
     unattended,
 )
+from ..core.settings import INDEX, SamplingSettings, read_settings
 from ..files import read_json
 from ..models.transformer import LocalDiTTransformer2DModel
 from . import lora
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-INDEX = "model_index.json"
 CARD = "README.md"
 CODE = "pipeline_localdit"
 CODE_TEXT = '''"""For `trust_remote_code=True`: these pipelines need localdit to be installed."""
@@ -68,7 +69,9 @@ what it can do, and where it fails.*
 
 ```python
 {use}
-image = pipe("a photo of a mountain lake at sunset").images[0]
+image = pipe(
+    "a photo of a mountain lake at sunset", {settings}
+).images[0]
 ```
 
 ## What is inside
@@ -184,10 +187,12 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
 
         Raises:
             OSError: if a part is missing, or cannot be downloaded.
-            ValueError: if weights of the transformer are missing or unexpected, if weights of any
-                part are not finite, if a configuration is unsound, or a part needs code.
+            TypeError, ValueError: if weights of the transformer are missing or unexpected, if
+                weights of any part are not finite, if a configuration or a setting is unsound, or a
+                part needs code.
         """
         folder = Path(pretrained_model_name_or_path)
+        read_settings(folder)  # an error then names the file
         for part in (one for one in folder.glob("*/") if one.name not in kwargs):
             require_sound_config(part)
         if kwargs.get("device_map") == "auto":
@@ -430,7 +435,9 @@ def make_model_card(pipeline: Any, name: str, license: str, remote_code: bool) -
     facts = "\n".join(f"| {what} | {fact} |" for what, fact in _facts(pipeline).items())
     title = name.rstrip("/").rsplit("/", 1)[-1]
     use = (USE_REMOTE_CODE if remote_code else USE).format(name=name)
-    text = CARD_TEXT.format(title=title, use=use, url=URL, facts=facts)
+    own = asdict(SamplingSettings.of(pipeline.config))
+    settings = ", ".join(f"{name}={value}" for name, value in own.items())
+    text = CARD_TEXT.format(title=title, use=use, url=URL, settings=settings, facts=facts)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 

@@ -21,10 +21,10 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         negative_prompt: str | list[str] | None = "",
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 7.0,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -49,10 +49,10 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             negative_prompt: what to steer away from: one for all prompts, or one per prompt.
             height, width: pixels, multiples of `pixels_per_token` (the autoencoder's pixels per
                 latent times the patch size); by default the transformer's `sample_size` in pixels.
-            num_inference_steps: denoising steps, at least 1.
+            num_inference_steps: denoising steps, at least 1; by default the pipeline's own.
             timesteps, sigmas: a custom schedule, if the scheduler accepts one.
-            guidance_scale: g in `uncond + g * (text - uncond)`. At 1 and below, the negative prompt
-                is not computed, which halves the time.
+            guidance_scale: g in `uncond + g * (text - uncond)`; by default the pipeline's own. At 1
+                and below, the negative prompt is not computed, which halves the time.
             num_images_per_prompt: pictures per prompt, n.
             eta: noise added at each step by DDIM, in [0, 1]; other schedulers ignore it.
             generator: one for all pictures, or a list of B * n: each picture is then the same as
@@ -83,8 +83,8 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         width = default_size if width is None else width
         request = Request(
             prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
-            num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
-            guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            **self.settings_of_call(num_inference_steps, guidance_scale),
+            timesteps=timesteps, sigmas=sigmas, guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
             latents=latents,
             text=TextEmbeddings(

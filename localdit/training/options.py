@@ -38,7 +38,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 # The options of distillation, with their defaults.
 DISTIL_OPTIONS = {
     "distillation": "latent-consistency",
-    "teacher_guidance_scale": Config.guidance_scale,
+    "teacher_guidance_scale": None,  # that of the teacher's folder
     "teacher_steps": 50,
     "student_steps": 4,
 }
@@ -260,7 +260,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="the loss of --method distil; by default latent-consistency")  # fmt: skip
     add("--teacher-guidance-scale", type=float,
         help="guidance scale of the teacher, which --method distil builds into the student; by "
-        f"default {DISTIL_OPTIONS['teacher_guidance_scale']:g}")  # fmt: skip
+        "default that of the teacher's folder")  # fmt: skip
     add("--teacher-steps", type=int,
         help="number of steps into which --method distil divides the teacher's way from noise to a "
         f"picture; by default {DISTIL_OPTIONS['teacher_steps']}")  # fmt: skip
@@ -348,8 +348,9 @@ def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
     add("--validation-prompts", nargs="+", default=[], metavar="PROMPT", type=text_argument,
         help="prompts to draw pictures of during training")  # fmt: skip
     add("--validation-guidance-scale", type=float,
-        help="guidance scale of the pictures of --validation-prompts; by default "
-        f"{defaults.guidance_scale:g}, and none with --method distil")  # fmt: skip
+        help="guidance scale of the pictures of --validation-prompts; by default that of the "
+        "folder of --transformer, 7 for a new transformer, and none with --method "
+        "distil")  # fmt: skip
     add("--validation-samples", type=int, default=0,
         help="number of samples to hold out of training, to measure the loss on them")  # fmt: skip
     add("--validation-interval", type=int, default=defaults.validation_interval,

@@ -7,7 +7,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +60,14 @@ class PipelineFolder:
         scheduler.save_pretrained(folder / "scheduler")
         for name, source in self.encoders.items():
             link_or_copy(source, folder / name)
-        index: dict[str, Any] = {
+        index = {
             "_class_name": "LocalDiTPipeline",
             "_diffusers_version": diffusers.__version__,
             "scheduler": ["diffusers", type(scheduler).__name__],
             "transformer": TRANSFORMER,
             **self.classes,
+            **asdict(self.sampling.settings),
         }
-        index |= self.sampling.settings()
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model_index.json").write_text(text, encoding="utf-8")
 
@@ -171,7 +171,7 @@ class AdapterFolder:
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write the adapters and the fingerprint of their base, without the weights of the base.
 
-        Adapters that need other steps than the base come with the scheduler for them.
+        Few-step adapters come with the scheduler for them.
         """
         LocalDiTPipeline.save_lora_weights(
             folder,
@@ -180,8 +180,8 @@ class AdapterFolder:
             transformer_lora_adapter_metadata=self.transformer.peft_config[ADAPTER].to_dict(),
         )
         base: dict[str, Any] = {"transformer": str(self.source), "sha256": self.fingerprint}
-        if settings := self.sampling.settings():
-            base |= settings
+        if self.sampling.settings.few_steps:
+            base |= asdict(self.sampling.settings)
             self.sampling.scheduler.save_pretrained(folder / "scheduler")
         text = json.dumps(base, indent=2) + "\n"
         (folder / BASE).write_text(text, encoding="utf-8")

@@ -223,7 +223,8 @@ def load_models(
     if args.validation_prompts:
         assert encoders is not None
         if args.validation_guidance_scale is not None:
-            sampling = replace(sampling, guidance_scale=args.validation_guidance_scale)
+            settings = replace(sampling.settings, guidance_scale=args.validation_guidance_scale)
+            sampling = replace(sampling, settings=settings)
         pictures = PromptPictures(
             args.validation_prompts,
             encoders,

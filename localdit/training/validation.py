@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
@@ -188,8 +188,7 @@ class PromptPictures:
                 negative_prompt_attention_mask=negative_mask,
                 height=size,
                 width=size,
-                guidance_scale=self.sampling.guidance_scale,
-                num_inference_steps=self.sampling.num_inference_steps,  # type: ignore[arg-type]
+                **asdict(self.sampling.settings),
                 generator=torch.Generator("cpu").manual_seed(self.seed + index),
                 return_dict=False,
             )

@@ -64,7 +64,12 @@ def main() -> None:
     # Transformers loads in the dtype given here, Diffusers in float32.
     edit_json(new / "text_encoder" / "config.json", dtype="float32")
     tokenizer = "T5TokenizerFast"
-    edit_json(new / "model_index.json", _name_or_path=None, tokenizer=["transformers", tokenizer])
+    edit_json(
+        new / "model_index.json",
+        _name_or_path=None,
+        tokenizer=["transformers", tokenizer],
+        guidance_scale=2.0,
+    )
     edit_json(
         new / "tokenizer" / "tokenizer_config.json",
         tokenizer_class=tokenizer,

@@ -14,6 +14,7 @@ from PIL import Image
 from localdit.cli import demo, main
 from localdit.cli.demo import FIRST_PORT, free_port
 from localdit.images import read_metadata
+from localdit.pipelines import LocalDiTPipeline
 from tests.demo.conftest import artist, asked, config  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,15 @@ def test_saved_pictures_carry_the_settings_of_the_command_line(artist, asked, tm
         carried["seed"] == 9 and carried["strength"] == 0.5 and carried["num_inference_steps"] == 4
     )
     assert carried["model"] == "the model in the box" and carried["mode"] == "edit"
+
+
+def test_the_page_starts_at_the_settings_of_the_folder(model, tmp_path):
+    few = tmp_path / "few"
+    tiny = LocalDiTPipeline.from_pretrained(model, num_inference_steps=4, guidance_scale=1.0)
+    tiny.save_pretrained(few)
+    for folder, settings in ((few, (4, 1.0)), ("box", (20, 2.0)), (model, (20, 7.0))):
+        first = demo.page_model(demo.build_parser().parse_args(["--model", str(folder)])).config
+        assert (first.denoising_steps, first.guidance_scale) == settings
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from localdit import utils
 from localdit.checkpoint import convert_to_single_file
 from localdit.cli import main, plan
+from localdit.cli.drawing import generate_parser
+from localdit.config import Config
 from localdit.images import load_image, read_metadata, save_image
 from localdit.pipelines import LocalDiTPipeline
 from tests.tiny import tiny_pipeline
@@ -138,7 +140,51 @@ def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
     assert utils.DOWNLOAD_COMMAND in capsys.readouterr().err
     a, b = read_metadata("a.png"), read_metadata("b.png")
     assert a == b
-    assert (a["model"], a["guidance_scale"]) == ("the model in the box", 2.0)
+    assert a["model"] == "the model in the box"
+
+
+def few_step_copy(model, folder):
+    """A copy of a pipeline's folder that says it is for 4 steps without guidance."""
+    shutil.copytree(model, folder)
+    index = Path(folder, "model_index.json")
+    own = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    index.write_text(json.dumps(json.loads(index.read_text()) | own))
+    return folder
+
+
+def test_a_folder_says_which_steps_and_guidance_suit_it(here, model):
+    quick = few_step_copy(model, "quick")
+    drawn = {"a.png": [], "b.png": ["--steps", "3"], "c.png": ["--guidance-scale", "20"]}
+    made = {}
+    for name, options in drawn.items():
+        argv = ["generate", "a cat", "--model", quick, "--device", "cpu", "-o", name, *options]
+        assert main(argv) == 0
+        made[name] = read_metadata(name)
+    settings = [(m["num_inference_steps"], m["guidance_scale"]) for m in made.values()]
+    assert settings == [(4, 1.0), (3, 1.0), (4, 20.0)]
+
+
+def test_a_config_that_differs_from_the_defaults_wins_over_the_folder(here, model):
+    quick = few_step_copy(model, "quick")
+    args = generate_parser().parse_args(["a cat", "--model", quick])
+    given = [{}, {"guidance_scale": 3.0}, {"denoising_steps": 9}]
+    chosen = [plan.choose_model(args, Config(**one)).config for one in given]
+    settings = [(config.denoising_steps, config.guidance_scale) for config in chosen]
+    assert settings == [(4, 1.0), (4, 3.0), (9, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; expected at least 1"),
+        ({"guidance_scale": "high"}, "guidance_scale is 'high' of type str"),
+    ],
+)
+def test_an_unusable_setting_of_a_folder_is_a_mistake(here, model, capsys, entry, message):
+    index = Path(few_step_copy(model, "quick"), "model_index.json")
+    index.write_text(json.dumps(json.loads(index.read_text()) | entry))
+    assert draw("generate", "quick", "a cat") == 2
+    assert f"quick/model_index.json: {message}" in capsys.readouterr().err
 
 
 def test_the_architecture_is_read_from_a_checkpoint_file(here, model):

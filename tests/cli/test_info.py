@@ -74,6 +74,8 @@ def test_a_pipeline(model, info):
     assert found["vae"]["parameters"] == count(pipe.vae)
     assert found["transformer"]["dtype"] == "F32"
     assert "3 heads x 8 channels, windows of 2 x 2" in found["transformer"]["model"]
+    settings = {"num_inference_steps": 20, "guidance_scale": 7.0}
+    assert found[str(model)] | settings == found[str(model)]
 
 
 def test_a_pipeline_without_all_its_parts(model, here, info):

@@ -42,7 +42,7 @@ def test_text_to_image_without_options_uses_the_model_in_the_box(boxed, capsys):
         "negative_prompt": "",
         "seed": 1,
         "num_inference_steps": 2,
-        "guidance_scale": SCENES.config["guidance_scale"],
+        "guidance_scale": 7.0,
         "height": 64,
         "width": 64,
         "model": "the model in the box",

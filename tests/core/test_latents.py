@@ -11,8 +11,7 @@ from localdit.core import latents as latents_module
 from localdit.core import tiling
 from localdit.core.latents import LatentFormat, LatentSpace
 from localdit.pipelines import LocalDiTImg2ImgPipeline
-from localdit.pipelines.request import Request, TextEmbeddings
-from tests.tiny import tiny_components, tiny_vae
+from tests.tiny import request_of, tiny_components, tiny_vae
 
 KINDS = ("sdxl", "sd3", "dc", "tiny", "statistics")
 POSTERIOR = ("sdxl", "sd3", "statistics")
@@ -119,14 +118,7 @@ def test_pipelines_encode_to_the_same_bits_as_training(kind, monkeypatch):
     """Training encodes uint8 pictures to the mode; so does image to image, with the mode."""
     pipe = LocalDiTImg2ImgPipeline(**tiny_components(vae=kind))
     pixels = random_pixels(2, 3, 64, 128)
-    request = Request(
-        prompt=["a", "b"], negative_prompt="", height=64, width=128, num_inference_steps=1,
-        timesteps=None, sigmas=None, guidance_scale=1.0, guidance_interval=(0.0, 1.0),
-        num_images_per_prompt=1, eta=0.0, generator=None, latents=None,
-        text=TextEmbeddings(None, None, None, None), output_type="pt", return_dict=True,
-        callback_on_step_end=None, callback_on_step_end_tensor_inputs=(), max_sequence_length=9,
-        cross_attention_kwargs=None,
-    )  # fmt: skip
+    request = request_of(prompt=["a", "b"], width=128)
     monkeypatch.setattr(
         DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
     )

@@ -381,6 +381,16 @@ def test_cancelling_stops_the_drawing_and_the_next_one_is_drawn(client):
     assert connected.predict(*arguments(), api_name="/draw")[0]
 
 
+def test_the_sliders_start_at_the_settings_and_reach_them():
+    config = Config(denoising_steps=200, guidance_scale=0.0)
+    offer = Offer(config, "", ["a red circle"], {"edit": 0.8}, None, 16)
+    with gradio.Blocks():
+        page = controls.Controls(offer)
+    steps, guidance = page.num_inference_steps, page.guidance_scale
+    assert (steps.minimum, steps.value, steps.maximum) == (1, 200, 200)
+    assert (guidance.minimum, guidance.value, guidance.maximum) == (0, 0, 15)
+
+
 def test_the_longest_side_is_twice_the_first_one():
     offer = Offer(Config(height=768, width=1024), "", ["a"], {}, None, 32)
     assert offer.sides == (32, 2048, 32)

@@ -12,6 +12,7 @@ from diffusers import (
 from PIL import Image
 
 from localdit.pipelines import LocalDiTImg2ImgPipeline
+from tests.tiny import request_of
 
 
 @pytest.fixture
@@ -190,17 +191,15 @@ def test_half_precision_is_finite(image):
 @pytest.mark.parametrize("steps", [1, 7, 20])
 @pytest.mark.parametrize("strength", [0.1, 0.29, 0.5, 0.8, 1.0])
 def test_the_last_steps_are_taken(img2img, steps, strength):
-    img2img.scheduler.set_timesteps(steps)
-    kept = img2img.get_timesteps(strength)
+    kept = img2img.set_timesteps(request_of(num_inference_steps=steps, strength=strength))
     assert len(kept) == int(steps * strength)
     assert torch.equal(kept, img2img.scheduler.timesteps[steps - len(kept) :])
     assert img2img.scheduler.begin_index == steps - len(kept)
 
 
 def test_a_strength_below_one_step_gives_a_warning(img2img, caplog):
-    img2img.scheduler.set_timesteps(5)
     with caplog.at_level(logging.WARNING):
-        assert len(img2img.get_timesteps(0.1)) == 0
+        assert len(img2img.set_timesteps(request_of(num_inference_steps=5, strength=0.1))) == 0
     assert "Strength 0.1 of 5 steps is less than one step" in caplog.text
 
 
@@ -210,8 +209,7 @@ def test_a_strength_below_one_step_gives_a_warning(img2img, caplog):
 def test_the_noise_is_that_of_the_first_timestep_to_come(img2img, scheduler, seeded):
     """The result is `alpha x + sigma n`, or `x + sigma n` for schedulers with sigmas."""
     pipe = LocalDiTImg2ImgPipeline(**{**img2img.components, "scheduler": scheduler()})
-    pipe.scheduler.set_timesteps(10)
-    schedule = pipe.get_timesteps(0.5)
+    schedule = pipe.set_timesteps(request_of(num_inference_steps=10, strength=0.5))
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=seeded())
     noised = pipe.add_noise(latents, noise, schedule)
     alpha = pipe.scheduler.alphas_cumprod[schedule[0].long()]

@@ -17,6 +17,7 @@ from torch import nn
 from localdit.core.conditions import size_conditions
 from localdit.core.diffusion import Objective
 from localdit.core.parts import Encoders
+from localdit.core.settings import SamplingSettings
 from localdit.core.text import pad_states
 from localdit.training.data.batches import Batch
 
@@ -108,20 +109,11 @@ class Sampling:
 
     Attributes:
         scheduler: the scheduler.
-        num_inference_steps, guidance_scale: values that suit the model; None means the defaults.
+        settings: the steps and guidance that suit the model.
     """
 
     scheduler: SchedulerMixin
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-
-    def settings(self) -> dict[str, float]:
-        """Return steps and guidance as a folder's index names them, as far as they are set."""
-        values = {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-        }
-        return {name: value for name, value in values.items() if value is not None}
+    settings: SamplingSettings
 
 
 class Method(ABC):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
+from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.flops import forward_flops
 from localdit.training.initialization import load_frozen
@@ -67,7 +68,9 @@ class Distillation(FineTuning):
             objective,
             args.lora_rank is not None,
             {TEACHER: load_frozen(args.teacher, transformer).to(device)},
-            args.teacher_guidance_scale,
+            read_settings(args.teacher.parent).guidance_scale
+            if args.teacher_guidance_scale is None
+            else args.teacher_guidance_scale,
             args.teacher_steps,
         )
 
@@ -75,7 +78,7 @@ class Distillation(FineTuning):
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
         """Return the consistency model's scheduler, and `--student-steps` without guidance."""
         scheduler = objective.few_step_scheduler(args.teacher_steps)
-        return Sampling(scheduler, args.student_steps, guidance_scale=1.0)
+        return Sampling(scheduler, SamplingSettings(args.student_steps, guidance_scale=1.0))
 
     def teacher_prediction(
         self, teacher: nn.Module, noised: torch.Tensor, inputs: Inputs, timesteps: torch.Tensor

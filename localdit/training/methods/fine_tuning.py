@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
+from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models.flops import forward_flops
 from localdit.training.methods import Inputs, Method, Sampling, noised_prediction
 from localdit.training.state import TRANSFORMER
@@ -63,8 +64,10 @@ class FineTuning(Method):
 
     @classmethod
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
-        """Return the way to sample from the result."""
-        return Sampling(objective.sampling_scheduler())
+        """Return the way to sample from the result: steps and guidance are those of the start."""
+        start = args.transformer or args.teacher
+        settings = read_settings(start.parent) if start else SamplingSettings()
+        return Sampling(objective.sampling_scheduler(), settings)
 
     @classmethod
     def frozen_models(

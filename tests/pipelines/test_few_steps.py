@@ -1,0 +1,164 @@
+"""Pipelines that name their steps and guidance, and the schedulers of few-step models."""
+
+import json
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
+
+from localdit.core.diffusion import NOISE_SCHEDULE, Objective
+from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
+from tests.tiny import tiny_components
+
+OWN = {"num_inference_steps": 4, "guidance_scale": 1.0}
+KINDS = {
+    "epsilon": lambda: LCMScheduler(**NOISE_SCHEDULE),
+    "v_prediction": lambda: LCMScheduler(**NOISE_SCHEDULE, prediction_type="v_prediction"),
+    "flow": FlowMatchLCMScheduler,
+}
+
+
+@pytest.fixture(params=KINDS)
+def objective(request):
+    return Objective(request.param)
+
+
+def few_step_pipe(kind, scheduler, components=None):
+    pipe = kind(**{**(components or tiny_components()), "scheduler": scheduler}, **OWN)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def watch(pipe, monkeypatch):
+    """Record the latents and the timestep of each call of the transformer."""
+    seen, forward = [], pipe.transformer.forward
+
+    def spy(latents, timestep, **kwargs):
+        seen.append((latents, timestep))
+        return forward(latents, timestep=timestep, **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "forward", spy)
+    return seen
+
+
+# Settings of a folder
+
+
+def own(pipe):
+    return {name: pipe.config[name] for name in OWN}
+
+
+def test_a_call_takes_the_settings_of_the_pipeline_unless_it_gives_its_own(monkeypatch):
+    pipe = few_step_pipe(LocalDiTPipeline, LCMScheduler())
+    seen = watch(pipe, monkeypatch)
+    pipe("a cat", output_type="latent")
+    assert [len(latents) for latents, _ in seen] == [1] * 4
+    seen.clear()
+    pipe("a cat", output_type="latent", num_inference_steps=2, guidance_scale=3.0)
+    assert [len(latents) for latents, _ in seen] == [2] * 2
+
+
+def test_settings_are_saved_loaded_and_passed_on(tmp_path):
+    pipe = few_step_pipe(LocalDiTPipeline, LCMScheduler())
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index | OWN == index
+    call = '"a photo of a mountain lake at sunset", num_inference_steps=4, guidance_scale=1.0\n'
+    assert call in (tmp_path / "README.md").read_text()
+    loaded = LocalDiTInpaintPipeline.from_pretrained(tmp_path)
+    others = [
+        loaded,
+        LocalDiTImg2ImgPipeline.from_pipe(loaded),
+        LocalDiTPipeline.from_pipe(loaded, torch_dtype=torch.float32),
+        AutoPipelineForImage2Image.from_pipe(pipe),
+    ]
+    assert [own(other) for other in others] == [OWN] * 4
+    changed = LocalDiTPipeline.from_pipe(loaded, guidance_scale=2.5)
+    assert own(changed) == {"num_inference_steps": 4, "guidance_scale": 2.5}
+    changed = LocalDiTPipeline.from_pretrained(tmp_path, num_inference_steps=3)
+    assert own(changed) == {"num_inference_steps": 3, "guidance_scale": 1.0}
+
+
+def test_a_folder_without_settings_has_the_defaults(tmp_path):
+    few_step_pipe(LocalDiTPipeline, LCMScheduler()).save_pretrained(tmp_path)
+    file = tmp_path / "model_index.json"
+    file.write_text(
+        json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in OWN})
+    )
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path)
+    assert own(loaded) == {"num_inference_steps": 20, "guidance_scale": 7.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_scale": -1.0}))
+    with pytest.raises(ValueError, match=r"model_index\.json: guidance_scale is -1\.0"):
+        LocalDiTPipeline.from_pretrained(tmp_path)
+
+
+def test_unusable_settings_are_refused():
+    with pytest.raises(ValueError, match="num_inference_steps is 0"):
+        LocalDiTPipeline(**tiny_components(), num_inference_steps=0)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("steps", [4, 2, 1])
+def test_text_to_image_takes_even_steps_from_pure_noise(objective, steps, monkeypatch):
+    pipe = few_step_pipe(LocalDiTPipeline, KINDS[objective.prediction_type]())
+    seen = watch(pipe, monkeypatch)
+    pipe("a cat", num_inference_steps=steps, output_type="latent")
+    taken = [timestep.item() for _, timestep in seen]
+    # LCM's levels are 20 timesteps apart.
+    last = 1000 if objective.is_flow else 999
+    assert taken == pytest.approx([last - i * 1000 / steps for i in range(steps)], abs=20)
+    assert taken[0] == last
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("steps", [4, 2, 1])
+@pytest.mark.parametrize("kind", [LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline])
+def test_all_steps_are_taken_from_the_noise_of_the_strength(
+    objective, kind, steps, strength, monkeypatch
+):
+    pipe = few_step_pipe(kind, KINDS[objective.prediction_type]())
+    seen = watch(pipe, monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    image, noise = torch.randn(2, 1, 4, 8, 8, generator=generator)
+    mask = {"mask_image": torch.ones(1, 1, 64, 64)} if kind is LocalDiTInpaintPipeline else {}
+    pipe(
+        "a cat", image, **mask, latents=noise, strength=strength, num_inference_steps=steps,
+        generator=generator, output_type="latent",
+    )  # fmt: skip
+    assert len(seen) == steps
+    start, timestep = seen[0]
+    assert timestep.item() == pytest.approx(1000 * strength, abs=1)
+    if strength == 1 and mask:
+        assert torch.equal(start, noise)
+    else:
+        torch.testing.assert_close(start, objective.add_noise(image, noise, timestep))
+
+
+@pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler, FlowMatchLCMScheduler])
+def test_strengths_of_less_than_the_steps(scheduler, caplog, monkeypatch):
+    """LCM tells 50 levels apart: a strength of 0.05 leaves two of them, and 0.01 none."""
+    pipe = few_step_pipe(LocalDiTImg2ImgPipeline, scheduler())
+    seen = watch(pipe, monkeypatch)
+    image = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    flow = scheduler is FlowMatchLCMScheduler
+    for strength, taken in ((0.05, 4 if flow else 2), (0.01, 4 if flow else 0), (0.0, 0)):
+        seen.clear()
+        result = pipe("a cat", image, strength=strength, output_type="latent").images
+        assert len(seen) == taken
+        assert torch.equal(result, image) == (taken == 0)
+    assert ("no step is taken" in caplog.text) != flow
+
+
+def test_a_custom_schedule_is_cut_as_with_other_schedulers(monkeypatch):
+    pipe = few_step_pipe(LocalDiTImg2ImgPipeline, FlowMatchLCMScheduler())
+    seen = watch(pipe, monkeypatch)
+    image = torch.zeros(1, 4, 8, 8)
+    pipe("a cat", image, strength=0.5, sigmas=[1.0, 0.9, 0.4, 0.2], output_type="latent")
+    assert [timestep.item() for _, timestep in seen] == pytest.approx([400, 200])
