@@ -8,6 +8,7 @@ from hashlib import sha256
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import LCMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -364,16 +365,33 @@ def test_a_few_step_student_is_a_folder_that_knows_its_steps(train, workplace, k
     assert pipe.num_timesteps == 2
 
 
-def test_a_few_step_lora_and_several_processes_of_one_batch(train, workplace):
+def test_a_few_step_lora_comes_with_its_scheduler(train, workplace):
     teacher = workplace / "pipeline/transformer"
-    adapters = train("lora", "--method", "distil", "--teacher", teacher, "--lora-rank", "2")
-    assert (adapters / "final/pytorch_lora_weights.safetensors").is_file()
+    run = train("lora", "--method", "distil", "--teacher", teacher, "--lora-rank", "2")
+    assert (run / "final/pytorch_lora_weights.safetensors").is_file()
+    scheduler = LCMScheduler.from_pretrained(run / "final/scheduler")
+    base = json.loads((run / "final/base.json").read_text())
+    assert (base["num_inference_steps"], base["guidance_scale"]) == (4, 1.0)
+    pipe = LocalDiTPipeline.from_pretrained(workplace / "pipeline", scheduler=scheduler)
+    pipe.load_lora_weights(run / "final")
+    pipe("a red square", num_inference_steps=4, guidance_scale=1.0, output_type="latent")
+
+
+def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp_path):
+    shutil.copytree(workplace / "pipeline", tmp_path / "guided")
+    index = tmp_path / "guided/model_index.json"
+    values = json.loads(index.read_text()) | {"num_inference_steps": 12, "guidance_scale": 2.5}
+    index.write_text(json.dumps(values))
+    run = train("run", "--transformer", tmp_path / "guided/transformer", "--image-size", "64")
+    written = json.loads((run / "final/model_index.json").read_text())
+    assert (written["num_inference_steps"], written["guidance_scale"]) == (12, 2.5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "distil"], "--teacher and --method distil .* go together"),
+        (["--method", "distil"], "--method distil and --teacher go together"),
+        (["--teacher", "TEACHER"], "--teacher is for --method knowledge-distillation and distil"),
         (["--teacher-steps", "10"], "--teacher-steps is for --method distil"),
         (["--method", "distil", "--teacher", "TEACHER", "--teacher-steps", "3"],
          "--teacher-steps is 3; expected at least --student-steps, which is 4"),

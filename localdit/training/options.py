@@ -391,10 +391,10 @@ def _check(args: argparse.Namespace) -> None:
         check_objective(args)
     if args.transformer and not args.transformer.exists():
         raise ValueError(f"--transformer {args.transformer} does not exist")
-    if (args.method == "fine-tuning") != (args.teacher is None):
-        raise ValueError(
-            "--teacher and --method distil or knowledge-distillation go together: give both"
-        )
+    if args.method == "fine-tuning" and args.teacher is not None:
+        raise ValueError("--teacher is for --method knowledge-distillation and distil: give one")
+    if args.method != "fine-tuning" and args.teacher is None:
+        raise ValueError(f"--method {args.method} and --teacher go together: give both")
     for name in DISTIL_OPTIONS:
         if args.method != DISTIL and getattr(args, name) is not None:
             raise ValueError(f"{_flag(name)} is for --method {DISTIL}")
