@@ -32,6 +32,7 @@ METHODS = {
 DISTIL = "distil"
 DISTILLATIONS = {
     "latent-consistency": "distillation.LatentConsistency",
+    "trajectory": "distillation.TrajectoryDistillation",
     "continuous-consistency": "distillation.ContinuousConsistency",
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")

@@ -39,6 +39,14 @@ class Inputs(NamedTuple):
     conditions: dict[str, torch.Tensor | None]
     empty_text: torch.Tensor | None = None
 
+    def repeated(self, times: int) -> Inputs:
+        """Return the inputs with the whole batch repeated, `times * B` rows."""
+        return self._replace(
+            latents=self.latents.repeat(times, 1, 1, 1),
+            text=self.text.repeat(times, 1, 1),
+            text_mask=self.text_mask.repeat(times, 1),
+        )
+
     def without_captions(self) -> Inputs:
         """Return the inputs with the empty caption in all rows, for classifier-free guidance."""
         assert self.empty_text is not None

@@ -26,7 +26,8 @@ from localdit.training.state import TRANSFORMER
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-HUBER = 0.001  # of the pseudo-Huber loss (Luo et al., 2023, appendix)
+HUBER = 0.001  # c of the pseudo-Huber loss (Luo et al., 2023)
+TRAJECTORY_HUBER = 0.03
 DIFFERENCE = 5  # timesteps to either side in finite differences
 TANGENT = 0.1  # c in the normalised tangent g / (|g| + c) (Lu & Song, 2024, section 4.1)
 
@@ -159,8 +160,64 @@ class LatentConsistency(Distillation):
         answer, target = self.answers(
             models[TRANSFORMER], models[TEACHER], inputs, noise, positions
         )
-        distance = (answer - target).square()
-        return ((distance + HUBER**2).sqrt() - HUBER).flatten(1).mean(dim=1)
+        return _huber(answer - target, HUBER)
+
+
+class TrajectoryDistillation(Distillation):
+    """Regression on the ends of the teacher's trajectories (Luhman & Luhman, 2021, section 3).
+
+    The teacher draws from noise in `teacher_steps` steps, and from each of them the student answers
+    with the picture at the end. In the paper, it only answers from the noise. The targets do not
+    depend on the student, so it learns sooner than by consistency if the teacher needs few steps.
+    Of the data, only the captions matter.
+    """
+
+    passes = 0
+
+    def trajectory(
+        self, teacher: nn.Module, inputs: Inputs, noise: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """Return noised latents `(B, C, h, w)`, their timesteps `(B,)`, and the latents at the end.
+
+        There are `teacher_steps` of the first two, and the first ones have the most noise.
+        """
+        steps, objective = self.teacher_steps, self.objective
+        positions = torch.arange(steps, device=noise.device).flip(0).add(0.5).div(steps)
+        levels = zip(*objective.grid(positions, steps), strict=True)
+        points, timesteps = [], []
+        noised: torch.Tensor | None = None
+        for now, lower in levels:
+            timestep, goal = (one.expand(len(noise)) for one in (now, lower))
+            if noised is None:
+                noised = objective.add_noise(inputs.latents, noise, timestep)
+            points.append(noised)
+            timesteps.append(timestep)
+            guided = self.teacher_prediction(teacher, noised, inputs, timestep)
+            noised = objective.move(noised, guided, timestep, goal).float()
+        assert noised is not None
+        return points, timesteps, noised
+
+    def losses(
+        self,
+        models: Mapping[str, nn.Module],
+        inputs: Inputs,
+        noise: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the mean pseudo-Huber distance of each sample's answers from its end, `(B,)`."""
+        with torch.no_grad():
+            points, timesteps, end = self.trajectory(models[TEACHER], inputs, noise)
+        count = len(points)
+        everywhere = inputs.repeated(count)
+        answers = self.consistent(
+            models[TRANSFORMER], torch.cat(points), everywhere, torch.cat(timesteps)
+        )
+        distances = _huber(answers.float() - end.repeat(count, 1, 1, 1), TRAJECTORY_HUBER)
+        return distances.view(count, -1).mean(dim=0)
+
+    def step_flops(self, inputs: Inputs) -> int:
+        """Return the operations of the teacher's steps and of the student's at each of them."""
+        return self.teacher_steps * super().step_flops(inputs)
 
 
 class ContinuousConsistency(Distillation):
@@ -203,3 +260,8 @@ class ContinuousConsistency(Distillation):
             size = tangent.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
             target = prediction + tangent / (size + TANGENT)
         return (prediction - target).square().flatten(1).mean(dim=1)
+
+
+def _huber(difference: torch.Tensor, c: float) -> torch.Tensor:
+    """Return the mean pseudo-Huber norm of each sample's difference `(B, C, h, w)`, `(B,)`."""
+    return ((difference.square() + c**2).sqrt() - c).flatten(1).mean(dim=1)
