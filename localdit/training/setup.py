@@ -203,7 +203,7 @@ def load_models(
             manifest.latents_mean,
             manifest.latents_std,
         )
-    transformer = initialization.load_transformer(args, text_width, latents.channels)
+    transformer = initialization.load_transformer(args, text_width, latents)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     result = _result_folder(args, transformer, objective, sources)
     transformer.to(device)
