@@ -15,8 +15,10 @@ from PIL import Image
 from localdit import LocalDiTPipeline
 from localdit.cli import main as cli
 from localdit.config import Config
+from localdit.core.latents import LatentFormat
 from localdit.demo.artist import Artist, Settings, Step
 from localdit.images import load_image
+from localdit.models import PRESETS
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline
 from localdit.training.encode.__main__ import main as encode
 from localdit.training.initialization import load_transformer
@@ -276,10 +278,44 @@ def test_a_transformer_of_other_channels_is_refused(kind, workplace, train, pipe
 @pytest.mark.parametrize("channels", [16, 32])
 def test_a_preset_follows_the_latent_space(channels):
     args = argparse.Namespace(
-        transformer=None, transformer_config="tiny", lora_rank=None, gradient_checkpointing=False
-    )
-    config = load_transformer(args, text_width=16, latent_channels=channels).config
+        transformer=None, transformer_config="tiny", new_latents=None, lora_rank=None,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    config = load_transformer(args, 16, LatentFormat(channels, 8)).config
     assert (config.in_channels, config.out_channels) == (channels, channels)
+
+
+@pytest.mark.parametrize(("vae", "preset"), [("dc", "released-f32"), ("f16", "released-f16")])
+def test_a_preset_for_compact_latents_trains_from_nothing(vae, preset, main, tmp_path, monkeypatch):
+    """From pictures and from encoded data; the preset has fewer and narrower layers here."""
+    smaller = {"num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 8, "window_size": 2}
+    monkeypatch.setitem(PRESETS, preset, PRESETS[preset] | smaller)
+    folder = make_workplace(tmp_path, vae)
+    encoders = f"{folder}/pipeline"
+    same = ["--image-size", 128, "--max-upscale", 3, "--crop", "center", "--max-train-steps", 2]
+    shape = ["--transformer-config", preset]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    encode([
+        "--data-root", f"{folder}/pictures", "--pretrained", encoders, "--output", f"{folder}/data",
+        "--image-size", "128", "--max-upscale", "3", "--crop", "center", "--window-size", "2",
+        "--patch-size", "1", "--num-workers", "0",
+    ])  # fmt: skip
+    runs = []
+    for name, data in (("pictures", "pictures"), ("encoded", "data")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        argv = options(folder, folder / f"run-{name}", *same, *shape, "--data-root", folder / data)
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        assert main() == 0
+        runs.append(lines(folder / f"run-{name}"))
+        config = json.loads((folder / f"run-{name}/final/transformer/config.json").read_text())
+        assert (config["in_channels"], config["patch_size"]) == (32, 1)
+        assert config["sample_size"] == 128 // {"dc": 32, "f16": 16}[vae]
+        assert config["interpolation_scale"] == PRESETS[preset]["interpolation_scale"]
+        pipeline = LocalDiTPipeline.from_pretrained(folder / f"run-{name}/final")
+        pipeline.set_progress_bar_config(disable=True)
+        assert drawn(pipeline).shape == (1, 3, 128, 128)
+    for a, b in zip(*runs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)  # text in bfloat16
 
 
 def test_predictions_have_as_many_channels_as_latents(tmp_path):
@@ -296,7 +332,7 @@ def test_predictions_have_as_many_channels_as_latents(tmp_path):
         )
     )
     args = argparse.Namespace(
-        transformer=None, transformer_config=str(tmp_path / "shape.json"), lora_rank=None,
-        gradient_checkpointing=False,
+        transformer=None, transformer_config=str(tmp_path / "shape.json"), new_latents=None,
+        lora_rank=None, gradient_checkpointing=False,
     )  # fmt: skip
-    assert load_transformer(args, text_width=16, latent_channels=16).config.out_channels == 16
+    assert load_transformer(args, 16, LatentFormat(16, 8)).config.out_channels == 16

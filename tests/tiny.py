@@ -44,9 +44,9 @@ def tiny_vae(kind: str = "sdxl") -> AutoencoderKL | AutoencoderDC | AutoencoderT
 
     Args:
         kind: "sdxl", or a kind of another latent space: "sd3" (16 channels and a shift), "dc" (32
-            channels and 32 pixels per latent), "tiny" (16
-            channels, no posterior) or "statistics" (a mean and a
-            standard deviation per channel).
+            channels and 32 pixels per latent), "f16" (32 channels and 16 pixels per latent), "tiny"
+            (16 channels, no posterior) or "statistics" (a mean and a standard deviation per
+            channel).
     """
     if kind == "dc":
         channels = (4, 4, 8, 8, 16, 32)
@@ -82,6 +82,7 @@ def tiny_vae(kind: str = "sdxl") -> AutoencoderKL | AutoencoderDC | AutoencoderT
             "use_quant_conv": False,
             "use_post_quant_conv": False,
         },
+        "f16": {"latent_channels": 32, "scaling_factor": 0.5},
         "statistics": {
             "latent_channels": 4,
             "scaling_factor": 0.5,
@@ -89,10 +90,11 @@ def tiny_vae(kind: str = "sdxl") -> AutoencoderKL | AutoencoderDC | AutoencoderT
             "latents_std": (0.5, 1.0, 2.0, 0.25),
         },
     }
+    channels = (4, 4, 4, 8, 8) if kind == "f16" else (4, 4, 8, 8)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
         layers_per_block=1,
         norm_num_groups=2,
         sample_size=64,
@@ -106,6 +108,7 @@ def tiny_shape(vae: str) -> dict:
         "sd3": {"in_channels": 16, "out_channels": 16},
         "tiny": {"in_channels": 16, "out_channels": 16},
         "dc": {"in_channels": 32, "out_channels": 32, "patch_size": 1, "sample_size": 4},
+        "f16": {"in_channels": 32, "out_channels": 32, "patch_size": 1, "sample_size": 4},
     }.get(vae, {})
 
 

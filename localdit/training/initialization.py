@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from localdit.checkpoint import inspect_checkpoint
 from localdit.core.diffusion import prediction_type_of
+from localdit.core.latents import LatentFormat
 from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
 from localdit.models.conversion import transformer_folder
@@ -18,6 +20,12 @@ from localdit.parsing import say
 from localdit.training.options import PREDICTION_TYPES, check_objective
 from localdit.training.pixart import is_pixart, start_from_pixart
 from localdit.training.state import saved_options
+from localdit.training.transfer import (
+    initialize_latent_layers,
+    latent_note,
+    latent_shape,
+    start_from_other_latents,
+)
 
 
 def encoder_sources(args: argparse.Namespace) -> dict[str, str]:
@@ -38,49 +46,78 @@ def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
             `--transformer` is not a checkpoint.
     """
     if args.transformer is None or is_pixart(args.transformer):
-        return _shape(args.transformer_config)
-    if args.transformer.is_dir():
-        return _public(transformer_folder(args.transformer)[1])
-    return inspect_checkpoint(args.transformer).config
+        shape = _shape(args.transformer_config)
+    elif args.transformer.is_dir():
+        shape = _public(transformer_folder(args.transformer)[1])
+    else:
+        shape = inspect_checkpoint(args.transformer).config
+    return shape if args.new_latents is None else shape | {"patch_size": args.new_latents}
 
 
 def load_transformer(
-    args: argparse.Namespace, text_width: int, latent_channels: int
+    args: argparse.Namespace, text_width: int, latents: LatentFormat
 ) -> LocalDiTTransformer2DModel:
     """Return the transformer to train, in float32: new, or with the weights of `--transformer`.
 
     Args:
         args: the options.
-        text_width, latent_channels: channels of text and latents. A preset adapts to them.
+        text_width: channels of the text.
+        latents: the latents to train on. A preset adapts to their channels and to `text_width`.
 
     Raises:
         ValueError: if the transformer can't be trained, or does not fit the encoders.
     """
-    source = args.transformer
+    source, patch_size = args.transformer, args.new_latents
     if args.lora_rank is not None and is_pixart(source):
         raise ValueError(
             f"--transformer {source} is a PixArt, whose weights must all be trained to become a "
             "LocalDiT: leave out --lora-rank, or name a LocalDiT."
         )
     if source is None or is_pixart(source):
-        shape = _shape(args.transformer_config)
-        if args.transformer_config in PRESETS:
-            shape = shape | {
-                "caption_channels": text_width,
-                "in_channels": latent_channels,
-                "out_channels": latent_channels,
-            }
-        shape.setdefault("out_channels", shape.get("in_channels", 4))
-        transformer = LocalDiTTransformer2DModel(**shape)
-        initialize_weights(transformer)
+        transformer = _new_transformer(args, text_width, latents)
         if source is not None:
-            say(str(start_from_pixart(transformer, source)))
+            report = start_from_pixart(transformer, source, patch_size is not None)
+            if patch_size is not None:
+                note = latent_note(transformer.config, latents.pixels_per_latent)
+                report = replace(report, notes=(note,))
+            say(str(report))
     else:
         transformer = _loaded(source)
-    check_fit(transformer, text_width, latent_channels)
+        if patch_size is not None:
+            largest = max(stage.image_size for stage in args.stages)
+            transformer, report = start_from_other_latents(
+                transformer, source, latents, patch_size, largest
+            )
+            say(str(report))
+    remedy = "set in_channels in --transformer-config, or choose another --vae"
+    if source is not None:
+        remedy = (
+            "choose another --vae, or keep the weights that do not depend on the latents with "
+            "--new-latents and the side of a patch"
+        )
+    _check_fit(transformer, text_width, latents.channels, remedy)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer.train()
+
+
+def _new_transformer(
+    args: argparse.Namespace, text_width: int, latents: LatentFormat
+) -> LocalDiTTransformer2DModel:
+    """Return a new transformer of the shape in the options."""
+    shape = _shape(args.transformer_config)
+    if args.transformer_config in PRESETS:
+        shape = shape | {
+            "caption_channels": text_width,
+            "in_channels": latents.channels,
+            "out_channels": latents.channels,
+        }
+    if args.new_latents is not None:
+        shape = shape | latent_shape(latents, args.new_latents)
+    shape.setdefault("out_channels", shape.get("in_channels", 4))
+    transformer = LocalDiTTransformer2DModel(**shape)
+    initialize_weights(transformer)
+    return transformer
 
 
 def load_frozen(source: Path, like: LocalDiTTransformer2DModel) -> LocalDiTTransformer2DModel:
@@ -94,7 +131,8 @@ def load_frozen(source: Path, like: LocalDiTTransformer2DModel) -> LocalDiTTrans
         ValueError: if it does not fit the encoders.
     """
     frozen = _loaded(source)
-    check_fit(frozen, like.config.caption_channels, like.config.in_channels)
+    remedy = "name a teacher of these latents"
+    _check_fit(frozen, like.config.caption_channels, like.config.in_channels, remedy)
     return frozen
 
 
@@ -192,10 +230,14 @@ def _prediction_type_beside(transformer: Path) -> str | None:
     return prediction_type_of({"prediction_type": None} | _read_json(file, str(transformer)))
 
 
-def check_fit(
-    transformer: LocalDiTTransformer2DModel, text_width: int, latent_channels: int
+def _check_fit(
+    transformer: LocalDiTTransformer2DModel, text_width: int, latent_channels: int, remedy: str
 ) -> None:
-    """Raise ValueError unless the transformer fits the channels of text and latents."""
+    """Raise ValueError unless the transformer fits the channels of text and latents.
+
+    Args:
+        remedy: what to do about other latents, for the message.
+    """
     wanted = transformer.config.caption_channels
     if wanted != text_width:
         raise ValueError(
@@ -207,7 +249,7 @@ def check_fit(
     if wanted != latent_channels:
         raise ValueError(
             f"The transformer takes latents of {wanted} channels, the VAE gives {latent_channels}: "
-            "set in_channels in --transformer-config, or choose another --vae."
+            f"{remedy}."
         )
 
 
@@ -215,25 +257,20 @@ def check_fit(
 def initialize_weights(transformer: LocalDiTTransformer2DModel) -> None:
     """Initialise a new transformer in place, like DiT (Peebles & Xie, 2023) and PixArt.
 
-    Linear layers are Xavier-uniform with zero bias, and so is the patch embedding, a convolution
-    that acts as one. The embeddings of time and size, the AdaLN layer and the caption projection
-    start with weights of standard deviation 0.02. The output of cross-attention, the output layer
-    and the relative position biases start at zero, so the untrained model predicts zero and ignores
-    the text. Everything else keeps its initial values.
+    Linear layers are Xavier-uniform with zero bias. Patch embedding and output layer start as
+    `initialize_latent_layers` says. The embeddings of time and size, the AdaLN layer and the
+    caption projection start with weights of standard deviation 0.02. The output of cross-attention
+    and the relative position biases start at zero, so the untrained model, whose output layer is
+    zero, predicts zero and ignores the text. Everything else keeps its initial values.
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    patches = transformer.pos_embed.proj
-    nn.init.xavier_uniform_(patches.weight.flatten(1))
-    assert patches.bias is not None
-    nn.init.zeros_(patches.bias)
-
+    initialize_latent_layers(transformer)
     for name, parameter in transformer.named_parameters():
         if name.startswith(("adaln_single.", "caption_projection.")) and name.endswith(".weight"):
             nn.init.normal_(parameter, std=0.02)
         if name.endswith(("attn2.to_out.0.weight", "rel_pos_bias")):
             nn.init.zeros_(parameter)
-    nn.init.zeros_(transformer.proj_out.weight)

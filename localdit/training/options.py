@@ -50,8 +50,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "image_size", "max_caption_length", "max_upscale", "batch_size", "max_train_steps",
         "learning_rate", "gradient_clip", "gradient_accumulation_steps", "save_interval",
         "log_interval", "validation_interval", "flow_shift", "min_snr_gamma", "lora_rank",
-        "lora_alpha", "window_size", "patch_size", "samples_per_shard", "teacher_steps",
-        "student_steps",
+        "lora_alpha", "window_size", "patch_size", "samples_per_shard", "new_latents",
+        "teacher_steps", "student_steps",
     )),
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
@@ -248,8 +248,13 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from; without "
         "it, a new transformer is trained")  # fmt: skip
     add("--transformer-config", default="released",
-        help="shape of the transformer if it is new or starts from a PixArt: released, tiny, or a "
-        "JSON file")  # fmt: skip
+        help="shape of the transformer if it is new or starts from a PixArt: released, "
+        "released-f32 and released-f16 for VAEs with 32 or 16 pixels per latent, tiny, or a JSON "
+        "file")  # fmt: skip
+    add("--new-latents", type=int, metavar="PATCH_SIZE",
+        help="train the transformer of --transformer for the latents of another VAE: its patch "
+        "embedding, for patches of this side in latents, and its output layer are new, all other "
+        "weights are kept")  # fmt: skip
     add("--method", choices=list(METHODS), default="fine-tuning",
         help="learn from the data alone (fine-tuning, also for a new transformer), from the "
         "predictions of --teacher (knowledge-distillation), or to draw in a few steps what "
@@ -411,6 +416,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.teacher and not args.teacher.exists():
         raise ValueError(f"--teacher {args.teacher} does not exist")
+    if args.new_latents is not None and args.transformer is None:
+        raise ValueError(
+            "--new-latents keeps the other weights of a transformer: name it with --transformer; a "
+            "new one has its patch size in --transformer-config"
+        )
     _check_lora(args)
     for flag, package in (("use_wandb", "wandb"), ("use_tensorboard", "tensorboard")):
         if getattr(args, flag) and importlib.util.find_spec(package) is None:
@@ -455,6 +465,11 @@ def _check_lora(args: argparse.Namespace) -> None:
         return
     if args.transformer is None:
         raise ValueError("--lora-rank adapts existing weights: name them with --transformer")
+    if args.new_latents is not None:
+        raise ValueError(
+            "--new-latents makes layers that must be trained, and --lora-rank freezes all: leave "
+            "out one of them"
+        )
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"--lora-rank needs peft: {EXTRAS}")
 

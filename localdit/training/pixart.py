@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +36,7 @@ from localdit.checkpoint.reading import (
 from localdit.files import read_json
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.attention import LocalDiTAttention
+from localdit.training.transfer import LATENT_LAYERS, TransferReport
 
 BLOCK = "transformer_blocks."
 MARK = f"{BLOCK}0.attn1.to_q.weight"  # PixArt only: a LocalDiT has one tensor for q, k and v
@@ -44,41 +44,6 @@ MARK = f"{BLOCK}0.attn1.to_q.weight"  # PixArt only: a LocalDiT has one tensor f
 OURS = re.compile(r"\.norm_[qk]\.weight$|\.local_rel_pos_bias$|\.global_context\.")
 # Tensors in some files beside the weights: positions, and the embedding of the empty caption.
 BUFFERS = ("pos_embed.pos_embed", "caption_projection.y_embedding")
-
-
-@dataclass(frozen=True)
-class PixArtReport:
-    """A report on the weights that were copied from PixArt.
-
-    Attributes:
-        source: the file or folder.
-        blocks: the PixArt block that each block of the LocalDiT was copied from.
-        num_source_blocks: number of blocks of PixArt.
-        copied: names of the LocalDiT's parameters that were copied.
-        fresh: names of its other parameters.
-        unused: names of the tensors of PixArt that were not copied, apart from unused blocks.
-    """
-
-    source: Path
-    blocks: tuple[int, ...]
-    num_source_blocks: int
-    copied: tuple[str, ...]
-    fresh: tuple[str, ...]
-    unused: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """Return a few lines to print before training."""
-        # Names without the numbers of blocks, each once.
-        kinds = dict.fromkeys(re.sub(r"^transformer_blocks\.\d+\.", "", n) for n in self.fresh)
-        lines = [
-            f"Started from PixArt, {self.source}",
-            f"  blocks: {', '.join(map(str, self.blocks))} of 0 to {self.num_source_blocks - 1}",
-            f"  copied: {len(self.copied):,} parameters",
-            f"  fresh: {len(self.fresh):,} parameters ({', '.join(kinds) or 'none'})",
-        ]
-        if self.unused:
-            lines.append(f"  unused: {few(self.unused)}")
-        return "\n".join(lines)
 
 
 def is_pixart(source: Path) -> bool:
@@ -91,17 +56,22 @@ def is_pixart(source: Path) -> bool:
     return bool(paths) and MARK in open_files(paths)
 
 
-def start_from_pixart(transformer: LocalDiTTransformer2DModel, source: Path) -> PixArtReport:
+def start_from_pixart(
+    transformer: LocalDiTTransformer2DModel, source: Path, new_latents: bool = False
+) -> TransferReport:
     """Copy the weights of a PixArt into a new LocalDiT, in place.
 
     If PixArt also predicts a variance, that part is left out. If only the LocalDiT is conditioned
     on the picture's size, these embeddings start with an output of zero.
 
     Args:
-        transformer: a LocalDiT of the same width, heads and patch size. Of its m blocks, block i
-            comes from block `round(i * (n - 1) / (m - 1))` of PixArt's n.
+        transformer: a LocalDiT of the same width and heads, and with `new_latents=False` of the
+            same patch size and channels. Of its m blocks, block i comes from block
+            `round(i * (n - 1) / (m - 1))` of PixArt's n.
         source: a Diffusers folder of the transformer or its pipeline, or a `.safetensors` or `.pt`
             file with Diffusers' names.
+        new_latents: keep the patch embedding and the output layer of `transformer`, which is for
+            other latents than the PixArt.
 
     Raises:
         FileNotFoundError: if the file is missing.
@@ -121,7 +91,7 @@ def start_from_pixart(transformer: LocalDiTTransformer2DModel, source: Path) -> 
     _require_same_heads(transformer, paths[0])
     num_source = 1 + max(_block_number(name) for name in files)
     blocks = spaced_blocks(num_source, len(transformer.transformer_blocks))
-    routes = _find_routes(transformer, files, blocks, source)
+    routes = _find_routes(transformer, files, blocks, source, new_latents)
     unused = _unused(files, routes, blocks, source)
     _copy(transformer, files, routes)
     copied = {route.target for places in routes.values() for route in places}
@@ -129,7 +99,7 @@ def start_from_pixart(transformer: LocalDiTTransformer2DModel, source: Path) -> 
     fresh = tuple(name for name in names if name not in copied)
     _start_fresh(transformer, fresh)
     kept = tuple(name for name in names if name in copied)
-    return PixArtReport(source, blocks, num_source, kept, fresh, tuple(unused))
+    return TransferReport("PixArt", source, kept, fresh, tuple(unused), blocks, num_source)
 
 
 def spaced_blocks(num_source: int, num_blocks: int) -> tuple[int, ...]:
@@ -175,12 +145,13 @@ def _find_routes(
     files: Mapping[str, CheckpointFile],
     blocks: tuple[int, ...],
     source: Path,
+    new_latents: bool,
 ) -> dict[str, list[Route]]:
     """Return the destinations of each tensor of PixArt, after a check of names and shapes."""
     routes: dict[str, list[Route]] = {}
     missing, misshapen = [], []
     for target, parameter in transformer.named_parameters():
-        if OURS.search(target):
+        if OURS.search(target) or (new_latents and target.startswith(LATENT_LAYERS)):
             continue
         for name, part in _sources(target, blocks):
             if name not in files:
@@ -202,7 +173,8 @@ def _find_routes(
         problems += [f"with {few(misshapen)}"] * bool(misshapen)
         raise ValueError(
             f"{source} does not fit: it comes {', and '.join(problems)}. Give the LocalDiT the "
-            "width, patch size and caption channels of the PixArt."
+            "width, patch size and caption channels of the PixArt; for the latents of another VAE, "
+            "give --new-latents."
         )
     return routes
 
@@ -233,7 +205,8 @@ def _unused(
         ValueError: if one of them is unknown.
     """
     rest = [name for name in files if name not in routes and _block_number(name) in (-1, *blocks)]
-    unknown = [name for name in rest if name not in BUFFERS and not _of_size_embedders(name)]
+    known = (*BUFFERS, *LATENT_LAYERS)  # the latter are left out for other latents
+    unknown = [n for n in rest if not n.startswith(known) and not _of_size_embedders(n)]
     if unknown:
         raise ValueError(
             f"{source} has tensors that a LocalDiT of this configuration lacks: {few(unknown)}."

@@ -209,7 +209,7 @@ def load_models(
             manifest.latents_mean,
             manifest.latents_std,
         )
-    transformer = initialization.load_transformer(args, text_width, latents.channels)
+    transformer = initialization.load_transformer(args, text_width, latents)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     kind = _method_class(args)
     sampling = kind.sampling(args, objective)

@@ -65,7 +65,29 @@ def test_presets_build():
     for name, config in PRESETS.items():
         with torch.device("meta"):
             LocalDiTTransformer2DModel(**config)
-        assert name in ("released", "tiny")
+        assert name in ("released", "released-f32", "released-f16", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels_per_latent"), [("released-f32", 32), ("released-f16", 16)]
+)
+def test_presets_for_compact_latents_differ_from_the_released_model_in_two_layers(
+    name, pixels_per_latent
+):
+    """A pixel of a picture of 1024 x 1024 has the same position, and the size is a condition."""
+    with torch.device("meta"):
+        released, compact = (LocalDiTTransformer2DModel(**PRESETS[n]) for n in ("released", name))
+    shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (released, compact)]
+    assert shapes[0].keys() == shapes[1].keys()
+    different = {n for n, shape in shapes[0].items() if shapes[1][n] != shape}
+    assert different == {"pos_embed.proj.weight", "proj_out.weight", "proj_out.bias"}
+    assert released.use_additional_conditions and compact.use_additional_conditions
+    assert compact.config.sample_size * pixels_per_latent == released.config.sample_size * 8 == 1024
+    positions = [
+        model.pos_embed._axis(64 * 16 // token, torch.empty(1, 1, 1152))
+        for model, token in ((released, 16), (compact, pixels_per_latent))
+    ]
+    assert torch.equal(positions[0][:: pixels_per_latent // 16], positions[1])
 
 
 @pytest.mark.parametrize("size", [16, 64, 256])
