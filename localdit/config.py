@@ -79,6 +79,7 @@ class Config:
     text_encoder: str | Path = "google/flan-t5-xxl"  # with its tokenizer
     vae: str | Path = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
     scheduler: str | Path = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+    sampler: str | None = None  # a name of `localdit.core.samplers`; None samples with `scheduler`
     offload: Literal["model", "sequential"] | None = None  # idle parts stay in CPU memory
     text_encoder_quantization: Literal["8bit", "4bit"] | None = None  # needs bitsandbytes
 

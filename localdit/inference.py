@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .config import config_field, inference_settings
+from .core.samplers import make_sampler
 from .core.settings import SamplingSettings
 from .core.text import check_prompts
 from .images import fit_image, load_image, load_mask
@@ -46,7 +47,8 @@ def inference(
     """Draw one picture per prompt.
 
     `config` sets height, width, denoising_steps, guidance_scale, max_length and batch_size, the
-    number of pictures that are drawn at once; with an image also denoising_strength.
+    number of pictures that are drawn at once; with an image also denoising_strength. A sampler that
+    it names replaces the pipeline's scheduler.
 
     Args:
         pipe: the pipeline that `load_model` returned.
@@ -125,8 +127,11 @@ def inference_batches(
         negatives = _one_each("neg_prompts", neg_prompts, count)
         each["negative_prompt"] = check_prompts(negatives, "neg_prompts")
     _warn_of_settings(SamplingSettings.of(pipe.config), settings)
+    if config.sampler is not None:
+        made = make_sampler(config.sampler, pipe.scheduler)
+        pipe = _sibling(pipe, type(pipe), scheduler=made)
     if image is not None:
-        pipe = _sibling(pipe, "Img2Img" if mask is None else "Inpaint")
+        pipe = _of_task(pipe, "Img2Img" if mask is None else "Inpaint")
         settings["strength"] = strength
         each["image"] = [load_image(one) for one in _one_each("image", image, count)]
     if mask is not None:
@@ -214,13 +219,16 @@ def _one_each(name: str, given: Any, count: int) -> list[Any]:
     return list(given)
 
 
-def _sibling(pipe: Any, task: str) -> Any:
-    """Return the pipeline of another task with the same components and the same offloading."""
+def _of_task(pipe: Any, task: str) -> Any:
+    """Return the pipeline of another task, or the pipeline itself if it is of this task."""
     from . import pipelines
 
     kind = getattr(pipelines, f"LocalDiT{task}Pipeline")
-    if isinstance(pipe, kind):
-        return pipe
-    sibling = kind.from_pipe(pipe)
+    return pipe if isinstance(pipe, kind) else _sibling(pipe, kind)
+
+
+def _sibling(pipe: Any, kind: Any, **changes: Any) -> Any:
+    """Return a pipeline with the same components, but for the changes, and the same offloading."""
+    sibling = kind.from_pipe(pipe, **changes)
     sibling.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return sibling

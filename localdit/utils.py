@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import config_field
-from .core.parts import PARTS, load_parts, load_text_encoder, locate, locate_parts
+from .core.parts import (
+    PARTS,
+    load_parts,
+    load_text_encoder,
+    locate,
+    locate_parts,
+    scheduler_config,
+)
+from .core.samplers import check_sampler, make_sampler
 from .errors import Field, FieldImportError, FieldNotFoundError, FieldValueError
 
 __all__ = ["load_model", "model_in_the_box"]
@@ -43,7 +51,8 @@ def load_model(
     - a flat `.safetensors` or `.pt` checkpoint. Its tensors must agree with the sizes in `config`,
       which names the other parts.
 
-    Everything that can be checked without loading is checked first.
+    `config.sampler` replaces the scheduler. Everything that can be checked without loading is
+    checked first.
 
     Args:
         config: names the parts, and says how to load them: `offload`, `text_encoder_quantization`.
@@ -56,17 +65,24 @@ def load_model(
         OSError: a part can't be fetched from the Hugging Face hub; the message names the repository
             and the files, and says how to use a local copy.
         ImportError: quantization is set, but bitsandbytes is not installed.
-        ValueError: a checkpoint's tensors contradict `config`, or options contradict each other.
+        ValueError: a checkpoint's tensors contradict `config`, options contradict each other, or
+            the sampler does not suit the model.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     check_options(config, device)
     checkpoint = find_checkpoint(config.ckpt_path)
-    load = _load_pipeline_folder if (checkpoint / "model_index.json").is_file() else _assemble
+    of_folder = (checkpoint / "model_index.json").is_file()
+    if config.sampler is not None:
+        source = checkpoint if of_folder else config.scheduler
+        check_sampler(config.sampler, scheduler_config(locate(PARTS["scheduler"], source)))
+    load = _load_pipeline_folder if of_folder else _assemble
     with warnings.catch_warnings():
         # Older versions of Diffusers have only this name; newer ones warn that it will go.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         pipe = load(config, checkpoint, device, dtype)
+    if config.sampler is not None:
+        pipe.scheduler = make_sampler(config.sampler, pipe.scheduler)
     if config.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif config.offload == "sequential":

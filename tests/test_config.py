@@ -41,6 +41,7 @@ DEFAULTS = {
     "text_encoder": "google/flan-t5-xxl",
     "vae": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
     "scheduler": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
+    "sampler": None,
     "offload": None,
     "text_encoder_quantization": None,
     "num_workers": 32,

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from localdit.config import Config
+from localdit.core.samplers import make_sampler
 from localdit.images import save_image
 from localdit.inference import inference, inference_batches
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline
@@ -68,6 +69,23 @@ def test_a_few_step_model_that_is_drawn_otherwise_is_warned_of(pipe, config, cap
         inference_batches(pipe, PROMPTS, negatives, config)
         assert len(caplog.records) == warned[steps, scale, negatives]
     assert list(warned.values()) == [True, True, False, False]
+
+
+def test_the_sampler_of_the_config_draws_and_the_pipeline_keeps_its_own(pipe, config, spy):
+    kept, image = pipe.scheduler, Image.new("RGB", (48, 64), "red")
+    plain = inference(pipe, PROMPTS[:1], "", config, seed=5)
+    config.sampler = "ddim"
+    drawn = inference(pipe, PROMPTS[:1], "", config, seed=5)
+    assert pipe.scheduler is kept
+    own = type(pipe).from_pipe(pipe, scheduler=make_sampler("ddim", kept))
+    own.set_progress_bar_config(disable=True)
+    edited = inference(pipe, PROMPTS[:1], "", config, image, seed=5)
+    config.sampler = None
+    assert same(drawn, inference(own, PROMPTS[:1], "", config, seed=5)) and not same(drawn, plain)
+    assert same(edited, inference(own, PROMPTS[:1], "", config, image, seed=5))
+    config.sampler = "eular"
+    with pytest.raises(ValueError, match=r"Config\.sampler is 'eular'"):
+        inference_batches(pipe, PROMPTS, "", config)
 
 
 def test_equals_the_pipeline(pipe, config):

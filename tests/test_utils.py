@@ -15,6 +15,7 @@ import localdit
 from localdit import utils
 from localdit.checkpoint import convert_to_single_file
 from localdit.config import Config
+from localdit.models import LocalDiTTransformer2DModel
 from localdit.pipelines import LocalDiTPipeline
 from localdit.utils import DOWNLOAD_COMMAND, load_model, model_in_the_box
 from tests.tiny import tiny_components
@@ -94,6 +95,16 @@ def test_other_local_layouts(hub):
         scheduler=hub / "repository" / "scheduler",
     )
     assert load_model(config, device="cpu").vae.config.latent_channels == 4
+
+
+@pytest.mark.parametrize("checkpoint", ["pipeline", "transformer"])
+def test_the_sampler_of_the_config_replaces_the_scheduler(hub, checkpoint, monkeypatch):
+    config = local_config(hub, checkpoint, sampler="euler")
+    assert type(load_model(config, device="cpu").scheduler).__name__ == "EulerDiscreteScheduler"
+    monkeypatch.setattr(LocalDiTTransformer2DModel, "from_pretrained", None)
+    config.sampler = "eular"
+    with pytest.raises(ValueError, match=r"Config\.sampler is 'eular', and there is no sampler"):
+        load_model(config, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..core.samplers import SAMPLERS
 from ..errors import Vocabulary, wording
 from ..parsing import UsageError, text_argument
 from ..version import __version__
@@ -19,7 +20,7 @@ BOX_NAME = "box"
 # Settings of a `Config` that options give, by their standard names.
 CONFIG_SETTINGS = (
     "text_encoder", "vae", "scheduler", "offload", "text_encoder_quantization", "batch_size",
-    "num_inference_steps", "strength", "guidance_scale", "height", "width",
+    "num_inference_steps", "strength", "guidance_scale", "height", "width", "sampler",
 )  # fmt: skip
 OTHER_OPTIONS = ("device", "dtype", "global_context", "overwrite", "seed")
 
@@ -94,6 +95,8 @@ def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     add("--guidance-scale", metavar="G", type=float,
         help="weight of the prompt; 1 or less turns guidance off (default: that of the model's "
         "folder, else 7)")  # fmt: skip
+    add("--sampler", metavar="NAME",
+        help=f"{', '.join(SAMPLERS)} (default: that of the model's folder)")  # fmt: skip
     for side in ("height", "width"):
         add(f"--{side}", metavar="PIXELS", type=int,
             help=f"{side} in pixels, usually a multiple of 16 (default: {size})")  # fmt: skip

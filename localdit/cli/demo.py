@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
+from ..core.samplers import config_of, suitable_samplers
 from ..parsing import Parser, run, say
 from . import arguments
 from .arguments import COMMAND_LINE, usage_errors
@@ -112,7 +113,10 @@ def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | 
     picture = scene() if model.preset is SCENES else None
     multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
     preset = model.preset
-    offer = Offer(model.config, preset.negative_prompt, preset.t2i, STRENGTH, picture, multiple)
+    samplers = suitable_samplers(config_of(pipe.scheduler))
+    offer = Offer(
+        model.config, preset.negative_prompt, preset.t2i, STRENGTH, picture, multiple, samplers
+    )
     save = saving(pipe, model, folder, keep)
     return build_page(Artist(pipe, model.config), offer, about(pipe, model), save)
 

@@ -232,6 +232,7 @@ def picture_settings(
         "negative_prompt": negative_prompt,
         "seed": seed,
         **{name: drawn[name] for name in DRAWN},
+        **({"sampler": config.sampler} if config.sampler else {}),
         "model": model.name,
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "localdit": __version__,

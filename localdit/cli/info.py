@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
+from ..core.samplers import suitable_samplers
 from ..core.settings import read_settings
 from ..files import read_json
 from ..parsing import Parser, UsageError, one_line
@@ -256,6 +257,8 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
         ours = kind == "LocalDiTTransformer2DModel"
         part = folder / name
         facts = _of_transformer(part, folder) if ours else _of_weights(_headers(part))
+        if (settings := part / "scheduler_config.json").is_file():
+            facts["samplers"] = ", ".join(suitable_samplers(read_json(settings))) or "none"
         sections[name] = {"class": kind, **facts}
     return sections
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config, config_field, inference_settings, with_settings
+from ..core.samplers import check_sampler
 from ..core.settings import SamplingSettings, read_settings
 from ..files import decode_text
 from ..parsing import say
@@ -232,8 +233,11 @@ def report_fallback(choice: Choice) -> None:
 
 
 def _check_files(config: Config) -> None:
-    """Look for the model, and for the local parts of a model that comes without them."""
-    from ..core.parts import PARTS, is_hub_name, locate
+    """Look for the model and the local parts of a model that comes without them.
+
+    A sampler must suit the scheduler there.
+    """
+    from ..core.parts import PARTS, is_hub_name, locate, scheduler_config
     from ..utils import find_checkpoint
 
     checkpoint = find_checkpoint(config.ckpt_path)
@@ -242,6 +246,11 @@ def _check_files(config: Config) -> None:
             source = getattr(config, part.field)
             if not is_hub_name(source):
                 locate(part, source)
+    if config.sampler is not None:
+        whole = (checkpoint / "model_index.json").is_file()
+        source = checkpoint if whole else config.scheduler
+        if not is_hub_name(source):
+            check_sampler(config.sampler, scheduler_config(locate(PARTS["scheduler"], source)))
 
 
 def _loras(args: argparse.Namespace) -> dict[str, float]:

@@ -26,6 +26,8 @@ from diffusers import (
     LCMScheduler,
 )
 
+from .samplers import config_of, prediction_type_of
+
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 logger = logging.getLogger(__name__)
@@ -256,22 +258,6 @@ def denoising_errors(prediction: torch.Tensor, target: torch.Tensor) -> torch.Te
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
-def prediction_type_of(scheduler_config: Mapping[str, Any]) -> str:
-    """Return the prediction type that a scheduler's configuration is made for.
-
-    Args:
-        scheduler_config: as `scheduler_config.json` has it.
-
-    Returns:
-        One of `PredictionType`, or another value of the configuration's `prediction_type`.
-    """
-    kind = scheduler_config.get("prediction_type", "epsilon")
-    flow = scheduler_config.get("use_flow_sigmas") or kind == "flow_prediction"
-    if flow or "FlowMatch" in scheduler_config.get("_class_name", ""):
-        return "flow"
-    return kind
-
-
 @contextmanager
 def default_settings() -> Iterator[None]:
     """Compute with PyTorch's original default dtype and device, float32 and the CPU.
@@ -306,8 +292,7 @@ def check_prediction(scheduler: Any) -> None:
         ValueError: if the configuration that such a scheduler was made from names another
             prediction than noise.
     """
-    config = getattr(scheduler, "config", {})
-    kind = prediction_type_of({**config, "_class_name": type(scheduler).__name__})
+    kind = prediction_type_of(config_of(scheduler))
     known = inspect.signature(type(scheduler).__init__).parameters
     if kind == "flow" or "prediction_type" in known:
         return
@@ -325,10 +310,7 @@ def warn_of_other_prediction(before: Any, now: Any) -> None:
     """Log a warning if a scheduler takes another prediction than the one that it replaces."""
     if not (hasattr(before, "config") and hasattr(now, "config")):
         return
-    kinds = [
-        prediction_type_of({**one.config, "_class_name": type(one).__name__})
-        for one in (before, now)
-    ]
+    kinds = [prediction_type_of(config_of(one)) for one in (before, now)]
     if kinds[0] != kinds[1]:
         logger.warning(
             "The new scheduler takes the model's prediction for %r, the one before for %r. Unless "

@@ -270,6 +270,16 @@ def load_tokenizer(where: Mapping[str, Any]) -> Any:
     return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
 
 
+def scheduler_config(where: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a scheduler that `locate` found."""
+    folder = Path(where["pretrained_model_name_or_path"])
+    if folder.is_dir():
+        return read_json(folder / where["subfolder"] / PARTS["scheduler"].config)
+    from diffusers import DPMSolverMultistepScheduler
+
+    return dict(DPMSolverMultistepScheduler.load_config(**where))
+
+
 def vae_config(where: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration of an autoencoder; no weights are read."""
     from diffusers import AutoencoderKL

@@ -39,6 +39,7 @@ PAGE = Vocabulary(
         "guidance_scale": "Guidance",
         "height": "Height",
         "width": "Width",
+        "sampler": "Sampler",
     },
     advice="set {name} to {value}",
 )
@@ -57,6 +58,7 @@ class Settings:
         guidance_scale: weight of the prompt; 1 or less turns guidance off.
         height, width: pixels.
         strength: how much to change, in [0, 1]; "generate" does not use it.
+        sampler: a name of `localdit.core.samplers`; empty for the model's own.
     """
 
     mode: Mode
@@ -68,6 +70,7 @@ class Settings:
     height: int
     width: int
     strength: float
+    sampler: str = ""
 
     def configure(self, config: Config) -> Config:
         """Return a Config that draws this picture with the model of `config`.
@@ -81,7 +84,8 @@ class Settings:
             raise ValueError(f"The seed must be a whole number from 0 to {MAX_SEED}.")
         names = ("num_inference_steps", "strength", "guidance_scale", "height", "width")
         try:
-            return with_settings(config, {name: getattr(self, name) for name in names})
+            drawn = {name: getattr(self, name) for name in names}
+            return with_settings(config, drawn | {"sampler": self.sampler or None})
         except FieldError as error:
             raise ValueError(error.worded(PAGE)) from error
 

@@ -36,6 +36,7 @@ class Offer:
         strength: the first strength of each mode that has one.
         picture: a picture to try "edit" and "inpaint" with.
         multiple: pixels per token; heights and widths are multiples of it.
+        samplers: names of the samplers that suit the model.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Offer:
     strength: Mapping[str, float]
     picture: Image.Image | None
     multiple: int
+    samplers: Sequence[str] = ()
 
     @property
     def sides(self) -> tuple[int, int, int]:
@@ -134,6 +136,7 @@ def accept_blobs(self: Any, data: AcceptBlobs) -> None:
 Picture = _reading(gr.Image, _picture_of)
 Painting = _reading(gr.ImageEditor, _painting_of, accept_blobs=server(accept_blobs))
 Choice = _checked(gr.Radio, f"one of {', '.join(mode for _, mode in MODES)}", (str,))
+Selection = _checked(gr.Dropdown, "one of the listed values", (str,))
 Text = _checked(gr.Textbox, "text", (str, type(None)))
 Slider = _checked(gr.Slider, "a number from {minimum} to {maximum}", (int, float))
 Number = _checked(gr.Number, "a whole number from {minimum} to {maximum}", (int, float, type(None)))
@@ -230,6 +233,10 @@ class Controls:
                 self.guidance_scale = Slider(
                     min(1, guidance), max(15, guidance), guidance, step=0.5, label="Guidance"
                 )
+            own = ("the model's own", "")
+            self.sampler = Selection(
+                [own, *((name, name) for name in offer.samplers)], value="", label="Sampler"
+            )
             with gr.Row(equal_height=True):
                 self.seed = Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
                 self.random_seed = Switch(True, label="New for each picture")

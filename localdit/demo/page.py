@@ -30,7 +30,7 @@ WAITING = 64  # drawings that can wait for their turn
 HISTORY = 60  # pictures in a gallery
 REUSED = (
     "prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed",
-    "strength",
+    "strength", "sampler",
 )  # fmt: skip
 NEW_SEEDS = 2**32  # number of different new seeds, which keeps them short
 
@@ -99,7 +99,7 @@ class Desk:
         settings = [  # in the order of the arguments of `draw`
             page.mode, page.prompt, page.image, page.editor, page.strength, page.negative_prompt,
             page.width, page.height, page.num_inference_steps, page.guidance_scale, page.seed,
-            page.random_seed,
+            page.random_seed, page.sampler,
         ]  # fmt: skip
         asked = gr.on([page.draw.click, page.prompt.submit], self.begin, None, buttons, **at_once)
         drawing = asked.then(
@@ -145,6 +145,7 @@ class Desk:
         guidance_scale: float,
         seed: int,
         random_seed: bool,
+        sampler: str,
         history: list[str],
     ) -> Iterator[Updates]:
         """Draw a picture with previews; the names of the arguments are those of the page's API.
@@ -162,6 +163,7 @@ class Desk:
             height=height,
             width=width,
             strength=strength,
+            sampler=sampler,
         )
         yield {self.controls.status: note("Starting …")}
         try:
@@ -234,6 +236,7 @@ class Desk:
         controls, settings = self.controls, read_metadata(path)
         if "steps" in settings:  # the name in pictures of earlier versions
             settings["num_inference_steps"] = settings.pop("steps")
+        settings.setdefault("sampler", "")
         values = {getattr(controls, name): settings[name] for name in REUSED if name in settings}
         return self.switch(settings["mode"]) | values | {controls.random_seed: False}
 

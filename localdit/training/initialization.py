@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from localdit.checkpoint import inspect_checkpoint
-from localdit.core.diffusion import prediction_type_of
 from localdit.core.latents import LatentFormat
+from localdit.core.samplers import prediction_type_of
 from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
 from localdit.models.conversion import transformer_folder

@@ -87,8 +87,8 @@ def generate(
         seeds = range(args.seed + start, args.seed + start + len(batch))
         generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pictures += pipe(
-            batch, height=SIDE, width=SIDE, num_inference_steps=args.num_inference_steps or 20,
-            generator=generator, guidance_scale=args.guidance_scale or 2.0,
+            batch, height=SIDE, width=SIDE, num_inference_steps=args.num_inference_steps,
+            generator=generator, guidance_scale=args.guidance_scale,
         ).images  # fmt: skip
     return pictures
 

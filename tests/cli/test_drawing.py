@@ -18,6 +18,7 @@ from localdit.checkpoint import convert_to_single_file
 from localdit.cli import main, plan
 from localdit.cli.drawing import generate_parser
 from localdit.config import Config
+from localdit.core.diffusion import Objective
 from localdit.images import load_image, read_metadata, save_image
 from localdit.pipelines import LocalDiTPipeline
 from tests.tiny import tiny_pipeline
@@ -141,6 +142,40 @@ def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
     a, b = read_metadata("a.png"), read_metadata("b.png")
     assert a == b
     assert a["model"] == "the model in the box"
+
+
+def test_a_sampler_by_name(pictures, model):
+    convert_to_single_file(model, "own.safetensors")
+    parts = [f"--{part}={model}" for part in ("text-encoder", "vae", "scheduler")]
+    commands = [
+        ("generate", model, ["a cat"]),
+        ("edit", model, ["photo.png", "a cat"]),
+        ("inpaint", model, ["photo.png", "mask.png", "a cat"]),
+        ("generate", "own.safetensors", ["a cat", *parts]),
+    ]
+    for command, path, argv in commands:
+        pixels = []
+        for name in ("a.png", "b.png"):
+            sampler = ["--sampler", "ddim"] if name == "b.png" else []
+            assert draw(command, path, *argv, "-o", name, "--overwrite", *sampler) == 0
+            assert read_metadata(name).get("sampler") == ("ddim" if sampler else None)
+            pixels.append(load_image(name).tobytes())
+        assert pixels[0] != pixels[1]
+
+
+def test_a_sampler_that_does_not_suit_the_model_is_refused_before_loading(
+    here, model, monkeypatch, capsys
+):
+    monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("loaded"))
+    flow = tiny_pipeline()
+    flow.scheduler = Objective("flow").sampling_scheduler()
+    flow.save_pretrained("flow")
+    convert_to_single_file(model, "own.safetensors")
+    parts = [f"--{part}={model}" for part in ("text-encoder", "vae")]
+    for argv in (["--model", "flow"], ["--model", "own.safetensors", *parts, "--scheduler=flow"]):
+        assert main(["generate", "a cat", *argv, "--sampler", "ddim", *QUICK]) == 2
+        said = capsys.readouterr().err
+        assert "--sampler is 'ddim', which can't sample a model that predicts 'flow'" in said
 
 
 def few_step_copy(model, folder):
@@ -283,6 +318,8 @@ MISTAKES = [
     ("generate", ["a", "--steps", "0"], "--num-inference-steps is 0"),
     ("generate", ["a", "--seed", "-1"], "--seed is -1"),
     ("generate", ["a", "--batch-size", "0"], "--batch-size is 0"),
+    ("generate", ["a", "--sampler", "eular"], "--sampler is 'eular', and there is no sampler of"),
+    ("edit", ["photo.png", "a", "--sampler", "eular"], "those that suit this model: dpm++2m, "),
     ("generate", ["a", "--model", "gone.pt"], "--model: there is no gone.pt"),
     ("generate", ["a", "--device", "cuda:77"], "--device is 'cuda:77'"),
     ("generate", ["a", "--offload", "model"], "--offload is 'model'"),

@@ -76,6 +76,7 @@ def test_a_pipeline(model, info):
     assert "3 heads x 8 channels, windows of 2 x 2" in found["transformer"]["model"]
     settings = {"num_inference_steps": 20, "guidance_scale": 7.0}
     assert found[str(model)] | settings == found[str(model)]
+    assert found["scheduler"]["samplers"].startswith("dpm++2m, ")
 
 
 def test_a_pipeline_without_all_its_parts(model, here, info):

@@ -153,6 +153,7 @@ def test_settings_change_the_config(asked, config):
         "edit", num_inference_steps=7, guidance_scale=3.5, height=48, width=64, strength=0.25
     )
     made = settings.configure(config)
+    assert made.sampler is None and asked(sampler="ddim").configure(config).sampler == "ddim"
     assert (made.denoising_steps, made.guidance_scale, made.denoising_strength) == (7, 3.5, 0.25)
     assert (made.height, made.width) == (48, 64)
     assert made.sample_size == config.sample_size

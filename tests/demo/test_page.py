@@ -32,7 +32,9 @@ def address(artist, config, tmp_path_factory):
         carried = {"prompt": settings.prompt, "seed": settings.seed, "mode": settings.mode}
         return save_image(picture, folder / f"{time.monotonic_ns()}.png", carried)
 
-    offer = Offer(config, "", ["a red circle"], {"edit": 0.8, "inpaint": 1.0}, None, 16)
+    offer = Offer(
+        config, "", ["a red circle"], {"edit": 0.8, "inpaint": 1.0}, None, 16, ["euler", "ddim"]
+    )
     page = build_page(artist, offer, ["a tiny model"], save)
     yield launch(page, "127.0.0.1", None)
     page.close(verbose=False)
@@ -50,7 +52,7 @@ def arguments(mode="generate", image=None, painted=None, **changes):
     plain = {
         "prompt": "a red circle", "image": image, "painted": painted, "strength": 1.0,
         "negative_prompt": "", "width": 32, "height": 32, "steps": 4, "guidance_scale": 2.0,
-        "seed": 3, "random_seed": False,
+        "seed": 3, "random_seed": False, "sampler": "",
     }  # fmt: skip
     return [mode, *(plain | changes).values()]
 
@@ -60,6 +62,18 @@ def test_the_page_draws_and_the_picture_carries_its_settings(client, artist, ask
     assert read_metadata(picture) == {"prompt": "a red circle", "seed": 5, "mode": "generate"}
     *_, same = artist.draw(asked(seed=5))
     assert np.array_equal(Image.open(picture), same)
+
+
+def test_the_page_draws_with_the_chosen_sampler(client, artist, asked):
+    pixels = []
+    for name in ("", "euler"):
+        picture, *_ = client().predict(*arguments(sampler=name), api_name="/draw")
+        *_, same = artist.draw(asked(sampler=name))
+        assert np.array_equal(Image.open(picture), same)
+        pixels.append(np.asarray(same))
+    assert not np.array_equal(*pixels)
+    with pytest.raises(AppError, match="Sampler is 'heun'; expected one of the listed values"):
+        client().predict(*arguments(sampler="heun"), api_name="/draw")
 
 
 def test_the_page_tells_of_what_the_tokenizer_does_not_know(client):
@@ -248,7 +262,7 @@ def test_a_painting_that_is_sent_ahead_is_drawn_once(visitor, artist, asked):
 @pytest.mark.parametrize(
     "ours, of_gradio",
     [("Picture", "Image"), ("Painting", "ImageEditor"), ("Choice", "Radio"), ("Text", "Textbox"),
-     ("Slider", "Slider"), ("Number", "Number"), ("Switch", "Checkbox")],
+     ("Selection", "Dropdown"), ("Slider", "Slider"), ("Number", "Number"), ("Switch", "Checkbox")],
 )  # fmt: skip
 def test_browsers_see_the_components_of_gradio(ours, of_gradio):
     seen = []
@@ -288,7 +302,7 @@ ODD += [PATTERN, {"path": "/x"}, {"path": 3}, {"id": "x"}, {"background": 1, "la
 
 @pytest.mark.parametrize(
     "name", ["prompt", "image", "painted", "strength", "negative_prompt", "width", "height",
-             "steps", "guidance_scale", "seed", "random_seed"],
+             "steps", "guidance_scale", "seed", "random_seed", "sampler"],
 )  # fmt: skip
 def test_odd_values_are_drawn_or_refused_with_a_sentence(visitor, name, caplog):
     mode = {"image": "edit", "painted": "inpaint"}.get(name, "generate")

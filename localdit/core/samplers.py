@@ -1,0 +1,182 @@
+"""Samplers by name: the schedulers of Diffusers, with settings that suit a model.
+
+A sampler keeps what belongs to the model: its noise schedule and its prediction type, or its shift
+for flow matching. All else is the sampler's own, so a name means the same for every folder.
+
+Diffusers is imported by `make_sampler` only, so that commands check a name at no cost.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import config_field
+from ..errors import FieldValueError
+
+__all__ = ["make_sampler", "suitable_samplers"]
+
+logger = logging.getLogger(__name__)
+
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+NOISE_SCHEDULE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "prediction_type", "rescale_betas_zero_snr",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to sample.
+
+    Attributes:
+        diffusion: scheduler of Diffusers for models that predict noise or velocity.
+        flow: scheduler for models of flow matching; None if there is none.
+        settings: arguments of the scheduler.
+    """
+
+    diffusion: str
+    flow: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_DPM = "DPMSolverMultistepScheduler"
+# Diffusers' defaults do not fit: latents exceed the range that a clipped sample is cut to, and
+# DDIM's steps are as long as those between evenly spaced timesteps.
+_EVEN = {"clip_sample": False, "timestep_spacing": "trailing"}
+# The first is that of the released model and of the model in the box. PNDM is left out: if it
+# starts from a picture, it ends before the noise is gone.
+SAMPLERS = {
+    "dpm++2m": Sampler(_DPM, _DPM),
+    "dpm++2m-karras": Sampler(_DPM, settings={"use_karras_sigmas": True}),
+    "dpm++2m-sde": Sampler(_DPM, _DPM, {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": Sampler("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+    "euler": Sampler("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "ddim": Sampler("DDIMScheduler", settings=_EVEN),
+    "ddpm": Sampler("DDPMScheduler", settings=_EVEN),
+    "lcm": Sampler("LCMScheduler", "FlowMatchLCMScheduler"),
+}
+
+
+def prediction_type_of(scheduler_config: Mapping[str, Any]) -> str:
+    """Return the prediction type that a scheduler's configuration is made for.
+
+    Args:
+        scheduler_config: as `scheduler_config.json` has it.
+
+    Returns:
+        "epsilon", "v_prediction", "flow", or another value of the configuration's
+        `prediction_type`.
+    """
+    kind = scheduler_config.get("prediction_type", "epsilon")
+    flow = scheduler_config.get("use_flow_sigmas") or kind == "flow_prediction"
+    if flow or "FlowMatch" in scheduler_config.get("_class_name", ""):
+        return "flow"
+    return kind
+
+
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """Return the configuration of a scheduler, as `scheduler_config.json` has it."""
+    return {**getattr(scheduler, "config", {}), "_class_name": type(scheduler).__name__}
+
+
+def suitable_samplers(scheduler_config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the samplers for a model, given the configuration of its scheduler."""
+    kind = prediction_type_of(scheduler_config)
+    return [name for name, sampler in SAMPLERS.items() if _class_name(sampler, kind)]
+
+
+def check_sampler(name: str, scheduler_config: Mapping[str, Any]) -> None:
+    """Refuse a sampler that there is not, or that can't take the model's prediction.
+
+    Args:
+        name: one of `SAMPLERS`.
+        scheduler_config: of the model's scheduler, as `scheduler_config.json` has it.
+
+    Raises:
+        ValueError: the message lists those that suit the model; a `FieldError`.
+    """
+    suitable, kind = suitable_samplers(scheduler_config), prediction_type_of(scheduler_config)
+    if name not in suitable:
+        raise FieldValueError(
+            "{field} is {name!r}, {reason}; those that suit this model: {suitable}",
+            field=config_field("sampler"),
+            name=name,
+            reason=f"which can't sample a model that predicts {kind!r}"
+            if name in SAMPLERS
+            else "and there is no sampler of that name",
+            suitable=", ".join(suitable) or f"none, as its scheduler is for {kind!r}",
+        )
+
+
+def make_sampler(name: str, scheduler: Any) -> Any:
+    """Return a scheduler of Diffusers by name, for the model of another scheduler.
+
+    A warning is logged if only one of the two is for few-step models.
+
+    Args:
+        name: one of `SAMPLERS`.
+        scheduler: a scheduler of the model, such as `pipe.scheduler`.
+
+    Raises:
+        ValueError: as `check_sampler` does; or the sampler lacks a setting of the noise schedule.
+    """
+    import diffusers
+
+    config = config_of(scheduler)
+    check_sampler(name, config)
+    kind, sampler = prediction_type_of(config), SAMPLERS[name]
+    class_name = _class_name(sampler, kind)
+    assert class_name is not None
+    made = getattr(diffusers, class_name)
+    accepted = inspect.signature(made.__init__).parameters
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
+        raise FieldValueError(
+            "{field} is {name!r}, which lacks the model's noise schedule (rescale_betas_zero_snr); "
+            "use another one, such as 'dpm++2m'",
+            field=config_field("sampler"),
+            name=name,
+        )
+    _warn_of_few_steps(name, config["_class_name"], class_name)
+    if kind == "flow":
+        shift = config.get("shift" if "FlowMatch" in config["_class_name"] else "flow_shift", 1.0)
+        of_model = {
+            "num_train_timesteps": config["num_train_timesteps"],
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": shift,
+            "shift": shift,
+        }
+    else:
+        of_model = {one: config[one] for one in NOISE_SCHEDULE if one in config}
+    of_model = {one: value for one, value in of_model.items() if one in accepted}
+    return made(**of_model, **sampler.settings)
+
+
+def _class_name(sampler: Sampler, prediction_type: str) -> str | None:
+    """Return the scheduler of a sampler for a prediction type; None if there is none."""
+    if prediction_type == "flow":
+        return sampler.flow
+    return sampler.diffusion if prediction_type in ("epsilon", "v_prediction") else None
+
+
+def _warn_of_few_steps(name: str, before: str, now: str) -> None:
+    """Log a warning if only one of two schedulers is for few-step models."""
+    few, chosen = before in FEW_STEP_SCHEDULERS, now in FEW_STEP_SCHEDULERS
+    if few and not chosen:
+        logger.warning(
+            "The model is made for few steps with %s; the sampler %r may draw it badly.",
+            before,
+            name,
+        )
+    if chosen and not few:
+        logger.warning(
+            "The sampler %r is for few-step models, and this model is none: with few steps, its "
+            "pictures will be wrong more often.",
+            name,
+        )
