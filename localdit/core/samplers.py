@@ -1,7 +1,7 @@
 """Samplers by name: the schedulers of Diffusers, with settings that suit a model.
 
 A sampler keeps what belongs to the model: its noise schedule and its prediction type, or its shift
-for flow matching. All else is the sampler's own, so a name means the same for every folder.
+for flow matching; and the timesteps that a few-step model was trained on. All else is the sampler's own, so a name means the same for every folder.
 
 Diffusers is imported by `make_sampler` only, so that commands check a name at no cost.
 """
@@ -22,9 +22,9 @@ __all__ = ["make_sampler", "suitable_samplers"]
 logger = logging.getLogger(__name__)
 
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-NOISE_SCHEDULE = (
+OF_MODEL = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "prediction_type", "rescale_betas_zero_snr",
+    "prediction_type", "rescale_betas_zero_snr", "original_inference_steps",
 )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def make_sampler(name: str, scheduler: Any) -> Any:
             "shift": shift,
         }
     else:
-        of_model = {one: config[one] for one in NOISE_SCHEDULE if one in config}
+        of_model = {one: config[one] for one in OF_MODEL if one in config}
     of_model = {one: value for one, value in of_model.items() if one in accepted}
     return made(**of_model, **sampler.settings)
 

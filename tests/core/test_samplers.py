@@ -185,3 +185,8 @@ def test_few_step_models_and_samplers_are_warned_of(before, name, warning, caplo
     make_sampler(name, before())
     assert len(caplog.records) == bool(warning)
     assert warning in caplog.text
+
+
+def test_lcm_keeps_the_timesteps_that_a_few_step_model_was_trained_on():
+    trained = diffusers.LCMScheduler(original_inference_steps=8, prediction_type="v_prediction")
+    assert make_sampler("lcm", trained).config.original_inference_steps == 8
