@@ -1,7 +1,8 @@
 """Samplers by name: the schedulers of Diffusers, with settings that suit a model.
 
 A sampler keeps what belongs to the model: its noise schedule and its prediction type, or its shift
-for flow matching; and the timesteps that a few-step model was trained on. All else is the sampler's own, so a name means the same for every folder.
+for flow matching; and the timesteps that a few-step model was trained on. All else is the sampler's
+own, so a name means the same for every folder.
 
 Diffusers is imported by `make_sampler` only, so that commands check a name at no cost.
 """
