@@ -62,6 +62,16 @@ def read_sizes(checkpoint: Path, config: Config) -> ModelSizes:
     )
 
 
+def folder_with_part(folder: Path, part: str) -> Path:
+    """Return the folder that has a part of a pipeline: its own, or else its parent.
+
+    The parent has it only if the folder's index says so, with `"_shares_parts": true`. A student
+    that lies within the folder of its teacher takes text encoder and autoencoder from there.
+    """
+    shares = not (folder / part).is_dir() and _read_json(folder / "model_index.json")
+    return folder.absolute().parent if shares and shares.get("_shares_parts") is True else folder
+
+
 def pixels_per_latent(folder: Path) -> int:
     """Return the pixels along a side of a latent.
 
@@ -69,7 +79,7 @@ def pixels_per_latent(folder: Path) -> int:
         folder: has the autoencoder's `config.json`, in it or in its `vae/`. 8 is returned if it has
             neither, for instance because the autoencoder is on the hub.
     """
-    for place in (folder / "vae", folder):
+    for place in (folder_with_part(folder, "vae") / "vae", folder):
         config = _read_json(place / "config.json")
         if config.keys() & {"block_out_channels", "encoder_block_out_channels"}:
             return pixels_per_latent_of(config)

@@ -17,7 +17,7 @@ from ..core.samplers import suitable_samplers
 from ..core.settings import read_settings
 from ..files import read_json
 from ..parsing import Parser, UsageError, one_line
-from ..sizes import pixels_per_latent
+from ..sizes import folder_with_part, pixels_per_latent
 from . import arguments
 from .arguments import usage_errors
 
@@ -242,7 +242,8 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
     index = read_json(folder / "model_index.json")
     parts = {name: value for name, value in index.items() if isinstance(value, list)}
     absent = [name for name in PARTS if not (parts.get(name) or [None])[0]]
-    absent += [name for name in parts if name not in absent and not (folder / name).is_dir()]
+    places = {name: folder_with_part(folder, name) / name for name in parts}
+    absent += [name for name in parts if name not in absent and not places[name].is_dir()]
     sections: dict[str, Facts] = {
         str(folder): {
             "kind": f"pipeline ({index.get('_class_name')})",
@@ -255,7 +256,7 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
         if name in absent:
             continue
         ours = kind == "LocalDiTTransformer2DModel"
-        part = folder / name
+        part = places[name]
         facts = _of_transformer(part, folder) if ours else _of_weights(_headers(part))
         if (settings := part / "scheduler_config.json").is_file():
             facts["samplers"] = ", ".join(suitable_samplers(read_json(settings))) or "none"

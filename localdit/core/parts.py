@@ -26,6 +26,7 @@ from ..errors import (
     Vocabulary,
 )
 from ..files import read_json
+from ..sizes import folder_with_part
 from .latents import LatentSpace
 from .text import TextSpace
 
@@ -111,6 +112,7 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
     """
     local = Path(source).expanduser()
     if local.is_dir():
+        local = folder_with_part(local, part.folders[0])
         for folder in part.folders:
             files = local / folder
             weights = any(any(files.glob(pattern)) for pattern in part.weights)

@@ -23,6 +23,7 @@ from ..checkpoint.loading import require_savable
 from ..checkpoint.reading import open_files
 from ..config import Config
 from ..core.parts import (
+    ENCODERS,
     PARTS,
     load_parts,
     locate_parts,
@@ -33,6 +34,7 @@ from ..core.parts import (
 from ..core.settings import INDEX, SamplingSettings, read_settings
 from ..files import read_json
 from ..models.transformer import LocalDiTTransformer2DModel
+from ..sizes import folder_with_part
 from . import lora
 from .lora import Tensors
 
@@ -181,7 +183,8 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     ) -> Any:
         """Load a pipeline from a folder or the hub; arguments are those of Diffusers.
 
-        `device_map="auto"` means "balanced", as in Accelerate.
+        `device_map="auto"` means "balanced", as in Accelerate. A folder whose index has
+        `"_shares_parts": true` takes the parts that it lacks from the pipeline in its parent.
 
         Code in the folder is not run, and nobody is asked whether to run it.
 
@@ -197,12 +200,29 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             require_sound_config(part)
         if kwargs.get("device_map") == "auto":
             kwargs["device_map"] = "balanced"
+        kwargs |= cls._parts_of_parent(folder, kwargs)
         with unattended():
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name not in ("transformer", *kwargs):
                 require_whole(part, folder / name, _not_in(folder / name, part))
         return pipe
+
+    @classmethod
+    def _parts_of_parent(cls, folder: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Load the parts that a folder lacks and its parent has, as `from_pretrained` is told."""
+        shared = [
+            name
+            for name in ENCODERS
+            if name not in kwargs and folder_with_part(folder, name) != folder
+        ]
+        if not shared:
+            return {}
+        others = {"transformer": None, "scheduler": None} | {
+            name: None for name in ENCODERS if name not in shared
+        }
+        parent = cls.from_pretrained(folder.absolute().parent, **kwargs | others)
+        return {name: getattr(parent, name) for name in shared}
 
     @classmethod
     def _dict_from_json_file(
