@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -95,6 +96,19 @@ def test_other_local_layouts(hub):
         scheduler=hub / "repository" / "scheduler",
     )
     assert load_model(config, device="cpu").vae.config.latent_channels == 4
+
+
+@pytest.mark.parametrize(("named", "loaded"), [
+    ("LCMScheduler", "LCMScheduler"),
+    ("EulerDiscreteScheduler", "EulerDiscreteScheduler"),
+    ("UNet2DModel", "DPMSolverMultistepScheduler"),
+    (None, "DPMSolverMultistepScheduler"),
+])  # fmt: skip
+def test_the_scheduler_is_the_one_that_its_folder_names(hub, tmp_path, named, loaded):
+    config = {"prediction_type": "epsilon"} | ({"_class_name": named} if named else {})
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    pipe = load_model(local_config(hub, "weights.safetensors", scheduler=tmp_path), device="cpu")
+    assert type(pipe.scheduler).__name__ == loaded
 
 
 @pytest.mark.parametrize("checkpoint", ["pipeline", "transformer"])

@@ -248,11 +248,9 @@ def load_parts(
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Load the parts that `locate_parts` found."""
-    from diffusers import DPMSolverMultistepScheduler
-
     quantization = config.text_encoder_quantization
     loaders = {
-        "scheduler": lambda at: DPMSolverMultistepScheduler.from_pretrained(**at),
+        "scheduler": load_scheduler,
         "vae": lambda at: load_vae(at, dtype),
         "tokenizer": load_tokenizer,
         "text_encoder": lambda at: load_text_encoder(at, dtype, quantization, device),
@@ -263,6 +261,16 @@ def load_parts(
             with fetching(part, getattr(config, part.field)):
                 parts[name] = loaders[name](where[name])
     return parts
+
+
+def load_scheduler(where: Mapping[str, Any]) -> Any:
+    """Load the scheduler of Diffusers that a configuration names; DPM-Solver++ if it names none."""
+    import diffusers
+
+    kind: Any = getattr(diffusers, str(scheduler_config(where).get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        kind = diffusers.DPMSolverMultistepScheduler
+    return kind.from_pretrained(**where)
 
 
 def load_tokenizer(where: Mapping[str, Any]) -> Any:
