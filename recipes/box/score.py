@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from localdit.scenes import Scene
 
-SIDE = 128
-
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -32,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--vae", type=Path, help="folder of the autoencoder to score")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
+    parser.add_argument("--side", type=int, default=128, help="width and height in pixels")
     parser.add_argument("--trained-on", action="store_true",
                         help="use combinations seen in training instead")  # fmt: skip
     parser.add_argument("--num-inference-steps", "--steps", type=int, default=20,
@@ -68,28 +67,28 @@ def generate(texts: list[str], args: argparse.Namespace) -> list[Image.Image]:
         seeds = range(args.seed + start, args.seed + start + len(batch))
         generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pictures += pipe(
-            batch, height=SIDE, width=SIDE, num_inference_steps=args.num_inference_steps,
+            batch, height=args.side, width=args.side, num_inference_steps=args.num_inference_steps,
             generator=generator, guidance_scale=args.guidance_scale,
         ).images  # fmt: skip
     return pictures
 
 
-def reconstruct(scenes: list[Scene], folder: Path) -> list[Image.Image]:
+def reconstruct(scenes: list[Scene], folder: Path, side: int) -> list[Image.Image]:
     """Encode and decode the true drawings."""
     import numpy as np
     import torch
-    from diffusers import AutoencoderKL
     from diffusers.image_processor import VaeImageProcessor
 
+    from localdit.core.latents import LatentSpace
+    from localdit.core.parts import load_vae, locate_encoder
     from localdit.scenes import draw_scene
 
-    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    space = LatentSpace(load_vae(locate_encoder("vae", str(folder)), torch.float32).eval())
     pictures: list[Image.Image] = []
     for scene in scenes:
-        values = torch.from_numpy(np.array(draw_scene(scene, SIDE))).permute(2, 0, 1)[None]
+        values = torch.from_numpy(np.array(draw_scene(scene, side))).permute(2, 0, 1)[None]
         with torch.no_grad():
-            latents = vae.encode(values / 127.5 - 1.0).latent_dist.mode()
-            decoded = vae.decode(latents).sample
+            decoded = space.decode(space.encode_pixels(values))
         pictures += VaeImageProcessor().postprocess(decoded, output_type="pil")
     return pictures
 
@@ -99,9 +98,10 @@ def contact_sheet(pictures: list[Image.Image], columns: int = 8, rows: int = 6) 
     from PIL import Image
 
     shown = pictures[: columns * rows]
-    sheet = Image.new("RGB", (columns * SIDE, -(-len(shown) // columns) * SIDE))
+    side = shown[0].width
+    sheet = Image.new("RGB", (columns * side, -(-len(shown) // columns) * side))
     for i, picture in enumerate(shown):
-        sheet.paste(picture, (i % columns * SIDE, i // columns * SIDE))
+        sheet.paste(picture, (i % columns * side, i // columns * side))
     return sheet
 
 
@@ -133,7 +133,7 @@ def main() -> None:
 
     scenes, texts = prompts(args.count, args.seed, held_out=not args.trained_on)
     started = time.perf_counter()
-    pictures = reconstruct(scenes, args.vae) if args.vae else generate(texts, args)
+    pictures = reconstruct(scenes, args.vae, args.side) if args.vae else generate(texts, args)
     seconds = time.perf_counter() - started
     scores = [score_picture(*pair) for pair in zip(pictures, scenes, strict=True)]
     means = group_means(scenes, scores)
