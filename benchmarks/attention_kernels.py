@@ -10,7 +10,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .cases import HEAD_DIM, HEADS, Case, Denoiser
+from .cases import HEAD_DIM, HEADS, PIXART, Case, Denoiser
 
 KERNELS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 MATH_UP_TO = 1024  # pixels; above, it holds all pairs of tokens and takes gigabytes
@@ -28,11 +28,14 @@ def kernels(names: list[str], device: str) -> AbstractContextManager[Any]:
 
 def attention_of(denoiser: Denoiser, case: Case) -> tuple[list[str], str]:
     """Return the kernels of a denoiser (empty for PyTorch's own choice) and a description."""
-    return pixart_kernels(case) if denoiser.use_global is None else localdit_kernels(case)
+    return pixart_kernels(case) if denoiser == PIXART else training_kernels(case)
 
 
-def localdit_kernels(case: Case) -> tuple[list[str], str]:
-    """Return LocalDiT's kernels: train.py's choice in training, PyTorch's in inference."""
+def training_kernels(case: Case) -> tuple[list[str], str]:
+    """Return the kernels of LocalDiT and Sana: train.py's choice in training, else PyTorch's.
+
+    Sana needs them for the text only: its self-attention is linear, without a softmax.
+    """
     import torch
 
     from localdit.training.processes import attention_kernels

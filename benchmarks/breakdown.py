@@ -119,11 +119,12 @@ def measure(case: Case) -> dict[str, Any]:
     """
     import torch
 
-    model = make_model(LOCALDIT[case.contexts[0]], LAYERS, case)
+    denoiser = LOCALDIT[case.contexts[0]]
+    model = make_model(denoiser, LAYERS, case)
     clock = Clock(torch.cuda.synchronize if case.device == "cuda" else lambda: None)
     for block in model.transformer_blocks:
         time_parts(block, clock)
-    run = make_run(model, case, [])
+    run = make_run(model, denoiser, case, [])
     passes = []
     for turn in range(case.warm_up + case.repeats):
         clock.reset()

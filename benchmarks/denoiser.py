@@ -1,7 +1,10 @@
-"""Compare time and memory of LocalDiT with Diffusers' PixArt.
+"""Compare time and memory of LocalDiT with Diffusers' PixArt and Sana.
 
     python -m benchmarks.denoiser --pixels 512 1024 2048 --task inference training
     python -m benchmarks.denoiser --pixels 512 1024 2048 4096 --depth own
+    python -m benchmarks.denoiser --pixels 1024 2048 --depth own --against sana --context local f32
+
+Sana-0.6B and the LocalDiT `f32` have latents of 32 x 32 pixels, and each latent is a token.
 
 The models run in turns in one process. Peak memory is measured in a separate process for each
 model. Results are saved after each case as a table, a plot, and JSON with every time.
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import command_line, tables
-from .cases import Case
+from .cases import LOCALDIT, RIVALS, Case
 from .provenance import circumstances
 from .results import summary
 from .worker import ROOT, WorkerError, encode, in_own_process
@@ -31,16 +34,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_line.Parser(
         prog="benchmarks.denoiser",
         description="Compare time and memory of LocalDiT with Diffusers' PixArtTransformer2DModel "
-        "of the same width, both with random weights.",
+        "and SanaTransformer2DModel of the same width, all with random weights.",
     )
     command_line.add_shared(parser, sides=[512, 1024], repeats=5)
+    parser.set_defaults(context=None)  # depends on the rival
     add = parser.add_argument
+    add("--against", nargs="+", choices=[*RIVALS], default=["pixart"],
+        help="PixArt-XL-2, or Sana-0.6B at its own tokens of 32 x 32 pixels; without --context, "
+        "compared with the LocalDiT of the same latents (default: pixart)")  # fmt: skip
     add("--task", nargs="+", choices=["inference", "training"], default=["inference"],
         help="a forward pass, or forward, backward and AdamW (default: inference)")  # fmt: skip
     add("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"],
         help="eager, or with each block compiled (default: eager)")  # fmt: skip
     add("--depth", nargs="+", choices=["equal", "own"], default=["equal"],
-        help="equal: --layers each; own: LocalDiT 18, PixArt 28 (default: equal)")  # fmt: skip
+        help="equal: --layers each; own: LocalDiT 18, the others 28 (default: equal)")  # fmt: skip
     add("--layers", metavar="N", type=command_line.positive, default=2,
         help="for equal depth (default: 2; LocalDiT's shifts repeat every 4)")  # fmt: skip
     add("--measured-layers", metavar="N", type=_measured, default=1,
@@ -63,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
+    _require_whole_tokens(parser, args)
     stem = command_line.prepare_output(parser, args.output, "denoiser")
     try:
         about = in_own_process("provenance:describe", device=args.device)
@@ -78,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_cases(args: argparse.Namespace, device: str) -> list[Case]:
     """Return the cases that the options select, small images first."""
-    kinds = itertools.product(args.dtype, args.task, args.mode, args.depth, args.pixels)
+    kinds = itertools.product(
+        args.against, args.dtype, args.task, args.mode, args.depth, args.pixels
+    )
     return [
         Case(
             pixels=pixels,
@@ -87,15 +97,36 @@ def make_cases(args: argparse.Namespace, device: str) -> list[Case]:
             mode=mode,
             depth=depth,
             layers=args.layers if depth == "equal" else args.measured_layers,
-            contexts=tuple(dict.fromkeys(args.context)),
+            against=against,
+            contexts=contexts_of(against, args.context),
             batch_size=args.batch_size,
             text_tokens=args.text_tokens,
             device=device,
             repeats=args.repeats,
             warm_up=args.warm_up,
         )
-        for dtype, task, mode, depth, pixels in kinds
+        for against, dtype, task, mode, depth, pixels in kinds
     ]
+
+
+def contexts_of(against: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the LocalDiTs to compare with a rival: the given ones, or that of its latents."""
+    latents = RIVALS[against].latents
+    own = next(context for context, one in LOCALDIT.items() if one.latents == latents)
+    return tuple(dict.fromkeys(given or [own]))
+
+
+def _require_whole_tokens(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 unless each side is a multiple of the pixels of every token."""
+    for against in args.against:
+        models = [*(LOCALDIT[one] for one in contexts_of(against, args.context)), RIVALS[against]]
+        for pixels, model in itertools.product(args.pixels, models):
+            multiple = model.latents.pixels_per_token
+            if pixels % multiple:
+                parser.error(
+                    f"argument --pixels: {pixels} given; {model.name} needs a multiple of "
+                    f"{multiple}"
+                )
 
 
 def measure_all(cases: Sequence[Case], about: dict[str, Any], stem: Path) -> int:

@@ -26,7 +26,7 @@ def measure_memory(
     """
     _load_libraries(case, denoiser, attention)
     model = make_model(denoiser, layers, case)
-    run = make_run(model, case, attention)
+    run = make_run(model, denoiser, case, attention)
     weights = weight_bytes(model)
     if case.device == "cuda":
         import torch
@@ -51,7 +51,7 @@ def measure_memory(
 def _load_libraries(case: Case, denoiser: Denoiser, attention: list[str]) -> None:
     """Load what a first run loads, so that it does not count as the model's memory."""
     tiny = replace(case, pixels=64, text_tokens=1, batch_size=1)
-    make_run(make_model(denoiser, 1, tiny), tiny, attention)()
+    make_run(make_model(denoiser, 1, tiny), denoiser, tiny, attention)()
     if case.mode == "compiled":
         import torch
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cases import LOCALDIT, PIXART
+from .cases import LOCALDIT, PIXART, SANA
 from .results import GROUP, curve, groups, names_of
 from .timing import exponent
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 STYLES = {
     LOCALDIT["local"].name: ("tab:blue", "o"),
     LOCALDIT["global"].name: ("tab:green", "s"),
+    LOCALDIT["f32"].name: ("tab:cyan", "D"),
     PIXART.name: ("tab:red", "^"),
+    SANA.name: ("tab:orange", "v"),
 }
 
 
@@ -62,13 +64,12 @@ def draw(records: Sequence[Mapping[str, Any]], png: Path) -> bool:
 def _title(group: Mapping[str, str], members: Sequence[Mapping[str, Any]]) -> str:
     """Return the title of a row of panels."""
     costs = members[0]["summary"]["models"]
-    layers = {name: cost["layers"] for name, cost in costs.items()}
+    own, *_, others = [cost["layers"] for cost in costs.values()]  # the rival comes last
     if group["depth"] == "equal":
-        depth = f"{layers[PIXART.name]} layer{'s' * (layers[PIXART.name] > 1)} each"
+        depth = f"{others} layer{'s' * (others > 1)} each"
     else:
-        own = next(count for name, count in layers.items() if name != PIXART.name)
         derived = any(cost["obtained"] != "measured" for cost in costs.values())
-        depth = f"{own} against {layers[PIXART.name]} layers{' (derived)' if derived else ''}"
+        depth = f"{own} against {others} layers{' (derived)' if derived else ''}"
     return f"{group['task']}, {group['dtype']}, {group['mode']}: {depth}"
 
 
@@ -102,7 +103,7 @@ def _draw_costs(
     axes.margins(y=0.15)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,g}")
-    axes.set_xlabel("image tokens (side of the image in pixels)")
+    axes.set_xlabel("tokens of 16 x 16 pixels (side of the image in pixels)")
     axes.grid(alpha=0.3, which="both")
     if sizes:
         axes.legend()

@@ -6,31 +6,32 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .cases import PIXART, Case, Denoiser
+from .cases import DENOISERS, PIXELS_PER_TOKEN, Case, Denoiser
 from .timing import Spread, at_depth, exponent, paired_ratios, times_at_depth
 
 # The fields that distinguish one curve over sizes from another.
-GROUP = ("dtype", "task", "mode", "depth")
+GROUP = ("against", "dtype", "task", "mode", "depth")
 
 
 def summary(case: Case, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the costs of each denoiser in a case, and PixArt's time relative to LocalDiT's.
+    """Return the costs of each denoiser in a case, and the rival's time relative to LocalDiT's.
 
     Args:
         results: the result of `timing.measure_times`, with "memory" added to each run.
 
     Returns:
         "models": the `cost` of each denoiser by name. "ratios": for each LocalDiT with known times,
-        the spread of PixArt's seconds divided by LocalDiT's seconds in the same turn.
+        the spread of the rival's seconds divided by LocalDiT's seconds in the same turn.
     """
+    rival = case.rival.name
     ratios = {}
     times = {}
     for denoiser in case.denoisers:
         runs = results[denoiser.name]["runs"]
         times[denoiser.name] = times_at_depth(runs, case.target_layers(denoiser))
     for name, seconds in times.items():
-        if name != PIXART.name and seconds and times[PIXART.name]:
-            ratios[name] = paired_ratios(times[PIXART.name], seconds).as_dict()
+        if name != rival and seconds and times[rival]:
+            ratios[name] = paired_ratios(times[rival], seconds).as_dict()
     models = {
         denoiser.name: cost(case, denoiser, results[denoiser.name]["runs"])
         for denoiser in case.denoisers
@@ -90,7 +91,7 @@ def groups(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], list[M
 def curve(
     records: Iterable[Mapping[str, Any]], name: str, what: str, part: str
 ) -> list[tuple[int, float]]:
-    """Return (tokens, cost) of a denoiser for each size of a group whose cost is known.
+    """Return (tokens of 16 x 16 pixels, cost) of a denoiser for each size whose cost is known.
 
     Args:
         what, part: keys of `cost`: "seconds" and "median", or "memory" and "beside".
@@ -113,7 +114,7 @@ def exponents(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         For each group and denoiser with at least two known sizes: the fields of the group, the
-        "model", the "tokens", and the exponents "seconds" and "beside" (None if unknown).
+        "model", its "tokens", and the exponents "seconds" and "beside" (None if unknown).
     """
     rows = []
     for group, members in groups(records).items():
@@ -121,7 +122,8 @@ def exponents(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             time = curve(members, name, "seconds", "median")
             beside = curve(members, name, "memory", "beside")
             row: dict[str, Any] = dict(zip(GROUP, group, strict=True), model=name)
-            row["tokens"] = [tokens for tokens, _ in time]
+            wider = (DENOISERS[name].latents.pixels_per_token // PIXELS_PER_TOKEN) ** 2
+            row["tokens"] = [tokens // wider for tokens, _ in time]
             row["seconds"], row["beside"] = _slope(time), _slope(beside)
             if row["seconds"] is not None:
                 rows.append(row)

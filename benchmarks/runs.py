@@ -9,7 +9,7 @@ from typing import Any
 from localdit.machine import with_random_weights
 
 from .attention_kernels import kernels
-from .cases import HEAD_DIM, HEADS, TEXT_CHANNELS, Case, Denoiser
+from .cases import HEAD_DIM, HEADS, SANA, Case, Denoiser
 
 
 def make_model(denoiser: Denoiser, layers: int, case: Case) -> Any:
@@ -18,31 +18,44 @@ def make_model(denoiser: Denoiser, layers: int, case: Case) -> Any:
 
     training = case.task == "training"
     model = with_random_weights(
-        lambda: _model_class(denoiser)(
-            num_attention_heads=HEADS,
-            attention_head_dim=HEAD_DIM,
-            cross_attention_dim=HEADS * HEAD_DIM,
-            caption_channels=TEXT_CHANNELS,
-            out_channels=4,
-            num_layers=layers,
-            sample_size=case.pixels // 8,
-            use_additional_conditions=False,
-            **({} if denoiser.use_global is None else {"use_global": denoiser.use_global}),
-        ),
+        lambda: build(denoiser, layers, case.pixels),
         torch.float32 if training else getattr(torch, case.dtype),
         case.device,
     )
     return model.train(training)
 
 
-def _model_class(denoiser: Denoiser) -> Any:
+def build(denoiser: Denoiser, layers: int, pixels: int) -> Any:
+    """Return a new model for pictures of a side; its other sizes are those of the released one."""
+    latents = denoiser.latents
+    shape: dict[str, Any] = {
+        "in_channels": latents.channels,
+        "out_channels": latents.channels,
+        "patch_size": latents.patch_size,
+        "caption_channels": latents.text_channels,
+        "cross_attention_dim": HEADS * HEAD_DIM,
+        "num_layers": layers,
+        "sample_size": pixels // latents.pixels,
+    }
+    if denoiser == SANA:
+        from diffusers import SanaTransformer2DModel
+
+        # Sana_600M_1024px: heads of linear self-attention, then of cross-attention.
+        heads = {"num_attention_heads": 36, "attention_head_dim": 32}
+        heads |= {"num_cross_attention_heads": HEADS, "cross_attention_head_dim": HEAD_DIM}
+        return SanaTransformer2DModel(**shape, **heads, mlp_ratio=2.5)
+    shape = shape | {
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "use_additional_conditions": False,
+    }
     if denoiser.use_global is None:
         from diffusers import PixArtTransformer2DModel
 
-        return PixArtTransformer2DModel
+        return PixArtTransformer2DModel(**shape)
     from localdit.models import LocalDiTTransformer2DModel
 
-    return LocalDiTTransformer2DModel
+    return LocalDiTTransformer2DModel(**shape, use_global=denoiser.use_global)
 
 
 def weight_bytes(model: Any) -> int:
@@ -63,10 +76,13 @@ def compile_blocks(model: Any) -> None:
             block.compile()
 
 
-def make_run(model: Any, case: Case, attention: list[str]) -> Callable[[], None]:
+def make_run(
+    model: Any, denoiser: Denoiser, case: Case, attention: list[str]
+) -> Callable[[], None]:
     """Return a function that runs one forward pass or one training step.
 
     Args:
+        model: the denoiser's model.
         attention: names of PyTorch's attention kernels in order of preference; empty for
             PyTorch's own choice.
     """
@@ -74,7 +90,7 @@ def make_run(model: Any, case: Case, attention: list[str]) -> Callable[[], None]
 
     if case.mode == "compiled":
         compile_blocks(model)
-    inputs = make_inputs(case)
+    inputs = make_inputs(denoiser, case)
     run = _training_step if case.task == "training" else _forward_pass
     once = run(model, inputs, case)
 
@@ -87,21 +103,23 @@ def make_run(model: Any, case: Case, attention: list[str]) -> Callable[[], None]
     return measured
 
 
-def make_inputs(case: Case) -> dict[str, Any]:
-    """Return random latents, a caption without padding, and a timestep."""
+def make_inputs(denoiser: Denoiser, case: Case) -> dict[str, Any]:
+    """Return a denoiser's inputs: random latents, a caption without padding, and a timestep."""
     import torch
 
     dtype = torch.float32 if case.task == "training" else getattr(torch, case.dtype)
     on_device: dict[str, Any] = {"device": case.device, "dtype": dtype}
-    side = case.pixels // 8
+    latents = denoiser.latents
+    size = (case.batch_size, latents.channels, *2 * [case.pixels // latents.pixels])
     text = (case.batch_size, case.text_tokens)
+    conditions = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
     return {
-        "hidden_states": torch.randn(case.batch_size, 4, side, side, **on_device),
-        "encoder_hidden_states": torch.randn(*text, TEXT_CHANNELS, **on_device),
+        "hidden_states": torch.randn(*size, **on_device),
+        "encoder_hidden_states": torch.randn(*text, latents.text_channels, **on_device),
         "encoder_attention_mask": torch.ones(*text, **on_device),
         "timestep": torch.randint(1000, (case.batch_size,), device=case.device),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         "return_dict": False,
+        **({} if denoiser == SANA else conditions),  # Sana knows no picture sizes
     }
 
 

@@ -8,19 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import HEAD_DIM, HEADS, PIXART
+from .cases import HEAD_DIM, HEADS, RIVALS
 from .provenance import sentence
 from .results import exponents
 
 COLUMNS = (
     "pixels", "precision", "task", "mode", "depth", "model", "layers",
-    "seconds (lowest to highest)", "PixArt : LocalDiT", "compiling, s", "weights, GiB", "peak, GiB",
+    "seconds (lowest to highest)", "other : LocalDiT", "compiling, s", "weights, GiB", "peak, GiB",
 )  # fmt: skip
 EXPONENT_COLUMNS = (
     "precision", "task", "mode", "depth", "model", "tokens", "exponent of time",
     "of memory beside weights",
 )  # fmt: skip
 UNKNOWN = "–"
+_RIVALS = {denoiser.name for denoiser in RIVALS.values()}
 
 
 def line(cells: Iterable[str]) -> str:
@@ -56,7 +57,7 @@ def _cells(cost: Mapping[str, Any], ratio: Mapping[str, float] | None, name: str
     return [
         f"{cost['layers']}{obtained}",
         _spread(spread, seconds) if spread else unknown,
-        "1" if name == PIXART.name and spread else _spread(ratio, "{:.2f}".format) if ratio
+        "1" if name in _RIVALS and spread else _spread(ratio, "{:.2f}".format) if ratio
         else UNKNOWN,
         UNKNOWN if cost["compile_seconds"] is None else seconds(cost["compile_seconds"]),
         gibibytes(memory.get("weights")),
@@ -111,14 +112,15 @@ def exponent_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def what(case: Mapping[str, Any]) -> str:
     """Return a short description of a case."""
-    return f"{case['pixels']} {case['dtype']} {case['task']} {case['mode']} {case['depth']}"
+    kind = f"{case['dtype']} {case['task']} {case['mode']} {case['depth']}"
+    return f"{case['pixels']} {kind}, against {case['against']}"
 
 
 def notes(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """Return the notes below the table: units, attention kernels, machine and command."""
     options = about["options"]
     lines = [
-        f"Blocks of {HEADS} heads x {HEAD_DIM} channels, random weights, batches of "
+        f"Blocks {HEADS * HEAD_DIM} channels wide, random weights, batches of "
         f"{options['batch_size']}, {options['text_tokens']} text tokens. Medians of "
         f"{options['repeats']} runs each, in turns, after {options['warm_up']} uncounted runs; the "
         "ratio is the median of the ratios of the turns. Compiling: the first call minus the "

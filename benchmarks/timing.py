@@ -46,7 +46,7 @@ def _made(
     import torch
 
     try:
-        return make_run(make_model(denoiser, layers, case), case, attention)
+        return make_run(make_model(denoiser, layers, case), denoiser, case, attention)
     except torch.OutOfMemoryError:
         record["error"] = OUT_OF_MEMORY
         return None

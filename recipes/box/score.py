@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from PIL import Image
 
+    from localdit.core.latents import LatentSpace
     from localdit.pipelines import LocalDiTPipeline
     from localdit.scenes import Scene
-
-SIDE = 128
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--vae", type=Path, help="folder of the autoencoder to score")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
+    parser.add_argument("--side", type=int, default=128, help="width and height in pixels")
     parser.add_argument("--trained-on", action="store_true",
                         help="use combinations seen in training instead")  # fmt: skip
     parser.add_argument("--num-inference-steps", "--steps", type=int,
@@ -87,13 +86,13 @@ def generate(
         seeds = range(args.seed + start, args.seed + start + len(batch))
         generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pictures += pipe(
-            batch, height=SIDE, width=SIDE, num_inference_steps=args.num_inference_steps,
+            batch, height=args.side, width=args.side, num_inference_steps=args.num_inference_steps,
             generator=generator, guidance_scale=args.guidance_scale,
         ).images  # fmt: skip
     return pictures
 
 
-def reconstruct(scenes: list[Scene], vae: AutoencoderKL) -> list[Image.Image]:
+def reconstruct(scenes: list[Scene], space: LatentSpace, side: int) -> list[Image.Image]:
     """Encode and decode the true drawings."""
     import numpy as np
     import torch
@@ -103,15 +102,14 @@ def reconstruct(scenes: list[Scene], vae: AutoencoderKL) -> list[Image.Image]:
 
     pictures: list[Image.Image] = []
     for scene in scenes:
-        values = torch.from_numpy(np.array(draw_scene(scene, SIDE))).permute(2, 0, 1)[None]
+        values = torch.from_numpy(np.array(draw_scene(scene, side))).permute(2, 0, 1)[None]
         with torch.no_grad():
-            latents = vae.encode(values / 127.5 - 1.0).latent_dist.mode()
-            decoded = vae.decode(latents).sample
+            decoded = space.decode(space.encode_pixels(values))
         pictures += VaeImageProcessor().postprocess(decoded, output_type="pil")
     return pictures
 
 
-def sharpness(pictures: list[Image.Image], vae: AutoencoderKL) -> dict[str, float]:
+def sharpness(pictures: list[Image.Image], space: LatentSpace) -> dict[str, float]:
     """Return the share of pictures that show a scene, and their mean contrast and PSNR to it."""
     import numpy as np
 
@@ -119,7 +117,7 @@ def sharpness(pictures: list[Image.Image], vae: AutoencoderKL) -> dict[str, floa
 
     reported = [(picture, reported_scene(picture)) for picture in pictures]
     pairs = [(picture, scene) for picture, scene in reported if scene is not None]
-    drawn = reconstruct([scene for _, scene in pairs], vae)
+    drawn = reconstruct([scene for _, scene in pairs], space, pictures[0].width)
     return {
         "show a scene": len(pairs) / len(pictures),
         "contrast across the edges": float(np.mean([edge_contrast(*pair) for pair in pairs])),
@@ -144,9 +142,10 @@ def contact_sheet(pictures: list[Image.Image], columns: int = 8, rows: int = 6) 
     from PIL import Image
 
     shown = pictures[: columns * rows]
-    sheet = Image.new("RGB", (columns * SIDE, -(-len(shown) // columns) * SIDE))
+    side = shown[0].width
+    sheet = Image.new("RGB", (columns * side, -(-len(shown) // columns) * side))
     for i, picture in enumerate(shown):
-        sheet.paste(picture, (i % columns * SIDE, i // columns * SIDE))
+        sheet.paste(picture, (i % columns * side, i // columns * side))
     return sheet
 
 
@@ -177,26 +176,27 @@ def main() -> None:
     args = parse_args()
 
     import torch
-    from diffusers import AutoencoderKL
-
+    from localdit.core.latents import LatentSpace
+    from localdit.core.parts import load_vae, locate_encoder
     from localdit.pipelines import LocalDiTPipeline
     from localdit.scenes.score import score_picture
 
     scenes, texts = prompts(args.count, args.seed, held_out=not args.trained_on)
     if args.vae:
-        vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
+        where = locate_encoder("vae", str(args.vae))
+        space = LatentSpace(load_vae(where, torch.float32).eval())
     else:
         pipe = LocalDiTPipeline.from_pretrained(args.pipeline).to(args.device)
         pipe.set_progress_bar_config(disable=True)
-        vae = pipe.vae
+        space = pipe.latent_space
     started = time.perf_counter()
-    pictures = reconstruct(scenes, vae) if args.vae else generate(pipe, texts, args)
+    pictures = reconstruct(scenes, space, args.side) if args.vae else generate(pipe, texts, args)
     seconds = time.perf_counter() - started
     scores = [score_picture(*pair) for pair in zip(pictures, scenes, strict=True)]
     means = group_means(scenes, scores)
 
     args.output.mkdir(parents=True, exist_ok=True)
-    figures = sharpness(pictures, vae)
+    figures = sharpness(pictures, space)
     if not args.vae:
         figures["different backgrounds of eight"] = spread(pipe, args)
     report = {

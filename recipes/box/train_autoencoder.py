@@ -1,9 +1,11 @@
-"""Train the small autoencoder of the model in the box on drawn scenes.
+"""Train the small autoencoder of the model in the box, or a compact one, on drawn scenes.
 
     python recipes/box/train_autoencoder.py --output output/box/vae
+    python recipes/box/train_autoencoder.py --kind dc --side 256 --output output/compact/vae
 
-Writes a folder with 16-bit weights for `diffusers.AutoencoderKL.from_pretrained`, and in it
-`reconstructions.png`: held-out scenes above their reconstructions.
+Writes a folder with 16-bit weights for `from_pretrained` of `diffusers.AutoencoderKL`, or of
+`AutoencoderDC` (32 pixels per latent), and in it `reconstructions.png`: held-out scenes above their
+reconstructions.
 """
 
 from __future__ import annotations
@@ -18,21 +20,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderDC, AutoencoderKL
+
+    Autoencoder = AutoencoderKL | AutoencoderDC
 
 LATENT_CHANNELS = 4
+COMPACT_CHANNELS = 32
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of training: its end as a share of the steps, its crop size and batch size."""
+    """A stage of training: its end and its crops as shares of steps and side, its batch size."""
 
     until: float
-    crop: int
+    crop: float
     batch_size: int
 
 
-STAGES = (Stage(0.1, 32, 32), Stage(0.7, 64, 8), Stage(1.0, 128, 4))
+STAGES = (Stage(0.1, 0.25, 32), Stage(0.7, 0.5, 8), Stage(1.0, 1.0, 4))
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +45,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--kind", choices=["kl", "dc"], default="kl",
+                        help="AutoencoderKL with 8 pixels per latent and 4 channels, or "
+                        "AutoencoderDC with 32 pixels and 32 channels")  # fmt: skip
+    parser.add_argument("--side", type=int, default=128, help="width and height in pixels, "
+                        "a multiple of 128")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise")
     parser.add_argument("--steps", type=int, default=4_000, help="optimizer steps")
     parser.add_argument("--scenes", type=int, default=6_000, help="number of training images")
@@ -74,16 +84,41 @@ def build_autoencoder() -> AutoencoderKL:
     return vae.to(memory_format=torch.channels_last)
 
 
-def draw_pictures(count: int, seed: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return images (n, 128, 128, 3) as uint8, and one object centre (x, y) in pixels per image."""
+def build_compact_autoencoder() -> AutoencoderDC:
+    """Build an autoencoder with 32x downsampling in six levels, without a posterior (DC-AE)."""
+    import torch
+    from diffusers import AutoencoderDC
+
+    blocks = ("ResBlock",) * 5 + ("EfficientViTBlock",)
+    channels = (16, 32, 64, 64, 128, 128)
+    vae = AutoencoderDC(
+        latent_channels=COMPACT_CHANNELS,
+        attention_head_dim=32,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(1,) * 6,
+        decoder_layers_per_block=(1,) * 6,
+        encoder_qkv_multiscales=((),) * 6,
+        decoder_qkv_multiscales=((),) * 6,
+        scaling_factor=1.0,
+    )
+    return vae.to(memory_format=torch.channels_last)
+
+
+def draw_pictures(
+    count: int, seed: int, held_out: bool, side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return images (n, side, side, 3) as uint8, and an object's centre (x, y) in pixels each."""
     import numpy as np
 
     from localdit.scenes import draw_scene, sample_scenes
 
     scenes = list(sample_scenes(count, seed, held_out))
-    pictures = np.stack([np.asarray(draw_scene(scene)) for scene in scenes])
+    pictures = np.stack([np.asarray(draw_scene(scene, side)) for scene in scenes])
     things = [scene.objects[i % len(scene.objects)] for i, scene in enumerate(scenes)]
-    return pictures, np.array([(128 * thing.x, 128 * thing.y) for thing in things])
+    return pictures, np.array([(side * thing.x, side * thing.y) for thing in things])
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -101,12 +136,13 @@ def random_crops(
     import numpy as np
 
     chosen = rng.integers(len(pictures), size=stage.batch_size)
-    room = pictures.shape[1] - stage.crop
-    reach = stage.crop / 2 + 4
-    corners = centres[chosen] - stage.crop / 2 + rng.uniform(-reach, reach, (len(chosen), 2))
+    crop = round(stage.crop * pictures.shape[1])
+    room = pictures.shape[1] - crop
+    reach = crop / 2 + 4
+    corners = centres[chosen] - crop / 2 + rng.uniform(-reach, reach, (len(chosen), 2))
     lefts_tops = np.clip(corners, 0, room).astype(int)
     crops = [
-        pictures[i, top : top + stage.crop, left : left + stage.crop]
+        pictures[i, top : top + crop, left : left + crop]
         for i, (left, top) in zip(chosen, lefts_tops, strict=True)
     ]
     return to_tensor(np.stack(crops))
@@ -120,20 +156,25 @@ def reconstruction_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.
 
 
 def training_loss(
-    vae: AutoencoderKL, pixels: torch.Tensor, latent_noise: float, kl_weight: float
+    vae: Autoencoder, pixels: torch.Tensor, latent_noise: float, kl_weight: float
 ) -> torch.Tensor:
     import torch
 
     with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(pixels).latent_dist
+        encoded = vae.encode(pixels)
+        posterior = getattr(encoded, "latent_dist", None)
+        mean = encoded.latent if posterior is None else posterior.mean
         # Extra noise beyond the posterior's, so that small errors of a denoiser stay small.
         level = latent_noise * torch.rand(len(pixels), 1, 1, 1)
-        spread = posterior.mean.detach().float().std(dim=(0, 2, 3), keepdim=True)
-        latents = posterior.sample() + level * spread * torch.randn(posterior.mean.shape)
-        decoded = vae.decode(latents).sample
+        spread = mean.detach().float().std(dim=(0, 2, 3), keepdim=True)
+        latents = mean if posterior is None else posterior.sample()
+        decoded = vae.decode(latents + level * spread * torch.randn(mean.shape)).sample
+    loss = reconstruction_loss(decoded.float(), pixels)
+    if posterior is None:
+        return loss
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1.0)
     kl = kl - 0.5 * posterior.logvar.float()
-    return reconstruction_loss(decoded.float(), pixels) + kl_weight * kl.mean()
+    return loss + kl_weight * kl.mean()
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -141,12 +182,18 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * min(1.0, progress / 0.01 + 0.01) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+def encode(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode (b, 3, h, w) without noise."""
+    encoded = vae.encode(pixels)
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+
+
+def reconstruct(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
     """Encode and decode (b, 3, h, w) without noise; clipped to [-1, 1]."""
     import torch
 
     with torch.no_grad():
-        parts = [vae.decode(vae.encode(p).latent_dist.mode()).sample for p in pixels.split(16)]
+        parts = [vae.decode(encode(vae, p)).sample for p in pixels.split(16)]
     return torch.cat(parts).clamp(-1, 1)
 
 
@@ -156,15 +203,19 @@ def psnr(predicted: torch.Tensor, target: torch.Tensor) -> float:
     return float((-10.0 * mse.clamp_min(1e-10).log10()).mean())
 
 
-def standardise_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
+def standardise_latents(vae: Autoencoder, pixels: torch.Tensor) -> None:
     """Fold the mean and deviation of each latent channel into the 1x1 convolutions around it.
 
-    This is exact: the images stay the same, the latents get mean 0 and deviation 1.
+    This is exact: the images stay the same, the latents get mean 0 and deviation 1. An
+    AutoencoderDC has no such convolutions; its `scaling_factor` is set to 1 / deviation instead.
     """
     import torch
 
     with torch.no_grad():
-        latents = torch.cat([vae.encode(p).latent_dist.mode() for p in pixels.split(32)])
+        latents = torch.cat([encode(vae, p) for p in pixels.split(32)])
+        if not hasattr(vae, "quant_conv"):
+            vae.register_to_config(scaling_factor=1.0 / latents.std().item())
+            return
         mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
         into, out = vae.quant_conv, vae.post_quant_conv
         out.bias += out.weight[:, :, 0, 0] @ mean
@@ -175,7 +226,7 @@ def standardise_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
 
 
 def save_comparison(path: Path, originals: torch.Tensor, decoded: torch.Tensor) -> None:
-    """Save rows of originals above their reconstructions; (16, 3, 128, 128) each."""
+    """Save rows of originals above their reconstructions; (16, 3, side, side) each."""
     import torch
     from PIL import Image
 
@@ -185,7 +236,7 @@ def save_comparison(path: Path, originals: torch.Tensor, decoded: torch.Tensor) 
     Image.fromarray(pixels.contiguous().numpy()).save(path)
 
 
-def update_average(average: AutoencoderKL, vae: AutoencoderKL, decay: float) -> None:
+def update_average(average: Autoencoder, vae: Autoencoder, decay: float) -> None:
     import torch
 
     with torch.no_grad():
@@ -205,9 +256,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    pictures, centres = draw_pictures(args.scenes, args.seed, held_out=False)
-    held_out = to_tensor(draw_pictures(128, args.seed, held_out=True)[0])
-    vae = build_autoencoder()
+    pictures, centres = draw_pictures(args.scenes, args.seed, False, args.side)
+    held_out = to_tensor(draw_pictures(128, args.seed, True, args.side)[0])
+    vae = build_autoencoder() if args.kind == "kl" else build_compact_autoencoder()
     average = copy.deepcopy(vae)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True

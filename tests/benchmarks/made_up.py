@@ -6,7 +6,13 @@ from benchmarks.cases import Case, Denoiser
 from benchmarks.results import summary
 from benchmarks.worker import encode
 
-GROWTH = {"LocalDiT": 1.0, "LocalDiT with global context": 1.0, "PixArt": 2.0}
+GROWTH = {
+    "LocalDiT": 1.0,
+    "LocalDiT with global context": 1.0,
+    "LocalDiT f32": 1.0,
+    "PixArt": 2.0,
+    "Sana-0.6B": 1.0,
+}
 
 
 def seconds(denoiser: Denoiser, layers: int, case: Case, turn: int) -> float:

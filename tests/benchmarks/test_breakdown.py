@@ -54,7 +54,7 @@ def test_a_timed_processor_keeps_its_class_and_attributes():
 @pytest.mark.parametrize("context", [*LOCALDIT])
 def test_timing_changes_no_output_and_finds_every_part(context):
     case = Case(pixels=64, text_tokens=8)
-    model, inputs = make_model(LOCALDIT[context], 2, case), make_inputs(case)
+    model, inputs = make_model(LOCALDIT[context], 2, case), make_inputs(LOCALDIT[context], case)
     clock = Clock()
     with torch.inference_mode():
         before = model(**inputs)[0]

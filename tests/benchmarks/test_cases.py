@@ -1,10 +1,19 @@
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel
 
-from benchmarks.cases import LOCALDIT, PIXART, Case
-from benchmarks.runs import compile_blocks, make_inputs, make_model, make_run, weight_bytes
-from localdit.models import LocalDiTTransformer2DModel
+from benchmarks.cases import DENOISERS, LOCALDIT, PIXART, SANA, Case
+from benchmarks.runs import (
+    build,
+    compile_blocks,
+    make_inputs,
+    make_model,
+    make_run,
+    weight_bytes,
+)
+from localdit.models import PRESETS, LocalDiTTransformer2DModel
+
+INPUTS = ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")
 
 
 def test_equal_depth_is_measured_directly():
@@ -37,13 +46,14 @@ def test_a_token_is_16_pixels_wide():
     assert [Case(pixels=pixels).tokens for pixels in (512, 4096)] == [1024, 65536]
 
 
-@pytest.mark.parametrize("denoiser", [*LOCALDIT.values(), PIXART], ids=lambda d: d.name)
+@pytest.mark.parametrize("denoiser", DENOISERS.values(), ids=lambda d: d.name)
 def test_a_model_without_blocks_runs(denoiser):
     case = Case(pixels=64)
     model = make_model(denoiser, 0, case)
     with torch.inference_mode():
-        out = model(**make_inputs(case))[0]
-    assert out.shape == (1, 4, 8, 8)
+        out = model(**make_inputs(denoiser, case))[0]
+    side = 64 // denoiser.latents.pixels
+    assert out.shape == (1, denoiser.latents.channels, side, side)
     assert out.isfinite().all()
 
 
@@ -69,18 +79,41 @@ def test_a_case_makes_its_models():
     assert [model.config.get("use_global") for model in models] == [False, True, None]
 
 
-@pytest.mark.parametrize("denoiser", [LOCALDIT["local"], PIXART], ids=lambda d: d.name)
+def test_sana_is_the_released_one():
+    """Sana_600M_1024px has 0.59B parameters, and LocalDiT f32 is the preset without sizes."""
+    with torch.device("meta"):
+        models = [build(one, one.own_layers, 1024) for one in (SANA, LOCALDIT["f32"])]
+        preset = LocalDiTTransformer2DModel(
+            **PRESETS["released-f32"]
+            | {"caption_channels": 2304, "use_additional_conditions": False}
+        )
+    assert isinstance(models[0], SanaTransformer2DModel)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (*models, preset)]
+    assert sizes[0] == 591_747_872
+    assert sizes[1] == sizes[2]
+    own = Case(pixels=1024, depth="own", layers=None, against="sana", contexts=("f32",))
+    assert [(d.name, own.target_layers(d)) for d in own.denoisers] == [
+        ("LocalDiT f32", 18), ("Sana-0.6B", 28),
+    ]  # fmt: skip
+    inputs = [make_inputs(denoiser, Case(pixels=1024)) for denoiser in own.denoisers]
+    shapes = [{name: one[name].shape for name in INPUTS} for one in inputs]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["hidden_states"] == (1, 32, 32, 32)
+
+
+@pytest.mark.parametrize("denoiser", DENOISERS.values(), ids=lambda d: d.name)
 def test_every_block_is_compiled(denoiser):
     model = make_model(denoiser, 2, Case(pixels=64))
     compile_blocks(model)
     assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
 
 
-def test_a_training_step_changes_the_weights():
+@pytest.mark.parametrize("denoiser", [LOCALDIT["local"], SANA], ids=lambda d: d.name)
+def test_a_training_step_changes_the_weights(denoiser):
     case = Case(pixels=64, task="training", layers=1)
-    model = make_model(LOCALDIT["local"], 1, case)
+    model = make_model(denoiser, 1, case)
     before = model.proj_out.weight.detach().clone()
-    make_run(model, case, [])()
+    make_run(model, denoiser, case, [])()
     assert not torch.equal(model.proj_out.weight, before)
 
 
@@ -89,5 +122,5 @@ def test_one_block_is_enough_for_every_weight_to_be_trained():
     case = Case(pixels=64, task="training")
     for layers, trained in ((0, False), (1, True)):
         model = make_model(PIXART, layers, case)
-        model(**make_inputs(case))[0].sum().backward()
+        model(**make_inputs(PIXART, case))[0].sum().backward()
         assert all(p.grad is not None for p in model.parameters()) == trained

@@ -60,6 +60,28 @@ def test_both_contexts_share_pixarts_turns(workers, tmp_path):
     assert len(record["summary"]["ratios"]) == 2
 
 
+def test_each_rival_is_compared_with_the_localdit_of_its_latents(workers, tmp_path):
+    sizes = ["--pixels", "64", "128", "--output", str(tmp_path)]
+    denoiser.main(["--against", "pixart", "sana", *sizes])
+    content = load(tmp_path)
+    names = [list(record["results"]) for record in content["cases"]]
+    assert names == 2 * [["LocalDiT", "PixArt"]] + 2 * [["LocalDiT f32", "Sana-0.6B"]]
+    assert [list(record["summary"]["ratios"]) for record in content["cases"][1:3]] == [
+        ["LocalDiT"], ["LocalDiT f32"],
+    ]  # fmt: skip
+    tokens = {row["model"]: row["tokens"] for row in content["exponents"]}
+    assert tokens["PixArt"] == [16, 64] and tokens["Sana-0.6B"] == [4, 16]
+    assert "Sana-0.6B | 2 |" in (tmp_path / "denoiser_000.md").read_text(encoding="utf-8")
+
+
+def test_localdits_of_any_latents_are_compared_with_sana(workers, tmp_path):
+    options = "--pixels 64 --against sana --context local f32 --output"
+    denoiser.main([*options.split(), str(tmp_path)])
+    (record,) = load(tmp_path)["cases"]
+    assert list(record["results"]) == ["LocalDiT", "LocalDiT f32", "Sana-0.6B"]
+    assert list(record["summary"]["ratios"]) == ["LocalDiT", "LocalDiT f32"]
+
+
 def test_an_interrupted_run_keeps_its_results(workers, tmp_path, monkeypatch, capsys):
     start = denoiser.in_own_process
 
@@ -101,6 +123,7 @@ def test_results_are_never_overwritten(workers, tmp_path):
     ("options", "message"),
     [
         (["--pixels", "100"], "100 given; expected a multiple of 16"),
+        (["--pixels", "48", "--against", "sana"], "48 given; LocalDiT f32 needs a multiple of 32"),
         (["--pixels", "many"], "'many' given; expected a whole number"),
         (["--measured-layers", "0"], "0 given; expected at least 1"),
         (["--mode", "fast"], "invalid choice: 'fast'"),

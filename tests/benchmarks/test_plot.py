@@ -14,9 +14,10 @@ def test_every_group_has_a_row_of_panels(tmp_path):
     one = made_up.records(Case(pixels=512, contexts=("local", "global")), [512, 1024, 2048])
     own = made_up.records(Case(pixels=512, depth="own"), [512, 1024])
     assert draw(one, tmp_path / "one.png")
-    assert draw([*one, *own], tmp_path / "two.png")
-    heights = [Image.open(tmp_path / name).height for name in ("one.png", "two.png")]
-    assert heights[1] == 2 * heights[0]
+    sana = made_up.records(Case(512, against="sana", contexts=("local", "f32")), [512, 1024])
+    assert draw([*one, *own, *sana], tmp_path / "three.png")
+    heights = [Image.open(tmp_path / name).height for name in ("one.png", "three.png")]
+    assert heights[1] == 3 * heights[0]
 
 
 def test_without_results_there_is_no_plot(tmp_path):
