@@ -176,6 +176,7 @@ def main() -> None:
     args = parse_args()
 
     import torch
+
     from localdit.core.latents import LatentSpace
     from localdit.core.parts import load_vae, locate_encoder
     from localdit.pipelines import LocalDiTPipeline
