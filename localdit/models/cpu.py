@@ -4,6 +4,10 @@
 takes up to a third less time on AMD processors (measured on an AMD EPYC) and applies the GELU in
 the same pass. `Linear` calls oneDNN in inference, and PyTorch's own function everywhere else.
 
+**bfloat16.** On processors without AVX-512, PyTorch computes bfloat16 products in plain loops.
+`Linear` has oneDNN compute them in float32 there, and rounds the results once, after the GELU. This
+takes a sixth of the time (512 tokens, 1152 x 1152 to 4608 x 1152 weights, AMD EPYC with AVX2).
+
 **Bands.** A block reads and writes a map of tokens. Computed all at once, its intermediate results
 take several times the memory of the map and leave the caches of the processor. No token of a band
 of whole window rows attends to a token outside it, so a block can run on one band after the other.
@@ -43,6 +47,9 @@ from .windows import WindowGrid
 BAND_ON_CPU = 256 * 1152 * 4
 BAND_ON_GPU = 16384 * 1152 * 4
 
+# Weights that are converted from bfloat16 to float32 at a time: 4 MiB of them.
+WIDENED = 2**20
+
 # Capacities of PyTorch's cache of oneDNN's primitives and of oneDNN's own, in primitives. Both hold
 # the same ones, so one cache is enough.
 PRIMITIVES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
@@ -63,12 +70,20 @@ class Linear(nn.Linear):
         Returns:
             `(..., out_features)`.
         """
-        if self._can_use_onednn(input):
-            after, form = ("gelu", "tanh") if gelu else ("none", None)
-            fused = torch.ops.mkldnn._linear_pointwise
+        if not self._can_use_onednn(input):
+            output = super().forward(input)
+            return F.gelu(output, approximate="tanh") if gelu else output
+        after, form = ("gelu", "tanh") if gelu else ("none", None)
+        fused = torch.ops.mkldnn._linear_pointwise
+        if onednn_is_available(input.dtype):
             return fused(input, self.weight, self.bias, after, [], form)
-        output = super().forward(input)
-        return F.gelu(output, approximate="tanh") if gelu else output
+        wide, out = input.float(), input.new_empty(*input.shape[:-1], self.out_features)
+        step = WIDENED // self.in_features + 1
+        for start in range(0, self.out_features, step):
+            part = slice(start, start + step)
+            bias = None if self.bias is None else self.bias[part].float()
+            out[..., part] = fused(wide, self.weight[part].float(), bias, after, [], form)
+        return out
 
     def _can_use_onednn(self, input: torch.Tensor) -> bool:
         """Return whether these are plain tensors on a CPU that nothing tracks or transforms."""
@@ -82,7 +97,7 @@ class Linear(nn.Linear):
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()  # the compiler chooses oneDNN by itself
-            and onednn_is_available(input.dtype)
+            and onednn_is_available()
         )
 
 

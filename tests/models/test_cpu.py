@@ -29,6 +29,16 @@ def test_a_model_in_bands_gives_the_result_of_the_whole_map(monkeypatch, size, u
     torch.testing.assert_close(in_parts, whole, atol=2e-6, rtol=0)
 
 
+def test_a_block_in_bands_leaves_its_input_as_it_is(monkeypatch):
+    model, seen = make(num_layers=4), []
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[0].clone())))
+    monkeypatch.setattr(cpu, "BAND_ON_CPU", 60 * 24 * 4)
+    run(model, **inputs(16, 16))
+    assert len(seen) == 4
+    assert all(torch.equal(given, before) for given, before in seen)
+
+
 def heights_of_bands(grid, like):
     heights, out = [], None
     for tokens, band in bands(grid, like):
@@ -135,12 +145,30 @@ def test_training_autocast_and_other_dtypes_use_pytorch(calls):
     assert not calls
 
 
-def test_bfloat16_uses_pytorch_on_processors_without_it(calls, monkeypatch):
+@pytest.mark.parametrize("gelu", [False, True])
+def test_bfloat16_is_computed_in_float32_on_processors_without_it(calls, monkeypatch, gelu):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    layer, x = Linear(24, 20).bfloat16(), torch.randn(4, 24).bfloat16()
+    monkeypatch.setattr(cpu, "WIDENED", 24 * 6)  # 7 of 20 rows at a time
+    layer, x = Linear(24, 20).bfloat16(), torch.randn(2, 4, 24).bfloat16()
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    exact = F.gelu(exact, approximate="tanh") if gelu else exact
     with torch.no_grad():
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    assert not calls
+        result = layer(x, gelu=gelu)
+        once_rounded = exact.bfloat16()
+    assert [args[1].shape[0] for args in calls] == [7, 7, 6]
+    assert all(tensor.dtype == torch.float32 for args in calls for tensor in args[:3])
+    assert result.dtype == torch.bfloat16
+    # One rounding: half of the distance between neighbours, which is up to 2**-7 of a value.
+    torch.testing.assert_close(result.double(), exact, atol=1e-6, rtol=2**-8 + 1e-6)
+    assert (result == once_rounded).float().mean() > 0.99
+
+
+def test_a_layer_without_bias_is_computed_in_float32_as_well(calls, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    layer, x = Linear(24, 20, bias=False).bfloat16(), torch.randn(4, 24).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+    assert len(calls) == 1
 
 
 def test_every_linear_layer_of_the_blocks_can_use_onednn():
