@@ -38,6 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
     parser.add_argument("--side", type=int, default=128, help="width and height in pixels")
+    parser.add_argument("--open-captions", type=int, default=40, help="number of captions that "
+                        "name no background; 0 leaves the spread out")  # fmt: skip
     parser.add_argument("--trained-on", action="store_true",
                         help="use combinations seen in training instead")  # fmt: skip
     parser.add_argument("--num-inference-steps", "--steps", type=int,
@@ -127,11 +129,11 @@ def sharpness(pictures: list[Image.Image], space: LatentSpace) -> dict[str, floa
     }
 
 
-def spread(pipe: LocalDiTPipeline, args: argparse.Namespace, captions: int = 40) -> float:
+def spread(pipe: LocalDiTPipeline, args: argparse.Namespace) -> float:
     """Return the mean number of different backgrounds in eight images of a caption."""
     from localdit.scenes.score import read_picture
 
-    texts = [text for text in open_captions(captions, args.seed) for _ in range(8)]
+    texts = [text for text in open_captions(args.open_captions, args.seed) for _ in range(8)]
     colours = [read_picture(picture)[0] for picture in generate(pipe, texts, args)]
     groups = [set(colours[start : start + 8]) for start in range(0, len(colours), 8)]
     return sum(map(len, groups)) / len(groups)
@@ -184,8 +186,8 @@ def main() -> None:
 
     scenes, texts = prompts(args.count, args.seed, held_out=not args.trained_on)
     if args.vae:
-        where = locate_encoder("vae", str(args.vae))
-        space = LatentSpace(load_vae(where, torch.float32).eval())
+        vae = load_vae(locate_encoder("vae", str(args.vae)), torch.float32).eval()
+        space = LatentSpace(vae)
     else:
         pipe = LocalDiTPipeline.from_pretrained(args.pipeline).to(args.device)
         pipe.set_progress_bar_config(disable=True)
@@ -198,7 +200,7 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     figures = sharpness(pictures, space)
-    if not args.vae:
+    if args.open_captions and not args.vae:
         figures["different backgrounds of eight"] = spread(pipe, args)
     report = {
         "mean": means,

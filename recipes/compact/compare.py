@@ -32,6 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=200, help="number of held-out captions")
     parser.add_argument("--num-inference-steps", type=int, default=20,
                         help="number of inference steps")  # fmt: skip
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="weight of the caption")
     return parser.parse_args()
 
 
@@ -50,6 +51,7 @@ def score(checkpoint: Path, folder: Path, args: argparse.Namespace) -> float:
                 sys.executable, SCORE, "--pipeline", checkpoint, "--output", folder,
                 "--side", str(args.side), "--count", str(args.count),
                 "--num-inference-steps", str(args.num_inference_steps),
+                "--guidance-scale", str(args.guidance_scale), "--open-captions", "0",
             ],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
