@@ -1,18 +1,22 @@
 """Pipelines that name their steps and guidance, and the schedulers of few-step models."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import (
     AutoPipelineForImage2Image,
+    DiffusionPipeline,
     FlowMatchLCMScheduler,
     LCMScheduler,
     TCDScheduler,
 )
 
+from localdit.cli.info import contents_of
 from localdit.core.diffusion import NOISE_SCHEDULE, Objective
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
+from localdit.sizes import pixels_per_latent
 from tests.tiny import tiny_components
 
 OWN = {"num_inference_steps": 4, "guidance_scale": 1.0}
@@ -47,6 +51,34 @@ def watch(pipe, monkeypatch):
 
 
 # Settings of a folder
+
+
+def test_a_student_takes_the_parts_that_it_lacks_from_its_teacher(tmp_path):
+    teacher = tmp_path / "teacher"
+    LocalDiTPipeline(**tiny_components()).save_pretrained(teacher)
+    student = teacher / "student"
+    few_step_pipe(LocalDiTPipeline, LCMScheduler(), tiny_components(1)).save_pretrained(student)
+    whole = LocalDiTPipeline.from_pretrained(student)
+    for part in ("tokenizer", "text_encoder", "vae"):
+        shutil.rmtree(student / part)
+    with pytest.raises((OSError, ValueError)):
+        LocalDiTPipeline.from_pretrained(student)
+    index = student / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_shares_parts": True}))
+    pipe = LocalDiTPipeline.from_pretrained(student, torch_dtype=torch.bfloat16)
+    assert {part.dtype for part in (pipe.vae, pipe.transformer, pipe.text_encoder)} == {
+        torch.bfloat16
+    }
+    pipe = LocalDiTPipeline.from_pretrained(student)
+    assert own(pipe) == OWN
+    expected = LocalDiTPipeline.from_pretrained(teacher).vae.state_dict()
+    assert all(torch.equal(x, pipe.vae.state_dict()[name]) for name, x in expected.items())
+    weights = whole.transformer.state_dict()
+    assert all(torch.equal(x, weights[n]) for n, x in pipe.transformer.state_dict().items())
+    assert contents_of(student)[str(student)]["missing"] == "nothing"
+    assert pixels_per_latent(student) == pixels_per_latent(teacher)
+    pipe.save_pretrained(tmp_path / "own")  # whole, wherever the parts came from
+    DiffusionPipeline.from_pretrained(tmp_path / "own")
 
 
 def own(pipe):
