@@ -34,6 +34,7 @@ RELEASED_WEIGHTS = (
 )
 DOWNLOAD_COMMAND = f"wget {RELEASED_WEIGHTS} -P output/"
 BOX = Path(__file__).resolve().parent / "box"
+FEW_STEPS = "few_steps"  # the student, within the folder of its teacher
 
 
 def load_model(
@@ -92,15 +93,20 @@ def load_model(
     return pipe
 
 
-def model_in_the_box() -> Path:
+def model_in_the_box(few_steps: bool = False) -> Path:
     """Return the pipeline folder of the small model that comes with the package.
+
+    Args:
+        few_steps: the student that was distilled from it, which draws in 4 steps without guidance.
+            Its folder is read by the pipelines of localdit only, because it shares parts.
 
     Raises:
         FileNotFoundError: this installation lacks it.
     """
-    if not (BOX / "model_index.json").is_file():
-        raise FileNotFoundError(f"{BOX} is missing: this copy of localdit has no model in it")
-    return BOX
+    folder = BOX / FEW_STEPS if few_steps else BOX
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} is missing: this copy of localdit has no model in it")
+    return folder
 
 
 # Options

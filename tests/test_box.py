@@ -19,13 +19,21 @@ def pipe():
     return pipe
 
 
+@pytest.fixture(scope="module")
+def student(pipe):
+    parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae")}
+    pipe = LocalDiTPipeline.from_pretrained(model_in_the_box(few_steps=True), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def seeds(count):
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
 def test_it_is_small_and_names_no_path():
     files = [file for file in model_in_the_box().rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 20e6
+    assert sum(file.stat().st_size for file in files) <= 20 * 2**20  # with the student
     for file in files:
         if file.suffix == ".json" and file.name != "tokenizer.json":
             assert "_name_or_path" not in json.loads(file.read_text())
@@ -37,7 +45,9 @@ def test_its_windows_are_real(pipe):
     assert pipe.transformer.config.window_size == 4  # of 8 x 8 tokens
 
 
-def test_it_draws_scenes_that_it_was_never_trained_on(pipe):
+@pytest.mark.parametrize("name", ["pipe", "student"])
+def test_it_draws_scenes_that_it_was_never_trained_on(name, request):
+    pipe = request.getfixturevalue(name)
     scenes = list(sample_scenes(16, seed=5, held_out=True))
     rng = np.random.default_rng(5)
     prompts = [describe(scene, rng).text for scene in scenes]
@@ -54,6 +64,17 @@ def test_it_draws_scenes_that_it_was_never_trained_on(pipe):
     assert mean_scores(shuffled)["all"] <= 0.1
 
 
+def test_the_student_draws_in_four_steps_and_in_one(student):
+    scenes = list(sample_scenes(16, seed=6, held_out=True))
+    rng = np.random.default_rng(6)
+    prompts = [describe(scene, rng).text for scene in scenes]
+    for steps, least in ((None, 0.6), (1, 0.5)):
+        pictures = student(prompts, generator=seeds(16), num_inference_steps=steps).images
+        assert student.num_timesteps == (steps or 4)
+        scores = [score_picture(*pair) for pair in zip(pictures, scenes, strict=True)]
+        assert mean_scores(scores)["all"] >= least
+
+
 def test_capitals_and_spaces_change_nothing(pipe):
     plain, loud = (
         pipe(prompt, generator=seeds(1)[0], num_inference_steps=2, output_type="latent").images
@@ -62,7 +83,9 @@ def test_capitals_and_spaces_change_nothing(pipe):
     assert torch.equal(plain, loud)
 
 
-def test_image_to_image_follows_the_prompt_and_keeps_the_composition(pipe):
+@pytest.mark.parametrize("name", ["pipe", "student"])
+def test_image_to_image_follows_the_prompt_and_keeps_the_composition(name, request):
+    pipe = request.getfixturevalue(name)
     before = Scene("blue", (SceneObject("circle", "red", "large", 0.25, 0.25),))
     after = Scene("blue", (SceneObject("circle", "yellow", "large", 0.25, 0.25),))
     edit = LocalDiTImg2ImgPipeline.from_pipe(pipe)

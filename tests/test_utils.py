@@ -316,3 +316,5 @@ def test_the_model_in_the_box_is_a_folder_of_the_package(monkeypatch, tmp_path):
     (tmp_path / "box").mkdir()
     (tmp_path / "box" / "model_index.json").write_text("{}")
     assert model_in_the_box() == tmp_path / "box"
+    with pytest.raises(FileNotFoundError, match="few_steps is missing"):
+        model_in_the_box(few_steps=True)

@@ -16,6 +16,7 @@ from ..parsing import UsageError, text_argument
 from ..version import __version__
 
 BOX_NAME = "box"
+STUDENT_NAME = "box-few-steps"
 
 # Settings of a `Config` that options give, by their standard names.
 CONFIG_SETTINGS = (
@@ -119,8 +120,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", metavar="PATH",
-        help="a checkpoint file, a Diffusers folder, or 'box', the small model that comes with "
-        "LocalDiT (default: output/LocalDiT-1024.pt if it exists, else box)")  # fmt: skip
+        help="a checkpoint file, a Diffusers folder, 'box', the small model that comes with "
+        "LocalDiT, or 'box-few-steps', its student, which draws in 4 unguided steps (default: "
+        "output/LocalDiT-1024.pt if it exists, else box)")  # fmt: skip
     add("--lora", metavar="PATH", action="append", default=[],
         help="a LoRA for the model: a file, a folder or a hub name; may be repeated")  # fmt: skip
     add("--lora-scale", metavar="W", type=float, action="append", default=[],
@@ -161,8 +163,11 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 def named_model(name: str) -> str | Path:
     """Return the path that `--model` names.
 
-    'box' is the model in the box, unless there is a file or folder of that name.
+    'box' is the model in the box and 'box-few-steps' its student, unless there is a file or folder
+    of that name.
     """
     from ..utils import model_in_the_box
 
-    return model_in_the_box() if name == BOX_NAME and not Path(name).exists() else name
+    if name not in (BOX_NAME, STUDENT_NAME) or Path(name).exists():
+        return name
+    return model_in_the_box(few_steps=name == STUDENT_NAME)

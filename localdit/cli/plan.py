@@ -81,7 +81,12 @@ class Choice:
     @property
     def name(self) -> str:
         """The model's name in the settings that a picture carries."""
-        return "the model in the box" if self.preset is SCENES else str(self.config.ckpt_path)
+        from ..utils import FEW_STEPS
+
+        if self.preset is not SCENES:
+            return str(self.config.ckpt_path)
+        student = self.checkpoint.name == FEW_STEPS
+        return "the student in the box" if student else "the model in the box"
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choi
         ImportError: a LoRA is given, but peft is not installed.
         ValueError: a setting is out of range, or the options contradict each other.
     """
-    from ..utils import BOX
+    from ..utils import BOX, FEW_STEPS
 
     config = config or Config()
     given = vars(args)
@@ -187,7 +192,7 @@ def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choi
         settings["ckpt_path"] = named_model(BOX_NAME)
         named = False
     checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
-    preset = SCENES if checkpoint.resolve() == BOX else PHOTOGRAPHS
+    preset = SCENES if checkpoint.resolve() in (BOX, BOX / FEW_STEPS) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)

@@ -27,3 +27,12 @@ $two_processes train.py --mixed-precision bf16 \
 
 python recipes/box/pack.py --pipeline $out/run/final --output localdit/box
 python recipes/box/score.py --pipeline localdit/box --output $out/score --count 1000
+
+$two_processes train.py --method distil --distillation trajectory --teacher-steps 8 \
+  --teacher localdit/box/transformer --pretrained localdit/box \
+  --data-root $out/encoded --image-size 128 --num-workers 0 --token-dropout 0 \
+  --batch-size 8 --max-train-steps 600 --learning-rate 5e-4 --lr-schedule cosine \
+  --warmup-steps 30 --gradient-clip 1.0 --ema-decay 0.99 --output $out/few_steps
+
+python recipes/box/pack.py --student $out/few_steps/final --output localdit/box
+python recipes/box/score.py --pipeline localdit/box/few_steps --output $out/few_steps/score

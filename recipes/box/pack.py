@@ -1,6 +1,9 @@
 """Pack a trained pipeline into the package, with 16-bit weights.
 
     python recipes/box/pack.py --pipeline output/box/run/final --output localdit/box
+    python recipes/box/pack.py --student output/box/few_steps/final --output localdit/box
+
+The second line adds a student to the packed folder of its teacher.
 
 Local paths are removed from the files, and the tokenizer's class name is one that both Transformers
 4 and 5 find.
@@ -26,7 +29,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pipeline", type=Path, help="folder of the pipeline")
+    source.add_argument("--student", type=Path, help="folder of a student of the packed pipeline")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write; it is replaced"
     )
@@ -41,19 +46,40 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
 
 
-def main() -> None:
-    args = parse_args()
+def pack_student(student: Path, box: Path) -> None:
+    """Write transformer, scheduler and index of a student; it shares the other parts."""
+    import torch
 
+    from localdit.models import LocalDiTTransformer2DModel
+
+    folder = box / "few_steps"
+    shutil.rmtree(folder, ignore_errors=True)
+    transformer = LocalDiTTransformer2DModel.from_pretrained(student / "transformer")
+    weights = folder / "transformer"
+    transformer.to(torch.float16).save_pretrained(weights)
+    for file in weights.iterdir():
+        file.chmod(0o644)
+    edit_json(folder / "transformer" / "config.json", _name_or_path=None)
+    shutil.copytree(student / "scheduler", folder / "scheduler")
+    index = json.loads((box / "model_index.json").read_text("utf-8"))
+    own = json.loads((student / "model_index.json").read_text("utf-8"))
+    names = ("scheduler", "num_inference_steps", "guidance_scale")
+    index |= {name: own[name] for name in names} | {"_shares_parts": True}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def pack_pipeline(pipeline: Path, box: Path) -> None:
+    """Write the folder of a pipeline; it is replaced."""
     import torch
 
     from localdit.pipelines import LocalDiTPipeline
 
-    pipe = LocalDiTPipeline.from_pretrained(args.pipeline)
+    pipe = LocalDiTPipeline.from_pretrained(pipeline)
     for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
         part.to(torch.float16)
     pipe.tokenizer.backend_tokenizer.no_truncation()
     pipe.tokenizer.backend_tokenizer.no_padding()
-    new = args.output.with_name(args.output.name + ".new")
+    new = box.with_name(box.name + ".new")
     pipe.save_pretrained(new)
 
     (
@@ -75,8 +101,16 @@ def main() -> None:
         tokenizer_class=tokenizer,
         **dict.fromkeys(CALL_SETTINGS),
     )
-    shutil.rmtree(args.output, ignore_errors=True)
-    new.rename(args.output)
+    shutil.rmtree(box, ignore_errors=True)
+    new.rename(box)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.student:
+        pack_student(args.student, args.output)
+    else:
+        pack_pipeline(args.pipeline, args.output)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB")
 

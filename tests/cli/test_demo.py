@@ -86,7 +86,12 @@ def test_the_page_starts_at_the_settings_of_the_folder(model, tmp_path):
     few = tmp_path / "few"
     tiny = LocalDiTPipeline.from_pretrained(model, num_inference_steps=4, guidance_scale=1.0)
     tiny.save_pretrained(few)
-    for folder, settings in ((few, (4, 1.0)), ("box", (20, 2.0)), (model, (20, 7.0))):
+    for folder, settings in (
+        (few, (4, 1.0)),
+        ("box", (20, 2.0)),
+        ("box-few-steps", (4, 1.0)),
+        (model, (20, 7.0)),
+    ):
         first = demo.page_model(demo.build_parser().parse_args(["--model", str(folder)])).config
         assert (first.denoising_steps, first.guidance_scale) == settings
 

@@ -144,6 +144,13 @@ def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
     assert a["model"] == "the model in the box"
 
 
+def test_the_student_in_the_box_needs_no_options(here, capsys):
+    assert main(["generate", "a red circle", "--model", "box-few-steps", "-o", "a.png"]) == 0
+    made = read_metadata("a.png")
+    assert (made["num_inference_steps"], made["guidance_scale"]) == (4, 1.0)
+    assert made["model"] == "the student in the box"
+
+
 def test_a_sampler_by_name(pictures, model):
     convert_to_single_file(model, "own.safetensors")
     parts = [f"--{part}={model}" for part in ("text-encoder", "vae", "scheduler")]
