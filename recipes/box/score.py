@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
     parser.add_argument("--side", type=int, default=128, help="width and height in pixels")
-    parser.add_argument("--open-captions", type=int, default=40, help="number of captions that "
-                        "name no background; 0 leaves the spread out")  # fmt: skip
+    parser.add_argument("--open-captions", type=int, help="number of captions that name no "
+                        "background, for the spread; by default one for 25")  # fmt: skip
     parser.add_argument("--trained-on", action="store_true",
                         help="use combinations seen in training instead")  # fmt: skip
     parser.add_argument("--num-inference-steps", "--steps", type=int,
@@ -49,7 +49,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=10, help="captions per call")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
     parser.add_argument("--device", default="cpu", help="device to generate on")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.open_captions is None:
+        args.open_captions = args.count // 25
+    return args
 
 
 def prompts(count: int, seed: int, held_out: bool) -> tuple[list[Scene], list[str]]:
