@@ -25,7 +25,7 @@ NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
         ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
         ({"max_sequence_length": 0}, ValueError, "max_sequence_length"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale"),
-        ({"guidance_scale": None}, ValueError, "guidance_scale"),
+        ({"guidance_scale": "2"}, ValueError, "guidance_scale"),
         ({"output_type": "jpeg"}, ValueError, "output_type: 'jpeg' is none of pil, np, pt, latent"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "'noise' is none of lat"),
         ({"prompt": None}, ValueError, "either prompt or prompt_embeds"),
