@@ -385,6 +385,11 @@ def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp
     run = train("run", "--transformer", tmp_path / "guided/transformer", "--image-size", "64")
     written = json.loads((run / "final/model_index.json").read_text())
     assert (written["num_inference_steps"], written["guidance_scale"]) == (12, 2.5)
+    index.write_text(json.dumps(values | {"num_inference_steps": 4, "guidance_scale": 1.0}))
+    run = train("ordinary", "--transformer", tmp_path / "guided/transformer", "--image-size", "64")
+    written = json.loads((run / "final/model_index.json").read_text())
+    # Trained on the noise, a few-step model does not stay one.
+    assert (written["num_inference_steps"], written["guidance_scale"]) == (20, 7.0)
 
 
 @pytest.mark.parametrize(

@@ -356,8 +356,8 @@ def set_timesteps(
 def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
     """Return the schedule of a few-step model as arguments of `set_timesteps`, or else nothing.
 
-    LCM's schedulers start at a strength themselves. They tell `original_inference_steps` levels
-    apart, of which a low strength leaves fewer than there are steps.
+    LCM's schedulers start at a strength themselves. They have `original_inference_steps` noise
+    levels, and a low strength may leave fewer levels than there are steps.
 
     By itself, LCM for flow matching would take its last step at hardly any noise; the evenly spaced
     levels `1 - i / steps` are those of Diffusers' pipelines for flows.

@@ -48,7 +48,7 @@ class SamplingSettings:
 
     @property
     def few_steps(self) -> bool:
-        """Whether the model is made for few steps without guidance."""
+        """True if the model is made for few steps without guidance."""
         return self.num_inference_steps <= MOST_FEW_STEPS and self.guidance_scale <= 1
 
 

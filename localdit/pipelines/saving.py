@@ -210,7 +210,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
 
     @classmethod
     def _parts_of_parent(cls, folder: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Load the parts that a folder lacks and its parent has, as `from_pretrained` is told."""
+        """Load the parts that a folder shares with its parent, with the same arguments."""
         shared = [
             name
             for name in ENCODERS

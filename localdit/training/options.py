@@ -23,18 +23,16 @@ DESCRIPTION = """Train a LocalDiT on captioned pictures.
     accelerate launch train.py --data-root pictures --image-size 512 --batch-size 2
 """
 FORMATS = ("auto", "folder", "metadata", "webdataset", "saved", "encoded")
+DISTIL = "distil"  # the method that `--distillation` names
 # The class of each training method, in `localdit.training.methods`. It is loaded after the options.
 METHODS = {
     "fine-tuning": "fine_tuning.FineTuning",
-    "knowledge-distillation": "knowledge_distillation.KnowledgeDistillation",
-    "distil": "",  # one of the following
-}
-DISTIL = "distil"
-DISTILLATIONS = {
+    "knowledge-distillation": "distillation.KnowledgeDistillation",
     "latent-consistency": "distillation.LatentConsistency",
     "trajectory": "distillation.TrajectoryDistillation",
     "continuous-consistency": "distillation.ContinuousConsistency",
 }
+DISTILLATIONS = tuple(METHODS)[2:]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 # The options of distillation, with their defaults.
 DISTIL_OPTIONS = {
@@ -255,14 +253,14 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="train the transformer of --transformer for the latents of another VAE: its patch "
         "embedding, for patches of this side in latents, and its output layer are new, all other "
         "weights are kept")  # fmt: skip
-    add("--method", choices=list(METHODS), default="fine-tuning",
+    add("--method", choices=[*tuple(METHODS)[:2], DISTIL], default="fine-tuning",
         help="learn from the data alone (fine-tuning, also for a new transformer), from the "
         "predictions of --teacher (knowledge-distillation), or to draw in a few steps what "
         "--teacher draws in many (distil)")  # fmt: skip
     add("--teacher", type=Path,
         help="Diffusers folder or checkpoint file of the frozen LocalDiT that --method "
         "knowledge-distillation or distil learns from")  # fmt: skip
-    add("--distillation", choices=list(DISTILLATIONS),
+    add("--distillation", choices=DISTILLATIONS,
         help="the loss of --method distil; by default latent-consistency")  # fmt: skip
     add("--teacher-guidance-scale", type=float,
         help="guidance scale of the teacher, which --method distil builds into the student; by "

@@ -33,13 +33,7 @@ from localdit.training.methods import InputMaker, Method, Sampling
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import (
-    DISTIL,
-    DISTILLATIONS,
-    METHODS,
-    Stage,
-    check_image_size,
-)
+from localdit.training.options import METHODS, Stage, check_image_size
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
@@ -255,8 +249,7 @@ def load_models(
 
 def _method_class(args: argparse.Namespace) -> type[FineTuning]:
     """Return the class of the method that the options name."""
-    path = DISTILLATIONS[args.distillation] if args.method == DISTIL else METHODS[args.method]
-    module, name = path.split(".")
+    module, name = METHODS[args.distillation or args.method].split(".")
     return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
 
 

@@ -49,8 +49,8 @@ def edit_json(path: Path, **changes: Any) -> None:
 def pack_student(student: Path, box: Path) -> None:
     """Write transformer, scheduler and index of a student; it shares the other parts.
 
-    One layer has 8-bit weights, so that teacher and student have less than 20 MB. Of the layers that
-    are large enough, it changes the images least: by 0.2 of 255.
+    One layer has 8-bit weights, so that teacher and student have less than 20 MB. Of the layers
+    that are large enough, it changes the images least: by 0.2 of 255.
     """
     import torch
 

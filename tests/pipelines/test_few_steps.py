@@ -175,7 +175,7 @@ def test_all_steps_are_taken_from_the_noise_of_the_strength(
 
 @pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler, FlowMatchLCMScheduler])
 def test_strengths_of_less_than_the_steps(scheduler, caplog, monkeypatch):
-    """LCM tells 50 levels apart: a strength of 0.05 leaves two of them, and 0.01 none."""
+    """LCM has 50 noise levels: a strength of 0.05 leaves two of them, and 0.01 none."""
     pipe = few_step_pipe(LocalDiTImg2ImgPipeline, scheduler())
     seen = watch(pipe, monkeypatch)
     image = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

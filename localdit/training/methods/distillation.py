@@ -1,14 +1,16 @@
-"""Distillation to few steps: a student draws in one to four passes what its teacher draws in forty.
+"""Distillation: a student learns from a frozen teacher.
 
-A consistency model (Song et al., 2023) maps a point of the teacher's ODE at any timestep to the
-clean latents at its end. Guidance is part of the ODE, so the student needs no second pass for it.
+By knowledge distillation, it learns the teacher's predictions. The other methods make it a
+consistency model (Song et al., 2023), which draws in one to four passes what its teacher draws in
+forty: it maps a point of the teacher's ODE at any timestep to the clean latents at its end.
+Guidance is part of the ODE, so the student needs no second pass for it.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +20,11 @@ from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.flops import forward_flops
 from localdit.training.initialization import load_frozen
-from localdit.training.methods import Inputs, Sampling, predict
+from localdit.training.methods import Inputs, Sampling, noised_prediction, predict
 from localdit.training.methods.fine_tuning import FineTuning
-from localdit.training.methods.knowledge_distillation import TEACHER
 from localdit.training.state import TRANSFORMER
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+TEACHER = "teacher"
 HUBER = 0.001  # c of the pseudo-Huber loss (Luo et al., 2023)
 TRAJECTORY_HUBER = 0.03
 DIFFERENCE = 5  # timesteps to either side in finite differences
@@ -33,14 +32,60 @@ TANGENT = 0.1  # c in the normalised tangent g / (|g| + c) (Lu & Song, 2024, sec
 
 
 class Distillation(FineTuning):
-    """Trains a consistency model on the guided ODE of a frozen teacher.
+    """The frozen teacher that `--teacher` names, beside the transformer in training."""
+
+    passes = 0  # of the student without gradient
+
+    @classmethod
+    def frozen_models(
+        cls, args: argparse.Namespace, transformer: LocalDiTTransformer2DModel
+    ) -> dict[str, nn.Module]:
+        """Load the teacher."""
+        return {TEACHER: load_frozen(args.teacher, transformer)}
+
+    def step_flops(self, inputs: Inputs) -> int:
+        """Return the operations of the student's step and of the passes without gradient."""
+        rows, _, height, width = inputs.latents.shape
+        sizes = (height, width, inputs.text.shape[1])
+        teacher = self.frozen[TEACHER]
+        assert isinstance(teacher, LocalDiTTransformer2DModel)
+        passes = (1 + self.guided) * forward_flops(teacher.config, *sizes)
+        passes += self.passes * forward_flops(self.transformer.config, *sizes)
+        return super().step_flops(inputs) + rows * passes
+
+
+class KnowledgeDistillation(Distillation):
+    """Trains a student on the prediction of a teacher instead of the noise that was added.
+
+    This is output-level knowledge distillation (BK-SDM, Kim et al., 2023, eq. 3). The teacher
+    predicts for the same noised latents, text and picture sizes.
+    """
+
+    def losses(
+        self,
+        models: Mapping[str, nn.Module],
+        inputs: Inputs,
+        noise: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the weighted mean squared distance of each sample's predictions, `(B,)`."""
+        with torch.no_grad():
+            wanted, _, timesteps = noised_prediction(
+                models[TEACHER], self.objective, inputs, noise, positions
+            )
+        prediction, _, _ = noised_prediction(
+            models[TRANSFORMER], self.objective, inputs, noise, positions
+        )
+        return denoising_errors(prediction, wanted) * self.objective.weights(timesteps)
+
+
+class FewStepDistillation(Distillation):
+    """Trains a consistency model on the guided ODE of a teacher.
 
     Attributes:
         guidance_scale: g in `uncond + g * (text - uncond)` of the teacher.
         teacher_steps: number of timesteps on the grid that the student is sampled on.
     """
-
-    passes: int  # of the student without gradient
 
     def __init__(
         self,
@@ -56,24 +101,12 @@ class Distillation(FineTuning):
         self.guided = guidance_scale > 1
 
     @classmethod
-    def from_options(
-        cls,
-        args: argparse.Namespace,
-        transformer: LocalDiTTransformer2DModel,
-        objective: Objective,
-        device: torch.device,
-    ) -> Self:
-        """Make the method that `--distillation` names, and load the teacher."""
-        return cls(
-            transformer,
-            objective,
-            args.lora_rank is not None,
-            {TEACHER: load_frozen(args.teacher, transformer).to(device)},
-            read_settings(args.teacher.parent).guidance_scale
-            if args.teacher_guidance_scale is None
-            else args.teacher_guidance_scale,
-            args.teacher_steps,
-        )
+    def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
+        """Return the guidance of the teacher, by default that of its folder, and its steps."""
+        guidance_scale = args.teacher_guidance_scale
+        if guidance_scale is None:
+            guidance_scale = read_settings(args.teacher.parent).guidance_scale
+        return {"guidance_scale": guidance_scale, "teacher_steps": args.teacher_steps}
 
     @classmethod
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
@@ -128,18 +161,8 @@ class Distillation(FineTuning):
             *self.answers(model, self.frozen[TEACHER], inputs, noise, positions)
         )
 
-    def step_flops(self, inputs: Inputs) -> int:
-        """Return the operations of the student's step and of the passes without gradient."""
-        rows, _, height, width = inputs.latents.shape
-        sizes = (height, width, inputs.text.shape[1])
-        teacher = self.frozen[TEACHER]
-        assert isinstance(teacher, LocalDiTTransformer2DModel)
-        passes = (1 + self.guided) * forward_flops(teacher.config, *sizes)
-        passes += self.passes * forward_flops(self.transformer.config, *sizes)
-        return super().step_flops(inputs) + rows * passes
 
-
-class LatentConsistency(Distillation):
+class LatentConsistency(FewStepDistillation):
     """Latent consistency distillation (Luo et al., 2023, algorithm 1).
 
     The student's answer at a timestep of the grid is compared with its answer one step of the grid
@@ -163,7 +186,7 @@ class LatentConsistency(Distillation):
         return _huber(answer - target, HUBER)
 
 
-class TrajectoryDistillation(Distillation):
+class TrajectoryDistillation(FewStepDistillation):
     """Regression on the ends of the teacher's trajectories (Luhman & Luhman, 2021, section 3).
 
     The teacher draws from noise in `teacher_steps` steps, and from each of them the student answers
@@ -171,8 +194,6 @@ class TrajectoryDistillation(Distillation):
     depend on the student, so it learns sooner than by consistency if the teacher needs few steps.
     Of the data, only the captions matter.
     """
-
-    passes = 0
 
     def trajectory(
         self, teacher: nn.Module, inputs: Inputs, noise: torch.Tensor
@@ -220,7 +241,7 @@ class TrajectoryDistillation(Distillation):
         return self.teacher_steps * super().step_flops(inputs)
 
 
-class ContinuousConsistency(Distillation):
+class ContinuousConsistency(FewStepDistillation):
     """Consistency distillation in continuous time, sCM (Lu & Song, 2024, section 4).
 
     The student's answer must not change along the teacher's ODE. Its derivative is taken by central

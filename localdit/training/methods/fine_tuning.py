@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -60,13 +60,24 @@ class FineTuning(Method):
         """
         models = cls.frozen_models(args, transformer)
         frozen = {name: model.to(device) for name, model in models.items()}
-        return cls(transformer, objective, args.lora_rank is not None, frozen)
+        adapters = args.lora_rank is not None
+        return cls(transformer, objective, adapters, frozen, **cls.settings(args))
+
+    @classmethod
+    def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
+        """Return the arguments of a derived class that the options give."""
+        return {}
 
     @classmethod
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
-        """Return the way to sample from the result: steps and guidance are those of the start."""
+        """Return the way to sample from the result: steps and guidance are those of the start.
+
+        A few-step model does not stay one.
+        """
         start = args.transformer or args.teacher
         settings = read_settings(start.parent) if start else SamplingSettings()
+        if settings.few_steps:
+            settings = SamplingSettings()
         return Sampling(objective.sampling_scheduler(), settings)
 
     @classmethod

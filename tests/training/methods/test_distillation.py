@@ -5,11 +5,11 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from localdit.core.diffusion import NOISE_SCHEDULE, Objective
 from localdit.training.methods import Inputs, predict
 from localdit.training.methods.distillation import (
+    TEACHER,
     ContinuousConsistency,
     LatentConsistency,
     TrajectoryDistillation,
 )
-from localdit.training.methods.knowledge_distillation import TEACHER
 from localdit.training.state import TRANSFORMER
 from tests.tiny import TEXT_WIDTH, tiny_components
 
