@@ -13,7 +13,8 @@ from .attention import (
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
 )
-from .transformer import PRESETS, LocalDiTTransformer2DModel
+from .configuration import PRESETS
+from .transformer import LocalDiTTransformer2DModel
 
 __all__ = [
     "PRESETS",

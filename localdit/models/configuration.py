@@ -1,4 +1,4 @@
-"""The transformer's configuration: checks of its values, and the kind of each layer."""
+"""The transformer's configuration: presets, checks of values, and the kind of each layer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,41 @@ from inspect import Signature
 from typing import Any
 
 from ..errors import Field, FieldValueError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The released 0.52B model, without global context: the defaults of the class.
+    "released": {},
+    # The released blocks for compact latents, at 1024 x 1024 pixels. Like the released model, they
+    # are conditioned on the picture's size, which their `sample_size` does not imply, and a picture
+    # spans positions from 0 to 32.
+    # AutoencoderDC: 32 channels, 32 pixels per latent. A token is 32 x 32 pixels.
+    "released-f32": {
+        "in_channels": 32,
+        "out_channels": 32,
+        "sample_size": 32,
+        "patch_size": 1,
+        "interpolation_scale": 1,
+        "use_additional_conditions": True,
+    },
+    # 16 pixels per latent: a token is 16 x 16 pixels, as in the released model.
+    "released-f16": {
+        "in_channels": 32,
+        "out_channels": 32,
+        "sample_size": 64,
+        "patch_size": 1,
+        "interpolation_scale": 2,
+        "use_additional_conditions": True,
+    },
+    # The model in the box: 128 x 128 pixels on a laptop's processor.
+    "tiny": {
+        "num_attention_heads": 4,
+        "attention_head_dim": 48,
+        "num_layers": 6,
+        "sample_size": 16,
+        "caption_channels": 128,
+    },
+}
+"""Shapes by name, as keyword arguments: `LocalDiTTransformer2DModel(**PRESETS["tiny"])`."""
 
 # The largest sound value of each size. A configuration may be damaged, or written to do harm.
 _LARGEST = {

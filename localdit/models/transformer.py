@@ -445,39 +445,3 @@ def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
     if mask is None or mask.ndim == 3:
         return mask
     return (1 - mask.to(dtype))[:, None] * -10000.0
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The released 0.52B model, without global context: the defaults of the class.
-    "released": {},
-    # The released blocks for compact latents, at 1024 x 1024 pixels. Like the released model, they
-    # are conditioned on the picture's size, which their `sample_size` does not imply, and a picture
-    # spans positions from 0 to 32.
-    # AutoencoderDC: 32 channels, 32 pixels per latent. A token is 32 x 32 pixels.
-    "released-f32": {
-        "in_channels": 32,
-        "out_channels": 32,
-        "sample_size": 32,
-        "patch_size": 1,
-        "interpolation_scale": 1,
-        "use_additional_conditions": True,
-    },
-    # 16 pixels per latent: a token is 16 x 16 pixels, as in the released model.
-    "released-f16": {
-        "in_channels": 32,
-        "out_channels": 32,
-        "sample_size": 64,
-        "patch_size": 1,
-        "interpolation_scale": 2,
-        "use_additional_conditions": True,
-    },
-    # The model in the box: 128 x 128 pixels on a laptop's processor.
-    "tiny": {
-        "num_attention_heads": 4,
-        "attention_head_dim": 48,
-        "num_layers": 6,
-        "sample_size": 16,
-        "caption_channels": 128,
-    },
-}
-"""Shapes by name, as keyword arguments: `LocalDiTTransformer2DModel(**PRESETS["tiny"])`."""

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.hub_utils import populate_model_card
-from huggingface_hub import ModelCard, ModelCardData, create_repo
+from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.utils import EntryNotFoundError
 
 from ..checkpoint.loading import require_savable
@@ -31,12 +30,13 @@ from ..core.parts import (
     require_whole,
     unattended,
 )
-from ..core.settings import INDEX, SamplingSettings, read_settings
+from ..core.settings import INDEX, read_settings
 from ..files import read_json
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import folder_with_part
 from . import lora
 from .lora import Tensors
+from .model_card import make_model_card
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,45 +52,6 @@ from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTP
 # The library and class that a folder names for the transformer; `localdit.registration` adds the
 # class to Diffusers. If the folder named localdit, Diffusers would look for code on the hub.
 TRANSFORMER = ["diffusers", "LocalDiTTransformer2DModel"]
-
-URL = "https://github.com/yourusername/localdit"
-PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "flow"}
-
-CARD_TEXT = """
-# {title}
-
-Pictures from text with [LocalDiT]({url}), a diffusion transformer whose self-attention looks only
-at small shifted windows.
-
-*This card was written when the pipeline was saved. What is missing: what the model was trained on,
-what it can do, and where it fails.*
-
-## Use
-
-[Install LocalDiT]({url}), then:
-
-```python
-{use}
-image = pipe(
-    "a photo of a mountain lake at sunset", {settings}
-).images[0]
-```
-
-## What is inside
-
-| | |
-|---|---|
-{facts}
-"""
-USE = """\
-import localdit  # makes its classes known to Diffusers
-from diffusers import DiffusionPipeline  # or AutoPipelineForImage2Image, AutoPipelineForInpainting
-
-pipe = DiffusionPipeline.from_pretrained("{name}")"""
-USE_REMOTE_CODE = """\
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)"""
 
 
 class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
@@ -435,49 +396,3 @@ def _write_index(folder: Path, class_name: str, remote_code: bool) -> None:
         code.write_text(CODE_TEXT, "utf-8")
     else:
         code.unlink(missing_ok=True)
-
-
-def make_model_card(pipeline: Any, name: str, license: str, remote_code: bool) -> ModelCard:
-    """Make the model card of a pipeline: its README.md.
-
-    Args:
-        pipeline: the pipeline to describe.
-        name: folder or repository that the pipeline is loaded from.
-        license: the hub's identifier of the weights' licence.
-        remote_code: whether the folder has to be loaded with `trust_remote_code=True`.
-    """
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        license=license,
-        tags=["localdit", "text-to-image", "image-to-image", "inpainting"],
-    )
-    facts = "\n".join(f"| {what} | {fact} |" for what, fact in _facts(pipeline).items())
-    title = name.rstrip("/").rsplit("/", 1)[-1]
-    use = (USE_REMOTE_CODE if remote_code else USE).format(name=name)
-    own = asdict(SamplingSettings.of(pipeline.config))
-    settings = ", ".join(f"{name}={value}" for name, value in own.items())
-    text = CARD_TEXT.format(title=title, use=use, url=URL, settings=settings, facts=facts)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def _facts(pipeline: Any) -> dict[str, str]:
-    transformer, scheduler = pipeline.transformer, pipeline.scheduler
-    config = transformer.config
-    side = config.sample_size * pipeline.vae_scale_factor
-    window = f"{config.window_size} x {config.window_size} tokens"
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    facts = {
-        "parameters of the transformer": f"{sum(p.numel() for p in transformer.parameters()):,}",
-        "blocks": str(config.num_layers),
-        "windows of attention": window + (", with global context" if config.use_global else ""),
-        "size of pictures, by default": f"{side} x {side} pixels",
-        "the transformer predicts": PREDICTIONS.get(kind, kind),
-        "scheduler": type(scheduler).__name__,
-        "autoencoder": type(pipeline.vae).__name__,
-    }
-    if pipeline.text_encoder is not None:
-        encoder = pipeline.text_encoder
-        count = sum(p.numel() for p in encoder.parameters())
-        facts["text encoder"] = f"{type(encoder).__name__}, {count:,} parameters"
-    return facts

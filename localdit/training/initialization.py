@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from localdit.checkpoint import inspect_checkpoint
+from localdit.config import Config
 from localdit.core.latents import LatentFormat
 from localdit.core.samplers import prediction_type_of
 from localdit.files import read_json
@@ -27,15 +29,28 @@ from localdit.training.transfer import (
     start_from_other_latents,
 )
 
+RELEASED = {
+    "tokenizer": str(Config.text_encoder),
+    "text_encoder": str(Config.text_encoder),
+    "vae": str(Config.vae),
+}
 
-def encoder_sources(args: argparse.Namespace) -> dict[str, str]:
-    """Return folder or hub name of tokenizer, text encoder and VAE from the options."""
-    sources = {
-        "tokenizer": args.pretrained or args.tokenizer or args.text_encoder,
-        "text_encoder": args.pretrained or args.text_encoder,
-        "vae": args.pretrained or args.vae,
+
+def encoder_sources(
+    args: argparse.Namespace, otherwise: Mapping[str, str] = RELEASED
+) -> dict[str, str]:
+    """Return folder or hub name of tokenizer, text encoder and VAE.
+
+    The option of a part comes before `--pretrained`, and that before `otherwise`.
+    """
+    named = {
+        "tokenizer": args.tokenizer or args.text_encoder,
+        "text_encoder": args.text_encoder,
+        "vae": args.vae,
     }
-    return {part: str(source) for part, source in sources.items()}
+    return {
+        part: str(source or args.pretrained or otherwise[part]) for part, source in named.items()
+    }
 
 
 def transformer_config(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line of `train.py`: its options, their defaults and checks, and the stages of a run.
+"""The command line of `train.py`: its options, their defaults and checks.
 
 The defaults are those of `Config`. Nothing heavy is imported here, so `--help` answers at once.
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from localdit.config import Config
 from localdit.parsing import Parser, text_argument
+from localdit.training.stages import STAGE_OPTIONS, Stage, read_stages
 
 DESCRIPTION = """Train a LocalDiT on captioned pictures.
 
@@ -62,79 +61,6 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "at least 2": (lambda value: value >= 2, ("keep_checkpoints",)),
 }  # fmt: skip
 EXTRAS = "pip install -r requirements-train.txt"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of a run, with the options of the command line.
-
-    Attributes:
-        index: number of the stage, from 0.
-        first_step: optimizer steps taken before it.
-    """
-
-    index: int
-    first_step: int
-    data_root: str
-    image_size: int
-    batch_size: int
-    gradient_accumulation_steps: int
-    max_train_steps: int
-    learning_rate: float
-    lr_schedule: str
-    warmup_steps: int
-
-    @property
-    def end(self) -> int:
-        """Optimizer steps taken by the end of the stage."""
-        return self.first_step + self.max_train_steps
-
-    def global_batch(self, num_processes: int) -> int:
-        """Return the number of samples in an optimizer step."""
-        return num_processes * self.batch_size * self.gradient_accumulation_steps
-
-    def __str__(self) -> str:
-        return (
-            f"stage {self.index + 1}: {self.image_size} pixels, steps {self.first_step + 1:,} to "
-            f"{self.end:,}, learning rate {self.learning_rate:g}, {self.data_root}"
-        )
-
-
-STAGE_OPTIONS = tuple(field.name for field in fields(Stage))[2:]
-
-
-def read_stages(path: Path) -> list[dict[str, Any]]:
-    """Read the options that each stage changes, by name.
-
-    The file is a JSON list of objects such as `{"image-size": 256, "max-train-steps": 10000}`.
-
-    Raises:
-        ValueError: if it is not such a list, or names another option.
-    """
-    try:
-        stages = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--stages {path} can't be read as JSON: {error}") from None
-    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
-        raise ValueError(
-            f'--stages {path}: expected a list such as [{{"image-size": 256}}, '
-            '{"image-size": 512}]'
-        )
-    named = [{name.replace("-", "_"): value for name, value in s.items()} for s in stages]
-    for number, stage in enumerate(named, start=1):
-        for name in stage:
-            if name not in STAGE_OPTIONS:
-                known = ", ".join(option.replace("_", "-") for option in STAGE_OPTIONS)
-                raise ValueError(
-                    f"--stages {path}, stage {number}: {name!r} is not an option of a stage. "
-                    f"The options are {known}."
-                )
-    return named
-
-
-def stage_of_step(stages: list[Stage], step: int) -> Stage:
-    """Return the stage of the step after `step` steps; the last one if all are over."""
-    return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
 def parse_args(
@@ -288,10 +214,14 @@ def add_encoder_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
     """Add the options about VAE and text encoder, which training and encoding share."""
     add = group.add_argument
     add("--pretrained", type=Path,
-        help="pipeline folder with tokenizer, text encoder and VAE")  # fmt: skip
-    add("--vae", default=defaults.vae, help="folder or hub name of the VAE")
-    add("--text-encoder", default=defaults.text_encoder,
-        help="folder or hub name of the T5 encoder")  # fmt: skip
+        help="pipeline folder to take tokenizer, text encoder and VAE from, unless their own "
+        "options name them")  # fmt: skip
+    add("--vae",
+        help=f"folder or hub name of the VAE; by default that of --pretrained, or else "
+        f"{defaults.vae}")  # fmt: skip
+    add("--text-encoder",
+        help=f"folder or hub name of the text encoder; by default that of --pretrained, or else "
+        f"{defaults.text_encoder}")  # fmt: skip
     add("--tokenizer", help="folder or hub name of the tokenizer; by default the text encoder's")
 
 

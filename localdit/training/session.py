@@ -26,7 +26,6 @@ from localdit.training.data.stage_data import (
 from localdit.training.initialization import settle_prediction_type
 from localdit.training.methods import Method
 from localdit.training.optimizer import learning_rate
-from localdit.training.options import Stage, stage_of_step
 from localdit.training.processes import Agreement, attention_kernels
 from localdit.training.reporting import Reporter
 from localdit.training.results import with_weights
@@ -40,6 +39,7 @@ from localdit.training.setup import (
     start_processes,
 )
 from localdit.training.shutdown import StopRequest, keep_until_exit
+from localdit.training.stages import Stage, stage_of_step
 from localdit.training.state import TRANSFORMER, TrainingState, saved_options
 from localdit.training.validation import ValidationBatch, validation_losses
 

@@ -12,17 +12,15 @@ from accelerate.utils import ProjectConfiguration
 
 from localdit.config import Config
 from localdit.core.diffusion import Objective
-from localdit.core.latents import LatentFormat
-from localdit.core.parts import (
-    PARTS,
+from localdit.core.encoders import (
     encoder_classes,
     encoder_folders,
     load_encoders,
-    locate,
     locate_encoder,
-    vae_config,
     weights_fingerprint,
 )
+from localdit.core.latents import LatentFormat
+from localdit.core.parts import PARTS, locate, vae_config
 from localdit.sizes import PIXELS_PER_LATENT
 from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
@@ -33,10 +31,11 @@ from localdit.training.methods import InputMaker, Method, Sampling
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import METHODS, Stage, check_image_size
+from localdit.training.options import METHODS, check_image_size
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
+from localdit.training.stages import Stage
 from localdit.training.state import ExponentialMovingAverage, Progress, TrainedModel, TrainingState
 from localdit.training.validation import PromptPictures
 
@@ -176,9 +175,8 @@ def load_models(
     device = accelerator.device
     encoded = _encoded(args, data)
     pictures_wait = any(stage.found.encoded is None for stage in data)
-    sources = initialization.encoder_sources(args)
-    if encoded is not None and not args.pretrained:
-        sources = encoded.manifest.sources
+    otherwise = initialization.RELEASED if encoded is None else encoded.manifest.sources
+    sources = initialization.encoder_sources(args, otherwise)
     if encoded is not None:
         config = vae_config(locate_encoder("vae", sources["vae"]))
         require_latent_statistics(encoded.folder, encoded.manifest, config)

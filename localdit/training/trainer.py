@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from localdit.training.data.batches import Batch
-from localdit.training.options import stage_of_step
 from localdit.training.processes import loss_divisor
 from localdit.training.session import Session
 from localdit.training.shutdown import TrainingStopped
+from localdit.training.stages import stage_of_step
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from PIL import Image
 
-from localdit.core.parts import Encoders
+from localdit.core.encoders import Encoders
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.pipelines import LocalDiTPipeline
 from localdit.training.data.buckets import Size

@@ -122,6 +122,8 @@ def sharpness(pictures: list[Image.Image], space: LatentSpace) -> dict[str, floa
 
     reported = [(picture, reported_scene(picture)) for picture in pictures]
     pairs = [(picture, scene) for picture, scene in reported if scene is not None]
+    if not pairs:
+        return {"show a scene": 0.0}
     drawn = reconstruct([scene for _, scene in pairs], space, pictures[0].width)
     return {
         "show a scene": len(pairs) / len(pictures),
@@ -182,8 +184,9 @@ def main() -> None:
 
     import torch
 
+    from localdit.core.encoders import locate_encoder
     from localdit.core.latents import LatentSpace
-    from localdit.core.parts import load_vae, locate_encoder
+    from localdit.core.parts import load_vae
     from localdit.pipelines import LocalDiTPipeline
     from localdit.scenes.score import score_picture
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from localdit import Config, load_model
-from localdit.core.parts import ENCODERS, Encoders, encoder_classes, load_encoders
+from localdit.core.encoders import Encoders, encoder_classes, load_encoders
+from localdit.core.parts import ENCODERS
 from localdit.pipelines import LocalDiTPipeline
 from tests.tiny import tiny_components, tiny_pipeline, tiny_tokenizer
 

@@ -21,7 +21,7 @@ from localdit.pipelines import (
     LocalDiTPipeline,
     saving,
 )
-from localdit.pipelines.saving import make_model_card
+from localdit.pipelines.model_card import make_model_card
 from localdit.utils import load_model
 from tests.tiny import tiny_components, tiny_pipeline
 

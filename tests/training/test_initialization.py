@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from localdit.models import LocalDiTTransformer2DModel
-from localdit.training.initialization import initialize_weights, settle_prediction_type
+from localdit.training.initialization import (
+    encoder_sources,
+    initialize_weights,
+    settle_prediction_type,
+)
 from localdit.training.options import parse_args
 
 
@@ -123,3 +127,21 @@ def test_a_resumed_run_keeps_its_prediction_type(tmp_path):
     assert settled("--resume", "auto") == ("epsilon", None)
     with pytest.raises(ValueError, match="is epsilon, but --transformer"):  # it stays frozen
         settled(*resumed, "--lora-rank", "2", checkpoint=tmp_path)
+
+
+def test_the_option_of_a_part_comes_before_the_pipeline(tmp_path):
+    def sources(*options):
+        return encoder_sources(parse_args(["--data-root", "data", *map(str, options)]), OTHERWISE)
+
+    pipeline = ["--pretrained", tmp_path]
+    assert sources() == OTHERWISE
+    assert set(sources(*pipeline).values()) == {str(tmp_path)}
+    assert sources("--vae", "own")["vae"] == "own"
+    named = sources(*pipeline, "--vae", "own", "--text-encoder", "t5")
+    assert named == {"tokenizer": "t5", "text_encoder": "t5", "vae": "own"}
+    assert sources(*pipeline, "--tokenizer", "own") == {
+        "tokenizer": "own", "text_encoder": str(tmp_path), "vae": str(tmp_path),
+    }  # fmt: skip
+
+
+OTHERWISE = {"tokenizer": "a", "text_encoder": "b", "vae": "c"}

@@ -9,7 +9,8 @@ import pytest
 
 from localdit.config import Config
 from localdit.training import options as options_module
-from localdit.training.options import parse_args, read_stages, stage_of_step
+from localdit.training.options import parse_args
+from localdit.training.stages import read_stages, stage_of_step
 
 ROOT = Path(__file__).parents[2]
 

@@ -32,7 +32,7 @@ from localdit.training.data.order import (
     hold_out,
 )
 from localdit.training.data.samples import EXAMPLES, Sample
-from localdit.training.options import Stage
+from localdit.training.stages import Stage
 
 FREQUENT = 5  # resolutions that are listed
 CAPTION_CHARACTERS = 100  # of a caption that is quoted

@@ -17,13 +17,9 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+from localdit.core.encoders import Encoders, load_encoders, locate_encoder
 from localdit.core.latents import LatentFormat
-from localdit.core.parts import (
-    Encoders,
-    load_encoders,
-    locate_encoder,
-    vae_config,
-)
+from localdit.core.parts import vae_config
 from localdit.files import lock_folder, whole_file
 from localdit.images import prepare_output_folder
 from localdit.training.data.buckets import describe_crops

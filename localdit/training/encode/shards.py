@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
-from localdit.core.parts import Encoders
+from localdit.core.encoders import Encoders
 from localdit.core.text import TextSpace
 from localdit.files import whole_file
 from localdit.training.data.buckets import (

@@ -16,7 +16,7 @@ from torch import nn
 
 from localdit.core.conditions import size_conditions
 from localdit.core.diffusion import Objective
-from localdit.core.parts import Encoders
+from localdit.core.encoders import Encoders
 from localdit.core.settings import SamplingSettings
 from localdit.core.text import pad_states
 from localdit.training.data.batches import Batch

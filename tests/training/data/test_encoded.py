@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from localdit.core.parts import Encoders
+from localdit.core.encoders import Encoders
 from localdit.core.text import TextSpace
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import (

@@ -16,7 +16,7 @@ from localdit.training.data.stage_data import (
     prepare_data,
     unknown_captions,
 )
-from localdit.training.options import Stage
+from localdit.training.stages import Stage
 from tests.training.manifests import some_manifest
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from localdit.core.encoders import load_encoders
 from localdit.core.latents import LatentSpace
-from localdit.core.parts import load_encoders
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import open_encoded, read_encoded
 from localdit.training.data.finding import find_samples
