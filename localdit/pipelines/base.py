@@ -21,7 +21,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.conditions import size_conditions
-from ..core.diffusion import (
+from ..core.latents import LatentSpace
+from ..core.schedulers import (
     check_prediction,
     check_schedule,
     default_settings,
@@ -29,7 +30,6 @@ from ..core.diffusion import (
     set_timesteps,
     warn_of_other_prediction,
 )
-from ..core.latents import LatentSpace
 from ..core.settings import SamplingSettings
 from ..core.text import TextCache, TextSpace, check_prompts
 from ..machine import give_memory_back

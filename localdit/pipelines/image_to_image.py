@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..core.diffusion import add_noise
+from ..core.schedulers import add_noise
 from .base import CALLS, LocalDiTBasePipeline
 from .image_inputs import read_images, scale_images
 from .request import (

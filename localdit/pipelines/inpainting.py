@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..core.diffusion import initial_scale
+from ..core.schedulers import initial_scale
 from .image_inputs import REPAINTED, read_images, read_masks, scale_images
 from .image_to_image import FromImagesPipeline
 from .request import (

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..core.diffusion import initial_scale
+from ..core.schedulers import initial_scale
 from .base import LocalDiTBasePipeline
 from .request import Generators, Request, StepCallback, TextEmbeddings
 

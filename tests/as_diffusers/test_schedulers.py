@@ -6,7 +6,7 @@ import torch
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import is_scipy_available, is_torchsde_available
 
-from localdit.core.diffusion import check_schedule
+from localdit.core.schedulers import check_schedule
 from localdit.pipelines import LocalDiTPipeline
 from tests.as_diffusers.cases import KINDS, distance, draw, make
 
