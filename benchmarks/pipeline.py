@@ -1,5 +1,6 @@
 """Measure the time, memory and quality of image generation and its options.
 
+    python -m benchmarks.pipeline whole      # from a prompt to a PNG file at full size, three setups
     python -m benchmarks.pipeline parts      # text encoder, denoiser, autoencoder at full size
     python -m benchmarks.pipeline quality    # options against the default, on the model in the box
     python -m benchmarks.pipeline compile    # compile time and run time, on the model in the box
@@ -23,7 +24,7 @@ from . import command_line, tables
 from .provenance import circumstances, describe, sentence
 from .worker import ROOT
 
-NAMES = ("parts", "quality", "compile", "seams", "large", "sizes")
+NAMES = ("whole", "parts", "quality", "compile", "seams", "large", "sizes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,12 +65,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="parts: dtype of all models (default: float32)",
+        help="whole, parts: dtype of all models (default: float32)",
     )
     add("--pixels", metavar="N", type=command_line.pixels,
-        help="side of the image (default: parts 1024, seams 1536, large 4096)")  # fmt: skip
-    add("--num-inference-steps", "--steps", metavar="N", type=positive,
-        help="steps to run (default: large 4; parts 1, scaled to 20)")  # fmt: skip
+        help="side of the image (default: whole, parts 1024, seams 1536, large 4096)")  # fmt: skip
+    add(
+        "--num-inference-steps",
+        "--steps",
+        metavar="N",
+        type=positive,
+        help="steps to run (default: large 4; parts 1, scaled to 20; whole all, fewer are scaled)",
+    )
+    add("--text-layers", metavar="N", type=positive, default=24,
+        help="whole: layers of the text encoder to run, scaled to 24 (default: 24, which need "
+        "18 GiB in float32)")  # fmt: skip
     add(
         "--tile",
         metavar="N",

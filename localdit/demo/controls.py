@@ -22,6 +22,7 @@ from .artist import MAX_SEED
 MODES = [("Generate", "generate"), ("Edit", "edit"), ("Inpaint", "inpaint")]
 MOST_LAYERS = 16  # of a painting
 MOST_PAINTINGS = 128  # that were sent ahead and wait to be drawn
+QUICK_PASSES = 4  # of a model that draws while one types
 BRUSH = ("#ff2d95", 0.7)  # colour and opacity; visible on most pictures
 
 
@@ -52,6 +53,13 @@ class Offer:
         """The shortest and the longest side of a picture, and the step between sides, in pixels."""
         longest = 2 * max(self.config.height, self.config.width)
         return self.multiple, longest, self.multiple
+
+    @property
+    def quick(self) -> bool:
+        """Whether the model is quick enough to draw at each change of the prompt."""
+        first = inference_settings(self.config)
+        passes = first["num_inference_steps"] * (2 if first["guidance_scale"] > 1 else 1)
+        return passes <= QUICK_PASSES
 
 
 # Input from visitors
@@ -200,6 +208,9 @@ class Controls:
             max_lines=6,
             elem_id="prompt",
         )
+        self.while_typing = Switch(
+            offer.quick, label="Draw while typing", visible=offer.quick, elem_id="typing"
+        )
         with gr.Row(elem_id="buttons"):
             self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
@@ -239,7 +250,8 @@ class Controls:
             )
             with gr.Row(equal_height=True):
                 self.seed = Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-                self.random_seed = Switch(True, label="New for each picture")
+                # While typing, only the words are to change the picture.
+                self.random_seed = Switch(not offer.quick, label="New for each picture")
 
     def _lay_out_results(self) -> None:
         """Lay out the picture, its settings and buttons, and the gallery."""

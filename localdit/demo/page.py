@@ -45,6 +45,8 @@ UNREADABLE = (
     "pictures to this page first."
 )
 
+SKETCHED = "Drawn while you type. Press Draw to keep it."
+
 Updates = dict[Any, Any]  # new values of components
 Save = Callable[[Image.Image, Settings], Path]
 Message = MutableMapping[str, Any]
@@ -108,8 +110,21 @@ class Desk:
             [*of_a_picture, page.gallery, page.history, page.seed],
             show_progress="hidden",
             concurrency_limit=1,
+            concurrency_id="drawing",
             api_name="draw",
         )
+        page.prompt.input(
+            self.sketch,
+            [
+                page.while_typing, page.mode, page.prompt, page.negative_prompt, page.width,
+                page.height, page.num_inference_steps, page.guidance_scale, page.seed, page.sampler,
+            ],
+            of_a_picture,
+            show_progress="hidden",
+            trigger_mode="always_last",  # what was typed during a drawing is drawn once, after it
+            concurrency_id="drawing",
+            api_visibility="private",
+        )  # fmt: skip
         drawing.success(self.end, None, buttons[:2], **at_once)
         drawing.failure(self.end, None, buttons[:2], **at_once)
         page.stop.click(self.stop, None, buttons, cancels=[drawing], **at_once)
@@ -176,6 +191,40 @@ class Desk:
         except gr.Error as error:
             yield {self.controls.status: problem(html.unescape(error.message))}
             raise
+
+    def sketch(
+        self,
+        while_typing: bool,
+        mode: Any,
+        prompt: str,
+        negative_prompt: str,
+        width: int,
+        height: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        sampler: str,
+    ) -> Updates:
+        """Draw what was typed so far, without keeping the picture.
+
+        Raises:
+            gr.Error: the picture can't be drawn; the message is for the page.
+        """
+        if not while_typing or mode != "generate" or not prompt.strip():
+            return {}
+        settings = Settings(
+            mode, prompt, negative_prompt, seed, steps, guidance_scale, height, width, 1.0, sampler
+        )
+        with _page_errors():
+            *_, picture = self.artist.draw(settings)
+            unknown = self.artist.unknown(settings)
+        page = self.controls
+        buttons = dict.fromkeys([page.edit, page.inpaint, page.reuse], gr.update(interactive=False))
+        return buttons | {
+            page.picture: picture,
+            page.shown: None,
+            page.status: problem(unknown) if unknown else note(SKETCHED),
+        }
 
     def end(self) -> Updates:
         """Show that the drawing has ended."""

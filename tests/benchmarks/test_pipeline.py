@@ -71,6 +71,7 @@ def test_a_row_compares_with_the_default_at_the_same_seed():
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("whole", "--pixels", "64", "--steps", "1", "--text-layers", "1"),
         ("quality", "--captions", "2", "--batch-size", "2"),
         ("compile", "--batch-size", "1", "--repeats", "1"),
         ("large", "--pixels", "256", "--steps", "1"),

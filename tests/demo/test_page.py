@@ -19,7 +19,7 @@ from gradio_client.exceptions import AppError  # noqa: E402
 from localdit.config import Config  # noqa: E402
 from localdit.demo import controls  # noqa: E402
 from localdit.demo.controls import Offer  # noqa: E402
-from localdit.demo.page import build_page, launch  # noqa: E402
+from localdit.demo.page import SKETCHED, Desk, build_page, launch  # noqa: E402
 from localdit.images import read_metadata, save_image  # noqa: E402
 
 
@@ -408,3 +408,57 @@ def test_the_sliders_start_at_the_settings_and_reach_them():
 def test_the_longest_side_is_twice_the_first_one():
     offer = Offer(Config(height=768, width=1024), "", ["a"], {}, None, 32)
     assert offer.sides == (32, 2048, 32)
+
+
+@pytest.mark.parametrize(
+    "steps, guidance_scale, quick",
+    [(4, 1.0, True), (2, 3.0, True), (4, 3.0, False), (5, 1.0, False)],
+)
+def test_only_a_quick_model_draws_while_one_types(steps, guidance_scale, quick):
+    config = Config(denoising_steps=steps, guidance_scale=guidance_scale)
+    with gradio.Blocks():
+        page = controls.Controls(Offer(config, "", ["a red circle"], {"edit": 0.8}, None, 16))
+    assert page.while_typing.value == page.while_typing.visible == quick
+    assert page.random_seed.value != quick  # or each letter would bring another picture
+
+
+@pytest.fixture
+def desk(artist, config):
+    offer = Offer(config, "", ["a red circle"], {"edit": 0.8}, None, 16)
+    with gradio.Blocks():
+        return Desk(artist, offer, controls.Controls(offer), save=None)
+
+
+def typed(prompt, while_typing=True, mode="generate", **changes):
+    plain = {
+        "negative_prompt": "", "width": 32, "height": 32, "steps": 4, "guidance_scale": 2.0,
+        "seed": 3, "sampler": "",
+    }  # fmt: skip
+    return [while_typing, mode, prompt, *(plain | changes).values()]
+
+
+def test_what_is_typed_is_drawn_as_the_button_draws_it_and_not_kept(desk, artist, asked):
+    page = desk.controls
+    updates = desk.sketch(*typed("a red circle"))
+    *_, same = artist.draw(asked())
+    assert np.array_equal(updates[page.picture], same)
+    assert SKETCHED in updates[page.status]
+    # Nothing can be done with a picture that is not kept.
+    assert updates[page.shown] is None and page.history not in updates
+    assert not any(updates[one]["interactive"] for one in (page.edit, page.inpaint, page.reuse))
+
+
+def test_unknown_words_are_named_while_one_types(desk):
+    assert "熊" in desk.sketch(*typed("熊"))[desk.controls.status]
+
+
+@pytest.mark.parametrize(
+    "values", [typed(" "), typed("a circle", while_typing=False), typed("a circle", mode="edit")]
+)
+def test_typing_changes_nothing_otherwise(desk, values):
+    assert desk.sketch(*values) == {}
+
+
+def test_mistakes_are_told_while_one_types(desk):
+    with pytest.raises(gradio.Error, match="Height must be a positive multiple of 16"):
+        desk.sketch(*typed("a circle", height=40))

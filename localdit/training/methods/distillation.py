@@ -85,6 +85,7 @@ class FewStepDistillation(Distillation):
     Attributes:
         guidance_scale: g in `uncond + g * (text - uncond)` of the teacher.
         teacher_steps: number of timesteps on the grid that the student is sampled on.
+        student_steps: number of those at which it is sampled by default.
     """
 
     def __init__(
@@ -95,18 +96,24 @@ class FewStepDistillation(Distillation):
         frozen: Mapping[str, nn.Module],
         guidance_scale: float,
         teacher_steps: int,
+        student_steps: int,
     ) -> None:
         super().__init__(transformer, objective, adapters, frozen)
-        self.guidance_scale, self.teacher_steps = guidance_scale, teacher_steps
+        self.guidance_scale = guidance_scale
+        self.teacher_steps, self.student_steps = teacher_steps, student_steps
         self.guided = guidance_scale > 1
 
     @classmethod
     def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """Return the guidance of the teacher, by default that of its folder, and its steps."""
+        """Return the guidance of the teacher, by default that of its folder, and both steps."""
         guidance_scale = args.teacher_guidance_scale
         if guidance_scale is None:
             guidance_scale = read_settings(args.teacher.parent).guidance_scale
-        return {"guidance_scale": guidance_scale, "teacher_steps": args.teacher_steps}
+        return {
+            "guidance_scale": guidance_scale,
+            "teacher_steps": args.teacher_steps,
+            "student_steps": args.student_steps,
+        }
 
     @classmethod
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
@@ -189,10 +196,10 @@ class LatentConsistency(FewStepDistillation):
 class TrajectoryDistillation(FewStepDistillation):
     """Regression on the ends of the teacher's trajectories (Luhman & Luhman, 2021, section 3).
 
-    The teacher draws from noise in `teacher_steps` steps, and from each of them the student answers
-    with the picture at the end. In the paper, it only answers from the noise. The targets do not
-    depend on the student, so it learns sooner than by consistency if the teacher needs few steps.
-    Of the data, only the captions matter.
+    The teacher draws from noise in `teacher_steps` steps, and the student answers with the picture
+    at the end, from each of the `student_steps` that it will be sampled at. In the paper, it only
+    answers from the noise. The targets do not depend on the student, so it learns sooner than by
+    consistency if the teacher needs few steps. Of the data, only the captions matter.
     """
 
     def trajectory(
@@ -228,7 +235,9 @@ class TrajectoryDistillation(FewStepDistillation):
         """Return the mean pseudo-Huber distance of each sample's answers from its end, `(B,)`."""
         with torch.no_grad():
             points, timesteps, end = self.trajectory(models[TEACHER], inputs, noise)
-        count = len(points)
+        count = self.student_steps
+        sampled = [number * self.teacher_steps // count for number in range(count)]  # as LCM's
+        points, timesteps = ([of_all[one] for one in sampled] for of_all in (points, timesteps))
         everywhere = inputs.repeated(count)
         answers = self.consistent(
             models[TRANSFORMER], torch.cat(points), everywhere, torch.cat(timesteps)
@@ -237,8 +246,10 @@ class TrajectoryDistillation(FewStepDistillation):
         return distances.view(count, -1).mean(dim=0)
 
     def step_flops(self, inputs: Inputs) -> int:
-        """Return the operations of the teacher's steps and of the student's at each of them."""
-        return self.teacher_steps * super().step_flops(inputs)
+        """Return the operations of the teacher's steps, and of each of the student's."""
+        student = FineTuning.step_flops(self, inputs)
+        teacher = super().step_flops(inputs) - student
+        return self.teacher_steps * teacher + self.student_steps * student
 
 
 class ContinuousConsistency(FewStepDistillation):

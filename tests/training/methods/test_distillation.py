@@ -41,9 +41,10 @@ class Ideal(torch.nn.Module):
         return (self.objective.target(latents, noise, timestep),)
 
 
-def make(kind, objective, guidance_scale=1.0, teacher_steps=50):
+def make(kind, objective, guidance_scale=1.0, teacher_steps=50, student_steps=4):
     student, teacher = (tiny_components()["transformer"] for _ in range(2))
-    return kind(student, objective, False, {TEACHER: teacher}, guidance_scale, teacher_steps)
+    settings = (guidance_scale, teacher_steps, student_steps)
+    return kind(student, objective, False, {TEACHER: teacher}, *settings)
 
 
 def losses(method, inputs, student=None, teacher=None, positions=(0.1, 0.5, 0.99)):
@@ -163,6 +164,22 @@ def test_trajectories_are_those_of_the_teacher_in_its_pipeline(objective, inputs
             prediction = method.teacher_prediction(teacher, latents, inputs, now)
         latents = scheduler.step(prediction, timestep, latents).prev_sample
     torch.testing.assert_close(end, latents, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps, student_steps", [(8, 4), (8, 3), (8, 1), (5, 5), (50, 4)])
+def test_the_student_answers_where_it_is_sampled(steps, student_steps, inputs):
+    objective = Objective("v_prediction")
+    method = make(TrajectoryDistillation, objective, 1.0, steps, student_steps)
+    ideal, seen = Ideal(objective, inputs.latents), []
+
+    def student(noised, timestep, **conditions):
+        seen.extend(timestep[:: len(inputs.latents)].tolist())
+        return ideal(noised, timestep)
+
+    losses(method, inputs, student, ideal)
+    scheduler = objective.few_step_scheduler(steps)
+    scheduler.set_timesteps(student_steps)
+    assert seen == scheduler.timesteps.tolist()
 
 
 def test_few_step_schedulers_are_those_of_the_grid():
