@@ -1,6 +1,6 @@
 """Measure the time, memory and quality of image generation and its options.
 
-    python -m benchmarks.pipeline whole      # from a prompt to a PNG file at full size, three setups
+    python -m benchmarks.pipeline whole      # from a prompt to a PNG file, full-size models
     python -m benchmarks.pipeline parts      # text encoder, denoiser, autoencoder at full size
     python -m benchmarks.pipeline quality    # options against the default, on the model in the box
     python -m benchmarks.pipeline compile    # compile time and run time, on the model in the box
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps",
         metavar="N",
         type=positive,
-        help="steps to run (default: large 4; parts 1, scaled to 20; whole all, fewer are scaled)",
+        help="steps to run (default: large 4; parts 1, scaled to 20; whole 4 passes, scaled)",
     )
     add("--text-layers", metavar="N", type=positive, default=24,
         help="whole: layers of the text encoder to run, scaled to 24 (default: 24, which need "

@@ -57,15 +57,16 @@ SETUPS = {
 def measure(args: Namespace) -> dict[str, Any]:
     """Return a row per setup with the seconds of its stages, and what the model in the box takes.
 
-    `args.num_inference_steps` steps are run, at most those of the setup, and scaled.
+    `args.num_inference_steps` steps are run, by default those that take four passes, and scaled to
+    those of the setup.
     """
     pixels = args.pixels or 1024
     args.output.mkdir(parents=True, exist_ok=True)
     found = {}
     for name, setup in SETUPS.items():
         found[name] = in_own_process(
-            "pipeline_whole:draw_whole", name=name, pixels=pixels, dtype=args.dtype,
-            steps=min(args.num_inference_steps or setup.steps, setup.steps),
+            "pipeline_whole:draw_whole", setup_name=name, pixels=pixels, dtype=args.dtype,
+            steps=min(args.num_inference_steps or setup.steps * 4 // setup.passes, setup.steps),
             text_layers=args.text_layers, path=str((args.output / "whole.png").resolve()),
         )  # fmt: skip
     box = first_picture(args.output)
@@ -93,8 +94,8 @@ def measure(args: Namespace) -> dict[str, Any]:
         ],
         "rows": rows,
         "notes": [
-            f"An image of {pixels} x {pixels} pixels in {args.dtype}, with random weights, which are "
-            f"not loaded from a file. The prompt has {first['tokens']} tokens; a prompt that was "
+            f"An image of {pixels} x {pixels} pixels in {args.dtype}, with random weights, which "
+            f"are not loaded from a file. The prompt has {first['tokens']} tokens; a prompt that was "
             "encoded before takes no time. The text encoder is FLAN-T5-XXL's, and is released "
             f"before the first step. {'; '.join(how) or 'Everything was run'}.",
             "",
@@ -107,7 +108,7 @@ def measure(args: Namespace) -> dict[str, Any]:
 
 
 def draw_whole(
-    name: str, pixels: int, dtype: str, steps: int, text_layers: int, path: str
+    setup_name: str, pixels: int, dtype: str, steps: int, text_layers: int, path: str
 ) -> dict[str, Any]:
     """Generate and save one image with full-size models.
 
@@ -126,7 +127,7 @@ def draw_whole(
     from localdit.pipelines import LocalDiTPipeline
     from localdit.utils import model_in_the_box
 
-    setup, number = SETUPS[name], getattr(torch, dtype)
+    setup, number = SETUPS[setup_name], getattr(torch, dtype)
 
     def made(build: Any) -> Any:
         return with_random_weights(build, number, "cpu").eval()
