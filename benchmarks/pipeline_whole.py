@@ -95,8 +95,8 @@ def measure(args: Namespace) -> dict[str, Any]:
         "rows": rows,
         "notes": [
             f"An image of {pixels} x {pixels} pixels in {args.dtype}, with random weights, which "
-            f"are not loaded from a file. The prompt has {first['tokens']} tokens; a prompt that was "
-            "encoded before takes no time. The text encoder is FLAN-T5-XXL's, and is released "
+            f"are not loaded from a file. The prompt has {first['tokens']} tokens; a prompt that "
+            "was encoded before takes no time. The text encoder is FLAN-T5-XXL's, and is released "
             f"before the first step. {'; '.join(how) or 'Everything was run'}.",
             "",
             f"The model in the box: `localdit generate` had saved its first picture after "
@@ -159,7 +159,7 @@ def draw_whole(
         times.append(time.perf_counter())
         return {}
 
-    pipe.transformer.register_forward_pre_hook(note)
+    pipe.transformer.register_forward_pre_hook(lambda *_: times.append(time.perf_counter()))
     image = pipe(
         CAPTION, height=pixels, width=pixels, generator=torch.Generator().manual_seed(0),
         callback_on_step_end=note,
