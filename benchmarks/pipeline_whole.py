@@ -45,12 +45,18 @@ class Setup:
         return self.steps * (2 if self.guidance_scale > 1 else 1)
 
 
+BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+SANA_VAE = {  # dc-ae-f32c32-sana-1.0, besides the defaults of `AutoencoderDC`
+    "encoder_block_types": BLOCKS,
+    "decoder_block_types": BLOCKS,
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
+}
 SETUPS = {
     "as released": Setup("released", 20, 4.5, "AutoencoderKL", SDXL_VAE),
     "few steps": Setup("released", 4, 1.0, "AutoencoderTiny", {}),
-    "few steps, compact latents": Setup(
-        "released-f32", 4, 1.0, "AutoencoderDC", {"upsample_block_type": "interpolate"}
-    ),
+    "few steps, compact latents": Setup("released-f32", 4, 1.0, "AutoencoderDC", SANA_VAE),
 }
 
 
