@@ -14,6 +14,7 @@ TRAIN = [
 LORA = ["peft>=0.17"]
 TRITON = ['triton>=3.2; platform_system == "Linux"']  # comes with PyTorch's builds for CUDA
 DEMO = ["gradio>=6.20"]
+EVALUATE = ["torchmetrics>=1.8"]
 DOCS = [  # builds the site and runs the notebooks in tests
     "ipykernel>=6.20",
     "mkdocs-material>=9.5",
@@ -51,6 +52,7 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "lora": LORA,
+        "evaluate": EVALUATE,
         "quantization": ["bitsandbytes>=0.43"],
         "triton": TRITON,
         "docs": DOCS,
@@ -58,6 +60,7 @@ setup(
             *LORA,
             *TRAIN,
             *DEMO,
+            *EVALUATE,
             *DOCS,
             *TRITON,  # tests run its kernels in interpreter mode
             "build>=1.0",

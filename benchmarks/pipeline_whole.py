@@ -145,7 +145,7 @@ def draw_whole(
         if few
         else diffusers.DPMSolverMultistepScheduler()
     )
-    pipe = LocalDiTPipeline(
+    pipe: Any = LocalDiTPipeline(
         AutoTokenizer.from_pretrained(Path(model_in_the_box()) / "tokenizer"),
         made(lambda: T5EncoderModel(text)),
         made(lambda: getattr(diffusers, setup.autoencoder)(**setup.arguments)),

@@ -44,6 +44,7 @@ COMMANDS = {
     "info": Command("describe a checkpoint, a folder or a PNG, and this machine", "info"),
     "convert": Command("convert a checkpoint file to a Diffusers folder, or back", "convert"),
     "train": Command("train on captioned pictures, with Accelerate", "train", None),
+    "evaluate": Command("draw and score the pictures of a benchmark", "evaluate"),
     "bench": Command("measure window attention on this machine", "bench"),
     "demo": Command("serve a web page to draw with", "demo"),
 }
@@ -59,6 +60,8 @@ ALSO_CALLED = {
     "export": "convert",
     "finetune": "train",
     "benchmark": "bench",
+    "eval": "evaluate",
+    "score": "evaluate",
     "serve": "demo",
     "gradio": "demo",
 }

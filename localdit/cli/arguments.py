@@ -85,6 +85,19 @@ def add_strength(parser: argparse.ArgumentParser, default: float | None = None) 
 
 def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     """Add the options of drawing, output and model; `size` is the default size, in words."""
+    add_sampling(parser, size)
+    add = parser.add_argument_group("pictures").add_argument
+    add("-o", "--output", metavar="PATH", type=Path, default=Path("output"),
+        help="FILE.png for one picture, which makes FILE_000.png, FILE_001.png and so on for "
+        "several; or a folder, in which pictures are numbered (default: output)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace FILE.png if it exists")
+    add("--grid", action="store_true", help="also save one sheet with all pictures")
+    add_model(parser)
+    add_debug(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser, size: str, num_images: int = 1) -> None:
+    """Add the settings of sampling; `size` is the default size, in words."""
     add = parser.add_argument_group("drawing").add_argument
     add("--negative-prompt", metavar="TEXT", type=text_argument,
         help="what the pictures should not show")  # fmt: skip
@@ -101,18 +114,10 @@ def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     for side in ("height", "width"):
         add(f"--{side}", metavar="PIXELS", type=int,
             help=f"{side} in pixels, usually a multiple of 16 (default: {size})")  # fmt: skip
-    add("--num-images", metavar="N", type=int, default=1,
-        help="number of pictures per prompt (default: 1)")  # fmt: skip
+    add("--num-images", metavar="N", type=int, default=num_images,
+        help=f"number of pictures per prompt (default: {num_images})")  # fmt: skip
     add("--batch-size", metavar="N", type=int,
         help="number of pictures that are drawn at once (default: 1)")  # fmt: skip
-    add = parser.add_argument_group("pictures").add_argument
-    add("-o", "--output", metavar="PATH", type=Path, default=Path("output"),
-        help="FILE.png for one picture, which makes FILE_000.png, FILE_001.png and so on for "
-        "several; or a folder, in which pictures are numbered (default: output)")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace FILE.png if it exists")
-    add("--grid", action="store_true", help="also save one sheet with all pictures")
-    add_model(parser)
-    add_debug(parser)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from .backends import attend_within_windows, checked_backend
 from .cpu import Linear, bands, write_band
 from .global_context import GlobalContext
 from .layers import RMSNorm, apply_rope, compute_dtype, recomputed, rope_angles
+from .text_projections import projected
 from .windows import WindowGrid
 
 
@@ -312,8 +313,14 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         """Return the normalised keys and the values of the text, `(B, L, heads, head_dim)` each.
 
         Args:
-            encoder_hidden_states: `(B, L, text_dim)`.
+            encoder_hidden_states: `(B, L, text_dim)`. In a pipeline's call, the keys and values of
+                the first step serve all steps.
         """
+        return projected(encoder_hidden_states, self, self._keys_and_values)
+
+    def _keys_and_values(
+        self, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         layers = self.to_k, self.to_v
         if self.fused_projections and all(type(layer) is Linear for layer in layers):
             key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)

@@ -32,6 +32,7 @@ from .configuration import require_sound_arguments, resolve_layer_types
 from .cpu import bands, write_band
 from .diffusers_hooks import complete_cache_config, scaled_adapters
 from .layers import PatchEmbedding, modulate
+from .text_projections import projected
 from .windows import WindowGrid, shift_sizes
 
 
@@ -390,7 +391,9 @@ class LocalDiTTransformer2DModel(
                 timestep, conditions, batch_size=batch_size, hidden_dtype=hidden_states.dtype
             )
             if self.caption_projection is not None:
-                encoder_hidden_states = self.caption_projection(encoder_hidden_states)
+                encoder_hidden_states = projected(
+                    encoder_hidden_states, self.caption_projection, self.caption_projection
+                )
             bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)
 
             for block in self.transformer_blocks:

@@ -14,6 +14,7 @@ import torch
 
 from ..core.text import NO_ENCODER, check_prompts, cut_padding
 from ..errors import Field, FieldValueError, Setting
+from ..models.text_projections import reuse_projections
 from ..sizes import check_size
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -259,7 +260,8 @@ def check_one_each(what: str, count: int, prompts: int) -> None:
 class DenoiserText:
     """The text for the denoiser: embeddings joined, and their common padding cut.
 
-    The latest result is kept, and used again until one of the tensors changes.
+    The latest result is kept, and used again until one of the tensors changes. So is what the
+    denoiser makes of it.
     """
 
     def __init__(self) -> None:
@@ -282,6 +284,7 @@ class DenoiserText:
         if not same:
             self._made_from = [(tensor, tensor._version) for tensor in tensors]
             self._made = self._join(pairs)
+            reuse_projections(self._made[0])
         return self._made
 
     @staticmethod

@@ -1,0 +1,288 @@
+"""`localdit evaluate`: draw the pictures of a benchmark, and score what can be scored here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config, with_settings
+from ..evaluation.prompt_sets import PICTURES, Layout, Prompt, read_prompts
+from ..parsing import Parser, one_line, say
+from . import arguments
+from .arguments import usage_errors
+from .drawing import load, picture_settings
+from .plan import Choice, check_model, choose_model, fit_size, report_fallback
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..pipelines import LocalDiTPipeline
+
+INSTALL = 'pip install "localdit[evaluate]"'
+SHEET = 48  # pictures on the contact sheet
+LONGEST_WAIT = timedelta(days=30)  # of a process for the others
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `localdit evaluate` does.
+
+    Attributes:
+        model: the model, with the settings of sampling.
+        prompts: those of the benchmark.
+        layout: the places of the pictures.
+        negative_prompt: of all pictures.
+        seed: of the first picture; picture k of prompt i has seed + i * num_images + k.
+        scores: functions of prompts and their pictures, which return scores by name.
+    """
+
+    model: Choice
+    prompts: list[Prompt]
+    layout: Layout
+    negative_prompt: str
+    seed: int
+    scores: list[Callable[..., dict[str, float]]]
+
+
+def build_parser() -> Parser:
+    """Return the parser."""
+    parser = Parser(
+        prog="localdit evaluate",
+        usage="%(prog)s PROMPTS [options]",
+        description="Draw the pictures of a benchmark in the folders that its scorer reads, and "
+        "score them as far as that needs no other program. A second start goes on where the first "
+        "one ended. `accelerate launch -m localdit evaluate ...` shares the work among processes "
+        "and draws the same pictures.",
+        epilog="example: localdit evaluate evaluation_metadata.jsonl --model box -o output/geneval",
+    )
+    add = parser.add_argument
+    add("prompts", metavar="PROMPTS", type=Path,
+        help="GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a file with "
+        'a line such as {"prompt": "a red circle"} for each prompt')  # fmt: skip
+    add("--max-prompts", metavar="N", type=int, help="take only the first N prompts")
+    add("-o", "--output", metavar="FOLDER", type=Path, default=Path("output/evaluation"),
+        help="folder of the pictures and scores (default: output/evaluation)")  # fmt: skip
+    arguments.add_sampling(parser, size="the model's own size", num_images=4)
+    add = parser.add_argument_group("scores").add_argument
+    add("--clip", metavar="FOLDER", type=Path,
+        help="a CLIP model of Transformers, for the CLIP score")  # fmt: skip
+    add("--reference", metavar="FOLDER", type=Path,
+        help="real pictures, for the Fréchet and kernel distances, precision and "
+        "recall")  # fmt: skip
+    add("--feature-extractor", metavar="FOLDER", type=Path,
+        help="a vision model of Transformers, such as DINOv2, for --reference")  # fmt: skip
+    arguments.add_model(parser)
+    arguments.add_debug(parser)
+    parser.set_defaults(run=evaluate)
+    return parser
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Draw what is missing, and score all pictures.
+
+    Raises:
+        UsageError: the arguments cannot work; nothing was loaded.
+        ValueError: a picture in the folder was drawn with other settings.
+    """
+    with _shared_work() as (rank, count, device):
+        plan = make_plan(args, device if count > 1 else None)
+        if rank == 0:
+            report_fallback(plan.model)
+        draw(plan, load(plan.model), rank, count)
+    if rank == 0:
+        report(plan)
+
+
+@contextmanager
+def _shared_work() -> Iterator[tuple[int, int, str]]:
+    """Yield this process's number, the number of processes, and this one's device.
+
+    At the end, wait for the other processes. Alone, a process is number 0 of 1.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1, ""
+        return
+    from accelerate import PartialState
+
+    state = PartialState(timeout=LONGEST_WAIT)
+    yield state.process_index, state.num_processes, str(state.device)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
+    """Check the command; the output folder is created.
+
+    Args:
+        args: the parsed options.
+        device: the device if no option names one; None chooses.
+
+    Raises:
+        UsageError: the command can't be carried out.
+    """
+    from ..core.text import check_prompts
+    from ..images import prepare_output_folder
+
+    with usage_errors():
+        for name in ("num_images", "max_prompts"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is {value}; expected at least 1")
+        prompts = read_prompts(args.prompts)[: args.max_prompts]
+        check_prompts([prompt.text for prompt in prompts])
+        check_prompts(args.negative_prompt or "", "--negative-prompt")
+        if not 0 <= args.seed < 2**62:
+            raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**62")
+        scores = _scores(args)
+        chosen = choose_model(args)
+        model = check_model(replace(chosen, device=chosen.device or device))
+        size = fit_size(model.config, Config(), (args.height, args.width))
+        prepare_output_folder(args.output)
+    return Plan(
+        model=replace(model, config=with_settings(model.config, size)),
+        prompts=prompts,
+        layout=Layout(args.output, args.num_images, sheets=args.prompts.is_dir()),
+        negative_prompt=args.negative_prompt or "",
+        seed=args.seed,
+        scores=scores,
+    )
+
+
+def _scores(args: argparse.Namespace) -> list[Callable[..., dict[str, float]]]:
+    """Return the functions that score, after a check that their models and packages are there."""
+    from ..evaluation import quality
+
+    if (args.reference is None) != (args.feature_extractor is None):
+        raise ValueError("--reference and --feature-extractor go together; give both or neither")
+    folders = {name: getattr(args, name) for name in ("clip", "reference", "feature_extractor")}
+    given = {name: folder for name, folder in folders.items() if folder is not None}
+    for name, folder in given.items():
+        if not folder.is_dir():
+            option = name.replace("_", "-")
+            raise FileNotFoundError(f"--{option} is {folder}; expected a folder")
+    if args.reference is not None and importlib.util.find_spec("torchmetrics") is None:
+        raise ImportError(f"--reference needs TorchMetrics: {INSTALL}")
+    scores: list[Callable[..., dict[str, float]]] = [quality.scene_scores]
+    if args.clip is not None:
+        scores.append(lambda prompts, pictures: quality.clip_score(prompts, pictures, args.clip))
+    if args.reference is not None:
+        if not quality.real_paths(args.reference):
+            raise FileNotFoundError(f"--reference is {args.reference}, which has no pictures")
+        scores.append(
+            lambda prompts, pictures: quality.distances(
+                (one for drawn in pictures for one in drawn),
+                quality.real_pictures(args.reference),
+                args.feature_extractor,
+            )
+        )
+    return scores
+
+
+def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> None:
+    """Draw the pictures that are missing, of every `count`-th prompt from number `rank` on.
+
+    A picture depends on its settings and its place in a batch alone, and the batches are the same
+    whatever the number of processes. The folders of earlier pictures are checked first.
+
+    Raises:
+        ValueError: a picture in the folder was drawn with other settings.
+    """
+    from ..core.encoders import weights_fingerprint
+    from ..images import image_grid, load_image, save_image
+    from ..inference import inference
+
+    weights = weights_fingerprint(pipe.transformer, pipe.transformer.dtype)[:16]
+    config, number = plan.model.config, plan.layout.num_images
+    mine = range(rank, len(plan.prompts), count)
+
+    def settings(index: int, place: int) -> dict[str, Any]:
+        seed = plan.seed + index * number + place
+        text = plan.prompts[index].text
+        carried = picture_settings(plan.model, pipe, config, text, plan.negative_prompt, seed)
+        return carried | {"weights": weights}
+
+    for index in mine:
+        for place, path in enumerate(plan.layout.pictures(plan.prompts[index])):
+            if path.exists():
+                _require_same(path, settings(index, place))
+    for index in mine:
+        prompt = plan.prompts[index]
+        paths, sheet = plan.layout.pictures(prompt), plan.layout.sheet(prompt)
+        missing = [path for path in paths if not path.exists()]
+        if missing:
+            plan.layout.prepare(prompt)
+        for start in range(0, number, config.batch_size):
+            batch = paths[start : start + config.batch_size]
+            if not set(batch).intersection(missing):
+                continue
+            pictures = inference(
+                pipe,
+                [prompt.text] * len(batch),
+                plan.negative_prompt,
+                config,
+                seed=plan.seed + index * number + start,
+            )
+            for place, (path, picture) in enumerate(zip(batch, pictures, strict=True), start):
+                save_image(picture, path, settings(index, place))
+        if sheet is not None and (missing or not sheet.exists()):
+            save_image(image_grid([load_image(path) for path in paths]), sheet)
+        if missing:
+            say(one_line(f"{plan.layout.folder / PICTURES / prompt.name}: {prompt.text}"))
+
+
+def _require_same(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse a picture that was drawn with other settings."""
+    from ..images import read_metadata
+
+    found = read_metadata(path)
+    other = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
+    if other:
+        name = other[0]
+        raise ValueError(
+            f"{path} was drawn with {name} {found.get(name)!r}, not {settings.get(name)!r}. Give "
+            "the same settings, or another --output."
+        )
+
+
+def report(plan: Plan) -> None:
+    """Score all pictures; write `scores.json`, `scores.md` and `samples.png`, and print a table."""
+    from ..files import whole_file
+    from ..images import image_grid, load_image, read_metadata, save_image
+
+    folder = plan.layout.folder
+
+    def pictures() -> Iterator[Sequence[Image.Image]]:
+        for prompt in plan.prompts:
+            yield [load_image(path) for path in plan.layout.pictures(prompt)]
+
+    scores: dict[str, float] = {}
+    for score in plan.scores:
+        scores |= score(plan.prompts, pictures())
+    paths = [path for prompt in plan.prompts for path in plan.layout.pictures(prompt)]
+    drawn = read_metadata(paths[0])
+    of_all = {name: drawn[name] for name in drawn if name not in ("prompt", "seed")}
+    found = {
+        "prompts": len(plan.prompts),
+        "pictures": len(paths),
+        "settings": of_all | {"seed": plan.seed},
+        "scores": scores,
+    }
+    save_image(image_grid([load_image(path) for path in paths[:SHEET]]), folder / "samples.png")
+    rows = [("prompts", len(plan.prompts)), ("pictures", len(paths)), *scores.items()]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in rows)]
+    texts = {"scores.json": json.dumps(found, indent=1, ensure_ascii=False),
+             "scores.md": "\n".join(lines)}  # fmt: skip
+    for name, text in texts.items():
+        with whole_file(folder / name) as file:
+            file.write(f"{text}\n".encode())
+    say(texts["scores.md"])
+    say(f"{folder / PICTURES} has the pictures, {folder / 'samples.png'} the first of them.")

@@ -1,0 +1,193 @@
+"""Scores of a benchmark's pictures that need no other program.
+
+- Scenes: pictures of captions with a "scene" are read from their pixels (`localdit.scenes.score`).
+- CLIP score (Hessel et al., 2021), by a CLIP model in a folder.
+- Distances to real pictures in the features of a vision model in a folder: the Fréchet distance
+  (FID, Heusel et al., 2017; with DINOv2's features FD-DINOv2, Stein et al., 2023) and the kernel
+  distance (KID, Binkowski et al., 2018), by TorchMetrics, and precision and recall (Kynkäänniemi et
+  al., 2019, eq. 1 and 2). They depend on the features and on the number of pictures: compare only
+  figures with the same of both.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .prompt_sets import Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+NEIGHBOURS = 3  # k of precision and recall
+KERNEL_SUBSET = 1000  # pictures in a subset of the kernel distance, at most
+REAL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def scene_scores(
+    prompts: Sequence[Prompt], pictures: Iterable[Sequence[Image.Image]]
+) -> dict[str, float]:
+    """Return the share of pictures that are right, by attribute and number of objects.
+
+    Args:
+        prompts: those without a "scene" are passed over.
+        pictures: those of each prompt.
+
+    Returns:
+        Shares in [0, 1], such as "scene, two objects: all"; {} if no prompt has a scene.
+    """
+    from ..scenes import Scene
+    from ..scenes.score import mean_scores, score_picture
+
+    groups: dict[str, list[dict[str, float]]] = {}
+    for prompt, drawn in zip(prompts, pictures, strict=True):
+        if "scene" in prompt.record:
+            scene = Scene.from_dict(prompt.record["scene"])
+            group = "one object" if len(scene.objects) == 1 else f"{len(scene.objects)} objects"
+            groups.setdefault(group, []).extend(score_picture(one, scene) for one in drawn)
+    return {
+        f"scene, {group}: {name}": share
+        for group, scores in sorted(groups.items())
+        for name, share in mean_scores(scores).items()
+    }
+
+
+def clip_score(
+    prompts: Sequence[Prompt], pictures: Iterable[Sequence[Image.Image]], folder: Path
+) -> dict[str, float]:
+    """Return the mean of `100 * max(cosine, 0)` of picture and prompt in CLIP's space.
+
+    Args:
+        folder: a `CLIPModel` of Transformers with its processor. Its tokenizer cuts long prompts.
+    """
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    model, processor = (
+        CLIPModel.from_pretrained(folder).eval(),
+        CLIPProcessor.from_pretrained(folder),
+    )
+    scores: list[float] = []
+    for prompt, drawn in zip(prompts, pictures, strict=True):
+        inputs = processor(
+            text=[prompt.text], images=list(drawn), return_tensors="pt", truncation=True
+        )
+        with torch.no_grad():
+            output = model(**inputs)
+        cosines = torch.cosine_similarity(output.image_embeds, output.text_embeds)
+        scores += (100 * cosines.clamp(min=0)).tolist()
+    return {"CLIP score": sum(scores) / len(scores)}
+
+
+def distances(
+    drawn: Iterable[Image.Image], real: Iterable[Image.Image], folder: Path
+) -> dict[str, float]:
+    """Return the distances of drawn pictures to real ones in the features of a vision model.
+
+    Args:
+        folder: a vision model of Transformers with its image processor, such as DINOv2 or CLIP.
+
+    Raises:
+        ValueError: there are too few pictures.
+    """
+    import torch
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    extract = _extractor(folder)
+    fake, true = _features(drawn, extract), _features(real, extract)
+    count = min(len(fake), len(true))
+    if count <= NEIGHBOURS:
+        raise ValueError(
+            f"There are {len(fake)} drawn and {len(true)} real pictures; the distances need more "
+            f"than {NEIGHBOURS} of each."
+        )
+    given: Any = torch.nn.Identity()  # the metrics get features instead of pictures
+    given.num_features = true.shape[1]
+    frechet = FrechetInceptionDistance(feature=given)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
+        kernel = KernelInceptionDistance(feature=given, subset_size=min(count, KERNEL_SUBSET))
+    for metric in (frechet, kernel):
+        metric.update(true, real=True)
+        metric.update(fake, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the subsets
+        mean, deviation = kernel.compute()
+    precision, recall = precision_and_recall(true, fake)
+    return {
+        "Fréchet distance": frechet.compute().item(),
+        "kernel distance": mean.item(),
+        "kernel distance, standard deviation": deviation.item(),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def precision_and_recall(true: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
+    """Return the share of drawn pictures that are near real ones, and the other way round.
+
+    A picture is near a set if it is no further from one of its pictures than that is from its k-th
+    nearest neighbour in the set (Kynkäänniemi et al., 2019, eq. 1 and 2).
+
+    Args:
+        true, fake: features `(N, C)` and `(M, C)`.
+    """
+
+    def share(these: torch.Tensor, those: torch.Tensor) -> float:
+        import torch
+
+        # The nearest of its own set is the picture itself.
+        radius = torch.cdist(those, those).kthvalue(NEIGHBOURS + 1, dim=1).values
+        return (torch.cdist(these, those) <= radius).any(dim=1).double().mean().item()
+
+    return share(fake, true), share(true, fake)
+
+
+def real_pictures(folder: Path) -> Iterator[Image.Image]:
+    """Read the pictures in a folder and the folders in it, in the order of their names."""
+    from ..images import load_image
+
+    for path in real_paths(folder):
+        yield load_image(path)
+
+
+def real_paths(folder: Path) -> list[Path]:
+    """Return the paths of the pictures in a folder and the folders in it, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in REAL_SUFFIXES)
+
+
+def _extractor(folder: Path) -> Any:
+    """Return a function from pictures to features `(N, C)`, by the model in a folder."""
+    import torch
+    from transformers import AutoImageProcessor, AutoModel
+
+    model = AutoModel.from_pretrained(folder)
+    model = getattr(model, "vision_model", model).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+
+    def extract(pictures: list[Image.Image]) -> torch.Tensor:
+        with torch.no_grad():
+            output = model(**processor(images=pictures, return_tensors="pt"))
+        return output.pooler_output.flatten(1).double()
+
+    return extract
+
+
+def _features(pictures: Iterable[Image.Image], extract: Any, batch_size: int = 16) -> torch.Tensor:
+    """Return the features of pictures, `(N, C)`."""
+    import torch
+
+    features: list[torch.Tensor] = []
+    batch: list[Image.Image] = []
+    for picture in pictures:
+        batch.append(picture)
+        if len(batch) == batch_size:
+            features.append(extract(batch))
+            batch = []
+    if batch:
+        features.append(extract(batch))
+    return torch.cat(features) if features else torch.empty(0, 0)

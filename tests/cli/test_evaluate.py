@@ -1,0 +1,186 @@
+"""`localdit evaluate`: the pictures of a benchmark, and what becomes of an interrupted start."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from localdit.cli import evaluate, main
+from localdit.images import load_image, read_metadata
+from localdit.scenes import sample_scenes
+
+QUICK = ["--steps", "2", "--device", "cpu", "--width", "32", "--height", "32"]
+
+
+@pytest.fixture
+def prompts(here):
+    path = Path("prompts.jsonl")
+    texts = ["a red circle", "a blue star", "a cat"]
+    path.write_text("".join(json.dumps({"prompt": text, "tag": "x"}) + "\n" for text in texts))
+    return path
+
+
+def run(model, prompts, *argv):
+    return main(["evaluate", str(prompts), "--model", str(model), *QUICK, *argv])
+
+
+def drawn(folder="out"):
+    return {
+        path.relative_to(folder).as_posix(): np.asarray(load_image(path))
+        for path in sorted(Path(folder).rglob("pictures/**/*.png"))
+    }
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        np.array_equal(first[name], second[name]) for name in first
+    )
+
+
+def test_it_draws_where_the_scorer_looks(here, model, prompts, capsys):
+    assert run(model, prompts, "--num-images", "2", "-o", "out", "--seed", "5") == 0
+    assert list(drawn()) == [
+        f"pictures/{index:05d}/samples/{place:04d}.png" for index in range(3) for place in range(2)
+    ]
+    made = read_metadata("out/pictures/00001/samples/0001.png")
+    assert (made["prompt"], made["seed"]) == ("a blue star", 5 + 2 + 1)
+    assert json.loads(Path("out/pictures/00002/metadata.jsonl").read_text())["tag"] == "x"
+    found = json.loads(Path("out/scores.json").read_text())
+    assert (found["prompts"], found["pictures"], found["scores"]) == (3, 6, {})
+    assert found["settings"]["num_inference_steps"] == 2 and found["settings"]["seed"] == 5
+    assert load_image("out/samples.png").size == (3 * 32, 2 * 32)
+    assert "| pictures | 6 |" in capsys.readouterr().out
+
+
+def test_a_picture_is_that_of_generate(here, model, prompts):
+    run(model, prompts, "--num-images", "2", "-o", "out", "--max-prompts", "2")
+    argv = ["generate", "a blue star", "--model", str(model), *QUICK, "--seed", "3", "-o", "a.png"]
+    assert main([*argv, "--negative-prompt", ""]) == 0
+    one = load_image("out/pictures/00001/samples/0001.png")
+    assert np.array_equal(load_image("a.png"), one)
+
+
+def test_each_prompt_of_dpg_bench_gets_a_sheet(here, model):
+    Path("prompts").mkdir()
+    Path("prompts/boat.txt").write_text("a red circle")
+    assert run(model, "prompts", "-o", "out") == 0
+    sheet = np.asarray(load_image("out/sheets/boat.png"))
+    assert sheet.shape == (64, 64, 3)
+    last = load_image("out/pictures/boat/samples/0003.png")
+    assert np.array_equal(sheet[32:, 32:], last)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_a_second_start_draws_only_what_is_missing(batch_size, here, model, prompts, monkeypatch):
+    argv = ["--num-images", "3", "--batch-size", batch_size, "-o"]
+    assert run(model, prompts, *argv, "whole") == 0
+
+    def interrupted(image, path, *args, **kwargs):
+        if str(path).endswith("00001/samples/0001.png"):
+            raise KeyboardInterrupt
+        return save(image, path, *args, **kwargs)
+
+    from localdit import images
+
+    save = images.save_image
+    monkeypatch.setattr(images, "save_image", interrupted)
+    assert run(model, prompts, *argv, "out") == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    before = {path: os.stat(f"out/{path}").st_mtime_ns for path in drawn()}
+    assert len(before) == 4 and not Path("out/scores.json").exists()
+    assert run(model, prompts, *argv, "out") == 0
+    assert same(drawn("whole"), drawn())
+    kept = [path for path in before if os.stat(f"out/{path}").st_mtime_ns == before[path]]
+    assert len(kept) >= 3  # a batch is drawn whole
+    assert run(model, prompts, *argv, "out") == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--steps", "3"], "was drawn with num_inference_steps 2, not 3"),
+        (["--seed", "1"], "was drawn with seed 0, not 1"),
+        (["--negative-prompt", "bad"], "was drawn with negative_prompt '', not 'bad'"),
+    ],
+)
+def test_pictures_of_other_settings_are_not_mixed(change, message, here, model, prompts, capsys):
+    assert run(model, prompts, "--num-images", "1", "-o", "out") == 0
+    before = drawn()
+    assert run(model, prompts, "--num-images", "1", "-o", "out", *change) == 1
+    assert message in capsys.readouterr().err
+    assert same(before, drawn())
+
+
+def test_pictures_of_other_weights_are_not_mixed(here, model, prompts, capsys):
+    from tests.tiny import tiny_pipeline
+
+    tiny_pipeline(1).save_pretrained("other")
+    assert run("other", prompts, "--num-images", "1", "-o", "out") == 0
+    tiny_pipeline(2).save_pretrained("other")
+    assert run("other", prompts, "--num-images", "1", "-o", "out") == 1
+    assert "was drawn with weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_draw_the_same(here, model, prompts):
+    command = [
+        "-m", "localdit", "evaluate", str(prompts), "--model", str(model), *QUICK[:2], *QUICK[4:],
+        "--num-images", "2", "-o",
+    ]  # fmt: skip
+    alone = [sys.executable, *command, "alone"]
+    shared = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    shared += ["--mixed_precision", "no", *command, "shared"]
+    outputs = []
+    for each in (alone, shared):
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        done = subprocess.run(each, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert same(drawn("alone"), drawn("shared")) and len(drawn("alone")) == 6
+    assert outputs[1].count("| pictures | 6 |") == 1
+    assert json.loads(Path("shared/scores.json").read_text())["pictures"] == 6
+
+
+def test_captions_of_scenes_are_scored(here, model):
+    scenes = list(sample_scenes(3, 0))
+    lines = [json.dumps({"prompt": "a cat", "scene": scene.to_dict()}) for scene in scenes]
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    assert run(model, "prompts.jsonl", "--num-images", "1", "-o", "out") == 0
+    found = json.loads(Path("out/scores.json").read_text())["scores"]
+    assert any(name.startswith("scene, ") and name.endswith(": all") for name in found)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--num-images", "0"], "--num-images is 0; expected at least 1"),
+        (["--max-prompts", "0"], "--max-prompts is 0; expected at least 1"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--height", "33"], "33"),
+        (["--reference", "."], "--reference and --feature-extractor go together"),
+        (["--clip", "nowhere"], "--clip is nowhere; expected a folder"),
+        (["--reference", "empty", "--feature-extractor", "empty"], "which has no pictures"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(
+    argv, message, here, model, prompts, capsys, monkeypatch
+):
+    Path("empty").mkdir()
+    monkeypatch.setattr(evaluate, "load", None)
+    assert run(model, prompts, "-o", "out", *argv) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_a_missing_package_is_named(here, model, prompts, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    assert run(model, prompts, "--reference", ".", "--feature-extractor", ".") == 2
+    assert 'pip install "localdit[evaluate]"' in capsys.readouterr().err
