@@ -316,16 +316,22 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
             encoder_hidden_states: `(B, L, text_dim)`. In a pipeline's call, the keys and values of
                 the first step serve all steps.
         """
-        return projected(encoder_hidden_states, self, self._keys_and_values)
+        layers = [self.to_kv] if self._is_fused else [self.to_k, self.to_v]
+        return projected(encoder_hidden_states, self, [*layers, self.norm_k], self._keys_and_values)
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether the fused projection counts: no adapters were added after the fusion."""
+        layers = self.to_k, self.to_v
+        return bool(self.fused_projections) and all(type(layer) is Linear for layer in layers)
 
     def _keys_and_values(
         self, encoder_hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layers = self.to_k, self.to_v
-        if self.fused_projections and all(type(layer) is Linear for layer in layers):
+        if self._is_fused:
             key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        else:  # not fused, or adapters were added after the projections were fused
-            key, value = (layer(encoder_hidden_states) for layer in layers)
+        else:
+            key, value = (layer(encoder_hidden_states) for layer in (self.to_k, self.to_v))
         heads = (self.num_heads, self.head_dim)
         return self.norm_k(key.unflatten(-1, heads)), value.unflatten(-1, heads)
 

@@ -391,8 +391,9 @@ class LocalDiTTransformer2DModel(
                 timestep, conditions, batch_size=batch_size, hidden_dtype=hidden_states.dtype
             )
             if self.caption_projection is not None:
+                project = self.caption_projection
                 encoder_hidden_states = projected(
-                    encoder_hidden_states, self.caption_projection, self.caption_projection
+                    encoder_hidden_states, project, [project.linear_1, project.linear_2], project
                 )
             bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)
 

@@ -299,6 +299,7 @@ class CallState:
 
     Attributes:
         scheduler: the scheduler of this call; None before and after it.
+        device: the device that the pipeline computes on; None before and after the call.
         guidance_scale, cross_attention_kwargs: as in the request; callbacks may change them.
         within_interval: whether the present step lies within the guidance interval.
         current_timestep: the timestep of the present step.
@@ -309,6 +310,7 @@ class CallState:
     """
 
     scheduler: Any = None
+    device: torch.device | None = None
     guidance_scale: float = 1.0
     cross_attention_kwargs: dict[str, Any] | None = None
     within_interval: bool = True
@@ -349,7 +351,7 @@ class CallState:
 
     def end(self) -> None:
         """Forget what is of no use after the call, and free its memory."""
-        self.scheduler = self.current_timestep = self.latest_context = None
+        self.scheduler = self.device = self.current_timestep = self.latest_context = None
         self.within_interval = True
         self.denoiser_text.clear()
         self._watched.clear()

@@ -26,7 +26,7 @@ def text():
 
 def run(module, text):
     with torch.no_grad():
-        return projected(text, module, module)
+        return projected(text, module, [module], module)
 
 
 def test_a_registered_text_is_projected_once(text):
@@ -92,12 +92,12 @@ def test_hooks_and_adapters_see_each_call(text):
 def test_training_and_inference_mode_keep_nothing(text):
     module = Counted(4, 4)
     reuse_projections(text)
-    assert projected(text, module, module).requires_grad
-    assert projected(text, module, module).requires_grad
+    assert projected(text, module, [module], module).requires_grad
+    assert projected(text, module, [module], module).requires_grad
     with torch.inference_mode():
         inside = text + 1
         reuse_projections(inside)
-        projected(inside, module, module), projected(inside, module, module)
+        projected(inside, module, [module], module), projected(inside, module, [module], module)
     assert module.calls == 4
 
 
