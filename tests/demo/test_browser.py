@@ -4,6 +4,7 @@ import io
 import shutil
 import threading
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 
 from localdit.cli.demo import build_parser, make_page, page_model, scene  # noqa: E402
 from localdit.cli.drawing import load  # noqa: E402
-from localdit.demo.page import launch  # noqa: E402
+from localdit.demo.page import SKETCHED, launch  # noqa: E402
 from localdit.images import read_metadata  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser"])), None)
@@ -24,14 +25,19 @@ RED, BLUE, YELLOW = (215, 35, 40), (40, 80, 220), (250, 225, 50)
 YELLOW_CIRCLE = "a large yellow circle at the top left on a blue background"
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """The address of the page, served as by the command."""
-    folder = tmp_path_factory.mktemp("pictures")
-    model = page_model(build_parser().parse_args(["--model", "box"]))
+@contextmanager
+def serving(name, folder):
+    """Serve the page of a model, as the command does, and yield its address."""
+    model = page_model(build_parser().parse_args(["--model", name]))
     page = make_page(load(model), model, folder)
     yield launch(page, "127.0.0.1", None)
     page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with serving("box", tmp_path_factory.mktemp("pictures")) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +50,26 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
-def page(browser, address):
-    """The page, opened; errors in it fail the test, and so do requests to elsewhere."""
+@contextmanager
+def opened(browser, address):
+    """Open a page; errors in it fail the test, and so do requests to elsewhere."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    opened = context.new_page()
+    page = context.new_page()
     errors, elsewhere = [], []
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.on("request", lambda request: elsewhere.append(request.url))
-    opened.goto(address)
-    opened.wait_for_selector("#draw")
-    yield opened
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: elsewhere.append(request.url))
+    page.goto(address)
+    page.wait_for_selector("#draw")
+    yield page
     context.close()
     assert not errors
     assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as page:
+        yield page
 
 
 def seed(page, value):
@@ -211,3 +223,27 @@ def test_the_gallery_shows_earlier_pictures_with_their_settings_to_use_again(pag
     page.get_by_role("button", name="Edit this").click()
     page.locator("#image img").wait_for()
     assert page.get_by_label("Edit", exact=True).is_checked()
+
+
+@pytest.mark.slow
+def test_a_quick_model_draws_while_one_types(browser, tmp_path):
+    with serving("box-few-steps", tmp_path) as address, opened(browser, address) as page:
+        page.locator("#prompt textarea").fill("")
+        page.locator("#prompt textarea").press_sequentially(YELLOW_CIRCLE, delay=30)
+        page.locator("#picture img").wait_for(timeout=60_000)
+        page.get_by_text(SKETCHED).wait_for()
+        page.wait_for_timeout(5000)  # the last letters are drawn
+        sketch = np.asarray(shown(page))
+        assert near(sketch[32, 32], YELLOW) and near(sketch[100, 100], BLUE)
+        assert page.locator("#gallery img").count() == 0
+        assert page.get_by_role("button", name="Edit this").is_disabled()
+        assert np.array_equal(draw(page), sketch)
+        page.locator("#gallery img").wait_for()
+
+
+@pytest.mark.slow
+def test_a_slow_model_waits_for_the_button(page):
+    assert page.get_by_label("Draw while typing").count() == 0
+    page.locator("#prompt textarea").fill(YELLOW_CIRCLE)
+    page.wait_for_timeout(3000)
+    assert page.locator("#picture img").count() == 0
