@@ -142,7 +142,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
         check_prompts(args.negative_prompt or "", "--negative-prompt")
         if not 0 <= args.seed < 2**62:
             raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**62")
-        scores = _scores(args)
+        scores = _scores(args, len(prompts) * args.num_images)
         chosen = choose_model(args)
         model = check_model(replace(chosen, device=chosen.device or device))
         size = fit_size(model.config, Config(), (args.height, args.width))
@@ -157,8 +157,8 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
     )
 
 
-def _scores(args: argparse.Namespace) -> list[Callable[..., dict[str, float]]]:
-    """Return the functions that score, after a check that their models and packages are there."""
+def _scores(args: argparse.Namespace, count: int) -> list[Callable[..., dict[str, float]]]:
+    """Return the functions that score `count` pictures, after a check of what they need."""
     from ..evaluation import quality
 
     if (args.reference is None) != (args.feature_extractor is None):
@@ -175,8 +175,7 @@ def _scores(args: argparse.Namespace) -> list[Callable[..., dict[str, float]]]:
     if args.clip is not None:
         scores.append(lambda prompts, pictures: quality.clip_score(prompts, pictures, args.clip))
     if args.reference is not None:
-        if not quality.real_paths(args.reference):
-            raise FileNotFoundError(f"--reference is {args.reference}, which has no pictures")
+        quality.require_enough(count, len(quality.real_paths(args.reference)))
         scores.append(
             lambda prompts, pictures: quality.distances(
                 (one for drawn in pictures for one in drawn),

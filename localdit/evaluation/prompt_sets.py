@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import decode_text, parse_json, whole_file
+from ..scenes import Scene
 
 MAX_BYTES = 100_000_000  # of a file of prompts
 PICTURES, SHEETS = "pictures", "sheets"
@@ -30,11 +31,13 @@ class Prompt:
         name: of its pictures.
         text: the prompt.
         record: what the benchmark says of it, "prompt" among it.
+        scene: what the picture has to show, if the record has a "scene".
     """
 
     name: str
     text: str
     record: dict[str, Any]
+    scene: Scene | None = None
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -76,7 +79,14 @@ def _prompt(name: str, record: dict[str, Any], where: str) -> Prompt:
     text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'{where}: "prompt" is {text!r:.80}; expected a text that is not empty')
-    return Prompt(name, text, record)
+    if "scene" not in record:
+        return Prompt(name, text, record)
+    try:
+        return Prompt(name, text, record, Scene.from_dict(record["scene"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{where}: "scene" is not a scene of localdit.scenes: {error!r}'
+        ) from error
 
 
 def _read(path: Path) -> str:

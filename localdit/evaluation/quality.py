@@ -33,21 +33,20 @@ def scene_scores(
     """Return the share of pictures that are right, by attribute and number of objects.
 
     Args:
-        prompts: those without a "scene" are passed over.
+        prompts: those without a scene are passed over.
         pictures: those of each prompt.
 
     Returns:
         Shares in [0, 1], such as "scene, two objects: all"; {} if no prompt has a scene.
     """
-    from ..scenes import Scene
     from ..scenes.score import mean_scores, score_picture
 
     groups: dict[str, list[dict[str, float]]] = {}
     for prompt, drawn in zip(prompts, pictures, strict=True):
-        if "scene" in prompt.record:
-            scene = Scene.from_dict(prompt.record["scene"])
-            group = "one object" if len(scene.objects) == 1 else f"{len(scene.objects)} objects"
-            groups.setdefault(group, []).extend(score_picture(one, scene) for one in drawn)
+        if prompt.scene is not None:
+            count = len(prompt.scene.objects)
+            group = "one object" if count == 1 else f"{count} objects"
+            groups.setdefault(group, []).extend(score_picture(one, prompt.scene) for one in drawn)
     return {
         f"scene, {group}: {name}": share
         for group, scores in sorted(groups.items())
@@ -99,12 +98,7 @@ def distances(
 
     extract = _extractor(folder)
     fake, true = _features(drawn, extract), _features(real, extract)
-    count = min(len(fake), len(true))
-    if count <= NEIGHBOURS:
-        raise ValueError(
-            f"There are {len(fake)} drawn and {len(true)} real pictures; the distances need more "
-            f"than {NEIGHBOURS} of each."
-        )
+    count = require_enough(len(fake), len(true))
     given: Any = torch.nn.Identity()  # the metrics get features instead of pictures
     given.num_features = true.shape[1]
     frechet = FrechetInceptionDistance(feature=given)
@@ -125,6 +119,16 @@ def distances(
         "precision": precision,
         "recall": recall,
     }
+
+
+def require_enough(drawn: int, real: int) -> int:
+    """Return the smaller number of pictures; raise `ValueError` if the distances need more."""
+    if min(drawn, real) <= NEIGHBOURS:
+        raise ValueError(
+            f"There are {drawn} drawn and {real} real pictures; the distances need more than "
+            f"{NEIGHBOURS} of each."
+        )
+    return min(drawn, real)
 
 
 def precision_and_recall(true: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:

@@ -167,7 +167,7 @@ def test_captions_of_scenes_are_scored(here, model):
         (["--height", "33"], "33"),
         (["--reference", "."], "--reference and --feature-extractor go together"),
         (["--clip", "nowhere"], "--clip is nowhere; expected a folder"),
-        (["--reference", "empty", "--feature-extractor", "empty"], "which has no pictures"),
+        (["--reference", "empty", "--feature-extractor", "empty"], "0 real pictures"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_loaded(

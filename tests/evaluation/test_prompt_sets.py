@@ -34,6 +34,8 @@ def test_files_of_dpg_bench_are_named_by_their_stems(tmp_path):
         ('{"prompt": ["a"]}\n', "line 1: \"prompt\" is \\['a'\\]"),
         ('{"prompt": "a"}\nnot JSON\n', "line 2"),
         ("[1]\n", "line 1"),
+        ('{"prompt": "a", "scene": {"objects": 3}}\n', 'line 1: "scene" is not a scene'),
+        ('{"prompt": "a", "scene": null}\n', 'line 1: "scene" is not a scene'),
     ],
 )
 def test_a_file_without_sound_prompts_is_refused(text, message, tmp_path):

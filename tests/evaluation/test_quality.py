@@ -76,7 +76,7 @@ def dino(tmp_path_factory):
 def test_scenes_are_scored_by_number_of_objects():
     scenes = list(sample_scenes(12, 0))
     assert {len(scene.objects) for scene in scenes} == {1, 2}
-    prompts = [Prompt(str(i), "a", {"scene": one.to_dict()}) for i, one in enumerate(scenes)]
+    prompts = [Prompt(str(i), "a", {}, scene) for i, scene in enumerate(scenes)]
     prompts.append(Prompt("other", "a photo", {}))  # has no scene
     drawn = [[draw_scene(scene, 128)] for scene in scenes] + [pictures(1)]
     found = quality.scene_scores(prompts, drawn)
