@@ -31,7 +31,7 @@ python recipes/box/score.py --pipeline localdit/box --output $out/score --count 
 $two_processes train.py --method distil --distillation trajectory --teacher-steps 8 \
   --teacher localdit/box/transformer --pretrained localdit/box \
   --data-root $out/encoded --image-size 128 --num-workers 0 --token-dropout 0 \
-  --batch-size 8 --max-train-steps 600 --learning-rate 5e-4 --lr-schedule cosine \
+  --batch-size 8 --max-train-steps 1000 --learning-rate 4e-4 --lr-schedule cosine \
   --warmup-steps 30 --gradient-clip 1.0 --ema-decay 0.99 --output $out/few_steps
 
 python recipes/box/pack.py --student $out/few_steps/final --output localdit/box
