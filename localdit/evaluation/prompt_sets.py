@@ -14,10 +14,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import decode_text, parse_json, whole_file
-from ..scenes import Scene
+
+if TYPE_CHECKING:
+    from ..scenes import Scene
+
 
 MAX_BYTES = 100_000_000  # of a file of prompts
 PICTURES, SHEETS = "pictures", "sheets"
@@ -81,6 +84,8 @@ def _prompt(name: str, record: dict[str, Any], where: str) -> Prompt:
         raise ValueError(f'{where}: "prompt" is {text!r:.80}; expected a text that is not empty')
     if "scene" not in record:
         return Prompt(name, text, record)
+    from ..scenes import Scene
+
     try:
         return Prompt(name, text, record, Scene.from_dict(record["scene"]))
     except (KeyError, TypeError, ValueError) as error:
