@@ -43,7 +43,8 @@ class Room(NamedTuple):
 
 ROOMS = {
     "cli": Room(20, 20, 720, 74, "pink", "localdit generate, edit, inpaint, train, info, ..."),
-    "demo": Room(20, 126, 250, 74, "pink", "the web page"),
+    "demo": Room(20, 126, 200, 74, "pink", "the web page"),
+    "evaluation": Room(236, 126, 128, 74, "pink", "benchmarks"),
     "training": Room(510, 126, 230, 180, "green", "from samples to checkpoints"),
     "inference": Room(20, 232, 230, 74, "violet", "pictures from a Config"),
     "utils": Room(266, 232, 228, 74, "violet", "load_model"),
