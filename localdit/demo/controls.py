@@ -56,7 +56,7 @@ class Offer:
 
     @property
     def quick(self) -> bool:
-        """Whether the model is quick enough to draw at each change of the prompt."""
+        """Whether the model is fast enough to draw while the visitor types."""
         first = inference_settings(self.config)
         passes = first["num_inference_steps"] * (2 if first["guidance_scale"] > 1 else 1)
         return passes <= QUICK_PASSES

@@ -218,13 +218,8 @@ class Desk:
         with _page_errors():
             *_, picture = self.artist.draw(settings)
             unknown = self.artist.unknown(settings)
-        page = self.controls
-        buttons = dict.fromkeys([page.edit, page.inpaint, page.reuse], gr.update(interactive=False))
-        return buttons | {
-            page.picture: picture,
-            page.shown: None,
-            page.status: problem(unknown) if unknown else note(SKETCHED),
-        }
+        status = problem(unknown) if unknown else note(SKETCHED)
+        return self._visible(picture, None, status)
 
     def end(self) -> Updates:
         """Show that the drawing has ended."""
@@ -262,13 +257,14 @@ class Desk:
         return self._show(history[event.index])
 
     def _show(self, path: str) -> Updates:
+        return self._visible(path, path, settings_list(read_metadata(path)))
+
+    def _visible(self, picture: Any, path: str | None, status: str) -> Updates:
+        """Show a picture; its buttons work if it has a path, as only a kept picture has."""
         page = self.controls
-        buttons = dict.fromkeys([page.edit, page.inpaint, page.reuse], gr.update(interactive=True))
-        return buttons | {
-            page.picture: path,
-            page.shown: path,
-            page.status: settings_list(read_metadata(path)),
-        }
+        works = gr.update(interactive=path is not None)
+        buttons = dict.fromkeys([page.edit, page.inpaint, page.reuse], works)
+        return buttons | {page.picture: picture, page.shown: path, page.status: status}
 
     def edit_this(self, path: str) -> Updates:
         """Edit the visible picture."""
