@@ -144,18 +144,6 @@ def spread(pipe: LocalDiTPipeline, args: argparse.Namespace) -> float:
     return sum(map(len, groups)) / len(groups)
 
 
-def contact_sheet(pictures: list[Image.Image], columns: int = 8, rows: int = 6) -> Image.Image:
-    """Arrange the first images in rows, from left to right."""
-    from PIL import Image
-
-    shown = pictures[: columns * rows]
-    side = shown[0].width
-    sheet = Image.new("RGB", (columns * side, -(-len(shown) // columns) * side))
-    for i, picture in enumerate(shown):
-        sheet.paste(picture, (i % columns * side, i // columns * side))
-    return sheet
-
-
 def group_means(scenes: list[Scene], scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return the mean scores of scenes with one object, and of scenes with two."""
     from localdit.scenes.score import mean_scores
@@ -187,6 +175,7 @@ def main() -> None:
     from localdit.core.encoders import locate_encoder
     from localdit.core.latents import LatentSpace
     from localdit.core.parts import load_vae
+    from localdit.images import image_grid
     from localdit.pipelines import LocalDiTPipeline
     from localdit.scenes.score import score_picture
 
@@ -221,7 +210,7 @@ def main() -> None:
     (args.output / "score.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     text = table(means, figures)
     (args.output / "score.md").write_text(text, "utf-8")
-    contact_sheet(pictures).save(args.output / "samples.png")
+    image_grid(pictures[:48], columns=8).save(args.output / "samples.png")
     print(text + f"\n{seconds / args.count:.2f} s per image")
 
 
