@@ -33,7 +33,7 @@ LONGEST_WAIT = timedelta(days=30)  # of a process for the others
 
 @dataclass(frozen=True)
 class Plan:
-    """What `localdit evaluate` does.
+    """A checked `localdit evaluate` command.
 
     Attributes:
         model: the model, with the settings of sampling.

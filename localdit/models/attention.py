@@ -321,7 +321,7 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
 
     @property
     def _is_fused(self) -> bool:
-        """Whether the fused projection counts: no adapters were added after the fusion."""
+        """Whether the fused projection is used. Adapters that were added later prevent it."""
         layers = self.to_k, self.to_v
         return bool(self.fused_projections) and all(type(layer) is Linear for layer in layers)
 
