@@ -163,7 +163,7 @@ def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None
         help="JSON file with a list of stages, each an object that changes some of these options: "
         f"{', '.join(name.replace('_', '-') for name in STAGE_OPTIONS)}")  # fmt: skip
     add("--dry-run", action="store_true",
-        help="report what was found in the data, and stop")  # fmt: skip
+        help="report what was found in the data and what the run will cost, and stop")  # fmt: skip
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +27,10 @@ from localdit.training.data.encoded import EncodedSet, require_latent_statistics
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.methods import InputMaker, Method, Sampling
-from localdit.training.methods.fine_tuning import FineTuning
+from localdit.training.methods.fine_tuning import FineTuning, method_class
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import METHODS, check_image_size
+from localdit.training.options import check_image_size
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
@@ -80,7 +79,7 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             found[stage.data_root] = find_samples(
                 stage.data_root, args.data_format, output=args.output
             )
-        pixels_per_token = _pixels_per_latent(args, found[stage.data_root]) * shape.get(
+        pixels_per_token = pixels_per_latent(args, found[stage.data_root]) * shape.get(
             "patch_size", 2
         )
         check_image_size(stage.image_size, pixels_per_token)
@@ -112,7 +111,7 @@ def local_tokenizer(args: argparse.Namespace) -> Any:
         return None
 
 
-def _pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
+def pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
     """Return the pixels per latent of the data's autoencoder; only its configuration is read."""
     if found.encoded is not None:
         return found.encoded.manifest.vae_scale
@@ -203,7 +202,7 @@ def load_models(
         )
     transformer = initialization.load_transformer(args, text_width, latents)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
-    kind = _method_class(args)
+    kind = method_class(args)
     sampling = kind.sampling(args, objective)
     result = _result_folder(args, transformer, sampling, sources)
     transformer.to(device)
@@ -243,12 +242,6 @@ def load_models(
         result,
         pictures,
     )
-
-
-def _method_class(args: argparse.Namespace) -> type[FineTuning]:
-    """Return the class of the method that the options name."""
-    module, name = METHODS[args.distillation or args.method].split(".")
-    return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
 
 
 def _result_folder(

@@ -202,6 +202,11 @@ class TrajectoryDistillation(FewStepDistillation):
     consistency if the teacher needs few steps. Of the data, only the captions matter.
     """
 
+    @property
+    def repeats(self) -> int:
+        """The number of the student's steps, which it learns in one pass."""
+        return self.student_steps
+
     def trajectory(
         self, teacher: nn.Module, inputs: Inputs, noise: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from localdit.core.diffusion import Objective, denoising_errors
 from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models.flops import forward_flops
 from localdit.training.methods import Inputs, Method, Sampling, noised_prediction
+from localdit.training.options import METHODS
 from localdit.training.state import TRANSFORMER
 
 if TYPE_CHECKING:
@@ -87,6 +89,11 @@ class FineTuning(Method):
         """Load the frozen models that the loss needs beside the transformer, by name."""
         return {}
 
+    @property
+    def repeats(self) -> int:
+        """The number of times that the pass with a gradient has the batch."""
+        return 1
+
     def losses(
         self,
         models: Mapping[str, nn.Module],
@@ -125,3 +132,9 @@ class FineTuning(Method):
         """
         if not self.adapters:
             self.transformer.set_sample_size(size)
+
+
+def method_class(args: argparse.Namespace) -> type[FineTuning]:
+    """Return the class of the method that the options name."""
+    module, name = METHODS[args.distillation or args.method].split(".")
+    return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
