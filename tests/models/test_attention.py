@@ -64,9 +64,9 @@ def test_local_agrees_with_dense_attention(case):
     check_against_oracle(case)
 
 
-@settings(max_examples=25)
-@given(cases(kinds=("local_global", "full")))
-def test_global_context_and_full_agree_with_dense_attention(case):
+@settings(max_examples=40)
+@given(cases(kinds=("local_pooled", "local_global", "full")))
+def test_other_layer_types_agree_with_dense_attention(case):
     check_against_oracle(case)
 
 
