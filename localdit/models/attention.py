@@ -1,4 +1,4 @@
-"""The attention of LocalDiT: one module, three processors that can be swapped.
+"""The attention of LocalDiT: one module, four processors that can be swapped.
 
 `LocalDiTAttention` owns the weights. Its processor computes attention from the packed queries, keys
 and values of a map of tokens: within shifted windows (`LocalAttnProcessor`), within windows and to
