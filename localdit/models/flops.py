@@ -13,6 +13,7 @@ from .attention import (
     FullAttnProcessor,
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
+    LocalPooledAttnProcessor,
 )
 from .global_context import SqueezeExcitation
 from .layers import FeedForward
@@ -28,7 +29,8 @@ def forward_flops(
     """Return the operations of a forward pass for one picture, two per multiply-add.
 
     This counts matrix products and convolutions as they are computed: in window attention, each
-    slot of the map, padded to whole windows, attends to all slots of its window. It does not count
+    slot of the map, padded to whole windows, attends to all slots of its window, and with pooled
+    keys to as many tiles as the map has windows. It does not count
     norms, activations, masks and sums. A training step takes three times as many operations: the
     backward pass has two products for each product of the forward pass. Results that the backward
     pass computes again, in attention or by gradient checkpointing, do not count.
@@ -82,6 +84,8 @@ def _self_attention(attn: LocalDiTAttention, rows: int, columns: int) -> int:
     grid = attn.grid(rows, columns)
     slots = grid.rows * grid.columns * w * w
     products += 2 * slots * w * w * dim
+    if isinstance(attn.processor, LocalPooledAttnProcessor):
+        products += 2 * slots * grid.rows * grid.columns * dim
     if isinstance(attn.processor, LocalGlobalAttnProcessor):
         context = attn.global_context
         assert context is not None

@@ -60,8 +60,10 @@ class LocalDiTTransformer2DModel(
             "alternating" by `0, window_size // 2, 0, ...`.
         do_rope: rotate queries and keys by their position.
         use_global: give every layer a global context beside its windows.
-        layer_types: "local", "local_global" or "full" for each layer; None means "local_global"
-            in all layers with `use_global`, and "local" in all layers without.
+        layer_types: "local", "local_pooled", "local_global" or "full" for each layer; or a string
+            of types that repeat over the layers, as "local local local full", which the
+            configuration keeps as a list. None means "local_global" in all layers with
+            `use_global`, and "local" in all layers without.
         qk_norm_eps, norm_eps: epsilon of the norms of queries and keys, and of the layer norms.
         interpolation_scale: divides positions before they are embedded; None means
             `max(sample_size // 64, 1)`.
@@ -98,7 +100,7 @@ class LocalDiTTransformer2DModel(
         shift_schedule: str = "cyclic",
         do_rope: bool = True,
         use_global: bool = False,
-        layer_types: list[str] | None = None,
+        layer_types: str | list[str] | None = None,
         qk_norm_eps: float = 1e-10,
         norm_eps: float = 1e-6,
         interpolation_scale: float | None = None,
@@ -119,7 +121,9 @@ class LocalDiTTransformer2DModel(
                 f"`cross_attention_dim` is {text_dim}, but captions are projected to the width "
                 f"of the model, num_attention_heads * attention_head_dim = {dim}."
             )
-        layer_types = resolve_layer_types(layer_types, num_layers, use_global)
+        kinds = resolve_layer_types(layer_types, num_layers, use_global)
+        if layer_types is not None:
+            self.register_to_config(layer_types=kinds)
         shifts = shift_sizes(num_layers, window_size, shift_schedule)
 
         self.inner_dim = dim
@@ -159,7 +163,7 @@ class LocalDiTTransformer2DModel(
                 norm_eps,
                 dropout,
             )
-            for shift, layer_type in zip(shifts, layer_types, strict=True)
+            for shift, layer_type in zip(shifts, kinds, strict=True)
         )
 
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -289,7 +293,9 @@ class LocalDiTTransformer2DModel(
             attention.set_processor(attention._default_processor_cls())
 
     def set_window_attention_backend(self, backend: str) -> None:
-        """Choose what computes attention within windows, in every layer that has windows.
+        """Choose what computes attention within windows, in every "local" and "local_global" layer.
+
+        PyTorch's operations always compute "local_pooled" layers.
 
         Args:
             backend: "triton", a kernel for NVIDIA GPUs; "torch", PyTorch's own operations, on any

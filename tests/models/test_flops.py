@@ -43,7 +43,7 @@ def counted(model, height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-@pytest.mark.parametrize("layer_type", ["local", "local_global", "full"])
+@pytest.mark.parametrize("layer_type", ["local", "local_pooled", "local_global", "full"])
 def test_flops_agree_with_pytorchs_count(layer_type, height, width):
     layers = {"layer_types": [layer_type] * 2, "use_global": layer_type == "local_global"}
     model = make(**layers)
@@ -59,6 +59,7 @@ def test_flops_agree_with_pytorchs_count(layer_type, height, width):
         {"activation_fn": "geglu"},
         {"out_channels": 8},
         {"layer_types": ["full", "local_global"], "use_global": True},
+        {"layer_types": "local_pooled full", "window_size": 3},
     ],
     ids=str,
 )
@@ -93,3 +94,6 @@ def test_the_released_model_saves_what_windows_save():
     full = forward_flops({**config, "layer_types": ["full"] * 18}, 128, 128, 120)
     local = forward_flops(config, 128, 128, 120)
     assert full - local == 18 * 4 * 4096 * (4096 - 16) * 1152
+    # With averages of 16 x 16 tiles, each token attends to 256 more.
+    pooled = forward_flops({**config, "layer_types": "local_pooled"}, 128, 128, 120)
+    assert pooled - local == 18 * 4 * 4096 * 256 * 1152

@@ -1,8 +1,10 @@
 import copy
+import json
 
 import pytest
 import torch
 
+from localdit.checkpoint.layout import LAYER_TYPES
 from localdit.models import (
     PRESETS,
     FullAttnProcessor,
@@ -10,6 +12,7 @@ from localdit.models import (
     LocalDiTTransformer2DModel,
     LocalGlobalAttnProcessor,
 )
+from localdit.models.attention import PROCESSORS
 
 SMALL = {
     "num_attention_heads": 2,
@@ -182,10 +185,13 @@ def test_without_caption_projection():
         ({"cross_attention_dim": 32}, "is 32, .*= 24"),
         ({"attention_head_dim": 16, "use_additional_conditions": True}, "is 32; .*multiple of 3"),
         ({"window_size": 0}, "`window_size` is 0.*at least 1"),
-        ({"layer_types": ["local"]}, "names 1 layers, but `num_layers` is 5"),
+        ({"layer_types": ["local"]}, "names 1 layers, but `num_layers` is 5.*types that repeat"),
+        ({"layer_types": " "}, "`layer_types` is ' '; .* a string of types that repeat"),
+        ({"layer_types": "local ful"}, "'local ful'; .*local, local_pooled, local_global, full"),
+        ({"layer_types": "local local_global"}, "`use_global` is False"),
         ({"layer_types": ["local"] * 4 + ["local_global"]}, "`use_global` is False"),
         ({"layer_types": ["local"] * 5, "use_global": True}, "has no 'local_global'"),
-        ({"layer_types": ["local"] * 4 + ["window"]}, "'window' is none of"),
+        ({"layer_types": ["local"] * 4 + ["window"]}, "`layer_types` is .*types are local"),
         ({"shift_schedule": "swin"}, "'swin'"),
     ],
 )
@@ -224,6 +230,35 @@ def test_shift_schedules_and_layer_types_reach_the_layers():
         kind == "local_global" for kind in types
     ]
     assert run(model, **inputs()).isfinite().all()
+
+
+def test_a_pattern_of_layer_types_repeats_and_is_saved_as_a_list(tmp_path):
+    model = make(layer_types="local local_pooled full")
+    types = ["local", "local_pooled", "full", "local", "local_pooled"]
+    assert [type(block.attn1.processor) for block in model.transformer_blocks] == [
+        PROCESSORS[kind] for kind in types
+    ]
+    assert tuple(PROCESSORS) == LAYER_TYPES
+    model.save_pretrained(tmp_path)
+    # Loaders of earlier versions know lists.
+    assert json.loads((tmp_path / "config.json").read_text())["layer_types"] == types
+    again = LocalDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(run(again, **inputs()), run(model, **inputs()))
+    assert make(layer_types="full local_pooled", num_layers=1).config.layer_types == ["full"]
+    assert make().config.layer_types is None
+
+
+def test_pooled_keys_need_no_weights_of_their_own(tmp_path):
+    """A folder of a local model becomes one with pooled keys by its configuration alone."""
+    local, pooled = make(), make(layer_types="local_pooled")
+    assert local.state_dict().keys() == pooled.state_dict().keys()
+    local.save_pretrained(tmp_path)
+    changed = LocalDiTTransformer2DModel.from_pretrained(tmp_path, layer_types="local_pooled")
+    assert torch.equal(run(changed, **inputs()), run(pooled, **inputs()))
+    # A full model has no relative position bias; the table starts at zero.
+    full = make(layer_types="full")
+    missing, unexpected = pooled.load_state_dict(full.state_dict(), strict=False)
+    assert {name.rsplit(".")[-1] for name in missing} == {"local_rel_pos_bias"} and not unexpected
 
 
 def test_processors_swap_for_the_whole_model():
