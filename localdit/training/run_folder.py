@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 # A run with another value of these options would be a different run.
 FIXED = (
-    *METHOD_OPTIONS, "prediction_type", "seed", "new_latents", "lora_rank", "lora_alpha",
-    "lora_target_modules",
+    *METHOD_OPTIONS, "prediction_type", "seed", "optimizer", "new_latents", "lora_rank",
+    "lora_alpha", "lora_target_modules",
 )  # fmt: skip
 IGNORED = ("resume", "output")
 

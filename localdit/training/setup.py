@@ -312,6 +312,11 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
         raise ValueError("--lora-rank is not supported with DeepSpeed: use DDP or FSDP2.")
     if args.optimizer == "adamw8bit" and engine == "FSDP":
         raise ValueError("--optimizer adamw8bit can't be split over processes: use DDP, or adamw.")
+    if args.optimizer == "muon" and engine in ("FSDP", "DEEPSPEED"):
+        raise ValueError(
+            "--optimizer muon needs whole matrices, which FSDP2 and DeepSpeed split over "
+            "processes: use DDP, or adamw."
+        )
     if len(method.trained) > 1 and (engine == "DEEPSPEED" or precision == "fp16"):
         raise ValueError(
             f"{' and '.join(method.trained)} can't be trained together with DeepSpeed or in "
@@ -320,7 +325,7 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
     models = {}
     for name, bare in method.trained.items():
         optimizer = make_optimizer(
-            [parameter for _, parameter in trained_parameters(bare)],
+            trained_parameters(bare),
             args.optimizer,
             args.learning_rate,
             args.weight_decay,
