@@ -263,6 +263,9 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
     add("--ema-decay", type=float, default=defaults.ema_beta,
         help="decay of the averaged weights (EMA), which pipelines draw with")  # fmt: skip
     add("--ema-on-cpu", action="store_true", help="keep the averaged weights in CPU memory")
+    add("--post-hoc-ema", action="store_true", default=None,
+        help="also keep two averages whose snapshots, one at each checkpoint, give an average of "
+        "any length after training")  # fmt: skip
     add("--max-skipped-steps", type=int, default=10,
         help="number of steps that are skipped because their loss or gradient is not finite before "
         "training stops")  # fmt: skip

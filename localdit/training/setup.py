@@ -32,11 +32,19 @@ from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
 from localdit.training.options import METHODS, check_image_size
+from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
 from localdit.training.stages import Stage
-from localdit.training.state import ExponentialMovingAverage, Progress, TrainedModel, TrainingState
+from localdit.training.state import (
+    TRANSFORMER,
+    ExponentialMovingAverage,
+    PowerFunctionAverage,
+    Progress,
+    TrainedModel,
+    TrainingState,
+)
 from localdit.training.validation import PromptPictures
 
 if TYPE_CHECKING:
@@ -332,10 +340,13 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
             device=accelerator.device,
         )
         module, optimizer = processes.prepare(accelerator, bare, optimizer)
-        average = ExponentialMovingAverage(
-            trained_parameters(module), args.ema_decay, "cpu" if args.ema_on_cpu else None
-        )
-        models[name] = TrainedModel(module, optimizer, average)
+        device = "cpu" if args.ema_on_cpu else None
+        average = ExponentialMovingAverage(trained_parameters(module), args.ema_decay, device)
+        profiles = {
+            sigma_rel: PowerFunctionAverage(trained_parameters(module), sigma_rel, device)
+            for sigma_rel in (SIGMA_RELS if args.post_hoc_ema and name == TRANSFORMER else ())
+        }
+        models[name] = TrainedModel(module, optimizer, average, profiles)
     dtype = processes.DTYPES.get(precision)
     metrics = Metrics(
         accelerator.device,

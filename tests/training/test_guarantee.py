@@ -56,6 +56,7 @@ def case(workplace, *names):
         "validation": ["--validation-interval", "3", "--validation-samples", "2"],
         "half": ["--batch-size", "1"],
         "muon": ["--optimizer", "muon"],
+        "post-hoc": ["--post-hoc-ema"],
         "lora": [
             "--transformer",
             workplace / "pipeline/transformer",
@@ -100,7 +101,7 @@ CASES = [
     ("folder", "accumulation", "validation"),
     ("tars", "stages"),
     ("folder", "lora", "validation"),
-    ("folder", "muon"),
+    ("folder", "muon", "post-hoc"),
 ]
 
 
@@ -164,7 +165,7 @@ def finish(workplace, run, *more, processes=1):
         ("tars", "accumulation", "workers"),
         ("folder", "stages", "workers"),
         ("folder", "lora", "workers"),
-        ("folder", "muon"),
+        ("folder", "muon", "post-hoc"),
     ],
     ids="-".join,
 )
