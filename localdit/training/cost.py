@@ -18,6 +18,8 @@ from localdit.training import initialization
 from localdit.training.data.buckets import Size
 from localdit.training.methods import Inputs, predict
 from localdit.training.methods.fine_tuning import method_class
+from localdit.training.optimizer import make_optimizer
+from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.processes import attention_kernels
 from localdit.training.reporting import read_metrics
 from localdit.training.results import add_adapters
@@ -25,7 +27,7 @@ from localdit.training.sharding import trained_parameters
 from localdit.training.stages import Stage
 
 FLOAT32 = 4  # bytes: weights, gradients and averages
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}  # for each trained value
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}  # of both moments of a trained value
 META = torch.device("meta")
 
 
@@ -76,13 +78,13 @@ def cost_report(
     )
     shared = num_processes if sharded else 1
     frozen = sum(parameter.numel() for parameter in teacher.parameters()) if teacher else 0
-    averages = 0 if args.ema_on_cpu else trained * FLOAT32
+    averages = 0 if args.ema_on_cpu else 1 + len(SIGMA_RELS) * bool(args.post_hoc_ema)
     memory = {
         "weights": (weights + (trained if args.lora_rank else 0)) * FLOAT32 / shared,
         "frozen teacher": frozen * FLOAT32,
         "gradients": trained * FLOAT32 / shared,
-        "optimizer": trained * OPTIMIZER_BYTES[args.optimizer] / shared,
-        "averages": averages / shared,
+        "optimizer": _optimizer_bytes(transformer, args) / shared,
+        "averages": averages * trained * FLOAT32 / shared,
         "activations": activation_bytes(
             args, shape, inputs.repeated(method.repeats), mixed_precision
         ),
@@ -99,6 +101,18 @@ def cost_report(
             f"{flops * stage.max_train_steps:.3g} in {stage.max_train_steps:,} steps",
             _duration(args.output / "metrics.jsonl", batch * stage.max_train_steps),
         ]
+    )
+
+
+def _optimizer_bytes(transformer: LocalDiTTransformer2DModel, args: argparse.Namespace) -> int:
+    """Return the bytes of the optimizer's state: of a matrix, Muon has one moment, not two."""
+    optimizer = make_optimizer(
+        trained_parameters(transformer), args.optimizer, args.learning_rate, args.weight_decay
+    )
+    return sum(
+        parameter.numel() * (FLOAT32 if "matrices" in group else MOMENT_BYTES[args.optimizer])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     )
 
 

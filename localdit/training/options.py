@@ -6,6 +6,7 @@ The defaults are those of `Config`. Nothing heavy is imported here, so `--help` 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -247,9 +248,10 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
     add("--lr-schedule", choices=["constant", "cosine"], default="constant",
         help="learning rate after the warm-up: constant, or a cosine that falls to 0")  # fmt: skip
     add("--warmup-steps", type=int, default=0, help="steps in which the learning rate rises from 0")
-    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw",
-        help="AdamW, or the AdamW of bitsandbytes with an 8-bit state")  # fmt: skip
-    add("--weight-decay", type=float, default=defaults.weight_decay, help="weight decay of AdamW")
+    add("--optimizer", choices=["adamw", "adamw8bit", "muon"], default="adamw",
+        help="AdamW; the AdamW of bitsandbytes with an 8-bit state; or Muon for the matrices of "
+        "the blocks, with AdamW for everything else")  # fmt: skip
+    add("--weight-decay", type=float, default=defaults.weight_decay, help="weight decay")
     add("--gradient-clip", type=float, default=defaults.gradient_clip,
         help="norm to which a larger gradient is scaled down")  # fmt: skip
     add("--gradient-accumulation-steps", type=int, default=1, help="batches per optimizer step")
@@ -261,6 +263,9 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
     add("--ema-decay", type=float, default=defaults.ema_beta,
         help="decay of the averaged weights (EMA), which pipelines draw with")  # fmt: skip
     add("--ema-on-cpu", action="store_true", help="keep the averaged weights in CPU memory")
+    add("--post-hoc-ema", action="store_true", default=None,
+        help="also keep two averages whose snapshots, one at each checkpoint, give an average of "
+        "any length after training")  # fmt: skip
     add("--max-skipped-steps", type=int, default=10,
         help="number of steps that are skipped because their loss or gradient is not finite before "
         "training stops")  # fmt: skip
@@ -355,6 +360,22 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{_flag(flag)} needs {package}: {EXTRAS}")
     if args.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
+    if args.optimizer == "muon":
+        _check_muon(args)
+
+
+def _check_muon(args: argparse.Namespace) -> None:
+    """Raise ValueError if Muon is missing, or has no whole matrices to move."""
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, version.split(".")[:2])) < (2, 9):
+        raise ValueError(
+            f"--optimizer muon needs PyTorch 2.9, this is {version}: update it, or choose adamw"
+        )
+    if args.lora_rank is not None:
+        raise ValueError(
+            "--optimizer muon is for whole matrices, and --lora-rank trains their factors: leave "
+            "out one of them"
+        )
 
 
 def _log_in_to_wandb() -> None:

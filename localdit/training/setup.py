@@ -31,11 +31,19 @@ from localdit.training.methods.fine_tuning import FineTuning, method_class
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
 from localdit.training.options import check_image_size
+from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
 from localdit.training.stages import Stage
-from localdit.training.state import ExponentialMovingAverage, Progress, TrainedModel, TrainingState
+from localdit.training.state import (
+    TRANSFORMER,
+    ExponentialMovingAverage,
+    PowerFunctionAverage,
+    Progress,
+    TrainedModel,
+    TrainingState,
+)
 from localdit.training.validation import PromptPictures
 
 if TYPE_CHECKING:
@@ -305,6 +313,11 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
         raise ValueError("--lora-rank is not supported with DeepSpeed: use DDP or FSDP2.")
     if args.optimizer == "adamw8bit" and engine == "FSDP":
         raise ValueError("--optimizer adamw8bit can't be split over processes: use DDP, or adamw.")
+    if args.optimizer == "muon" and engine in ("FSDP", "DEEPSPEED"):
+        raise ValueError(
+            "--optimizer muon needs whole matrices, which FSDP2 and DeepSpeed split over "
+            "processes: use DDP, or adamw."
+        )
     if len(method.trained) > 1 and (engine == "DEEPSPEED" or precision == "fp16"):
         raise ValueError(
             f"{' and '.join(method.trained)} can't be trained together with DeepSpeed or in "
@@ -313,17 +326,20 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
     models = {}
     for name, bare in method.trained.items():
         optimizer = make_optimizer(
-            [parameter for _, parameter in trained_parameters(bare)],
+            trained_parameters(bare),
             args.optimizer,
             args.learning_rate,
             args.weight_decay,
             device=accelerator.device,
         )
         module, optimizer = processes.prepare(accelerator, bare, optimizer)
-        average = ExponentialMovingAverage(
-            trained_parameters(module), args.ema_decay, "cpu" if args.ema_on_cpu else None
-        )
-        models[name] = TrainedModel(module, optimizer, average)
+        device = "cpu" if args.ema_on_cpu else None
+        average = ExponentialMovingAverage(trained_parameters(module), args.ema_decay, device)
+        profiles = {
+            sigma_rel: PowerFunctionAverage(trained_parameters(module), sigma_rel, device)
+            for sigma_rel in (SIGMA_RELS if args.post_hoc_ema and name == TRANSFORMER else ())
+        }
+        models[name] = TrainedModel(module, optimizer, average, profiles)
     dtype = processes.DTYPES.get(precision)
     metrics = Metrics(
         accelerator.device,
