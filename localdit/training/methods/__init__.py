@@ -31,6 +31,7 @@ class Inputs(NamedTuple):
         text_mask: (B, L), 1 = token.
         conditions: the transformer's `added_cond_kwargs`; see `size_conditions`.
         empty_text: (L, channels) float32, the empty caption; None if the method does not need it.
+        weights: (B,) 1 for samples, 0 for placeholders.
     """
 
     latents: torch.Tensor
@@ -38,6 +39,7 @@ class Inputs(NamedTuple):
     text_mask: torch.Tensor
     conditions: dict[str, torch.Tensor | None]
     empty_text: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def repeated(self, times: int) -> Inputs:
         """Return the inputs with the whole batch repeated, `times * B` rows."""
@@ -45,6 +47,7 @@ class Inputs(NamedTuple):
             latents=self.latents.repeat(times, 1, 1, 1),
             text=self.text.repeat(times, 1, 1),
             text_mask=self.text_mask.repeat(times, 1),
+            weights=None if self.weights is None else self.weights.repeat(times),
         )
 
     def without_captions(self) -> Inputs:
@@ -108,6 +111,7 @@ class InputMaker:
             mask.to(self.device, non_blocking=True),
             size_conditions(self.conditioned, *batch.size, self.device),
             self.empty_text,
+            batch.weights.to(self.device, non_blocking=True),
         )
 
 

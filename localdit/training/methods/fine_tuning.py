@@ -26,6 +26,7 @@ class FineTuning(Method):
         transformer: the transformer in training, bare.
         objective: defines the target.
         adapters: whether adapters are trained and the transformer's own weights are frozen.
+        contrastive_weight: weight of the distance from the target of another sample.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class FineTuning(Method):
         objective: Objective,
         adapters: bool,
         frozen: Mapping[str, nn.Module] | None = None,
+        contrastive_weight: float = 0.0,
     ) -> None:
         super().__init__({TRANSFORMER: transformer}, frozen)
         self.transformer, self.objective, self.adapters = transformer, objective, adapters
+        self.contrastive_weight = contrastive_weight
         self._forward_flops: dict[tuple[int, int, int], int] = {}
 
     @classmethod
@@ -65,8 +68,8 @@ class FineTuning(Method):
 
     @classmethod
     def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """Return the arguments of a derived class that the options give."""
-        return {}
+        """Return the arguments beside the models and the objective that the options give."""
+        return {"contrastive_weight": args.contrastive_weight}
 
     @classmethod
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
@@ -94,11 +97,38 @@ class FineTuning(Method):
         noise: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the weighted mean squared error of each sample's prediction."""
+        """Return the weighted mean squared error of each sample's prediction.
+
+        Further terms change the gradient and not the value. So runs with and without them show
+        losses that can be compared.
+        """
         prediction, target, timesteps = noised_prediction(
             models[TRANSFORMER], self.objective, inputs, noise, positions
         )
-        return denoising_errors(prediction, target) * self.objective.weights(timesteps)
+        weights = self.objective.weights(timesteps)
+        losses = denoising_errors(prediction, target) * weights
+        if self.contrastive_weight:
+            contrast = self._contrast(prediction, inputs, noise, timesteps) * weights
+            losses = losses + without_value(self.contrastive_weight * contrast)
+        return losses
+
+    def _contrast(
+        self,
+        prediction: torch.Tensor,
+        inputs: Inputs,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return minus the error of each prediction for the target of another sample, `(B,)`.
+
+        This is the second term of contrastive flow matching (Stoica et al., 2025). The other sample
+        has its own latents and noise, at the same timestep. If there is none, the result is 0.
+        """
+        assert inputs.weights is not None
+        other = next_sample(inputs.weights)
+        target = self.objective.target(inputs.latents[other], noise[other], timesteps)
+        alone = other == torch.arange(len(other), device=other.device)
+        return torch.where(alone, 0.0, -denoising_errors(prediction, target))
 
     def validation_errors(
         self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
@@ -125,3 +155,23 @@ class FineTuning(Method):
         """
         if not self.adapters:
             self.transformer.set_sample_size(size)
+
+
+def next_sample(weights: torch.Tensor) -> torch.Tensor:
+    """Return the next sample of the batch for each one, cyclically, `(B,)` int64.
+
+    It is the sample itself if there is no other.
+
+    Args:
+        weights: `(B,)`, 0 for placeholders, which are left out.
+    """
+    index = torch.arange(len(weights), device=weights.device)
+    following = (index[:, None] + index) % len(weights)  # (B, B): i, i + 1, ...
+    chosen = weights[following] > 0
+    chosen[:, 0] = False
+    return (index + chosen.int().argmax(dim=1)) % len(weights)
+
+
+def without_value(term: torch.Tensor) -> torch.Tensor:
+    """Return zeros with the gradient of `term`; not a number where it is not finite."""
+    return term - term.detach()

@@ -54,3 +54,57 @@ def test_adapters_leave_the_transformer_unchanged_and_save_a_third_of_the_operat
     assert transformer.config.sample_size == size
     whole.set_sample_size(2 * size)
     assert transformer.config.sample_size == 2 * size
+
+
+def gradient(method, inputs, noise, positions, losses=None):
+    """Return the losses and the gradient of the transformer."""
+    method.transformer.zero_grad()
+    losses = method.losses(method.trained, inputs, noise, positions) if losses is None else losses
+    losses.sum().backward()
+    return losses.detach(), [p.grad.clone() for p in method.transformer.parameters()]
+
+
+def assert_gradient(method, inputs, noise, positions, expected_losses):
+    """Check that the losses show the plain term and have the gradient of other losses."""
+    plain = FineTuning(method.transformer, method.objective, adapters=False)
+    shown, _ = gradient(plain, inputs, noise, positions)
+    losses, found = gradient(method, inputs, noise, positions)
+    assert torch.equal(losses, shown)
+    _, expected = gradient(method, inputs, noise, positions, expected_losses)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective(min_snr_gamma=5.0), Objective("v_prediction"), Objective("flow")],
+    ids=lambda one: one.prediction_type,
+)
+def test_contrast_moves_away_from_the_next_sample(objective, inputs):
+    transformer = tiny_components()["transformer"].eval()
+    method = FineTuning(transformer, objective, False, contrastive_weight=0.25)
+    noise, positions = torch.randn_like(inputs.latents), torch.tensor([0.1, 0.5, 0.9])
+    inputs = inputs._replace(weights=torch.tensor([1.0, 0.0, 1.0]))
+    prediction, target, timesteps = noised_prediction(
+        transformer, objective, inputs, noise, positions
+    )
+    # The second one is a placeholder: the first is compared with the third, and the third with it.
+    other = objective.target(inputs.latents[[2, 2, 0]], noise[[2, 2, 0]], timesteps)
+    errors = [(prediction - one).square().mean(dim=(1, 2, 3)) for one in (target, other)]
+    expected = (errors[0] - 0.25 * errors[1]) * objective.weights(timesteps)
+    assert_gradient(method, inputs, noise, positions, expected)
+
+
+def test_a_sample_that_is_alone_has_no_contrast(inputs):
+    transformer = tiny_components()["transformer"].eval()
+    method = FineTuning(transformer, Objective("flow"), False, contrastive_weight=0.25)
+    noise, positions = torch.randn_like(inputs.latents), torch.tensor([0.1, 0.5, 0.9])
+    inputs = inputs._replace(weights=torch.tensor([0.0, 1.0, 0.0]))
+    plain = FineTuning(transformer, Objective("flow"), False)
+    found, expected = (
+        gradient(
+            one, inputs, noise, positions, one.losses(one.trained, inputs, noise, positions)[1]
+        )
+        for one in (method, plain)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
