@@ -42,7 +42,7 @@ DISTIL_OPTIONS = {
 }
 METHOD_OPTIONS = ("method", "teacher", *DISTIL_OPTIONS)
 # The options of fine-tuning that help a model to learn in fewer steps, with their defaults.
-LEARNING_OPTIONS = {"contrastive_weight": 0.0}
+LEARNING_OPTIONS = {"contrastive_weight": 0.0, "alignment_weight": 0.0, "alignment_blocks": None}
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
 LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "more than 0": (lambda value: value > 0, (
@@ -54,7 +54,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     )),
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
-        "max_skipped_steps", "teacher_guidance_scale",
+        "max_skipped_steps", "teacher_guidance_scale", "alignment_weight",
     )),
     "at least 0 and less than 1": (lambda value: 0 <= value < 1, ("contrastive_weight",)),
     "0 to 1": (lambda value: 0 <= value <= 1, (
@@ -249,6 +249,12 @@ def _add_learning_options(group: argparse._ArgumentGroup) -> None:
     add("--contrastive-weight", type=float, default=defaults["contrastive_weight"],
         help="weight of a term that moves each prediction away from the target of another sample "
         "of the batch, 0.05 in the paper; 0 leaves it out")  # fmt: skip
+    add("--alignment-weight", type=float, default=defaults["alignment_weight"],
+        help="weight of a term that pulls the features of a block towards those of a later one; 0 "
+        "leaves it out")  # fmt: skip
+    add("--alignment-blocks", type=int, nargs=2, metavar=("EARLIER", "LATER"),
+        help="the two blocks of --alignment-weight, counted from 1; by default those after 8/28 "
+        "and 16/28 of all: 5 and 10 of 18")  # fmt: skip
 
 
 def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
@@ -351,6 +357,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, default in LEARNING_OPTIONS.items():
         if args.method != "fine-tuning" and getattr(args, name) != default:
             raise ValueError(f"{_flag(name)} is for --method fine-tuning: leave it out")
+    if args.alignment_blocks is not None and not args.alignment_weight:
+        raise ValueError("--alignment-blocks and --alignment-weight go together: give both")
     if args.method == DISTIL and args.validation_guidance_scale is not None:
         raise ValueError(
             "--validation-guidance-scale is not for --method distil, whose result is not guided: "

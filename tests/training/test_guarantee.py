@@ -53,6 +53,10 @@ def case(workplace, *names):
         "stages": ["--stages", workplace / "stages.json"],
         "validation": ["--validation-interval", "3", "--validation-samples", "2"],
         "half": ["--batch-size", "1"],
+        "learning": [
+            *("--contrastive-weight", "0.05", "--alignment-weight", "0.5"),
+            *("--alignment-blocks", "1", "2"),
+        ],
         "lora": [
             "--transformer",
             workplace / "pipeline/transformer",
@@ -97,6 +101,7 @@ CASES = [
     ("folder", "accumulation", "validation"),
     ("tars", "stages"),
     ("folder", "lora", "validation"),
+    ("folder", "learning", "stages"),
 ]
 
 

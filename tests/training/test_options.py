@@ -46,6 +46,8 @@ def test_defaults_are_those_of_config():
         (["--max-skipped-steps", "-1"], "--max-skipped-steps is -1; expected at least 0"),
         (["--flow-shift", "3"], "--flow-shift is for --prediction-type flow"),
         (["--prediction-type", "flow", "--min-snr-gamma", "5"], "--min-snr-gamma is for epsilon"),
+        (["--alignment-weight", "-1"], "--alignment-weight is -1.0; expected at least 0"),
+        (["--alignment-blocks", "2", "4"], "--alignment-blocks and --alignment-weight go together"),
         (["--contrastive-weight", "1"], "expected at least 0 and less than 1"),
         (["--contrastive-weight", "0.1"], "needs another sample in each batch, but --batch-size"),
         (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
@@ -19,6 +20,47 @@ if TYPE_CHECKING:
     from localdit.models import LocalDiTTransformer2DModel
 
 
+class Alignment(NamedTuple):
+    """A term that pulls the features of a block towards those of a later one.
+
+    Attributes:
+        weight: weight of the term.
+        blocks: indices of the earlier and the later block.
+    """
+
+    weight: float
+    blocks: tuple[int, int]
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace, num_layers: int) -> Alignment | None:
+        """Return what the options ask for; None if they leave the term out.
+
+        Blocks are by default those after 8/28 and 16/28 of all.
+
+        Raises:
+            ValueError: if there are no such blocks.
+        """
+        if not args.alignment_weight:
+            return None
+        early = max(1, round(num_layers * 8 / 28))
+        late = max(early + 1, round(num_layers * 16 / 28))
+        early, late = args.alignment_blocks or (early, late)
+        if not 1 <= early < late <= num_layers:
+            raise ValueError(
+                f"--alignment-blocks is {early} {late}; expected a block and a later one of the "
+                f"{num_layers} blocks, which are counted from 1"
+            )
+        return cls(args.alignment_weight, (early - 1, late - 1))
+
+    def losses(self, early: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
+        """Return minus the mean cosine of the angles between features `(B, N, C)`, `(B,)`.
+
+        This is the term of LayerSync (Haghighi et al., 2025). Only the earlier features are moved.
+        """
+        cosines = F.cosine_similarity(early.float(), late.detach().float(), dim=-1)
+        return -self.weight * cosines.mean(dim=1)
+
+
 class FineTuning(Method):
     """Trains a transformer from noise, from weights, or through adapters.
 
@@ -27,6 +69,7 @@ class FineTuning(Method):
         objective: defines the target.
         adapters: whether adapters are trained and the transformer's own weights are frozen.
         contrastive_weight: weight of the distance from the target of another sample.
+        alignment: the term between the features of two blocks, or None.
     """
 
     def __init__(
@@ -36,10 +79,11 @@ class FineTuning(Method):
         adapters: bool,
         frozen: Mapping[str, nn.Module] | None = None,
         contrastive_weight: float = 0.0,
+        alignment: Alignment | None = None,
     ) -> None:
         super().__init__({TRANSFORMER: transformer}, frozen)
         self.transformer, self.objective, self.adapters = transformer, objective, adapters
-        self.contrastive_weight = contrastive_weight
+        self.contrastive_weight, self.alignment = contrastive_weight, alignment
         self._forward_flops: dict[tuple[int, int, int], int] = {}
 
     @classmethod
@@ -64,12 +108,20 @@ class FineTuning(Method):
         models = cls.frozen_models(args, transformer)
         frozen = {name: model.to(device) for name, model in models.items()}
         adapters = args.lora_rank is not None
-        return cls(transformer, objective, adapters, frozen, **cls.settings(args))
+        settings = cls.settings(args, transformer.config.num_layers)
+        return cls(transformer, objective, adapters, frozen, **settings)
 
     @classmethod
-    def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """Return the arguments beside the models and the objective that the options give."""
-        return {"contrastive_weight": args.contrastive_weight}
+    def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
+        """Return the arguments beside the models and the objective that the options give.
+
+        Raises:
+            ValueError: if the transformer of `num_layers` blocks lacks one that they name.
+        """
+        return {
+            "contrastive_weight": args.contrastive_weight,
+            "alignment": Alignment.from_options(args, num_layers),
+        }
 
     @classmethod
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
@@ -102,14 +154,17 @@ class FineTuning(Method):
         Further terms change the gradient and not the value. So runs with and without them show
         losses that can be compared.
         """
-        prediction, target, timesteps = noised_prediction(
-            models[TRANSFORMER], self.objective, inputs, noise, positions
+        options = {"feature_blocks": self.alignment.blocks} if self.alignment else {}
+        prediction, target, timesteps, features = noised_prediction(
+            models[TRANSFORMER], self.objective, inputs, noise, positions, **options
         )
         weights = self.objective.weights(timesteps)
         losses = denoising_errors(prediction, target) * weights
         if self.contrastive_weight:
             contrast = self._contrast(prediction, inputs, noise, timesteps) * weights
             losses = losses + without_value(self.contrastive_weight * contrast)
+        if self.alignment:
+            losses = losses + without_value(self.alignment.losses(*features))
         return losses
 
     def _contrast(
@@ -134,8 +189,8 @@ class FineTuning(Method):
         self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Return the mean squared error of each sample's prediction, `(B,)`."""
-        prediction, target, _ = noised_prediction(model, self.objective, inputs, noise, positions)
-        return denoising_errors(prediction, target)
+        found = noised_prediction(model, self.objective, inputs, noise, positions)
+        return denoising_errors(found.prediction, found.target)
 
     def step_flops(self, inputs: Inputs) -> int:
         """Return the operations of the transformer.
