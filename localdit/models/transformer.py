@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +356,8 @@ class LocalDiTTransformer2DModel(
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        feature_blocks: Sequence[int] = (),
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """Predict the noise, or whatever the model was trained to predict, from noisy latents.
 
         Args:
@@ -371,19 +372,22 @@ class LocalDiTTransformer2DModel(
             attention_mask: has to be None; part of the signature of Diffusers' transformers.
             encoder_attention_mask: `(B, L)`, 1 = keep, 0 = discard; or a bias `(B, 1, L)`.
             return_dict: return an output object rather than a tuple.
+            feature_blocks: indices of blocks whose output the tuple has after the sample, in the
+                order of the blocks, each `(B, N, C)`. Training aligns them with one another.
 
         Returns:
             `sample` of shape `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: if the latents do not divide into patches, or a condition is missing or
-                unknown.
+            ValueError: if the latents do not divide into patches, a condition is missing or
+                unknown, or `feature_blocks` names a missing block or needs `return_dict=False`.
         """
         patch = self.config.patch_size
         batch_size, _, *size = hidden_states.shape
         options = dict(cross_attention_kwargs or {})
         scale = options.pop("scale", None)
         self._check_inputs(size, added_cond_kwargs, options, attention_mask)
+        self._check_feature_blocks(feature_blocks, return_dict)
         grid = WindowGrid(size[0] // patch, size[1] // patch, window_size=1)
 
         with scaled_adapters(self, scale) if scale is not None else contextlib.nullcontext():
@@ -403,12 +407,15 @@ class LocalDiTTransformer2DModel(
                 )
             bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)
 
-            for block in self.transformer_blocks:
+            features = []
+            for index, block in enumerate(self.transformer_blocks):
                 args = (hidden_states, encoder_hidden_states, bias, modulation, *grid[:2])
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     hidden_states = self._gradient_checkpointing_func(block, *args)
                 else:
                     hidden_states = block(*args)
+                if index in feature_blocks:
+                    features.append(hidden_states)
 
             # In a model spread over devices, the parameter may not be where the last block is.
             table = self.scale_shift_table.to(hidden_states.device)
@@ -422,7 +429,7 @@ class LocalDiTTransformer2DModel(
         sample = rearrange(
             patches, "b (y x) (p q c) -> b c (y p) (x q)", y=grid.height, p=patch, q=patch
         )
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample, *features)
 
     def _check_inputs(
         self,
@@ -448,6 +455,16 @@ class LocalDiTTransformer2DModel(
                 "`attention_mask` is not supported, nor anything in `cross_attention_kwargs` but "
                 "'scale'."
             )
+
+    def _check_feature_blocks(self, feature_blocks: Sequence[int], return_dict: bool) -> None:
+        count = len(self.transformer_blocks)
+        if any(index not in range(count) for index in feature_blocks):
+            raise ValueError(
+                f"`feature_blocks` is {list(feature_blocks)}; expected indices of the {count} "
+                f"blocks, 0 to {count - 1}."
+            )
+        if feature_blocks and return_dict:
+            raise ValueError("`feature_blocks` are returned in a tuple: pass `return_dict=False`.")
 
 
 def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -74,7 +74,7 @@ def cost_report(
         Objective(args.prediction_type or "epsilon"),
         args.lora_rank is not None,
         {"teacher": teacher} if teacher else {},
-        **kind.settings(args),
+        **kind.settings(args, transformer.config.num_layers),
     )
     shared = num_processes if sharded else 1
     frozen = sum(parameter.numel() for parameter in teacher.parameters()) if teacher else 0

@@ -42,6 +42,8 @@ DISTIL_OPTIONS = {
     "student_steps": 4,
 }
 METHOD_OPTIONS = ("method", "teacher", *DISTIL_OPTIONS)
+# The options of fine-tuning that help a model to learn in fewer steps, with their defaults.
+LEARNING_OPTIONS = {"contrastive_weight": 0.0, "alignment_weight": 0.0, "alignment_blocks": None}
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
 LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "more than 0": (lambda value: value > 0, (
@@ -53,8 +55,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     )),
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
-        "max_skipped_steps", "teacher_guidance_scale",
+        "max_skipped_steps", "teacher_guidance_scale", "alignment_weight",
     )),
+    "at least 0 and less than 1": (lambda value: 0 <= value < 1, ("contrastive_weight",)),
     "0 to 1": (lambda value: 0 <= value <= 1, (
         "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
     )),
@@ -107,6 +110,7 @@ def make_parser(prog: str | None = None) -> Parser:
     _add_model_options(models)
     add_encoder_options(models, defaults)
     _add_objective_options(parser.add_argument_group("objective"))
+    _add_learning_options(parser.add_argument_group("learning in fewer steps"))
     _add_optimisation_options(parser.add_argument_group("optimisation"), defaults)
     _add_output_options(parser.add_argument_group("output"), defaults)
     return parser
@@ -241,6 +245,19 @@ def _add_objective_options(group: argparse._ArgumentGroup) -> None:
         help="shift of flow matching's timesteps towards noise; 3 suits 1024 pixels")  # fmt: skip
 
 
+def _add_learning_options(group: argparse._ArgumentGroup) -> None:
+    add, defaults = group.add_argument, LEARNING_OPTIONS
+    add("--contrastive-weight", type=float, default=defaults["contrastive_weight"],
+        help="weight of a term that moves each prediction away from the target of another sample "
+        "of the batch, 0.05 in the paper; 0 leaves it out")  # fmt: skip
+    add("--alignment-weight", type=float, default=defaults["alignment_weight"],
+        help="weight of a term that pulls the features of a block towards those of a later one; 0 "
+        "leaves it out")  # fmt: skip
+    add("--alignment-blocks", type=int, nargs=2, metavar=("EARLIER", "LATER"),
+        help="the two blocks of --alignment-weight, counted from 1; by default those after 8/28 "
+        "and 16/28 of all: 5 and 10 of 18")  # fmt: skip
+
+
 def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
     add("--max-train-steps", type=int, default=defaults.max_datasteps, help="optimizer steps")
@@ -302,20 +319,25 @@ def _stages(args: argparse.Namespace) -> list[Stage]:
     """Return the stages, each checked like the command line, whose options they take or change."""
     stages: list[Stage] = []
     for index, change in enumerate(read_stages(args.stages) if args.stages else [{}]):
-        place = f"--stages, stage {index + 1}"
+        place = f"--stages, stage {index + 1}: " if args.stages else ""
         for name, value in change.items():
             default = getattr(args, name)
             wanted = (int, float) if isinstance(default, float) else type(default)
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise ValueError(
-                    f"{place}: {name.replace('_', '-')} is {value!r}; expected a value such as "
+                    f"{place}{name.replace('_', '-')} is {value!r}; expected a value such as "
                     f"{default!r}"
                 )
         options = vars(args) | change
         try:
             _check(argparse.Namespace(**options))
+            if args.contrastive_weight and options["batch_size"] < 2:
+                raise ValueError(
+                    f"--contrastive-weight needs another sample in each batch, but --batch-size is "
+                    f"{options['batch_size']}; expected at least 2"
+                )
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{place}{error}") from None
         values = {name: options[name] for name in STAGE_OPTIONS}
         stages.append(Stage(index, stages[-1].end if stages else 0, **values))
     return stages
@@ -337,6 +359,11 @@ def _check(args: argparse.Namespace) -> None:
     for name in DISTIL_OPTIONS:
         if args.method != DISTIL and getattr(args, name) is not None:
             raise ValueError(f"{_flag(name)} is for --method {DISTIL}")
+    for name, default in LEARNING_OPTIONS.items():
+        if args.method != "fine-tuning" and getattr(args, name) != default:
+            raise ValueError(f"{_flag(name)} is for --method fine-tuning: leave it out")
+    if args.alignment_blocks is not None and not args.alignment_weight:
+        raise ValueError("--alignment-blocks and --alignment-weight go together: give both")
     if args.method == DISTIL and args.validation_guidance_scale is not None:
         raise ValueError(
             "--validation-guidance-scale is not for --method distil, whose result is not guided: "

@@ -27,7 +27,7 @@ from localdit.training.data.encoded import EncodedSet, require_latent_statistics
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.methods import InputMaker, Method, Sampling
-from localdit.training.methods.fine_tuning import FineTuning, method_class
+from localdit.training.methods.fine_tuning import Alignment, FineTuning, method_class
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
 from localdit.training.options import check_image_size
@@ -80,6 +80,7 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
         ValueError, OSError: if a stage has nothing to train on.
     """
     shape = initialization.transformer_config(args)
+    Alignment.from_options(args, shape.get("num_layers", 18))  # refuses blocks that it lacks
     found: dict[str, Found] = {}
     data = []
     for stage in args.stages:

@@ -167,6 +167,26 @@ def test_return_tuple():
     assert torch.equal(sample, run(model, **kwargs))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_features_are_what_blocks_return(compiled):
+    model, seen = make(num_layers=2), []
+    hooks = [
+        block.register_forward_hook(lambda block, _, output: seen.append(output))
+        for block in model.transformer_blocks
+    ]
+    expected = run(model, **inputs())
+    for hook in hooks:
+        hook.remove()
+    if compiled:
+        model.compile_repeated_blocks(backend="eager")
+    with torch.no_grad():
+        sample, *features = model(**inputs(), return_dict=False, feature_blocks=(0, 1))
+    assert seen[1].shape == (2, 64, model.inner_dim)
+    tolerance = 1e-5 if compiled else 0
+    for found, wanted in zip([sample, *features], [expected, *seen], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
 def test_more_channels_out_than_in():
     assert run(make(out_channels=8), **inputs()).shape == (2, 8, 16, 16)
     assert make(out_channels=None).out_channels == 4
@@ -207,6 +227,8 @@ def test_contradictions_are_refused(changes, message):
         ({"hidden_states": torch.zeros(2, 4, 0, 16)}, "0 x 16"),
         ({"attention_mask": torch.ones(2, 64)}, "not supported"),
         ({"cross_attention_kwargs": {"gligen": 1.0}}, "not supported"),
+        ({"feature_blocks": (1, 5), "return_dict": False}, "expected indices of the 5 blocks"),
+        ({"feature_blocks": (1, 2)}, "pass `return_dict=False`"),
     ],
 )
 def test_bad_inputs_are_refused(changes, message):

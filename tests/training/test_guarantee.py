@@ -57,6 +57,10 @@ def case(workplace, *names):
         "half": ["--batch-size", "1"],
         "muon": ["--optimizer", "muon"],
         "post-hoc": ["--post-hoc-ema"],
+        "learning": [
+            *("--contrastive-weight", "0.05", "--alignment-weight", "0.5"),
+            *("--alignment-blocks", "1", "2"),
+        ],
         "lora": [
             "--transformer",
             workplace / "pipeline/transformer",
@@ -102,6 +106,7 @@ CASES = [
     ("tars", "stages"),
     ("folder", "lora", "validation"),
     ("folder", "muon", "post-hoc"),
+    ("folder", "learning", "stages"),
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
@@ -31,6 +31,7 @@ class Inputs(NamedTuple):
         text_mask: (B, L), 1 = token.
         conditions: the transformer's `added_cond_kwargs`; see `size_conditions`.
         empty_text: (L, channels) float32, the empty caption; None if the method does not need it.
+        weights: (B,) 1 for samples, 0 for placeholders.
     """
 
     latents: torch.Tensor
@@ -38,6 +39,7 @@ class Inputs(NamedTuple):
     text_mask: torch.Tensor
     conditions: dict[str, torch.Tensor | None]
     empty_text: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def repeated(self, times: int) -> Inputs:
         """Return the inputs with the whole batch repeated, `times * B` rows."""
@@ -45,6 +47,7 @@ class Inputs(NamedTuple):
             latents=self.latents.repeat(times, 1, 1, 1),
             text=self.text.repeat(times, 1, 1),
             text_mask=self.text_mask.repeat(times, 1),
+            weights=None if self.weights is None else self.weights.repeat(times),
         )
 
     def without_captions(self) -> Inputs:
@@ -108,6 +111,7 @@ class InputMaker:
             mask.to(self.device, non_blocking=True),
             size_conditions(self.conditioned, *batch.size, self.device),
             self.empty_text,
+            batch.weights.to(self.device, non_blocking=True),
         )
 
 
@@ -187,11 +191,13 @@ class NoisedPrediction(NamedTuple):
     Attributes:
         prediction, target: (B, C, h, w).
         timesteps: (B,).
+        features: (B, N, channels) outputs of blocks that were asked for.
     """
 
     prediction: torch.Tensor
     target: torch.Tensor
     timesteps: torch.Tensor
+    features: tuple[torch.Tensor, ...] = ()
 
 
 def noised_prediction(
@@ -200,6 +206,7 @@ def noised_prediction(
     inputs: Inputs,
     noise: torch.Tensor,
     positions: torch.Tensor,
+    **options: Any,
 ) -> NoisedPrediction:
     """Add noise to latents and predict the target, for training and validation.
 
@@ -209,19 +216,30 @@ def noised_prediction(
         inputs: latents, text and conditions, on the model's device.
         noise: (B, C, h, w) float32.
         positions: (B,) in [0, 1).
+        **options: further arguments of the transformer.
     """
     timesteps = objective.timesteps(positions)
     noised = objective.add_noise(inputs.latents, noise, timesteps)
-    prediction = predict(model, noised, inputs, timesteps)
-    return NoisedPrediction(
-        prediction, objective.target(inputs.latents, noise, timesteps), timesteps
-    )
+    prediction, *features = _outputs(model, noised, inputs, timesteps, **options)
+    target = objective.target(inputs.latents, noise, timesteps)
+    return NoisedPrediction(prediction, target, timesteps, tuple(features))
 
 
 def predict(
     model: nn.Module, noised: torch.Tensor, inputs: Inputs, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """Return a model's prediction `(B, C, h, w)` for noised latents at timesteps `(B,)`."""
+    return _outputs(model, noised, inputs, timesteps)[0]
+
+
+def _outputs(
+    model: nn.Module,
+    noised: torch.Tensor,
+    inputs: Inputs,
+    timesteps: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Return a model's prediction, and the features that `options` ask for."""
     return model(
         noised,
         encoder_hidden_states=inputs.text,
@@ -229,4 +247,5 @@ def predict(
         timestep=timesteps,
         added_cond_kwargs=inputs.conditions,
         return_dict=False,
-    )[0]
+        **options,
+    )

@@ -70,13 +70,10 @@ class KnowledgeDistillation(Distillation):
     ) -> torch.Tensor:
         """Return the weighted mean squared distance of each sample's predictions, `(B,)`."""
         with torch.no_grad():
-            wanted, _, timesteps = noised_prediction(
-                models[TEACHER], self.objective, inputs, noise, positions
-            )
-        prediction, _, _ = noised_prediction(
-            models[TRANSFORMER], self.objective, inputs, noise, positions
-        )
-        return denoising_errors(prediction, wanted) * self.objective.weights(timesteps)
+            wanted = noised_prediction(models[TEACHER], self.objective, inputs, noise, positions)
+        found = noised_prediction(models[TRANSFORMER], self.objective, inputs, noise, positions)
+        errors = denoising_errors(found.prediction, wanted.prediction)
+        return errors * self.objective.weights(found.timesteps)
 
 
 class FewStepDistillation(Distillation):
@@ -104,7 +101,7 @@ class FewStepDistillation(Distillation):
         self.guided = guidance_scale > 1
 
     @classmethod
-    def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
+    def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
         """Return the guidance of the teacher, by default that of its folder, and both steps."""
         guidance_scale = args.teacher_guidance_scale
         if guidance_scale is None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
@@ -21,6 +22,47 @@ if TYPE_CHECKING:
     from localdit.models import LocalDiTTransformer2DModel
 
 
+class Alignment(NamedTuple):
+    """A term that pulls the features of a block towards those of a later one.
+
+    Attributes:
+        weight: weight of the term.
+        blocks: indices of the earlier and the later block.
+    """
+
+    weight: float
+    blocks: tuple[int, int]
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace, num_layers: int) -> Alignment | None:
+        """Return what the options ask for; None if they leave the term out.
+
+        Blocks are by default those after 8/28 and 16/28 of all.
+
+        Raises:
+            ValueError: if there are no such blocks.
+        """
+        if not args.alignment_weight:
+            return None
+        early = max(1, round(num_layers * 8 / 28))
+        late = max(early + 1, round(num_layers * 16 / 28))
+        early, late = args.alignment_blocks or (early, late)
+        if not 1 <= early < late <= num_layers:
+            raise ValueError(
+                f"--alignment-blocks is {early} {late}; expected a block and a later one of the "
+                f"{num_layers} blocks, which are counted from 1"
+            )
+        return cls(args.alignment_weight, (early - 1, late - 1))
+
+    def losses(self, early: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
+        """Return minus the mean cosine of the angles between features `(B, N, C)`, `(B,)`.
+
+        This is the term of LayerSync (Haghighi et al., 2025). Only the earlier features are moved.
+        """
+        cosines = F.cosine_similarity(early.float(), late.detach().float(), dim=-1)
+        return -self.weight * cosines.mean(dim=1)
+
+
 class FineTuning(Method):
     """Trains a transformer from noise, from weights, or through adapters.
 
@@ -28,6 +70,8 @@ class FineTuning(Method):
         transformer: the transformer in training, bare.
         objective: defines the target.
         adapters: whether adapters are trained and the transformer's own weights are frozen.
+        contrastive_weight: weight of the distance from the target of another sample.
+        alignment: the term between the features of two blocks, or None.
     """
 
     def __init__(
@@ -36,9 +80,12 @@ class FineTuning(Method):
         objective: Objective,
         adapters: bool,
         frozen: Mapping[str, nn.Module] | None = None,
+        contrastive_weight: float = 0.0,
+        alignment: Alignment | None = None,
     ) -> None:
         super().__init__({TRANSFORMER: transformer}, frozen)
         self.transformer, self.objective, self.adapters = transformer, objective, adapters
+        self.contrastive_weight, self.alignment = contrastive_weight, alignment
         self._forward_flops: dict[tuple[int, int, int], int] = {}
 
     @classmethod
@@ -63,12 +110,20 @@ class FineTuning(Method):
         models = cls.frozen_models(args, transformer)
         frozen = {name: model.to(device) for name, model in models.items()}
         adapters = args.lora_rank is not None
-        return cls(transformer, objective, adapters, frozen, **cls.settings(args))
+        settings = cls.settings(args, transformer.config.num_layers)
+        return cls(transformer, objective, adapters, frozen, **settings)
 
     @classmethod
-    def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """Return the arguments of a derived class that the options give."""
-        return {}
+    def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
+        """Return the arguments beside the models and the objective that the options give.
+
+        Raises:
+            ValueError: if the transformer of `num_layers` blocks lacks one that they name.
+        """
+        return {
+            "contrastive_weight": args.contrastive_weight,
+            "alignment": Alignment.from_options(args, num_layers),
+        }
 
     @classmethod
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
@@ -101,18 +156,48 @@ class FineTuning(Method):
         noise: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the weighted mean squared error of each sample's prediction."""
-        prediction, target, timesteps = noised_prediction(
-            models[TRANSFORMER], self.objective, inputs, noise, positions
+        """Return the weighted mean squared error of each sample's prediction.
+
+        Further terms change the gradient and not the value. So runs with and without them show
+        losses that can be compared.
+        """
+        options = {"feature_blocks": self.alignment.blocks} if self.alignment else {}
+        prediction, target, timesteps, features = noised_prediction(
+            models[TRANSFORMER], self.objective, inputs, noise, positions, **options
         )
-        return denoising_errors(prediction, target) * self.objective.weights(timesteps)
+        weights = self.objective.weights(timesteps)
+        losses = denoising_errors(prediction, target) * weights
+        if self.contrastive_weight:
+            contrast = self._contrast(prediction, inputs, noise, timesteps) * weights
+            losses = losses + without_value(self.contrastive_weight * contrast)
+        if self.alignment:
+            losses = losses + without_value(self.alignment.losses(*features))
+        return losses
+
+    def _contrast(
+        self,
+        prediction: torch.Tensor,
+        inputs: Inputs,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return minus the error of each prediction for the target of another sample, `(B,)`.
+
+        This is the second term of contrastive flow matching (Stoica et al., 2025). The other sample
+        has its own latents and noise, at the same timestep. If there is none, the result is 0.
+        """
+        assert inputs.weights is not None
+        other = next_sample(inputs.weights)
+        target = self.objective.target(inputs.latents[other], noise[other], timesteps)
+        alone = other == torch.arange(len(other), device=other.device)
+        return torch.where(alone, 0.0, -denoising_errors(prediction, target))
 
     def validation_errors(
         self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Return the mean squared error of each sample's prediction, `(B,)`."""
-        prediction, target, _ = noised_prediction(model, self.objective, inputs, noise, positions)
-        return denoising_errors(prediction, target)
+        found = noised_prediction(model, self.objective, inputs, noise, positions)
+        return denoising_errors(found.prediction, found.target)
 
     def step_flops(self, inputs: Inputs) -> int:
         """Return the operations of the transformer.
@@ -138,3 +223,23 @@ def method_class(args: argparse.Namespace) -> type[FineTuning]:
     """Return the class of the method that the options name."""
     module, name = METHODS[args.distillation or args.method].split(".")
     return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
+
+
+def next_sample(weights: torch.Tensor) -> torch.Tensor:
+    """Return the next sample of the batch for each one, cyclically, `(B,)` int64.
+
+    It is the sample itself if there is no other.
+
+    Args:
+        weights: `(B,)`, 0 for placeholders, which are left out.
+    """
+    index = torch.arange(len(weights), device=weights.device)
+    following = (index[:, None] + index) % len(weights)  # (B, B): i, i + 1, ...
+    chosen = weights[following] > 0
+    chosen[:, 0] = False
+    return (index + chosen.int().argmax(dim=1)) % len(weights)
+
+
+def without_value(term: torch.Tensor) -> torch.Tensor:
+    """Return zeros with the gradient of `term`; not a number where it is not finite."""
+    return term - term.detach()
