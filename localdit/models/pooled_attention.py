@@ -20,7 +20,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         key, value: `(B, M, C)`, averages of the tokens' keys, normed and rotated, and values.
-        bias: `(M,)`, the logarithm of the number of tokens in each tile.
+        bias: `(M,)`, the logarithm of the share of its `window_size**2` tokens that a tile has.
     """
 
     key: torch.Tensor
@@ -50,7 +50,8 @@ def pool_tiles(key: torch.Tensor, value: torch.Tensor, grid: WindowGrid) -> Tile
         return (side - starts).clamp(max=grid.window_size)
 
     tokens = torch.outer(sizes(grid.height), sizes(grid.width)).flatten()
-    return Tiles(averages(key), averages(value), tokens.to(compute_dtype(key)).log())
+    share = tokens.to(compute_dtype(key)) / grid.window_size**2
+    return Tiles(averages(key), averages(value), share.log())
 
 
 def pooled_attention(
@@ -66,10 +67,12 @@ def pooled_attention(
 
     Both are in one softmax, as in Focal Transformer (Yang et al., 2021, section 3.2)::
 
-        weights = softmax([q k^T / sqrt(d) + bias, q k_tiles^T / sqrt(d) + log(tokens per tile)])
+        weights = softmax([q k^T / sqrt(d) + bias, q k_tiles^T / sqrt(d) + log(tokens / w**2)])
 
-    With the logarithm, a tile weighs as much as its tokens together would with its mean logit
-    (Bolya et al., 2023, Token Merging, equation 1: proportional attention).
+    A whole tile weighs as much as one token of the window with its logit, and a tile at the map's
+    edge as much less as it has fewer tokens (Bolya et al., 2023, Token Merging, equation 1:
+    proportional attention). So weights of attention within windows are a good start. A relative
+    position bias lower by `log(w**2)` lets a tile weigh as much as its tokens.
 
     Args:
         query, key, value: `(B, N, C)`, queries and keys normed and rotated by their position on the

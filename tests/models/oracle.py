@@ -88,7 +88,7 @@ def self_attention(
         out = dense(q, k, v, 0.0)
     elif kind == "local_pooled":
         bias = window_bias(attn, attn.local_rel_pos_bias, size)
-        out = with_tiles(q, k, v, bias, tiles(attn, *size))
+        out = with_tiles(q, k, v, bias, tiles(attn, *size), attn.window_size)
     else:
         out = dense(q, k, v, window_bias(attn, attn.local_rel_pos_bias, size))
     if kind == "local_global":
@@ -110,12 +110,17 @@ def tiles(attn: LocalDiTAttention, height: int, width: int) -> torch.Tensor:
 
 
 def with_tiles(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, tiles: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    tiles: torch.Tensor,
+    window: int,
 ) -> torch.Tensor:
     """Attend to tokens and tiles; the logit of a tile is the mean of the logits of its tokens."""
     logits = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
     count = tiles.sum(1)
-    of_tiles = logits @ tiles.T / count + count.log()
+    of_tiles = logits @ tiles.T / count + (count / window**2).log()
     weights = torch.cat([logits + bias, of_tiles], dim=-1).softmax(-1)
     # A tile hands its weight to its tokens in equal parts: its value is the mean of theirs.
     weights = weights[..., : len(bias[0])] + weights[..., len(bias[0]) :] / count @ tiles

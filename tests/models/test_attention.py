@@ -128,14 +128,14 @@ def test_padding_is_masked_out_of_the_softmax():
     torch.testing.assert_close(last_row, values.mean(1, keepdim=True).expand_as(values))
 
 
-def test_a_tile_counts_as_its_tokens():
+def test_a_tile_counts_as_one_token_and_its_parts_as_less():
     # 5 x 4 tokens: a tile of 16 and one of 4. All logits are equal.
     attn = make(kind="local_pooled")
     attn.norm_k.weight.data.zero_()
     attn.local_rel_pos_bias.data.zero_()
     qkv = attn.to_qkv(torch.randn(1, 20, 24, dtype=torch.float64))
     values = qkv[:, :, 48:]
-    expected = (values.sum(1) + values[:, 16:].sum(1)) / 24  # those of the window count twice
+    expected = (values[:, 16:].sum(1) + values.sum(1) / 16) / (4 + 20 / 16)
     last_row = attn.processor(attn, qkv, attn.grid(5, 4))[:, 16:]
     torch.testing.assert_close(last_row, expected[:, None].expand_as(last_row))
 
