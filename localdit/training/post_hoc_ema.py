@@ -71,7 +71,7 @@ def fit(profiles: Sequence[Profile], target: Profile) -> tuple[np.ndarray, float
         A factor for each profile, and the distance of the sum from the target, as a share of the
         target's norm.
     """
-    products = _inner_products([*profiles, target], [*profiles, target])
+    products = _inner_products([*profiles, target])
     among, with_target, of_target = products[:-1, :-1], products[:-1, -1], products[-1, -1]
     factors = np.linalg.lstsq(among, with_target, rcond=None)[0]
     factors /= factors.sum()
@@ -79,14 +79,13 @@ def fit(profiles: Sequence[Profile], target: Profile) -> tuple[np.ndarray, float
     return factors, math.sqrt(max(rest, 0.0) / of_target)
 
 
-def _inner_products(first: Sequence[Profile], second: Sequence[Profile]) -> np.ndarray:
-    """Return the integrals of the products of all pairs of profiles, in closed form."""
-    t, u = (np.array([[p.updates for p in ps]], float) for ps in (first, second))
-    a, b = (np.array([[gamma(p.sigma_rel) for p in ps]]) for ps in (first, second))
-    t, a = t.T, a.T
-    exponent = np.where(t < u, b, a)  # of the profile that lasts longer
-    shorter, longer = np.minimum(t, u), np.maximum(t, u)
-    return (a + 1) * (b + 1) / (a + b + 1) * (shorter / longer) ** exponent / longer
+def _inner_products(profiles: Sequence[Profile]) -> np.ndarray:
+    """Return the integrals of the products of all pairs of profiles, (P, P), in closed form."""
+    t = np.array([[profile.updates] for profile in profiles], float)  # (P, 1)
+    a = np.array([[gamma(profile.sigma_rel)] for profile in profiles])
+    shorter, longer = np.minimum(t, t.T), np.maximum(t, t.T)
+    exponent = np.where(t < t.T, a.T, a)  # of the profile that lasts longer
+    return (a + 1) * (a.T + 1) / (a + a.T + 1) * (shorter / longer) ** exponent / longer
 
 
 def write_snapshot(
