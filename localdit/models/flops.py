@@ -18,6 +18,7 @@ from .attention import (
 from .global_context import SqueezeExcitation
 from .layers import FeedForward
 from .transformer import LocalDiTTransformer2DModel
+from .windows import Route
 
 
 def forward_flops(
@@ -25,6 +26,7 @@ def forward_flops(
     height: int,
     width: int,
     text_tokens: int,
+    route: Route | None = None,
 ) -> int:
     """Return the operations of a forward pass for one picture, two per multiply-add.
 
@@ -39,6 +41,7 @@ def forward_flops(
         transformer: the model, with its present processors; or its configuration.
         height, width: size of the latents.
         text_tokens: tokens of the caption, padding included.
+        route: the only tokens that take certain blocks.
     """
     if isinstance(transformer, LocalDiTTransformer2DModel):
         model = transformer
@@ -55,7 +58,17 @@ def forward_flops(
         products += _weights(model.adaln_single.emb.resolution_embedder)
     if model.caption_projection is not None:
         products += text_tokens * _weights(model.caption_projection)
-    for module in model.transformer_blocks.modules():
+    for index, block in enumerate(model.transformer_blocks):
+        size = rows, columns
+        if route is not None and index in route.blocks:
+            size = route.height, route.width
+        products += _block(block, *size, text_tokens)
+    return 2 * products
+
+
+def _block(block: nn.Module, rows: int, columns: int, text_tokens: int) -> int:
+    tokens, products = rows * columns, 0
+    for module in block.modules():
         if isinstance(module, LocalDiTAttention):
             products += _self_attention(module, rows, columns)
         elif isinstance(module, CrossAttention):
@@ -64,7 +77,7 @@ def forward_flops(
             products += 2 * tokens * text_tokens * module.num_heads * module.head_dim
         elif isinstance(module, FeedForward):
             products += tokens * _weights(module)
-    return 2 * products
+    return products
 
 
 def _weights(module: nn.Module) -> int:

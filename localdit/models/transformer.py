@@ -33,7 +33,7 @@ from .cpu import bands, write_band
 from .diffusers_hooks import complete_cache_config, scaled_adapters
 from .layers import PatchEmbedding, modulate
 from .text_projections import projected
-from .windows import WindowGrid, shift_sizes
+from .windows import Route, WindowGrid, shift_sizes
 
 
 class LocalDiTTransformer2DModel(
@@ -357,6 +357,7 @@ class LocalDiTTransformer2DModel(
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
         feature_blocks: Sequence[int] = (),
+        route: Route | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """Predict the noise, or whatever the model was trained to predict, from noisy latents.
 
@@ -374,6 +375,7 @@ class LocalDiTTransformer2DModel(
             return_dict: return an output object rather than a tuple.
             feature_blocks: indices of blocks whose output the tuple has after the sample, in the
                 order of the blocks, each `(B, N, C)`. Training aligns them with one another.
+            route: the only tokens that take certain blocks, in training; features are theirs.
 
         Returns:
             `sample` of shape `(B, out_channels, H, W)`.
@@ -409,13 +411,23 @@ class LocalDiTTransformer2DModel(
 
             features = []
             for index, block in enumerate(self.transformer_blocks):
-                args = (hidden_states, encoder_hidden_states, bias, modulation, *grid[:2])
+                map_size = grid[:2]
+                if route is not None and index in route.blocks:
+                    map_size = route.height, route.width
+                    if index == route.blocks.start:
+                        skipping, hidden_states = hidden_states, route.take(hidden_states)
+                args = (hidden_states, encoder_hidden_states, bias, modulation, *map_size)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     hidden_states = self._gradient_checkpointing_func(block, *args)
                 else:
                     hidden_states = block(*args)
                 if index in feature_blocks:
-                    features.append(hidden_states)
+                    taken = hidden_states
+                    if route is not None and index not in route.blocks:
+                        taken = route.take(hidden_states)
+                    features.append(taken)
+                if route is not None and index == route.blocks.stop - 1:
+                    hidden_states = route.put_back(skipping, hidden_states)
 
             # In a model spread over devices, the parameter may not be where the last block is.
             table = self.scale_shift_table.to(hidden_states.device)

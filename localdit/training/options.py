@@ -43,7 +43,13 @@ DISTIL_OPTIONS = {
 }
 METHOD_OPTIONS = ("method", "teacher", *DISTIL_OPTIONS)
 # The options of fine-tuning that help a model to learn in fewer steps, with their defaults.
-LEARNING_OPTIONS = {"contrastive_weight": 0.0, "alignment_weight": 0.0, "alignment_blocks": None}
+LEARNING_OPTIONS = {
+    "contrastive_weight": 0.0,
+    "alignment_weight": 0.0,
+    "alignment_blocks": None,
+    "token_routing": 0.0,
+    "routing_blocks": None,
+}
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
 LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "more than 0": (lambda value: value > 0, (
@@ -57,7 +63,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
         "max_skipped_steps", "teacher_guidance_scale", "alignment_weight",
     )),
-    "at least 0 and less than 1": (lambda value: 0 <= value < 1, ("contrastive_weight",)),
+    "at least 0 and less than 1": (lambda value: 0 <= value < 1, (
+        "contrastive_weight", "token_routing",
+    )),
     "0 to 1": (lambda value: 0 <= value <= 1, (
         "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
     )),
@@ -256,6 +264,12 @@ def _add_learning_options(group: argparse._ArgumentGroup) -> None:
     add("--alignment-blocks", type=int, nargs=2, metavar=("EARLIER", "LATER"),
         help="the two blocks of --alignment-weight, counted from 1; by default those after 8/28 "
         "and 16/28 of all: 5 and 10 of 18")  # fmt: skip
+    add("--token-routing", type=float, default=defaults["token_routing"],
+        help="share of the tokens that skip the middle blocks in training: all but a rectangle of "
+        "windows at a random place; 0 lets all tokens take all blocks")  # fmt: skip
+    add("--routing-blocks", type=int, nargs=2, metavar=("FIRST", "LAST"),
+        help="the blocks that tokens of --token-routing skip, counted from 1; by default all but "
+        "the first 2/28 and the last 4/28: 2 to 15 of 18")  # fmt: skip
 
 
 def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
@@ -362,8 +376,12 @@ def _check(args: argparse.Namespace) -> None:
     for name, default in LEARNING_OPTIONS.items():
         if args.method != "fine-tuning" and getattr(args, name) != default:
             raise ValueError(f"{_flag(name)} is for --method fine-tuning: leave it out")
-    if args.alignment_blocks is not None and not args.alignment_weight:
-        raise ValueError("--alignment-blocks and --alignment-weight go together: give both")
+    for blocks, name in (
+        ("alignment_blocks", "alignment_weight"),
+        ("routing_blocks", "token_routing"),
+    ):
+        if getattr(args, blocks) is not None and not getattr(args, name):
+            raise ValueError(f"{_flag(blocks)} is for {_flag(name)}: give both")
     if args.method == DISTIL and args.validation_guidance_scale is not None:
         raise ValueError(
             "--validation-guidance-scale is not for --method distil, whose result is not guided: "

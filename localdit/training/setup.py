@@ -27,7 +27,7 @@ from localdit.training.data.encoded import EncodedSet, require_latent_statistics
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.methods import InputMaker, Method, Sampling
-from localdit.training.methods.fine_tuning import Alignment, FineTuning, method_class
+from localdit.training.methods.fine_tuning import Alignment, FineTuning, Routing, method_class
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
 from localdit.training.options import check_image_size
@@ -80,7 +80,9 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
         ValueError, OSError: if a stage has nothing to train on.
     """
     shape = initialization.transformer_config(args)
-    Alignment.from_options(args, shape.get("num_layers", 18))  # refuses blocks that it lacks
+    num_layers, window_size = shape.get("num_layers", 18), shape.get("window_size", 4)
+    Alignment.from_options(args, num_layers)  # refuses blocks that it lacks
+    routing = Routing.from_options(args, num_layers)
     found: dict[str, Found] = {}
     data = []
     for stage in args.stages:
@@ -95,7 +97,7 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
         prepared = prepare_data(
             found[stage.data_root],
             stage,
-            shape.get("window_size", 4),
+            window_size,
             pixels_per_token,
             args.crop,
             args.max_aspect_ratio,
@@ -104,6 +106,10 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             args.max_crop,
         )
         prepared.order(stage, 1, args.seed)  # refuses a stage without samples
+        if routing:  # refuses maps that are too small
+            for bucket in set(prepared.buckets[prepared.buckets >= 0].tolist()):
+                height, width = (side // pixels_per_token for side in prepared.sizes[bucket])
+                routing.rectangle(height, width, window_size)
         data.append(prepared)
     return data
 

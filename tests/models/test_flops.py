@@ -10,6 +10,7 @@ from localdit.models import (
     backends,
 )
 from localdit.models.flops import forward_flops
+from localdit.models.windows import Route
 
 SIZES = [(16, 16), (8, 24), (18, 10)]  # latents; the last is padded: 9 x 5 tokens in windows of 4
 
@@ -67,6 +68,20 @@ def test_flops_follow_the_configuration(settings):
     model = make(**settings)
     assert forward_flops(model, 8, 12, 7) == counted(model, 8, 12)
     assert forward_flops(model.config, 8, 12, 7) == counted(model, 8, 12)
+
+
+@pytest.mark.parametrize("layer_type", ["local", "local_global", "full"])
+def test_tokens_that_skip_blocks_save_operations(layer_type):
+    kinds = {
+        "layer_types": ["local", *[layer_type] * 3],
+        "use_global": layer_type == "local_global",
+    }
+    model = make(num_layers=4, **kinds)
+    route = Route(range(1, 3), 4, 8, torch.arange(32)[None])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*inputs(model, 16, 24), route=route)
+    found = forward_flops(model.config, 16, 24, 7, route)
+    assert found == counter.get_total_flops() < forward_flops(model.config, 16, 24, 7)
 
 
 def test_flops_follow_the_processors():

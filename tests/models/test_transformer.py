@@ -13,6 +13,7 @@ from localdit.models import (
     LocalGlobalAttnProcessor,
 )
 from localdit.models.attention import PROCESSORS
+from localdit.models.windows import Route
 
 SMALL = {
     "num_attention_heads": 2,
@@ -185,6 +186,42 @@ def test_features_are_what_blocks_return(compiled):
     tolerance = 1e-5 if compiled else 0
     for found, wanted in zip([sample, *features], [expected, *seen], strict=True):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("use_global", [False, True])
+def test_a_rectangle_of_tokens_takes_blocks_as_a_map_of_its_own(use_global):
+    """Compute the blocks one by one, sample by sample, on pieces that are cut out as pictures."""
+    model = make(num_layers=4, use_global=use_global)
+    calls = []
+    hooks = [
+        block.register_forward_pre_hook(lambda block, args: calls.append(args))
+        for block in model.transformer_blocks
+    ]
+    corners, height, width = [(4, 0), (8, 4)], 8, 12
+    grid = torch.arange(16 * 16).view(16, 16)
+    tokens = [grid[y : y + height, x : x + width].flatten() for y, x in corners]
+    route = Route(range(1, 3), height, width, torch.stack(tokens))
+    kwargs = inputs(32, 32)
+    with torch.no_grad():
+        sample, *features = model(**kwargs, return_dict=False, feature_blocks=(0, 1), route=route)
+        for hook in hooks:
+            hook.remove()
+        x, text, bias, modulation, *size = calls[0]
+        assert size == [16, 16]
+        x = model.transformer_blocks[0](x, text, bias, modulation, 16, 16)
+        torch.testing.assert_close(calls[1][0], route.take(x), rtol=0, atol=0)
+        torch.testing.assert_close(features[0], route.take(x), rtol=0, atol=0)
+        maps = x.view(2, 16, 16, -1)
+        for number, (top, left) in enumerate(corners):
+            one = slice(number, number + 1)
+            piece = maps[one, top : top + height, left : left + width].flatten(1, 2)
+            for block in model.transformer_blocks[1:3]:
+                piece = block(piece, text[one], bias[one], modulation[one], height, width)
+            maps[one, top : top + height, left : left + width] = piece.view(1, height, width, -1)
+        torch.testing.assert_close(calls[3][0], maps.flatten(1, 2), rtol=1e-5, atol=1e-4)
+    assert calls[3][4:] == (16, 16)
+    torch.testing.assert_close(features[1].shape, route.take(x).shape)
+    assert (sample - run(model, **kwargs)).abs().max() > 0.01
 
 
 def test_more_channels_out_than_in():

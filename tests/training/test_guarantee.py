@@ -60,6 +60,7 @@ def case(workplace, *names):
         "learning": [
             *("--contrastive-weight", "0.05", "--alignment-weight", "0.5"),
             *("--alignment-blocks", "1", "2"),
+            *("--token-routing", "0.5", "--routing-blocks", "2", "2"),
         ],
         "lora": [
             "--transformer",

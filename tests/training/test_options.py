@@ -47,7 +47,9 @@ def test_defaults_are_those_of_config():
         (["--flow-shift", "3"], "--flow-shift is for --prediction-type flow"),
         (["--prediction-type", "flow", "--min-snr-gamma", "5"], "--min-snr-gamma is for epsilon"),
         (["--alignment-weight", "-1"], "--alignment-weight is -1.0; expected at least 0"),
-        (["--alignment-blocks", "2", "4"], "--alignment-blocks and --alignment-weight go together"),
+        (["--alignment-blocks", "2", "4"], "--alignment-blocks is for --alignment-weight: give"),
+        (["--routing-blocks", "2", "4"], "--routing-blocks is for --token-routing: give both"),
+        (["--token-routing", "1"], "expected at least 0 and less than 1"),
         (["--contrastive-weight", "1"], "expected at least 0 and less than 1"),
         (["--contrastive-weight", "0.1"], "needs another sample in each batch, but --batch-size"),
         (

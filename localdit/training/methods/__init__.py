@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
         conditions: the transformer's `added_cond_kwargs`; see `size_conditions`.
         empty_text: (L, channels) float32, the empty caption; None if the method does not need it.
         weights: (B,) 1 for samples, 0 for placeholders.
+        places: (B, 2) in [0, 1), places of a part of each picture.
     """
 
     latents: torch.Tensor
@@ -40,15 +41,14 @@ class Inputs(NamedTuple):
     conditions: dict[str, torch.Tensor | None]
     empty_text: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     def repeated(self, times: int) -> Inputs:
         """Return the inputs with the whole batch repeated, `times * B` rows."""
-        return self._replace(
-            latents=self.latents.repeat(times, 1, 1, 1),
-            text=self.text.repeat(times, 1, 1),
-            text_mask=self.text_mask.repeat(times, 1),
-            weights=None if self.weights is None else self.weights.repeat(times),
-        )
+        names = ("latents", "text", "text_mask", "weights", "places")
+        rows = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        repeated: Any = {name: torch.cat([row] * times) for name, row in rows.items()}
+        return self._replace(**repeated)
 
     def without_captions(self) -> Inputs:
         """Return the inputs with the empty caption in all rows, for classifier-free guidance."""
@@ -112,6 +112,7 @@ class InputMaker:
             size_conditions(self.conditioned, *batch.size, self.device),
             self.empty_text,
             batch.weights.to(self.device, non_blocking=True),
+            batch.places.to(self.device, non_blocking=True),
         )
 
 

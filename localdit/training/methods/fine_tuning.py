@@ -14,6 +14,7 @@ from torch import nn
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models.flops import forward_flops
+from localdit.models.windows import Route, WindowGrid, rectangle_size, rectangle_tokens
 from localdit.training.methods import Inputs, Method, Sampling, noised_prediction
 from localdit.training.options import METHODS
 from localdit.training.state import TRANSFORMER
@@ -63,6 +64,59 @@ class Alignment(NamedTuple):
         return -self.weight * cosines.mean(dim=1)
 
 
+class Routing(NamedTuple):
+    """Tokens that skip the middle blocks in training (TREAD, Krause et al., 2025).
+
+    The paper draws tokens one by one. Here, those that stay are a rectangle of windows, at a random
+    place in each picture, so that attention finds whole windows.
+
+    Attributes:
+        share: share of the tokens that skip the blocks, about.
+        blocks: indices of the blocks.
+    """
+
+    share: float
+    blocks: range
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace, num_layers: int) -> Routing | None:
+        """Return what the options ask for; None if all tokens take all blocks.
+
+        By default 2/28 of the blocks come before and 4/28 after, at least one of each.
+
+        Raises:
+            ValueError: if there are no such blocks.
+        """
+        if not args.token_routing:
+            return None
+        first = max(1, round(num_layers * 2 / 28)) + 1
+        last = num_layers - max(1, round(num_layers * 4 / 28))
+        first, last = args.routing_blocks or (first, last)
+        if not 1 <= first <= last <= num_layers:
+            raise ValueError(
+                f"--routing-blocks is {first} {last}; expected the first and the last of the "
+                f"{num_layers} blocks to skip, which are counted from 1"
+            )
+        return cls(args.token_routing, range(first - 1, last))
+
+    def rectangle(self, height: int, width: int, window_size: int) -> tuple[int, int]:
+        """Return the size of the rectangle that stays, in tokens, in maps of one size.
+
+        Raises:
+            ValueError: if the map has too few windows to choose from.
+        """
+        rows, columns = height // window_size, width // window_size
+        size = rectangle_size(height, width, window_size, 1 - self.share)
+        if min(rows, columns) < 2 or size == (rows * window_size, columns * window_size):
+            raise ValueError(
+                f"--token-routing is {self.share}, but maps of {height} x {width} tokens have "
+                f"{rows} x {columns} whole windows, of which none would skip a block or none "
+                "would stay; expected 2 x 2 windows or more, and a larger share. Raise "
+                "--image-size, lower --max-aspect-ratio, or leave out --token-routing"
+            )
+        return size
+
+
 class FineTuning(Method):
     """Trains a transformer from noise, from weights, or through adapters.
 
@@ -72,6 +126,7 @@ class FineTuning(Method):
         adapters: whether adapters are trained and the transformer's own weights are frozen.
         contrastive_weight: weight of the distance from the target of another sample.
         alignment: the term between the features of two blocks, or None.
+        routing: the tokens that skip blocks, or None.
     """
 
     def __init__(
@@ -82,10 +137,12 @@ class FineTuning(Method):
         frozen: Mapping[str, nn.Module] | None = None,
         contrastive_weight: float = 0.0,
         alignment: Alignment | None = None,
+        routing: Routing | None = None,
     ) -> None:
         super().__init__({TRANSFORMER: transformer}, frozen)
         self.transformer, self.objective, self.adapters = transformer, objective, adapters
-        self.contrastive_weight, self.alignment = contrastive_weight, alignment
+        self.contrastive_weight = contrastive_weight
+        self.alignment, self.routing = alignment, routing
         self._forward_flops: dict[tuple[int, int, int], int] = {}
 
     @classmethod
@@ -123,6 +180,7 @@ class FineTuning(Method):
         return {
             "contrastive_weight": args.contrastive_weight,
             "alignment": Alignment.from_options(args, num_layers),
+            "routing": Routing.from_options(args, num_layers),
         }
 
     @classmethod
@@ -161,7 +219,11 @@ class FineTuning(Method):
         Further terms change the gradient and not the value. So runs with and without them show
         losses that can be compared.
         """
-        options = {"feature_blocks": self.alignment.blocks} if self.alignment else {}
+        options: dict[str, Any] = {}
+        if self.alignment:
+            options["feature_blocks"] = self.alignment.blocks
+        if self.routing:
+            options["route"] = self._route(inputs)
         prediction, target, timesteps, features = noised_prediction(
             models[TRANSFORMER], self.objective, inputs, noise, positions, **options
         )
@@ -173,6 +235,18 @@ class FineTuning(Method):
         if self.alignment:
             losses = losses + without_value(self.alignment.losses(*features))
         return losses
+
+    def _route(self, inputs: Inputs) -> Route | None:
+        """Return the tokens of each picture that take all blocks; None if all do."""
+        if not self.routing:
+            return None
+        assert inputs.places is not None
+        config = self.transformer.config
+        height, width = (side // config.patch_size for side in inputs.latents.shape[2:])
+        rectangle = self.routing.rectangle(height, width, config.window_size)
+        grid = WindowGrid(height, width, config.window_size)
+        tokens = rectangle_tokens(inputs.places, grid, rectangle)
+        return Route(self.routing.blocks, *rectangle, tokens)
 
     def _contrast(
         self,
@@ -207,7 +281,8 @@ class FineTuning(Method):
         rows, _, height, width = inputs.latents.shape
         sizes = (height, width, inputs.text.shape[1])
         if sizes not in self._forward_flops:
-            self._forward_flops[sizes] = forward_flops(self.transformer.config, *sizes)
+            route = self._route(inputs)
+            self._forward_flops[sizes] = forward_flops(self.transformer.config, *sizes, route)
         return (2 if self.adapters else 3) * rows * self._forward_flops[sizes]
 
     def set_sample_size(self, size: int) -> None:
