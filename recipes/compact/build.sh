@@ -31,7 +31,7 @@ once encoded $two_processes -m localdit.training.encode --data-root "$out/scenes
 train() {
   $two_processes train.py --mixed-precision bf16 --data-root "$out/encoded" --image-size 256 \
     --num-workers 0 --prediction-type v_prediction --batch-size "${BATCH:-64}" \
-    --max-train-steps "$steps" --learning-rate 1e-3 --warmup-steps 200 --gradient-clip 1.0 \
+    --max-train-steps "$steps" --learning-rate 1e-3 --warmup-steps $((steps / 30)) --gradient-clip 1.0 \
     --token-dropout 0.1 --ema-decay "${EMA:-0.999}" --save-interval "$every" \
     --keep-checkpoints $((steps / every + 2)) --resume auto "$@"
 }
