@@ -110,9 +110,9 @@ class Routing(NamedTuple):
         if min(rows, columns) < 2 or size == (rows * window_size, columns * window_size):
             raise ValueError(
                 f"--token-routing is {self.share}, but maps of {height} x {width} tokens have "
-                f"{rows} x {columns} whole windows, of which none would skip a block or none "
-                "would stay; expected 2 x 2 windows or more, and a larger share. Raise "
-                "--image-size, lower --max-aspect-ratio, or leave out --token-routing"
+                f"{rows} x {columns} whole windows; expected at least 2 x 2, and a share of at "
+                "least one window. Raise --image-size or the share, lower --max-aspect-ratio, or "
+                "leave out --token-routing"
             )
         return size
 
