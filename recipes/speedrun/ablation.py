@@ -30,6 +30,7 @@ VARIANTS: dict[str, list[str]] = {
     "Muon": ["--optimizer", "muon"],
     "contrast 0.05": ["--contrastive-weight", "0.05"],
     "self-alignment 0.5": ["--alignment-weight", "0.5"],
+    "token routing 0.5": ["--token-routing", "0.5"],
     "min-SNR 5": ["--min-snr-gamma", "5"],
     "logit-normal timesteps": ["--timestep-sampling", "logit_normal"],
 }
