@@ -144,7 +144,8 @@ def rebuild(run: Path, sigma_rel: float, output: Path) -> float:
     with whole_folder(output) as unfinished:
         shutil.copytree(folders[-1], unfinished, symlinks=True, dirs_exist_ok=True)
         for name in files_in(unfinished):
-            if name.endswith(".safetensors"):
+            # Adapters are at the top. Encoders are links, or copies where there are no links.
+            if name.endswith(".safetensors") and name.split("/")[:-1] in ([], ["transformer"]):
                 _write_sum([folder / name for folder in folders], factors, unfinished / name)
     return distance
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +140,21 @@ def test_a_length_that_was_kept_is_the_last_snapshot(run, tmp_path):
     for key, tensor in kept.items():
         assert tensor.dtype == torch.float16
         torch.testing.assert_close(found[key], tensor.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_copied_encoders_keep_their_bits(train, tmp_path, monkeypatch):
+    """Check a file system without links."""
+
+    def refuse(*args, **kwargs):
+        raise OSError
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    run = train(tmp_path / "run", "--post-hoc-ema", "--save-interval", "2")
+    rebuild(run, 0.15, tmp_path / "averaged")
+    name = "vae/diffusion_pytorch_model.safetensors"
+    copied = next(run.glob(f"ema-*/0.1/{name}"))
+    assert not copied.parent.is_symlink()
+    assert (tmp_path / "averaged" / name).read_bytes() == copied.read_bytes()
 
 
 def test_an_interrupted_run_has_the_same_snapshots_and_keeps_them(train, run, tmp_path):
