@@ -356,6 +356,7 @@ class LocalDiTTransformer2DModel(
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
+        *,
         feature_blocks: Sequence[int] = (),
         route: Route | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
