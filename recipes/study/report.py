@@ -4,9 +4,10 @@
     python recipes/study/report.py --output output/study --page docs/study.md
 
 Reads `costs.json` and `scores`, and writes `results.json`, `results.md` and `results.png`. Seeds
-without all variants are left out. With `--page`, the tables replace what the page has between its
-two comments. An interval has 95 % confidence: mean over seeds plus or minus Student's t times
-the standard error. Differences to full attention are taken seed by seed, on the same captions.
+without all variants of the first seed are left out. With `--page`, the tables replace what the page
+has between its two comments. An interval has 95 % confidence: mean over seeds plus or minus
+Student's t times the standard error. Differences to full attention are taken seed by seed, on the
+same captions.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any
 # Two-sided 95 % quantiles of Student's t, from one degree of freedom.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 REFERENCE = "full"
+DRAWINGS = "true-drawings-0"  # as score.py names it
 WHEN = {"steps": "Equal steps", "time": "Equal processor time"}
 DISTANCES = {"Fréchet distance": "Fréchet", "kernel distance": "kernel"}
-DIGITS = {"Fréchet": 2, "kernel": 4}  # after the point; of shares one
+DIGITS = {"Fréchet": 2, "kernel": 3, "loss": 4}  # after the point; of shares one
+COMPARED = ("all tasks", "loss")  # in the last columns
 PLACE = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
 
 Measures = dict[str, float]
@@ -40,10 +43,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def measures(score: Mapping[str, Any]) -> Measures:
-    """Return the figures of a scored checkpoint: percentages by task, their mean, distances."""
+    """Return the figures of a score: percentages by task, their mean, distances, loss."""
     shares = {task: 100 * statistics.fmean(right) for task, right in score["right"].items()}
     distances = {short: score["distances"][name] for name, short in DISTANCES.items()}
-    return {"all tasks": statistics.fmean(shares.values()), **shares, **distances}
+    figures = {"all tasks": statistics.fmean(shares.values()), **shares, **distances}
+    return figures | ({} if score["loss"] is None else {"loss": score["loss"]})
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -58,16 +62,16 @@ def read(folder: Path) -> dict[str, Any]:
     """Return the results of the whole seeds, as JSON values.
 
     Raises:
-        SystemExit: if there is no whole seed yet.
+        SystemExit: if the reference is not scored yet.
     """
     costs = json.loads((folder / "costs.json").read_text("utf-8"))
-    names = list(costs["milliseconds"])
     scores = {path.stem: json.loads(path.read_text("utf-8"))
               for path in (folder / "scores").glob("*.json")}  # fmt: skip
     found = sorted({int(stem.rpartition("-")[2]) for stem in scores})
+    names = [name for name in costs["milliseconds"] if f"{name}-{found[0]}" in scores]
     seeds = [seed for seed in found if all(f"{name}-{seed}" in scores for name in names)]
-    if not seeds:
-        raise SystemExit("No seed has all variants yet.")
+    if REFERENCE not in names:
+        raise SystemExit(f"The variant {REFERENCE} is not scored yet.")
     results: dict[str, Any] = {"seeds": seeds, **costs}
     for when in WHEN:
         rows = {name: [measures(scores[f"{name}-{seed}"][when]) for seed in seeds]
@@ -80,9 +84,8 @@ def read(folder: Path) -> dict[str, Any]:
             }
             for name, own in rows.items()
         }
-        results[when]["autoencoder"] = {
-            "mean": over_seeds([measures(scores["autoencoder-0"][when])])
-        }
+        drawings = measures(scores[DRAWINGS][when])
+        results[when]["true drawings"] = {"mean": over_seeds([drawings])}
     return results
 
 
@@ -97,9 +100,12 @@ def over_seeds(rows: Sequence[Measures]) -> dict[str, tuple[float, float | None]
     return {key: interval([row[key] for row in rows]) for key in rows[0]}
 
 
-def shown(value: Sequence[float | None], digits: int, sign: str = "") -> str:
-    """Return "mean ± half a width", or the mean alone."""
+def shown(value: Sequence[float | None] | None, key: str, sign: str = "") -> str:
+    """Return "mean ± half a width", or the mean alone, of a figure; "" if there is none."""
+    if value is None:
+        return ""
     mean, half = value
+    digits = DIGITS.get(key, 1)
     return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
 
 
@@ -108,16 +114,15 @@ def tables(results: Mapping[str, Any]) -> str:
     lines = []
     for when, title in WHEN.items():
         keys = list(results[when][REFERENCE]["mean"])
-        heads = ["model", "ms a step", "steps", *keys, "all tasks, minus full"]
+        heads = ["model", "ms a step", "steps", *keys, *(f"{key}, minus full" for key in COMPARED)]
         lines += [f"{title}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for name, row in results[when].items():
-            means = [shown(row["mean"][key], DIGITS.get(key, 1)) for key in keys]
-            cells = [f"{name}", "", "", *means, ""]
+            cells = [name, "", "", *(shown(row["mean"].get(key), key) for key in keys)]
             if name in results["milliseconds"]:
                 cells[1] = f"{results['milliseconds'][name]:.0f}"
-                cells[2] = f"{results['scored'][name][when]}"
-            if name in results["milliseconds"] and name != REFERENCE:
-                cells[-1] = shown(row["minus full"]["all tasks"], 1, "+")
+                cells[2] = f"{results['scored'][name][when]:,}"
+            difference = row.get("minus full", {}) if name != REFERENCE else {}
+            cells += [shown(difference.get(key), key, "+") for key in COMPARED]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -128,7 +133,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(results["milliseconds"])
+    names = [name for name in results["milliseconds"] if name in results["steps"]]
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

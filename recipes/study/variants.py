@@ -17,27 +17,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LATENTS = 16  # per side; a token each
+SIDE = 16  # latents, which are pixels
 CAPTION = 128, 16  # channels and tokens of the text
 WARM_UP = 2  # steps that are not counted
 INTERVALS = 20  # checkpoints of a run
 
 
-def variants(layers: int = 6) -> dict[str, dict[str, Any]]:
-    """Return what distinguishes the configuration of each variant, in the order of training."""
+def variants(tokens: int) -> dict[str, dict[str, Any]]:
+    """Return what distinguishes the configuration of each variant, for `tokens` tokens per side.
 
-    def every(period: int, kind: str) -> list[str]:
-        return [kind if i % period == period - 1 else "local" for i in range(layers)]
-
+    A window is a quarter of the picture wide, a large one a half.
+    """
+    small, large = {"window_size": tokens // 4}, {"window_size": tokens // 2}
     return {
-        "local-4": {},
-        "full": {"layer_types": ["full"] * layers},
-        "full-every-3": {"layer_types": every(3, "full")},
-        "pooled": {"layer_types": ["local_pooled"] * layers},
-        "global-4": {"use_global": True},
-        "local-8": {"window_size": 8},
-        "local-4-alternating": {"shift_schedule": "alternating"},
-        "pooled-every-3": {"layer_types": every(3, "local_pooled")},
+        "windows": small,
+        "large-windows": large,
+        "large-windows-alternating": large | {"shift_schedule": "alternating"},
+        "global": small | {"use_global": True},
+        "pooled": small | {"layer_types": "local_pooled"},
+        "full-every-3rd": small | {"layer_types": "local local full"},
+        "full": small | {"layer_types": "full"},
     }
 
 
@@ -46,12 +45,13 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--patch-size", type=int, default=1, help="side of a token in pixels")
     parser.add_argument("--layers", type=int, default=6, help="number of layers")
-    parser.add_argument("--heads", type=int, default=4, help="number of attention heads")
-    parser.add_argument("--head-dim", type=int, default=16, help="channels per head")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of a run")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures per step")
-    parser.add_argument("--turns", type=int, default=15, help="steps of each variant to measure")
+    parser.add_argument("--heads", type=int, default=2, help="number of attention heads")
+    parser.add_argument("--head-dim", type=int, default=32, help="channels per head")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of a run")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures per step")
+    parser.add_argument("--turns", type=int, default=11, help="steps of each variant to measure")
     return parser.parse_args()
 
 
@@ -67,7 +67,7 @@ def stepper(config: dict[str, Any], batch_size: int) -> Callable[[], None]:
     model = LocalDiTTransformer2DModel.from_config(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     average = EMAModel(model.parameters())
-    latents = torch.randn(batch_size, model.config.in_channels, LATENTS, LATENTS)
+    latents = torch.randn(batch_size, model.config.in_channels, SIDE, SIDE)
     channels, tokens = CAPTION
     text, mask = torch.randn(batch_size, tokens, channels), torch.ones(batch_size, tokens)
     kernels = attention_kernels(torch.device("cpu"), "bf16")
@@ -114,10 +114,11 @@ def main() -> None:
     args = parse_args()
     shape = {
         "num_attention_heads": args.heads, "attention_head_dim": args.head_dim,
-        "num_layers": args.layers, "sample_size": LATENTS, "patch_size": 1,
-        "caption_channels": CAPTION[0],
+        "num_layers": args.layers, "sample_size": SIDE, "patch_size": args.patch_size,
+        "in_channels": 3, "out_channels": 3, "caption_channels": CAPTION[0],
     }  # fmt: skip
-    configs = {name: shape | own for name, own in variants(args.layers).items()}
+    tokens = SIDE // args.patch_size
+    configs = {name: shape | own for name, own in variants(tokens).items()}
     folder = args.output / "variants"
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
