@@ -48,6 +48,7 @@ class Denoiser:
     period: int = 1  # blocks until the window shift repeats
     use_global: bool | None = None  # None if it is not a LocalDiT
     latents: Latents = SDXL
+    layer_types: str | None = None
 
 
 PIXART = Denoiser("PixArt", own_layers=28)
@@ -57,6 +58,9 @@ LOCALDIT = {
     "local": Denoiser("LocalDiT", own_layers=18, period=4, use_global=False),
     "global": Denoiser("LocalDiT with global context", own_layers=18, period=4, use_global=True),
     "f32": Denoiser("LocalDiT f32", 18, period=4, use_global=False, latents=COMPACT),
+    "pooled": Denoiser(
+        "LocalDiT with pooled keys", 18, period=4, use_global=False, layer_types="local_pooled"
+    ),
 }
 DENOISERS = {denoiser.name: denoiser for denoiser in (*LOCALDIT.values(), *RIVALS.values())}
 

@@ -29,8 +29,8 @@ def add_shared(parser: argparse.ArgumentParser, sides: list[int], repeats: int) 
     add("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"],
         help="precision; in training, bfloat16 is mixed precision (default: float32)")  # fmt: skip
     add("--context", nargs="+", choices=[*LOCALDIT], default=["local"],
-        help="LocalDiT without or with global context, or without it and for latents of 32 pixels: "
-        "the preset released-f32 (default: local)")  # fmt: skip
+        help="LocalDiT without or with global context; without it and for latents of 32 pixels: "
+        "the preset released-f32; or with pooled keys (default: local)")  # fmt: skip
     add("--batch-size", metavar="N", type=positive, default=1, help="images at once (default: 1)")
     add(
         "--text-tokens",

@@ -18,6 +18,7 @@ STYLES = {
     LOCALDIT["local"].name: ("tab:blue", "o"),
     LOCALDIT["global"].name: ("tab:green", "s"),
     LOCALDIT["f32"].name: ("tab:cyan", "D"),
+    LOCALDIT["pooled"].name: ("tab:purple", "P"),
     PIXART.name: ("tab:red", "^"),
     SANA.name: ("tab:orange", "v"),
 }

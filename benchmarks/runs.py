@@ -55,7 +55,8 @@ def build(denoiser: Denoiser, layers: int, pixels: int) -> Any:
         return PixArtTransformer2DModel(**shape)
     from localdit.models import LocalDiTTransformer2DModel
 
-    return LocalDiTTransformer2DModel(**shape, use_global=denoiser.use_global)
+    shape |= {"use_global": denoiser.use_global, "layer_types": denoiser.layer_types}
+    return LocalDiTTransformer2DModel(**shape)
 
 
 def weight_bytes(model: Any) -> int:

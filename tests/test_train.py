@@ -178,8 +178,10 @@ def test_training_fits_its_data(train, prediction):
         ["--crop", "center", "--horizontal-flip", "0.5"],
         ["--timestep-sampling", "logit_normal", "--min-snr-gamma", "5"],
         ["--data-format", "folder", "--max-upscale", "1"],
+        ["--contrastive-weight", "0.1", "--alignment-weight", "0.5", "--token-routing", "0.5",
+         "--routing-blocks", "2", "2", "--mixed-precision", "bf16", "--gradient-checkpointing"],
     ],
-)
+)  # fmt: skip
 def test_options_that_suit_any_run(train, more):
     assert [line["step"] for line in lines(train("run", *more))] == [1, 2, 3, 4]
 
@@ -291,8 +293,21 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
         (["--validation-samples", "8"], "held out for validation"),
         (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),
         (["--image-size", "512"], "holds no picture to train on: of 8 samples, 8 are too small"),
+        (
+            ["--alignment-weight", "0.5", "--alignment-blocks", "1", "3", "--dry-run"],
+            "--alignment-blocks is 1 3; expected a block and a later one of the 2 blocks",
+        ),
+        (
+            ["--token-routing", "0.5", "--routing-blocks", "1", "3", "--dry-run"],
+            "--routing-blocks is 1 3; expected the first and the last of the 2 blocks",
+        ),
+        (
+            ["--token-routing", "0.5", "--routing-blocks", "2", "2", "--image-size", "32",
+             "--dry-run"],
+            "but maps of 2 x 2 tokens have 1 x 1 whole windows",
+        ),
     ],
-)
+)  # fmt: skip
 def test_impossible_options_are_refused_in_a_line(train, workplace, more, message, capsys):
     shape = json.loads((workplace / "shape.json").read_text())
     (workplace / "wide.json").write_text(json.dumps(shape | {"caption_channels": 4096}))

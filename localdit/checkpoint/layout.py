@@ -5,6 +5,7 @@ No values are read here.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -19,6 +20,15 @@ _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 _PROJECTION = re.compile(r"(transformer_blocks\.\d+\.attn[12])\.(to_\w+)\.(weight|bias)")
 _LOCAL_BIAS = "attn1.local_rel_pos_bias"
 _GLOBAL_CONTEXT = "attn1.global_context."
+
+LAYER_TYPES = ("local", "local_pooled", "local_global", "full")
+# What a layer can be whose tensors are those of a layer type in `Layout`. A released file lacks the
+# relative position biases.
+SAME_WEIGHTS: dict[str | None, tuple[str, ...]] = {
+    "local": ("local", "local_pooled"),
+    "local_global": ("local_global",),
+    None: ("full", "local_pooled"),
+}
 
 
 class Route(NamedTuple):
@@ -51,7 +61,8 @@ class Layout:
         missing: tensors without which the projections beside them cannot be used.
         facts: arguments of the model that follow from the tensors.
         layer_types: "local_global" or "local" for each layer; None for a layer with neither a
-            global context nor a relative position bias.
+            global context nor a relative position bias. `SAME_WEIGHTS` has the layers that have the
+            same tensors.
     """
 
     prefix: str
@@ -93,6 +104,11 @@ def read_layout(infos: Mapping[str, TensorInfo], where: str) -> Layout:
             kind = "local_global"
         layout.layer_types.append(kind)
     return layout
+
+
+def repeat_layer_types(pattern: str, num_layers: int) -> list[str]:
+    """Return the type of each layer, from types that repeat: "local local full"."""
+    return list(itertools.islice(itertools.cycle(pattern.split()), num_layers))
 
 
 def our_name(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import re
 import reprlib
@@ -23,7 +24,15 @@ from torch import nn
 
 from ..errors import Field, FieldValueError
 from ..files import read_json
-from .layout import Layout, Route, flat_name, read_layout
+from .layout import (
+    LAYER_TYPES,
+    SAME_WEIGHTS,
+    Layout,
+    Route,
+    flat_name,
+    read_layout,
+    repeat_layer_types,
+)
 from .reading import CheckpointFile, few, folder_files, open_files, require_finite
 
 logger = logging.getLogger(__name__)
@@ -251,13 +260,21 @@ def _resolve_config(
     config = {**stored, **given, **{name: facts[name].value for name in facts}}
 
     claimed = given.get("layer_types") or stored.get("layer_types") or []
-    if not isinstance(claimed, (list, tuple)):
-        raise ValueError(f"{where}: `layer_types` is {reprlib.repr(claimed)}; expected a list.")
+    num_layers = len(layout.layer_types)
+    if isinstance(claimed, str):
+        claimed = repeat_layer_types(claimed, num_layers)
+    if not isinstance(claimed, (list, tuple)) or not all(one in LAYER_TYPES for one in claimed):
+        raise ValueError(
+            f"{where}: `layer_types` is {reprlib.repr(claimed)}; expected a list or a string of "
+            f"{', '.join(LAYER_TYPES)}."
+        )
     default = "local_global" if drawn else "local"
     layer_types = [
-        kind or ("full" if claimed[layer : layer + 1] == ["full"] else default)
-        for layer, kind in enumerate(layout.layer_types)
+        claim if claim in SAME_WEIGHTS[kind] else kind or default
+        for kind, claim in itertools.zip_longest(layout.layer_types, claimed[:num_layers])
     ]
+    if "layer_types" in given:
+        given["layer_types"] = list(claimed)
     use_global = "local_global" in layer_types
     for name, value in (("layer_types", layer_types), ("use_global", use_global)):
         if name in given and given[name] != value:

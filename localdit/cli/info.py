@@ -273,10 +273,11 @@ def _of_transformer(folder: Path, autoencoder: Path) -> Facts:
     folder, config = transformer_folder(folder)
     headers = _headers(folder)
     known = {name: value for name, value in config.items() if not name.startswith("_")}
-    expected = parameter_shapes(empty_model(LocalDiTTransformer2DModel, known))
+    model = empty_model(LocalDiTTransformer2DModel, known)
+    expected = parameter_shapes(model)
     dead = [name for name in headers if name not in expected]
     missing = [name for name in expected if name not in headers]
-    facts = _shape(config, autoencoder) | _of_weights(headers)
+    facts = _shape(model.config, autoencoder) | _of_weights(headers)
     if not headers:
         return facts | {"missing": "all weights"}
     if dead:
@@ -312,10 +313,13 @@ def _of_weights(headers: Headers) -> Facts:
 
 def _shape(config: Facts, autoencoder: Path) -> Facts:
     """Return the model in words."""
+    from ..models.configuration import count_layer_types
+
     side = config["sample_size"] * pixels_per_latent(autoencoder)
     kind = "with" if config["use_global"] else "without"
+    kinds = f" ({count_layer_types(config['layer_types'])})" if config["layer_types"] else ""
     return {
-        "model": f"{config['num_layers']} layers of {config['num_attention_heads']} heads x "
+        "model": f"{config['num_layers']} layers{kinds} of {config['num_attention_heads']} heads x "
         f"{config['attention_head_dim']} channels, windows of {config['window_size']} x "
         f"{config['window_size']} tokens, {kind} global context",
         "made for": f"{side} x {side} pixels, text of {config['caption_channels']} channels",

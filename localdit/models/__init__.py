@@ -12,6 +12,7 @@ from .attention import (
     LocalAttnProcessor,
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
+    LocalPooledAttnProcessor,
 )
 from .configuration import PRESETS
 from .transformer import LocalDiTTransformer2DModel
@@ -23,6 +24,7 @@ __all__ = [
     "LocalDiTAttention",
     "LocalDiTTransformer2DModel",
     "LocalGlobalAttnProcessor",
+    "LocalPooledAttnProcessor",
     "clear_caches",
 ]
 

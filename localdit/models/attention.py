@@ -1,8 +1,9 @@
-"""The attention of LocalDiT: one module, three processors that can be swapped.
+"""The attention of LocalDiT: one module, four processors that can be swapped.
 
 `LocalDiTAttention` owns the weights. Its processor computes attention from the packed queries, keys
 and values of a map of tokens: within shifted windows (`LocalAttnProcessor`), within windows and to
-features of the whole map (`LocalGlobalAttnProcessor`), or over the whole map (`FullAttnProcessor`).
+averages of the whole map (`LocalPooledAttnProcessor`), within windows and to features of the whole
+map (`LocalGlobalAttnProcessor`), or over the whole map (`FullAttnProcessor`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .backends import attend_within_windows, checked_backend
 from .cpu import Linear, bands, write_band
 from .global_context import GlobalContext
 from .layers import RMSNorm, apply_rope, compute_dtype, recomputed, rope_angles
+from .pooled_attention import pool_tiles, pooled_attention
 from .text_projections import projected
 from .windows import WindowGrid
 
@@ -33,9 +35,9 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         num_heads, head_dim: heads and channels per head; with `do_rope`, `head_dim` is a multiple
             of 4.
         window_size, shift_size: side of a window, and roll of the map before it is cut, in tokens.
-        layer_type: "local", "local_global" or "full": the processor to start with. It also decides
-            which weights the module has: a relative position bias for windows, a `GlobalContext`
-            for "local_global".
+        layer_type: "local", "local_pooled", "local_global" or "full": the processor to start with.
+            It also decides which weights the module has: a relative position bias for windows, a
+            `GlobalContext` for "local_global".
         do_rope: rotate queries and keys by their position.
         qk_norm_eps: epsilon of the RMSNorm on queries and keys.
         dropout: probability of dropping an output channel in training.
@@ -198,6 +200,49 @@ class LocalAttnProcessor(_WindowProcessor):
         )
 
 
+class LocalPooledAttnProcessor(_Processor):
+    """Attention to the tokens of the window and to averages of the whole map, in one softmax.
+
+    Keys and values are averaged over tiles of `window_size x window_size` tokens, as in
+    `pooled_attention.pool_tiles`. The weights are those of attention within windows. PyTorch's
+    operations compute it on every device; in training, the backward pass computes it again.
+    """
+
+    def __call__(
+        self, attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid
+    ) -> torch.Tensor:
+        return recomputed(self._attended, attn, qkv, grid)
+
+    @staticmethod
+    def _attended(attn: LocalDiTAttention, qkv: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
+        queries, keys, values = qkv.chunk(3, dim=-1)
+        rotated = None
+        for tokens, _ in bands(grid, keys):
+            part = attn.norm_and_rotate(keys[:, tokens], attn.norm_k, grid, tokens).flatten(2)
+            rotated = write_band(rotated, part, tokens, grid)
+        assert rotated is not None
+        tiles = pool_tiles(rotated, values, grid)
+
+        # The logits of a token take more memory than the token.
+        num_logits = attn.num_heads * (grid.window_size**2 + len(tiles.bias))
+        logits = tiles.bias.new_empty(1).expand(*qkv.shape[:2], num_logits)
+        out = None
+        for tokens, band in bands(grid, logits):
+            query = attn.norm_and_rotate(queries[:, tokens], attn.norm_q, grid, tokens).flatten(2)
+            part = pooled_attention(
+                query,
+                rotated[:, tokens],
+                values[:, tokens],
+                tiles,
+                band,
+                attn.num_heads,
+                attn.local_rel_pos_bias,
+            )
+            out = write_band(out, part, tokens, grid)
+        assert out is not None
+        return out
+
+
 class LocalGlobalAttnProcessor(_WindowProcessor):
     """The mean of window attention and of the window's attention to features of the whole map."""
 
@@ -269,6 +314,7 @@ class FullAttnProcessor(_Processor):
 
 PROCESSORS: dict[str, type[_Processor]] = {
     "local": LocalAttnProcessor,
+    "local_pooled": LocalPooledAttnProcessor,
     "local_global": LocalGlobalAttnProcessor,
     "full": FullAttnProcessor,
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from inspect import Signature
 from typing import Any
 
+from ..checkpoint.layout import LAYER_TYPES, repeat_layer_types
 from ..errors import Field, FieldValueError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -107,8 +109,12 @@ def require_sound_arguments(arguments: Mapping[str, Any], signature: Signature) 
             sound = type(value) is str and value in _ACTIVATIONS
             expected = f"choose one of {', '.join(_ACTIVATIONS)}"
         elif name == "layer_types":
-            sound = isinstance(value, (list, tuple)) and all(type(one) is str for one in value)
-            expected = "it has to be a list of names"
+            names = (value.split() or None) if type(value) is str else value
+            sound = isinstance(names, (list, tuple)) and all(one in LAYER_TYPES for one in names)
+            expected = (
+                "it has to be a list with the type of each layer, or a string of types that "
+                f"repeat; the types are {', '.join(LAYER_TYPES)}"
+            )
         else:
             continue
         if not sound:
@@ -121,14 +127,17 @@ def require_sound_arguments(arguments: Mapping[str, Any], signature: Signature) 
 
 
 def resolve_layer_types(
-    layer_types: list[str] | None, num_layers: int, use_global: bool
+    layer_types: str | list[str] | None, num_layers: int, use_global: bool
 ) -> list[str]:
     """Return the kind of attention of each layer."""
     if layer_types is None:
         return ["local_global" if use_global else "local"] * num_layers
+    if isinstance(layer_types, str):
+        layer_types = repeat_layer_types(layer_types, num_layers)
     if len(layer_types) != num_layers:
         raise ValueError(
-            f"`layer_types` names {len(layer_types)} layers, but `num_layers` is {num_layers}."
+            f"`layer_types` names {len(layer_types)} layers, but `num_layers` is {num_layers}. "
+            "List every layer, or give a string of types that repeat."
         )
     if use_global != ("local_global" in layer_types):
         raise ValueError(
@@ -136,3 +145,8 @@ def resolve_layer_types(
             f"{'has no' if use_global else 'has a'} 'local_global' layer. Make the two agree."
         )
     return list(layer_types)
+
+
+def count_layer_types(layer_types: Iterable[str]) -> str:
+    """Return the number of layers of each type, as "14 local, 4 full"."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(layer_types).items())

@@ -46,7 +46,8 @@ def load_transformer(
     were drawn at random each time. Their values are symmetric about zero, so the expected output of
     attention is half of its local output. By default this half is folded into the rows of `to_qkv`
     that compute the values. Nothing is folded if a file has relative position biases or a global
-    context, nor in layers that `layer_types` declares "full".
+    context, nor in layers that `layer_types` declares "full". Weights of "local" layers also load
+    as "local_pooled", if `layer_types` says so.
 
     Args:
         path: the file. Its content decides its kind, not its suffix.

@@ -13,10 +13,12 @@ from .attention import (
     FullAttnProcessor,
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
+    LocalPooledAttnProcessor,
 )
 from .global_context import SqueezeExcitation
 from .layers import FeedForward
 from .transformer import LocalDiTTransformer2DModel
+from .windows import Route
 
 
 def forward_flops(
@@ -24,11 +26,13 @@ def forward_flops(
     height: int,
     width: int,
     text_tokens: int,
+    route: Route | None = None,
 ) -> int:
     """Return the operations of a forward pass for one picture, two per multiply-add.
 
     This counts matrix products and convolutions as they are computed: in window attention, each
-    slot of the map, padded to whole windows, attends to all slots of its window. It does not count
+    slot of the map, padded to whole windows, attends to all slots of its window, and with pooled
+    keys to as many tiles as the map has windows. It does not count
     norms, activations, masks and sums. A training step takes three times as many operations: the
     backward pass has two products for each product of the forward pass. Results that the backward
     pass computes again, in attention or by gradient checkpointing, do not count.
@@ -37,6 +41,7 @@ def forward_flops(
         transformer: the model, with its present processors; or its configuration.
         height, width: size of the latents.
         text_tokens: tokens of the caption, padding included.
+        route: the only tokens that take certain blocks.
     """
     if isinstance(transformer, LocalDiTTransformer2DModel):
         model = transformer
@@ -53,7 +58,17 @@ def forward_flops(
         products += _weights(model.adaln_single.emb.resolution_embedder)
     if model.caption_projection is not None:
         products += text_tokens * _weights(model.caption_projection)
-    for module in model.transformer_blocks.modules():
+    for index, block in enumerate(model.transformer_blocks):
+        size = rows, columns
+        if route is not None and index in route.blocks:
+            size = route.height, route.width
+        products += _block(block, *size, text_tokens)
+    return 2 * products
+
+
+def _block(block: nn.Module, rows: int, columns: int, text_tokens: int) -> int:
+    tokens, products = rows * columns, 0
+    for module in block.modules():
         if isinstance(module, LocalDiTAttention):
             products += _self_attention(module, rows, columns)
         elif isinstance(module, CrossAttention):
@@ -62,7 +77,7 @@ def forward_flops(
             products += 2 * tokens * text_tokens * module.num_heads * module.head_dim
         elif isinstance(module, FeedForward):
             products += tokens * _weights(module)
-    return 2 * products
+    return products
 
 
 def _weights(module: nn.Module) -> int:
@@ -82,6 +97,8 @@ def _self_attention(attn: LocalDiTAttention, rows: int, columns: int) -> int:
     grid = attn.grid(rows, columns)
     slots = grid.rows * grid.columns * w * w
     products += 2 * slots * w * w * dim
+    if isinstance(attn.processor, LocalPooledAttnProcessor):
+        products += 2 * slots * grid.rows * grid.columns * dim
     if isinstance(attn.processor, LocalGlobalAttnProcessor):
         context = attn.global_context
         assert context is not None

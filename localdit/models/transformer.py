@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from .cpu import bands, write_band
 from .diffusers_hooks import complete_cache_config, scaled_adapters
 from .layers import PatchEmbedding, modulate
 from .text_projections import projected
-from .windows import WindowGrid, shift_sizes
+from .windows import Route, WindowGrid, shift_sizes
 
 
 class LocalDiTTransformer2DModel(
@@ -60,8 +60,10 @@ class LocalDiTTransformer2DModel(
             "alternating" by `0, window_size // 2, 0, ...`.
         do_rope: rotate queries and keys by their position.
         use_global: give every layer a global context beside its windows.
-        layer_types: "local", "local_global" or "full" for each layer; None means "local_global"
-            in all layers with `use_global`, and "local" in all layers without.
+        layer_types: "local", "local_pooled", "local_global" or "full" for each layer; or a string
+            of types that repeat over the layers, as "local local local full", which the
+            configuration keeps as a list. None means "local_global" in all layers with
+            `use_global`, and "local" in all layers without.
         qk_norm_eps, norm_eps: epsilon of the norms of queries and keys, and of the layer norms.
         interpolation_scale: divides positions before they are embedded; None means
             `max(sample_size // 64, 1)`.
@@ -98,7 +100,7 @@ class LocalDiTTransformer2DModel(
         shift_schedule: str = "cyclic",
         do_rope: bool = True,
         use_global: bool = False,
-        layer_types: list[str] | None = None,
+        layer_types: str | list[str] | None = None,
         qk_norm_eps: float = 1e-10,
         norm_eps: float = 1e-6,
         interpolation_scale: float | None = None,
@@ -119,7 +121,9 @@ class LocalDiTTransformer2DModel(
                 f"`cross_attention_dim` is {text_dim}, but captions are projected to the width "
                 f"of the model, num_attention_heads * attention_head_dim = {dim}."
             )
-        layer_types = resolve_layer_types(layer_types, num_layers, use_global)
+        kinds = resolve_layer_types(layer_types, num_layers, use_global)
+        if layer_types is not None:
+            self.register_to_config(layer_types=kinds)
         shifts = shift_sizes(num_layers, window_size, shift_schedule)
 
         self.inner_dim = dim
@@ -159,7 +163,7 @@ class LocalDiTTransformer2DModel(
                 norm_eps,
                 dropout,
             )
-            for shift, layer_type in zip(shifts, layer_types, strict=True)
+            for shift, layer_type in zip(shifts, kinds, strict=True)
         )
 
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -289,7 +293,9 @@ class LocalDiTTransformer2DModel(
             attention.set_processor(attention._default_processor_cls())
 
     def set_window_attention_backend(self, backend: str) -> None:
-        """Choose what computes attention within windows, in every layer that has windows.
+        """Choose what computes attention within windows, in every "local" and "local_global" layer.
+
+        PyTorch's operations always compute "local_pooled" layers.
 
         Args:
             backend: "triton", a kernel for NVIDIA GPUs; "torch", PyTorch's own operations, on any
@@ -350,7 +356,9 @@ class LocalDiTTransformer2DModel(
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        feature_blocks: Sequence[int] = (),
+        route: Route | None = None,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """Predict the noise, or whatever the model was trained to predict, from noisy latents.
 
         Args:
@@ -365,19 +373,23 @@ class LocalDiTTransformer2DModel(
             attention_mask: has to be None; part of the signature of Diffusers' transformers.
             encoder_attention_mask: `(B, L)`, 1 = keep, 0 = discard; or a bias `(B, 1, L)`.
             return_dict: return an output object rather than a tuple.
+            feature_blocks: indices of blocks whose output the tuple has after the sample, in the
+                order of the blocks, each `(B, N, C)`. Training aligns them with one another.
+            route: the only tokens that take certain blocks, in training; features are theirs.
 
         Returns:
             `sample` of shape `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: if the latents do not divide into patches, or a condition is missing or
-                unknown.
+            ValueError: if the latents do not divide into patches, a condition is missing or
+                unknown, or `feature_blocks` names a missing block or needs `return_dict=False`.
         """
         patch = self.config.patch_size
         batch_size, _, *size = hidden_states.shape
         options = dict(cross_attention_kwargs or {})
         scale = options.pop("scale", None)
         self._check_inputs(size, added_cond_kwargs, options, attention_mask)
+        self._check_feature_blocks(feature_blocks, return_dict)
         grid = WindowGrid(size[0] // patch, size[1] // patch, window_size=1)
 
         with scaled_adapters(self, scale) if scale is not None else contextlib.nullcontext():
@@ -397,12 +409,25 @@ class LocalDiTTransformer2DModel(
                 )
             bias = _mask_to_bias(encoder_attention_mask, hidden_states.dtype)
 
-            for block in self.transformer_blocks:
-                args = (hidden_states, encoder_hidden_states, bias, modulation, *grid[:2])
+            features = []
+            for index, block in enumerate(self.transformer_blocks):
+                map_size = grid[:2]
+                if route is not None and index in route.blocks:
+                    map_size = route.height, route.width
+                    if index == route.blocks.start:
+                        skipping, hidden_states = hidden_states, route.take(hidden_states)
+                args = (hidden_states, encoder_hidden_states, bias, modulation, *map_size)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     hidden_states = self._gradient_checkpointing_func(block, *args)
                 else:
                     hidden_states = block(*args)
+                if index in feature_blocks:
+                    taken = hidden_states
+                    if route is not None and index not in route.blocks:
+                        taken = route.take(hidden_states)
+                    features.append(taken)
+                if route is not None and index == route.blocks.stop - 1:
+                    hidden_states = route.put_back(skipping, hidden_states)
 
             # In a model spread over devices, the parameter may not be where the last block is.
             table = self.scale_shift_table.to(hidden_states.device)
@@ -416,7 +441,7 @@ class LocalDiTTransformer2DModel(
         sample = rearrange(
             patches, "b (y x) (p q c) -> b c (y p) (x q)", y=grid.height, p=patch, q=patch
         )
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample, *features)
 
     def _check_inputs(
         self,
@@ -442,6 +467,16 @@ class LocalDiTTransformer2DModel(
                 "`attention_mask` is not supported, nor anything in `cross_attention_kwargs` but "
                 "'scale'."
             )
+
+    def _check_feature_blocks(self, feature_blocks: Sequence[int], return_dict: bool) -> None:
+        count = len(self.transformer_blocks)
+        if any(index not in range(count) for index in feature_blocks):
+            raise ValueError(
+                f"`feature_blocks` is {list(feature_blocks)}; expected indices of the {count} "
+                f"blocks, 0 to {count - 1}."
+            )
+        if feature_blocks and return_dict:
+            raise ValueError("`feature_blocks` are returned in a tuple: pass `return_dict=False`.")
 
 
 def _mask_to_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

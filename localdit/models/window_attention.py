@@ -55,8 +55,9 @@ def window_attention(
         angles = rope_angles(w, w, head_dim, qkv.device, query.dtype)
         query, key = apply_rope(query, angles), apply_rope(key, angles)
 
+    batches = batch, grid.rows * grid.columns, num_heads
     logits = torch.baddbmm(
-        window_bias(bias, grid, num_heads, batch, query),
+        window_bias(bias, grid, query).expand(*batches, -1, -1).flatten(0, 2),
         query,
         key.transpose(1, 2),
         alpha=head_dim**-0.5,
@@ -65,32 +66,23 @@ def window_attention(
     return out.view(-1, head_dim).index_select(0, rows.inverse).view(batch, -1, channels // 3)
 
 
-def window_bias(
-    table: torch.Tensor | None, grid: WindowGrid, num_heads: int, batch: int, like: torch.Tensor
-) -> torch.Tensor:
+def window_bias(table: torch.Tensor | None, grid: WindowGrid, like: torch.Tensor) -> torch.Tensor:
     """Return the bias of each window's logits: the relative position bias, and -inf where hidden.
 
     Args:
         table: `((2 w - 1)**2, heads)`, or None for no bias.
         grid: the map and its windows.
-        num_heads, batch: heads, and maps in the batch.
         like: a tensor with the dtype and device of the logits.
 
     Returns:
-        `(batch * num_windows * heads, w**2, w**2)`, or a tensor that broadcasts to it.
+        A tensor that broadcasts to `(num_windows, heads, w**2, w**2)`.
     """
     hidden = window_layout(grid, like.device).hidden
-    bias = like.new_zeros(1, 1, 1)
+    bias = like.new_zeros(1, 1, 1, 1)
     if table is not None:
         index = relative_position_index(grid.window_size, like.device)
-        bias = table.to(like.dtype)[index].permute(2, 0, 1)  # (heads, l, l)
-    elif hidden is None:
-        return bias
-    if hidden is None:
-        bias = bias.expand(grid.rows * grid.columns, *bias.shape)
-    else:
-        bias = torch.where(hidden[:, None], -torch.inf, bias)  # (num_windows, heads or 1, l, l)
-    return bias.expand(batch, -1, num_heads, -1, -1).flatten(0, 2)
+        bias = table.to(like.dtype)[index].permute(2, 0, 1)[None]  # (1, heads, l, l)
+    return bias if hidden is None else torch.where(hidden[:, None], -torch.inf, bias)
 
 
 class _HeadRows(NamedTuple):

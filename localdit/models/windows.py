@@ -66,6 +66,74 @@ class WindowGrid(NamedTuple):
         ]
 
 
+class Route(NamedTuple):
+    """A rectangle of each map that takes some blocks alone; all other tokens skip these blocks.
+
+    Attributes:
+        blocks: indices of the blocks.
+        height, width: size of the rectangle in tokens.
+        tokens: `(B, height * width)` int64. Tokens (row-major indices) of each map's rectangle.
+    """
+
+    blocks: range
+    height: int
+    width: int
+    tokens: torch.Tensor
+
+    def take(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the rectangles `(B, height * width, C)` of maps `(B, N, C)`."""
+        return hidden_states.gather(1, self._index(hidden_states))
+
+    def put_back(self, hidden_states: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:
+        """Return maps `(B, N, C)` with their rectangles replaced."""
+        whole = hidden_states.to(rectangles.dtype)
+        return whole.scatter(1, self._index(whole), rectangles)
+
+    def _index(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.tokens[..., None].expand(-1, -1, hidden_states.shape[2])
+
+
+def rectangle_size(height: int, width: int, window_size: int, share: float) -> tuple[int, int]:
+    """Return the size of a rectangle of whole windows with about a share of a map's tokens.
+
+    Its proportions are about those of the map.
+
+    Args:
+        height, width: size of the map in tokens, at least one window.
+        window_size: side of a window in tokens.
+        share: share of the tokens, in [0, 1].
+    """
+    windows = share * height * width / window_size**2
+    rows = round(share**0.5 * height / window_size)
+    rows = min(max(rows, 1), height // window_size)
+    columns = min(max(round(windows / rows), 1), width // window_size)
+    return rows * window_size, columns * window_size
+
+
+def rectangle_tokens(
+    places: torch.Tensor, grid: WindowGrid, rectangle: tuple[int, int]
+) -> torch.Tensor:
+    """Return the tokens of a rectangle at a place in each map, `(B, tokens)` int64.
+
+    Its corner is the corner of a window. All rectangles that touch the map are equally likely, and
+    those that reach beyond its edge are moved inside: otherwise hardly any would touch the edges.
+
+    Args:
+        places: `(B, 2)`, evenly distributed in [0, 1), from top to bottom and from left to right.
+        grid: the map.
+        rectangle: height and width of the rectangle in tokens, whole windows of the map.
+    """
+    w, device = grid.window_size, places.device
+    axes = []
+    for place, side, length in zip(places.unbind(1), grid[:2], rectangle, strict=True):
+        windows, covered = side // w, length // w
+        first = (place * (windows + covered - 1)).long() - (covered - 1)
+        first = first.clamp(0, windows - covered) * w
+        axes.append(first[:, None] + torch.arange(length, device=device))  # (B, length)
+    rows, columns = axes
+    return (rows[:, :, None] * grid.width + columns[:, None]).flatten(1)
+
+
 class WindowLayout(NamedTuple):
     """The places of a map's tokens after it is cut into windows.
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..core.settings import SamplingSettings
+from ..models.configuration import count_layer_types
 
 URL = "https://github.com/yourusername/localdit"
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "flow"}
@@ -88,6 +89,8 @@ def _facts(pipeline: Any) -> dict[str, str]:
         "scheduler": type(scheduler).__name__,
         "autoencoder": type(pipeline.vae).__name__,
     }
+    if config.layer_types:
+        facts["attention of the blocks"] = count_layer_types(config.layer_types)
     if pipeline.text_encoder is not None:
         encoder = pipeline.text_encoder
         count = sum(p.numel() for p in encoder.parameters())

@@ -23,7 +23,6 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 UNSEALED = 1  # the format of earlier versions, whose manifests hold no sum of their own entries
 SEAL = "sha256_of_entries"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _NUMBERED = re.compile(r"(?:checkpoint|set-aside)-(\d+)")
 _UNFINISHED = re.compile(r"\..+\.tmp")
 _CHUNK = 4 * 2**20  # bytes
@@ -131,9 +130,15 @@ def verify_checkpoint(folder: Path) -> Manifest:
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """Return step and folder of each checkpoint, including damaged ones, the newest first."""
+    return numbered(run, "checkpoint")
+
+
+def numbered(run: Path, kind: str) -> list[tuple[int, Path]]:
+    """Return step and folder of each `KIND-STEP` in the folder of a run, the newest first."""
     if not run.is_dir():
         return []
-    named = ((_NAME.fullmatch(folder.name), folder) for folder in run.iterdir())
+    name = re.compile(rf"{kind}-(\d+)")
+    named = ((name.fullmatch(folder.name), folder) for folder in run.iterdir())
     found = [(int(match[1]), folder) for match, folder in named if match and folder.is_dir()]
     return sorted(found, reverse=True)
 

@@ -1,4 +1,4 @@
-"""AdamW: the optimizer, the learning rate of each step, and its state as a checkpoint holds it.
+"""The optimizer, the learning rate of each step, and the state as a checkpoint holds it.
 
 A state consists of full tensors by parameter name and of JSON, without pickles.
 """
@@ -24,46 +24,55 @@ from localdit.training.sharding import (
     zero_optimizer_entries,
 )
 
-OptimizerName = Literal["adamw", "adamw8bit"]
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 LearningRateSchedule = Literal["constant", "cosine"]
 # Settings that do not change the result; those of the present machine are kept.
 ENGINE_SETTINGS = frozenset({"fused", "foreach", "capturable", "differentiable"})
 
 
 def make_optimizer(
-    parameters: Iterable[torch.nn.Parameter],
+    parameters: Iterable[tuple[str, nn.Parameter]],
     name: OptimizerName,
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     device: torch.device | str = "cpu",
 ) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov & Hutter, 2019) over all parameters.
+    """Return an optimizer of all parameters.
 
     Args:
-        parameters: the parameters to train.
-        name: "adamw", or "adamw8bit", whose two moments take a quarter of the memory (Dettmers et
-            al., 2022; parameters of fewer than 4096 values keep theirs in float32).
+        parameters: names and parameters to train, as `trained_parameters` yields them.
+        name: "adamw" (Loshchilov & Hutter, 2019); "adamw8bit", whose two moments take a quarter of
+            the memory (Dettmers et al., 2022; parameters of fewer than 4096 values keep theirs in
+            float32); or "muon" for the matrices of the blocks, with AdamW for the others.
         learning_rate: the rate of the first step.
         weight_decay: share of a weight, times the learning rate, that each step subtracts.
-        betas: decay of the first and the second moment.
+        betas: decay of the first and the second moment of AdamW.
         device: the device of the parameters.
 
     Raises:
         ValueError: for another name.
-        ModuleNotFoundError: if bitsandbytes is missing for "adamw8bit".
+        ModuleNotFoundError: if bitsandbytes is missing for "adamw8bit", or PyTorch is too old for
+            "muon".
     """
+    fused = torch.device(device).type in ("cpu", "cuda")
+    if name == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ModuleNotFoundError(
+                f"The optimizer muon needs PyTorch 2.9, this is {torch.__version__}: update it, or "
+                "choose adamw."
+            )
+        from localdit.training.muon import MuonWithAdamW
+
+        return MuonWithAdamW(parameters, learning_rate, weight_decay, betas, fused)
+    trained = [parameter for _, parameter in parameters]
     if name == "adamw":
         return torch.optim.AdamW(
-            parameters,
-            lr=learning_rate,
-            betas=betas,
-            weight_decay=weight_decay,
-            fused=torch.device(device).type in ("cpu", "cuda"),
+            trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused
         )
     if name != "adamw8bit":
         raise ValueError(
-            f"The optimizer is {name!r}; expected {' or '.join(get_args(OptimizerName))}."
+            f"The optimizer is {name!r}; expected {', '.join(get_args(OptimizerName))}."
         )
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -71,7 +80,7 @@ def make_optimizer(
         raise ModuleNotFoundError(
             "The optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, or choose adamw."
         ) from error
-    return AdamW8bit(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    return AdamW8bit(trained, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
 
 def learning_rate(

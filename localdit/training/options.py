@@ -6,6 +6,7 @@ The defaults are those of `Config`. Nothing heavy is imported here, so `--help` 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,14 @@ DISTIL_OPTIONS = {
     "student_steps": 4,
 }
 METHOD_OPTIONS = ("method", "teacher", *DISTIL_OPTIONS)
+# The options of fine-tuning that help a model to learn in fewer steps, with their defaults.
+LEARNING_OPTIONS = {
+    "contrastive_weight": 0.0,
+    "alignment_weight": 0.0,
+    "alignment_blocks": None,
+    "token_routing": 0.0,
+    "routing_blocks": None,
+}
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
 LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "more than 0": (lambda value: value > 0, (
@@ -52,7 +61,10 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     )),
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
-        "max_skipped_steps", "teacher_guidance_scale",
+        "max_skipped_steps", "teacher_guidance_scale", "alignment_weight",
+    )),
+    "at least 0 and less than 1": (lambda value: 0 <= value < 1, (
+        "contrastive_weight", "token_routing",
     )),
     "0 to 1": (lambda value: 0 <= value <= 1, (
         "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
@@ -106,6 +118,7 @@ def make_parser(prog: str | None = None) -> Parser:
     _add_model_options(models)
     add_encoder_options(models, defaults)
     _add_objective_options(parser.add_argument_group("objective"))
+    _add_learning_options(parser.add_argument_group("learning in fewer steps"))
     _add_optimisation_options(parser.add_argument_group("optimisation"), defaults)
     _add_output_options(parser.add_argument_group("output"), defaults)
     return parser
@@ -163,7 +176,7 @@ def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None
         help="JSON file with a list of stages, each an object that changes some of these options: "
         f"{', '.join(name.replace('_', '-') for name in STAGE_OPTIONS)}")  # fmt: skip
     add("--dry-run", action="store_true",
-        help="report what was found in the data, and stop")  # fmt: skip
+        help="report what was found in the data and what the run will cost, and stop")  # fmt: skip
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
@@ -240,6 +253,25 @@ def _add_objective_options(group: argparse._ArgumentGroup) -> None:
         help="shift of flow matching's timesteps towards noise; 3 suits 1024 pixels")  # fmt: skip
 
 
+def _add_learning_options(group: argparse._ArgumentGroup) -> None:
+    add, defaults = group.add_argument, LEARNING_OPTIONS
+    add("--contrastive-weight", type=float, default=defaults["contrastive_weight"],
+        help="weight of a term that moves each prediction away from the target of another sample "
+        "of the batch, 0.05 in the paper; 0 leaves it out")  # fmt: skip
+    add("--alignment-weight", type=float, default=defaults["alignment_weight"],
+        help="weight of a term that pulls the features of a block towards those of a later one; 0 "
+        "leaves it out")  # fmt: skip
+    add("--alignment-blocks", type=int, nargs=2, metavar=("EARLIER", "LATER"),
+        help="the two blocks of --alignment-weight, counted from 1; by default those after 8/28 "
+        "and 16/28 of all: 5 and 10 of 18")  # fmt: skip
+    add("--token-routing", type=float, default=defaults["token_routing"],
+        help="share of the tokens that skip the middle blocks in training: all but a rectangle of "
+        "windows at a random place; 0 lets all tokens take all blocks")  # fmt: skip
+    add("--routing-blocks", type=int, nargs=2, metavar=("FIRST", "LAST"),
+        help="the blocks that tokens of --token-routing skip, counted from 1; by default all but "
+        "the first 2/28 and the last 4/28: 2 to 15 of 18")  # fmt: skip
+
+
 def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
     add("--max-train-steps", type=int, default=defaults.max_datasteps, help="optimizer steps")
@@ -247,9 +279,10 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
     add("--lr-schedule", choices=["constant", "cosine"], default="constant",
         help="learning rate after the warm-up: constant, or a cosine that falls to 0")  # fmt: skip
     add("--warmup-steps", type=int, default=0, help="steps in which the learning rate rises from 0")
-    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw",
-        help="AdamW, or the AdamW of bitsandbytes with an 8-bit state")  # fmt: skip
-    add("--weight-decay", type=float, default=defaults.weight_decay, help="weight decay of AdamW")
+    add("--optimizer", choices=["adamw", "adamw8bit", "muon"], default="adamw",
+        help="AdamW; the AdamW of bitsandbytes with an 8-bit state; or Muon for the matrices of "
+        "the blocks, with AdamW for everything else")  # fmt: skip
+    add("--weight-decay", type=float, default=defaults.weight_decay, help="weight decay")
     add("--gradient-clip", type=float, default=defaults.gradient_clip,
         help="norm to which a larger gradient is scaled down")  # fmt: skip
     add("--gradient-accumulation-steps", type=int, default=1, help="batches per optimizer step")
@@ -261,6 +294,9 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
     add("--ema-decay", type=float, default=defaults.ema_beta,
         help="decay of the averaged weights (EMA), which pipelines draw with")  # fmt: skip
     add("--ema-on-cpu", action="store_true", help="keep the averaged weights in CPU memory")
+    add("--post-hoc-ema", action="store_true", default=None,
+        help="also keep two averages whose snapshots, one at each checkpoint, give an average of "
+        "any length after training")  # fmt: skip
     add("--max-skipped-steps", type=int, default=10,
         help="number of steps that are skipped because their loss or gradient is not finite before "
         "training stops")  # fmt: skip
@@ -297,20 +333,25 @@ def _stages(args: argparse.Namespace) -> list[Stage]:
     """Return the stages, each checked like the command line, whose options they take or change."""
     stages: list[Stage] = []
     for index, change in enumerate(read_stages(args.stages) if args.stages else [{}]):
-        place = f"--stages, stage {index + 1}"
+        place = f"--stages, stage {index + 1}: " if args.stages else ""
         for name, value in change.items():
             default = getattr(args, name)
             wanted = (int, float) if isinstance(default, float) else type(default)
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise ValueError(
-                    f"{place}: {name.replace('_', '-')} is {value!r}; expected a value such as "
+                    f"{place}{name.replace('_', '-')} is {value!r}; expected a value such as "
                     f"{default!r}"
                 )
         options = vars(args) | change
         try:
             _check(argparse.Namespace(**options))
+            if args.contrastive_weight and options["batch_size"] < 2:
+                raise ValueError(
+                    f"--contrastive-weight needs another sample in each batch, but --batch-size is "
+                    f"{options['batch_size']}; expected at least 2"
+                )
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{place}{error}") from None
         values = {name: options[name] for name in STAGE_OPTIONS}
         stages.append(Stage(index, stages[-1].end if stages else 0, **values))
     return stages
@@ -332,6 +373,15 @@ def _check(args: argparse.Namespace) -> None:
     for name in DISTIL_OPTIONS:
         if args.method != DISTIL and getattr(args, name) is not None:
             raise ValueError(f"{_flag(name)} is for --method {DISTIL}")
+    for name, default in LEARNING_OPTIONS.items():
+        if args.method != "fine-tuning" and getattr(args, name) != default:
+            raise ValueError(f"{_flag(name)} is for --method fine-tuning: leave it out")
+    for blocks, name in (
+        ("alignment_blocks", "alignment_weight"),
+        ("routing_blocks", "token_routing"),
+    ):
+        if getattr(args, blocks) is not None and not getattr(args, name):
+            raise ValueError(f"{_flag(blocks)} is for {_flag(name)}: give both")
     if args.method == DISTIL and args.validation_guidance_scale is not None:
         raise ValueError(
             "--validation-guidance-scale is not for --method distil, whose result is not guided: "
@@ -355,6 +405,22 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{_flag(flag)} needs {package}: {EXTRAS}")
     if args.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
+    if args.optimizer == "muon":
+        _check_muon(args)
+
+
+def _check_muon(args: argparse.Namespace) -> None:
+    """Raise ValueError if Muon is missing, or has no whole matrices to move."""
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, version.split(".")[:2])) < (2, 9):
+        raise ValueError(
+            f"--optimizer muon needs PyTorch 2.9, this is {version}: update it, or choose adamw"
+        )
+    if args.lora_rank is not None:
+        raise ValueError(
+            "--optimizer muon is for whole matrices, and --lora-rank trains their factors: leave "
+            "out one of them"
+        )
 
 
 def _log_in_to_wandb() -> None:

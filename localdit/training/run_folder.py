@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from localdit.files import LOCK, lock_folder, whole_file
+from localdit.files import LOCK, lock_folder, remove_folder, whole_file
 from localdit.images import image_grid, prepare_output_folder, save_image
 from localdit.parsing import say
 from localdit.training.checkpointing import (
@@ -19,6 +19,7 @@ from localdit.training.checkpointing import (
     checkpoints,
     new_checkpoint,
     newest_checkpoint,
+    numbered,
     remove_old_checkpoints,
     remove_unfinished,
     set_aside_after,
@@ -26,6 +27,7 @@ from localdit.training.checkpointing import (
     verify_checkpoint,
 )
 from localdit.training.options import METHOD_OPTIONS
+from localdit.training.post_hoc_ema import SNAPSHOT, write_snapshot
 
 if TYPE_CHECKING:
     from localdit.training.results import ResultFolder
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 
 # A run with another value of these options would be a different run.
 FIXED = (
-    *METHOD_OPTIONS, "prediction_type", "seed", "new_latents", "lora_rank", "lora_alpha",
-    "lora_target_modules",
+    *METHOD_OPTIONS, "prediction_type", "seed", "optimizer", "post_hoc_ema", "new_latents",
+    "lora_rank", "lora_alpha", "lora_target_modules",
 )  # fmt: skip
 IGNORED = ("resume", "output")
 
@@ -43,10 +45,11 @@ class RunFolder:
     """The folder that a run writes to.
 
     `config.json` holds the options, `metrics.jsonl` a line for each log interval, `curves.png`
-    plots of these lines, `checkpoint-N` the state at step N, `validation/N.png` pictures, and
-    `final` the pipeline. Each checkpoint is also the folder of a pipeline with the averaged
-    weights. Its folder `training` holds the rest of the state, for resuming. In a run that trains
-    adapters, checkpoints and `final` hold the adapters instead of a pipeline.
+    plots of these lines, `checkpoint-N` the state at step N, `ema-N` a snapshot for post-hoc EMA,
+    `validation/N.png` pictures, and `final` the pipeline. Each checkpoint is also the folder of a
+    pipeline with the averaged weights. Its folder `training` holds the rest of the state, for
+    resuming. In a run that trains adapters, checkpoints and `final` hold the adapters instead of a
+    pipeline.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,10 +88,14 @@ class RunFolder:
     def begin(self, options: Mapping[str, Any], step: int) -> None:
         """Write `config.json`, and put away what an earlier run left after a step.
 
-        Later checkpoints are set aside, and later lines of the logs are dropped.
+        Later checkpoints are set aside. Later snapshots for post-hoc EMA are deleted, and later
+        lines of the logs are dropped.
         """
         for message in set_aside_after(self.path, step):
             say(message)
+        for number, folder in numbered(self.path, SNAPSHOT):
+            if number > step:
+                remove_folder(folder)
         for file in self.path.glob("*.jsonl"):
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
@@ -140,11 +147,16 @@ class RunFolder:
     def save_checkpoint(self, result: ResultFolder, snapshot: Snapshot, keep: int) -> None:
         """Write a checkpoint, verify it, and only then delete the oldest ones.
 
+        A snapshot for post-hoc EMA is written before it, and stays.
+
         Raises:
             OSError: if it can't be written; earlier checkpoints are untouched.
         """
         step = snapshot.values["progress"]["step"]
         try:
+            if snapshot.profiles and (updates := snapshot.values["ema_updates"]):
+                with verified_folder(self.path / f"{SNAPSHOT}-{step}", step) as folder:
+                    write_snapshot(folder, snapshot.profiles, updates, result.write)
             with new_checkpoint(self.path, step) as folder:
                 result.write(folder, snapshot.averages)
                 snapshot.write(folder / "training")
@@ -211,7 +223,8 @@ def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mappin
     """Return the message about an option that may not change."""
     flag = f"--{name.replace('_', '-')}"
     was, given = (
-        f"without {flag}" if value is None else f"with {flag} {value}" for value in (old, new)
+        f"without {flag}" if value is None else f"with {flag}" + f" {value}" * (value is not True)
+        for value in (old, new)
     )
     new_run = f" from its weights with --transformer {checkpoint}/transformer"
     if before.get("lora_rank") is not None:

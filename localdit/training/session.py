@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from localdit.parsing import say
+from localdit.training.cost import cost_report
 from localdit.training.data.batches import Batch, Draws
 from localdit.training.data.order import Step
 from localdit.training.data.samples import require_few
@@ -36,6 +37,7 @@ from localdit.training.setup import (
     load_models,
     local_tokenizer,
     make_state,
+    pixels_per_latent,
     start_processes,
 )
 from localdit.training.shutdown import StopRequest, keep_until_exit
@@ -207,6 +209,20 @@ class Session:
         self.reporter.close()
 
 
+def _cost(args: argparse.Namespace, stage: Stage, data: StageData, accelerator: Accelerator) -> str:
+    """Describe the cost of a stage; its largest pictures decide on the memory."""
+    largest = max(data.sizes, key=lambda size: size.height * size.width)
+    return cost_report(
+        args,
+        stage,
+        largest,
+        pixels_per_latent(args, data.found),
+        accelerator.num_processes,
+        accelerator.distributed_type == "FSDP",
+        accelerator.mixed_precision,
+    )
+
+
 def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     """Prepare a run: its data, models, folder and state.
 
@@ -233,6 +249,8 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
             batch = stage.global_batch(accelerator.num_processes)
             if accelerator.is_local_main_process:
                 say(dry_run_report(stage_data, batch, tokenizer))
+                if stage_data.found.samples:
+                    say(_cost(args, stage, stage_data, accelerator))
     for found in (stage_data.found for stage_data in data):
         faults, healthy = found.faults, len(found.samples)
         agreement.on_main(partial(require_few, faults, healthy, args.max_broken))

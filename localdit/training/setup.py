@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +27,23 @@ from localdit.training.data.encoded import EncodedSet, require_latent_statistics
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.methods import InputMaker, Method, Sampling
-from localdit.training.methods.fine_tuning import FineTuning
+from localdit.training.methods.fine_tuning import Alignment, FineTuning, Routing, method_class
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import METHODS, check_image_size
+from localdit.training.options import check_image_size
+from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
 from localdit.training.stages import Stage
-from localdit.training.state import ExponentialMovingAverage, Progress, TrainedModel, TrainingState
+from localdit.training.state import (
+    TRANSFORMER,
+    ExponentialMovingAverage,
+    PowerFunctionAverage,
+    Progress,
+    TrainedModel,
+    TrainingState,
+)
 from localdit.training.validation import PromptPictures
 
 if TYPE_CHECKING:
@@ -73,6 +80,9 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
         ValueError, OSError: if a stage has nothing to train on.
     """
     shape = initialization.transformer_config(args)
+    num_layers, window_size = shape.get("num_layers", 18), shape.get("window_size", 4)
+    Alignment.from_options(args, num_layers)  # refuses blocks that it lacks
+    routing = Routing.from_options(args, num_layers)
     found: dict[str, Found] = {}
     data = []
     for stage in args.stages:
@@ -80,14 +90,14 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             found[stage.data_root] = find_samples(
                 stage.data_root, args.data_format, output=args.output
             )
-        pixels_per_token = _pixels_per_latent(args, found[stage.data_root]) * shape.get(
+        pixels_per_token = pixels_per_latent(args, found[stage.data_root]) * shape.get(
             "patch_size", 2
         )
         check_image_size(stage.image_size, pixels_per_token)
         prepared = prepare_data(
             found[stage.data_root],
             stage,
-            shape.get("window_size", 4),
+            window_size,
             pixels_per_token,
             args.crop,
             args.max_aspect_ratio,
@@ -96,6 +106,10 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             args.max_crop,
         )
         prepared.order(stage, 1, args.seed)  # refuses a stage without samples
+        if routing:  # refuses maps that are too small
+            for bucket in set(prepared.buckets[prepared.buckets >= 0].tolist()):
+                height, width = (side // pixels_per_token for side in prepared.sizes[bucket])
+                routing.rectangle(height, width, window_size)
         data.append(prepared)
     return data
 
@@ -112,7 +126,7 @@ def local_tokenizer(args: argparse.Namespace) -> Any:
         return None
 
 
-def _pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
+def pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
     """Return the pixels per latent of the data's autoencoder; only its configuration is read."""
     if found.encoded is not None:
         return found.encoded.manifest.vae_scale
@@ -203,7 +217,7 @@ def load_models(
         )
     transformer = initialization.load_transformer(args, text_width, latents)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
-    kind = _method_class(args)
+    kind = method_class(args)
     sampling = kind.sampling(args, objective)
     result = _result_folder(args, transformer, sampling, sources)
     transformer.to(device)
@@ -243,12 +257,6 @@ def load_models(
         result,
         pictures,
     )
-
-
-def _method_class(args: argparse.Namespace) -> type[FineTuning]:
-    """Return the class of the method that the options name."""
-    module, name = METHODS[args.distillation or args.method].split(".")
-    return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
 
 
 def _result_folder(
@@ -312,6 +320,11 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
         raise ValueError("--lora-rank is not supported with DeepSpeed: use DDP or FSDP2.")
     if args.optimizer == "adamw8bit" and engine == "FSDP":
         raise ValueError("--optimizer adamw8bit can't be split over processes: use DDP, or adamw.")
+    if args.optimizer == "muon" and engine in ("FSDP", "DEEPSPEED"):
+        raise ValueError(
+            "--optimizer muon needs whole matrices, which FSDP2 and DeepSpeed split over "
+            "processes: use DDP, or adamw."
+        )
     if len(method.trained) > 1 and (engine == "DEEPSPEED" or precision == "fp16"):
         raise ValueError(
             f"{' and '.join(method.trained)} can't be trained together with DeepSpeed or in "
@@ -320,17 +333,20 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
     models = {}
     for name, bare in method.trained.items():
         optimizer = make_optimizer(
-            [parameter for _, parameter in trained_parameters(bare)],
+            trained_parameters(bare),
             args.optimizer,
             args.learning_rate,
             args.weight_decay,
             device=accelerator.device,
         )
         module, optimizer = processes.prepare(accelerator, bare, optimizer)
-        average = ExponentialMovingAverage(
-            trained_parameters(module), args.ema_decay, "cpu" if args.ema_on_cpu else None
-        )
-        models[name] = TrainedModel(module, optimizer, average)
+        device = "cpu" if args.ema_on_cpu else None
+        average = ExponentialMovingAverage(trained_parameters(module), args.ema_decay, device)
+        profiles = {
+            sigma_rel: PowerFunctionAverage(trained_parameters(module), sigma_rel, device)
+            for sigma_rel in (SIGMA_RELS if args.post_hoc_ema and name == TRANSFORMER else ())
+        }
+        models[name] = TrainedModel(module, optimizer, average, profiles)
     dtype = processes.DTYPES.get(precision)
     metrics = Metrics(
         accelerator.device,

@@ -18,6 +18,7 @@ from localdit.checkpoint.reading import load_finite
 from localdit.training.data.order import Position, Step
 from localdit.training.metrics import Metrics
 from localdit.training.optimizer import load_optimizer_state, optimizer_state
+from localdit.training.post_hoc_ema import gamma
 from localdit.training.processes import Agreement
 from localdit.training.sharding import (
     gather_shards,
@@ -72,13 +73,51 @@ class ExponentialMovingAverage:
     def update(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Move the averages towards the present parameters."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self._decay(self.updates)
         current = dict(parameters)
         weights = [
             local(current[name]).detach().to(average.device, torch.float32)
             for name, average in self.averages.items()
         ]
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+
+    def _decay(self, update: int) -> float:
+        """Return the share of the averages that an update keeps."""
+        return min(self.decay, (1 + update) / (10 + update))
+
+    def load(self, averages: Tensors, updates: int, model: nn.Module) -> None:
+        """Set the averages of all parameters, and how many updates they have seen."""
+        parameters = dict(named_parameters(model))
+        for name, shard in self.averages.items():
+            shard.copy_(shard_of(averages[name], parameters[name]))
+        self.updates = updates
+
+
+class PowerFunctionAverage(ExponentialMovingAverage):
+    """An average in which update i counts in proportion to `i ** gamma`, for post-hoc EMA.
+
+    At update n the decay is `(1 - 1 / n) ** (gamma + 1)` (Karras et al., 2024, section 3.1), so
+    the weights before the first update are forgotten.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.Tensor]],
+        sigma_rel: float,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Start from the parameters as they are.
+
+        Args:
+            parameters: names and parameters, as `named_parameters` yields them.
+            sigma_rel: relative standard deviation of the profile; see `post_hoc_ema`.
+            device: device of the averages; None for that of the parameters.
+        """
+        super().__init__(parameters, 1.0, device)
+        self.gamma = gamma(sigma_rel)
+
+    def _decay(self, update: int) -> float:
+        return (1 - 1 / update) ** (self.gamma + 1)
 
 
 @dataclass
@@ -89,16 +128,19 @@ class TrainedModel:
         module: the model as Accelerate prepared it.
         optimizer: its optimizer, as Accelerate prepared it.
         average: the average of the trained weights; None if none is kept.
+        profiles: further averages for post-hoc EMA, by their `sigma_rel`.
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     average: ExponentialMovingAverage | None = None
+    profiles: dict[float, PowerFunctionAverage] = field(default_factory=dict)
 
     def update_average(self) -> None:
-        """Move the average, if there is one, towards the weights after a step."""
-        if self.average is not None:
-            self.average.update(named_parameters(self.module))
+        """Move the averages, if there are any, towards the weights after a step."""
+        for average in (self.average, *self.profiles.values()):
+            if average is not None:
+                average.update(named_parameters(self.module))
 
     def averaged_weights(self) -> Tensors:
         """Return the averaged weights in full, on every process. Collective.
@@ -147,13 +189,9 @@ class TrainedModel:
         """
         load_model_state(self.module, weights)
         load_optimizer_state(self.module, self.optimizer, optimizer, notes["optimizer"])
-        if self.average is None:
-            return
-        parameters = dict(named_parameters(self.module))
-        for name, shard in self.average.averages.items():
-            shard.copy_(shard_of(average[name], parameters[name]))
-        # If the saved run kept no average, one starts from the weights.
-        self.average.updates = notes["ema_updates"] or 0
+        if self.average is not None:
+            # If the saved run kept no average, one starts from the weights.
+            self.average.load(average, notes["ema_updates"] or 0, self.module)
 
 
 @dataclass
@@ -225,16 +263,19 @@ class Snapshot:
         tensors: the tensors of each file, by its name.
         averages: averages of the transformer, which a checkpoint stores as a pipeline or adapters.
         values: everything else, ready for JSON.
+        profiles: the transformer's averages for post-hoc EMA, by `sigma_rel`.
     """
 
     tensors: dict[str, Tensors]
     averages: Tensors
     values: dict[str, Any]
+    profiles: dict[float, Tensors] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write everything except `averages`."""
         folder.mkdir()
-        for name, tensors in self.tensors.items():
+        profiles = {_profile(sigma_rel): kept for sigma_rel, kept in self.profiles.items()}
+        for name, tensors in (self.tensors | profiles).items():
             save_file(tensors, folder / f"{name}.safetensors")
         text = json.dumps(self.values, indent=2) + "\n"
         (folder / "state.json").write_text(text, encoding="utf-8")
@@ -244,7 +285,8 @@ class Snapshot:
 class TrainingState:
     """Everything that a training step changes. Frozen models are not part of it.
 
-    A checkpoint holds `model.safetensors` and `optimizer.safetensors` of the transformer,
+    A checkpoint holds `model.safetensors` and `optimizer.safetensors` of the transformer, and
+    `ema-SIGMA_REL.safetensors` of each of its averages for post-hoc EMA,
     `model-NAME.safetensors`, `optimizer-NAME.safetensors` and `average-NAME.safetensors` of each
     other model, `random.safetensors`, and `state.json`.
 
@@ -284,6 +326,7 @@ class TrainingState:
         tensors: dict[str, Tensors] = {}
         notes: dict[str, dict[str, Any]] = {}
         averages: dict[str, Tensors] = {}
+        profiles: dict[float, Tensors] = {}
         for name, model in self.models.items():
             tensors[_file("model", name)], tensors[_file("optimizer", name)], notes[name] = (
                 model.state()
@@ -291,6 +334,8 @@ class TrainingState:
             averages[name] = model.gathered_average()
             if name != TRANSFORMER and model.average is not None:
                 tensors[_file("average", name)] = averages[name]
+            for sigma_rel, average in model.profiles.items():
+                profiles[sigma_rel] = gather_shards(average.averages, model.module)
         ranks = agreement.gathered([random_state()])
         tensors["random"] = {
             f"rank{rank}.{name}": tensor
@@ -307,7 +352,7 @@ class TrainingState:
         }
         if notes:
             values["models"] = notes
-        return Snapshot(tensors, averages.get(TRANSFORMER, {}), values)
+        return Snapshot(tensors, averages.get(TRANSFORMER, {}), values, profiles)
 
     def restore(self, folder: Path, averages: Tensors, rank: int) -> None:
         """Load the state of a checkpoint. Every process calls this.
@@ -341,6 +386,9 @@ class TrainingState:
                 average,
                 notes[name],
             )
+            for sigma_rel, profile in model.profiles.items():
+                tensors = load_file(folder / f"{_profile(sigma_rel)}.safetensors")
+                profile.load(tensors, notes[name]["ema_updates"], model.module)
         if self.scaler is not None and values["scaler"] is not None:
             self.scaler.load_state_dict(values["scaler"])
         self.metrics.load_state_dict(values["metrics"])
@@ -357,6 +405,11 @@ class TrainingState:
 def _file(kind: str, model: str) -> str:
     """Return the name of a file of a model's tensors, without its suffix."""
     return kind if model == TRANSFORMER else f"{kind}-{model}"
+
+
+def _profile(sigma_rel: float) -> str:
+    """Return the name of the file of an average for post-hoc EMA, without its suffix."""
+    return f"ema-{sigma_rel}"
 
 
 def _load(folder: Path, kind: str, model: str) -> Tensors:

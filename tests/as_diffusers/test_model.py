@@ -21,6 +21,7 @@ from tests.as_diffusers.cases import distance, scramble
 LAYERS = {
     "local": {},
     "with global context": {"use_global": True},
+    "with pooled keys": {"layer_types": "local_pooled"},
     "mixed": {"use_global": True, "layer_types": ["local", "local_global", "full"]},
 }
 

@@ -177,6 +177,18 @@ def test_full_attention_is_declared_not_guessed(write):
     assert torch.equal(output(loaded), output(model))
 
 
+def test_weights_of_local_layers_load_with_pooled_keys(write):
+    model = tiny_model(layer_types="local local_pooled")
+    path = write(flat_state(model))
+    assert load_transformer(path).config.layer_types is None  # tensors alone don't show it
+    loaded = load_transformer(path, layer_types="local local_pooled")
+    assert loaded.config.layer_types == ["local", "local_pooled"]
+    assert torch.equal(output(loaded), output(model))
+    released = write(released_state(tiny_model()), "released.safetensors")
+    report = inspect_checkpoint(released, layer_types="local_pooled", window_size=2)
+    assert report.folded_layers == report.zeroed_layers == (0, 1)
+
+
 def test_without_size_conditions_and_without_caption_projection(write):
     model = tiny_model(sample_size=16, caption_channels=None, cross_attention_dim=10)
     loaded = load_transformer(write(flat_state(model)), sample_size=16, interpolation_scale=None)
@@ -295,6 +307,11 @@ def test_the_caller_gives_what_the_tensors_do_not_determine(write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            {"layer_types": "local pooled"},
+            r"`layer_types` is \['local', 'pooled'\]; .* local_pooled",
+        ),
+        ({"layer_types": "full"}, r"`layer_types` is \['full', 'full'\], but"),
         ({"num_layers": 3}, r"`num_layers` is 3, but 'transformer_blocks.\*' in .* implies 2"),
         ({"window_size": 4}, "`window_size` is 4, but .*local_rel_pos_bias' in .* implies 2"),
         ({"attention_head_dim": 16}, "`attention_head_dim` is 16.*norm_q.weight'.* implies 12"),
@@ -436,7 +453,7 @@ def test_loading_the_released_size_peaks_at_1_3_times_its_live_size(name, write)
     [
         ("[" * 100_000, "'localdit_config' is no JSON object"),
         ("[]", "'localdit_config' is no JSON object"),
-        ('{"layer_types": "xxxxxxxxx", "sample_size": "big"}', "`layer_types` is 'xxxxxxxxx'"),
+        ('{"layer_types": "xxxxxxxxx", "sample_size": "big"}', r"`layer_types` is \['xxxxxxxxx', "),
         ('{"sample_size": "big"}', "`sample_size` is 'big'"),
         ('{"sample_size": 1e999}', "`sample_size` is inf"),
         ('{"sample_size": 10000000000}', "`sample_size` is 10000000000.* of at most 65,536"),

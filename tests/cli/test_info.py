@@ -55,6 +55,12 @@ def test_a_file_that_localdit_wrote(here, info):
     assert "with global context" in facts["model"]
 
 
+def test_layer_types_are_counted(here, info):
+    model = tiny_model(layer_types="local full")
+    model.save_pretrained("folder")
+    assert "2 layers (1 local, 1 full) of 2 heads" in info("folder")["folder"]["model"]
+
+
 def test_a_lora(here, info):
     name = "transformer.transformer_blocks.{}.attn1.to_qkv.lora_{}.weight"
     state = {name.format(layer, half): torch.zeros(4, 24) for layer in (0, 1) for half in "AB"}

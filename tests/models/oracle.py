@@ -75,7 +75,7 @@ def window_bias(attn: LocalDiTAttention, table: torch.Tensor, size: tuple[int, i
 def self_attention(
     attn: LocalDiTAttention, hidden_states: torch.Tensor, height: int, width: int, kind: str
 ) -> torch.Tensor:
-    """Return the output of `attn` with the processor "local", "local_global" or "full"."""
+    """Return the output of `attn` with the processor of a layer type."""
     qkv = hidden_states @ attn.to_qkv.weight.T + attn.to_qkv.bias
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
     q = normed(q, attn.norm_q.weight, attn.norm_q.eps)
@@ -86,6 +86,9 @@ def self_attention(
     size = (height, width)
     if kind == "full":
         out = dense(q, k, v, 0.0)
+    elif kind == "local_pooled":
+        bias = window_bias(attn, attn.local_rel_pos_bias, size)
+        out = with_tiles(q, k, v, bias, tiles(attn, *size), attn.window_size)
     else:
         out = dense(q, k, v, window_bias(attn, attn.local_rel_pos_bias, size))
     if kind == "local_global":
@@ -97,6 +100,31 @@ def self_attention(
         out = (out + seen) / 2
     to_out = attn.to_out[0]
     return out.flatten(2) @ to_out.weight.T + to_out.bias + hidden_states
+
+
+def tiles(attn: LocalDiTAttention, height: int, width: int) -> torch.Tensor:
+    """Return the tokens of each tile, `(tiles, N)`: 1 where a token is in it."""
+    w = attn.window_size
+    homes = [(y // w, x // w) for y in range(height) for x in range(width)]
+    return torch.tensor([[home == tile for home in homes] for tile in sorted(set(homes))]).double()
+
+
+def with_tiles(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    tiles: torch.Tensor,
+    window: int,
+) -> torch.Tensor:
+    """Attend to tokens and tiles; the logit of a tile is the mean of the logits of its tokens."""
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+    count = tiles.sum(1)
+    of_tiles = logits @ tiles.T / count + (count / window**2).log()
+    weights = torch.cat([logits + bias, of_tiles], dim=-1).softmax(-1)
+    # A tile hands its weight to its tokens in equal parts: its value is the mean of theirs.
+    weights = weights[..., : len(bias[0])] + weights[..., len(bias[0]) :] / count @ tiles
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
 def global_features(

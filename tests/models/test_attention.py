@@ -10,6 +10,7 @@ from localdit.models.attention import (
     LocalAttnProcessor,
     LocalDiTAttention,
     LocalGlobalAttnProcessor,
+    LocalPooledAttnProcessor,
 )
 from tests.models.oracle import normed, rotated, self_attention, visible_tokens, window_bias
 
@@ -64,9 +65,9 @@ def test_local_agrees_with_dense_attention(case):
     check_against_oracle(case)
 
 
-@settings(max_examples=25)
-@given(cases(kinds=("local_global", "full")))
-def test_global_context_and_full_agree_with_dense_attention(case):
+@settings(max_examples=40)
+@given(cases(kinds=("local_pooled", "local_global", "full")))
+def test_other_layer_types_agree_with_dense_attention(case):
     check_against_oracle(case)
 
 
@@ -125,6 +126,40 @@ def test_padding_is_masked_out_of_the_softmax():
     last_row = attn.processor(attn, attn.to_qkv(x), attn.grid(5, 4))[:, 16:]
     values = attn.to_qkv(x)[:, 16:, 48:]
     torch.testing.assert_close(last_row, values.mean(1, keepdim=True).expand_as(values))
+
+
+def test_a_tile_counts_as_one_token_and_its_parts_as_less():
+    # 5 x 4 tokens: a tile of 16 and one of 4. All logits are equal.
+    attn = make(kind="local_pooled")
+    attn.norm_k.weight.data.zero_()
+    attn.local_rel_pos_bias.data.zero_()
+    qkv = attn.to_qkv(torch.randn(1, 20, 24, dtype=torch.float64))
+    values = qkv[:, :, 48:]
+    expected = (values[:, 16:].sum(1) + values.sum(1) / 16) / (4 + 20 / 16)
+    last_row = attn.processor(attn, qkv, attn.grid(5, 4))[:, 16:]
+    torch.testing.assert_close(last_row, expected[:, None].expand_as(last_row))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pooled_keys_are_as_exact_as_full_attention(dtype):
+    attn = make(shift=1, head_dim=72, kind="local_pooled")
+    qkv = torch.randn(2, 130, 3 * 144).to(dtype)
+    errors = []
+    for processor in (LocalPooledAttnProcessor(), FullAttnProcessor()):
+        exact = processor(attn.double(), qkv.double(), attn.grid(13, 10))
+        rounded = processor(attn.to(dtype), qkv, attn.grid(13, 10))
+        assert rounded.dtype == dtype
+        errors.append((rounded.double() - exact).square().mean().sqrt() / exact.std())
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_a_training_step_with_pooled_keys_repeats_to_the_bit():
+    attn = make(shift=1, kind="local_pooled").float()
+    x = torch.randn(2, 9 * 13, 24)
+    runs = [outputs_and_gradients(lambda x: attn(x, attn.grid(9, 13)), attn, x) for _ in range(2)]
+    (out, gradients), (again, repeated) = runs
+    assert torch.equal(out, again)
+    assert all(map(torch.equal, gradients, repeated))
 
 
 def test_processors_swap_and_weights_stay():

@@ -43,6 +43,7 @@ def checkpoint(tmp_path):
         {"use_global": True},
         {"use_global": True, "layer_types": ["full", "local_global"], "do_rope": False},
         {"layer_types": ["full", "full"], "sample_size": 32, "shift_schedule": "alternating"},
+        {"layer_types": "local_pooled full"},
     ],
 )
 def test_folder_to_file_to_folder_is_bit_exact(kind, dtype, tmp_path):

@@ -19,10 +19,12 @@ from tests.tiny import tiny_components
 # --- bands -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_global", [False, True])
+@pytest.mark.parametrize(
+    "kind", [{}, {"use_global": True}, {"layer_types": "local_pooled"}], ids=str
+)
 @pytest.mark.parametrize("size", [(16, 16), (26, 14)])  # the second is padded: 13 x 7 tokens
-def test_a_model_in_bands_gives_the_result_of_the_whole_map(monkeypatch, size, use_global):
-    model = make(use_global=use_global, num_layers=4)
+def test_a_model_in_bands_gives_the_result_of_the_whole_map(monkeypatch, size, kind):
+    model = make(**kind, num_layers=4)
     whole = run(model, **inputs(*size))
     monkeypatch.setattr(cpu, "BAND_ON_CPU", 60 * 24 * 4)
     in_parts = run(model, **inputs(*size))

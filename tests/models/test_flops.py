@@ -10,6 +10,7 @@ from localdit.models import (
     backends,
 )
 from localdit.models.flops import forward_flops
+from localdit.models.windows import Route
 
 SIZES = [(16, 16), (8, 24), (18, 10)]  # latents; the last is padded: 9 x 5 tokens in windows of 4
 
@@ -43,7 +44,7 @@ def counted(model, height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-@pytest.mark.parametrize("layer_type", ["local", "local_global", "full"])
+@pytest.mark.parametrize("layer_type", ["local", "local_pooled", "local_global", "full"])
 def test_flops_agree_with_pytorchs_count(layer_type, height, width):
     layers = {"layer_types": [layer_type] * 2, "use_global": layer_type == "local_global"}
     model = make(**layers)
@@ -59,6 +60,7 @@ def test_flops_agree_with_pytorchs_count(layer_type, height, width):
         {"activation_fn": "geglu"},
         {"out_channels": 8},
         {"layer_types": ["full", "local_global"], "use_global": True},
+        {"layer_types": "local_pooled full", "window_size": 3},
     ],
     ids=str,
 )
@@ -66,6 +68,20 @@ def test_flops_follow_the_configuration(settings):
     model = make(**settings)
     assert forward_flops(model, 8, 12, 7) == counted(model, 8, 12)
     assert forward_flops(model.config, 8, 12, 7) == counted(model, 8, 12)
+
+
+@pytest.mark.parametrize("layer_type", ["local", "local_global", "full"])
+def test_tokens_that_skip_blocks_save_operations(layer_type):
+    kinds = {
+        "layer_types": ["local", *[layer_type] * 3],
+        "use_global": layer_type == "local_global",
+    }
+    model = make(num_layers=4, **kinds)
+    route = Route(range(1, 3), 4, 8, torch.arange(32)[None])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*inputs(model, 16, 24), route=route)
+    found = forward_flops(model.config, 16, 24, 7, route)
+    assert found == counter.get_total_flops() < forward_flops(model.config, 16, 24, 7)
 
 
 def test_flops_follow_the_processors():
@@ -93,3 +109,6 @@ def test_the_released_model_saves_what_windows_save():
     full = forward_flops({**config, "layer_types": ["full"] * 18}, 128, 128, 120)
     local = forward_flops(config, 128, 128, 120)
     assert full - local == 18 * 4 * 4096 * (4096 - 16) * 1152
+    # With averages of 16 x 16 tiles, each token attends to 256 more.
+    pooled = forward_flops({**config, "layer_types": "local_pooled"}, 128, 128, 120)
+    assert pooled - local == 18 * 4 * 4096 * 256 * 1152

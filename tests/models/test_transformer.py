@@ -1,8 +1,10 @@
 import copy
+import json
 
 import pytest
 import torch
 
+from localdit.checkpoint.layout import LAYER_TYPES
 from localdit.models import (
     PRESETS,
     FullAttnProcessor,
@@ -10,6 +12,8 @@ from localdit.models import (
     LocalDiTTransformer2DModel,
     LocalGlobalAttnProcessor,
 )
+from localdit.models.attention import PROCESSORS
+from localdit.models.windows import Route
 
 SMALL = {
     "num_attention_heads": 2,
@@ -164,6 +168,62 @@ def test_return_tuple():
     assert torch.equal(sample, run(model, **kwargs))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_features_are_what_blocks_return(compiled):
+    model, seen = make(num_layers=2), []
+    hooks = [
+        block.register_forward_hook(lambda block, _, output: seen.append(output))
+        for block in model.transformer_blocks
+    ]
+    expected = run(model, **inputs())
+    for hook in hooks:
+        hook.remove()
+    if compiled:
+        model.compile_repeated_blocks(backend="eager")
+    with torch.no_grad():
+        sample, *features = model(**inputs(), return_dict=False, feature_blocks=(0, 1))
+    assert seen[1].shape == (2, 64, model.inner_dim)
+    tolerance = 1e-5 if compiled else 0
+    for found, wanted in zip([sample, *features], [expected, *seen], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("use_global", [False, True])
+def test_a_rectangle_of_tokens_takes_blocks_as_a_map_of_its_own(use_global):
+    """Compute the blocks one by one, sample by sample, on pieces that are cut out as pictures."""
+    model = make(num_layers=4, use_global=use_global)
+    calls = []
+    hooks = [
+        block.register_forward_pre_hook(lambda block, args: calls.append(args))
+        for block in model.transformer_blocks
+    ]
+    corners, height, width = [(4, 0), (8, 4)], 8, 12
+    grid = torch.arange(16 * 16).view(16, 16)
+    tokens = [grid[y : y + height, x : x + width].flatten() for y, x in corners]
+    route = Route(range(1, 3), height, width, torch.stack(tokens))
+    kwargs = inputs(32, 32)
+    with torch.no_grad():
+        sample, *features = model(**kwargs, return_dict=False, feature_blocks=(0, 1), route=route)
+        for hook in hooks:
+            hook.remove()
+        x, text, bias, modulation, *size = calls[0]
+        assert size == [16, 16]
+        x = model.transformer_blocks[0](x, text, bias, modulation, 16, 16)
+        torch.testing.assert_close(calls[1][0], route.take(x), rtol=0, atol=0)
+        torch.testing.assert_close(features[0], route.take(x), rtol=0, atol=0)
+        maps = x.view(2, 16, 16, -1)
+        for number, (top, left) in enumerate(corners):
+            one = slice(number, number + 1)
+            piece = maps[one, top : top + height, left : left + width].flatten(1, 2)
+            for block in model.transformer_blocks[1:3]:
+                piece = block(piece, text[one], bias[one], modulation[one], height, width)
+            maps[one, top : top + height, left : left + width] = piece.view(1, height, width, -1)
+        torch.testing.assert_close(calls[3][0], maps.flatten(1, 2), rtol=1e-5, atol=1e-4)
+    assert calls[3][4:] == (16, 16)
+    torch.testing.assert_close(features[1].shape, route.take(x).shape)
+    assert (sample - run(model, **kwargs)).abs().max() > 0.01
+
+
 def test_more_channels_out_than_in():
     assert run(make(out_channels=8), **inputs()).shape == (2, 8, 16, 16)
     assert make(out_channels=None).out_channels == 4
@@ -182,10 +242,13 @@ def test_without_caption_projection():
         ({"cross_attention_dim": 32}, "is 32, .*= 24"),
         ({"attention_head_dim": 16, "use_additional_conditions": True}, "is 32; .*multiple of 3"),
         ({"window_size": 0}, "`window_size` is 0.*at least 1"),
-        ({"layer_types": ["local"]}, "names 1 layers, but `num_layers` is 5"),
+        ({"layer_types": ["local"]}, "names 1 layers, but `num_layers` is 5.*types that repeat"),
+        ({"layer_types": " "}, "`layer_types` is ' '; .* a string of types that repeat"),
+        ({"layer_types": "local ful"}, "'local ful'; .*local, local_pooled, local_global, full"),
+        ({"layer_types": "local local_global"}, "`use_global` is False"),
         ({"layer_types": ["local"] * 4 + ["local_global"]}, "`use_global` is False"),
         ({"layer_types": ["local"] * 5, "use_global": True}, "has no 'local_global'"),
-        ({"layer_types": ["local"] * 4 + ["window"]}, "'window' is none of"),
+        ({"layer_types": ["local"] * 4 + ["window"]}, "`layer_types` is .*types are local"),
         ({"shift_schedule": "swin"}, "'swin'"),
     ],
 )
@@ -201,6 +264,8 @@ def test_contradictions_are_refused(changes, message):
         ({"hidden_states": torch.zeros(2, 4, 0, 16)}, "0 x 16"),
         ({"attention_mask": torch.ones(2, 64)}, "not supported"),
         ({"cross_attention_kwargs": {"gligen": 1.0}}, "not supported"),
+        ({"feature_blocks": (1, 5), "return_dict": False}, "expected indices of the 5 blocks"),
+        ({"feature_blocks": (1, 2)}, "pass `return_dict=False`"),
     ],
 )
 def test_bad_inputs_are_refused(changes, message):
@@ -224,6 +289,35 @@ def test_shift_schedules_and_layer_types_reach_the_layers():
         kind == "local_global" for kind in types
     ]
     assert run(model, **inputs()).isfinite().all()
+
+
+def test_a_pattern_of_layer_types_repeats_and_is_saved_as_a_list(tmp_path):
+    model = make(layer_types="local local_pooled full")
+    types = ["local", "local_pooled", "full", "local", "local_pooled"]
+    assert [type(block.attn1.processor) for block in model.transformer_blocks] == [
+        PROCESSORS[kind] for kind in types
+    ]
+    assert tuple(PROCESSORS) == LAYER_TYPES
+    model.save_pretrained(tmp_path)
+    # Loaders of earlier versions know lists.
+    assert json.loads((tmp_path / "config.json").read_text())["layer_types"] == types
+    again = LocalDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(run(again, **inputs()), run(model, **inputs()))
+    assert make(layer_types="full local_pooled", num_layers=1).config.layer_types == ["full"]
+    assert make().config.layer_types is None
+
+
+def test_pooled_keys_need_no_weights_of_their_own(tmp_path):
+    """A folder of a local model becomes one with pooled keys by its configuration alone."""
+    local, pooled = make(), make(layer_types="local_pooled")
+    assert local.state_dict().keys() == pooled.state_dict().keys()
+    local.save_pretrained(tmp_path)
+    changed = LocalDiTTransformer2DModel.from_pretrained(tmp_path, layer_types="local_pooled")
+    assert torch.equal(run(changed, **inputs()), run(pooled, **inputs()))
+    # A full model has no relative position bias; the table starts at zero.
+    full = make(layer_types="full")
+    missing, unexpected = pooled.load_state_dict(full.state_dict(), strict=False)
+    assert {name.rsplit(".")[-1] for name in missing} == {"local_rel_pos_bias"} and not unexpected
 
 
 def test_processors_swap_for_the_whole_model():

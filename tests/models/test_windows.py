@@ -4,7 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localdit.models.windows import (
+    Route,
     WindowGrid,
+    rectangle_size,
+    rectangle_tokens,
     relative_position_index,
     shift_sizes,
     window_layout,
@@ -115,3 +118,48 @@ def test_shift_schedules():
     assert shift_sizes(5, 8, "alternating") == [0, 4, 0, 4, 0]
     with pytest.raises(ValueError, match="'cyclic'.*'alternating'"):
         shift_sizes(2, 4, "swin")
+
+
+@pytest.mark.parametrize(
+    ("size", "window_size", "share", "expected"),
+    [
+        ((16, 16), 4, 0.5, (12, 12)),  # 9 of 16 windows
+        ((64, 64), 4, 0.5, (44, 48)),  # 132 of 256 windows
+        ((32, 64), 4, 0.5, (24, 44)),
+        ((8, 8), 4, 0.5, (4, 8)),
+        ((8, 8), 4, 0.01, (4, 4)),
+        ((9, 11), 4, 1.0, (8, 8)),  # whole windows only
+    ],
+)
+def test_rectangles_hold_about_a_share_of_the_map(size, window_size, share, expected):
+    assert rectangle_size(*size, window_size, share) == expected
+
+
+def test_rectangles_are_whole_windows_that_also_touch_the_edges():
+    grid, rectangle = WindowGrid(13, 20, 4), (8, 12)
+    places = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
+    tokens = rectangle_tokens(places, grid, rectangle)
+    rows, columns = tokens // grid.width, tokens % grid.width
+    assert set(rows[:, 0].tolist()) == {0, 4}  # the last row of windows is not whole
+    assert set(columns[:, 0].tolist()) == {0, 4, 8}
+    expected = rows[:, :1, None] + torch.arange(8)[:, None] + torch.zeros(12).long()
+    assert torch.equal(rows, expected.flatten(1))
+    # Of 7 columns of places, 3 are moved to each edge.
+    at_left = (columns[:, 0] == 0).float().mean().item()
+    assert at_left == pytest.approx(3 / 7, abs=0.05)
+    ends = rectangle_tokens(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), grid, rectangle)
+    assert ends[:, 0].tolist() == [0, 4 * 20 + 8]
+
+
+def test_a_route_takes_tokens_and_puts_them_back():
+    maps = torch.randn(2, 6, 3, requires_grad=True)
+    route = Route(range(1), 1, 2, torch.tensor([[0, 1], [4, 5]]))
+    taken = route.take(maps)
+    assert torch.equal(taken, torch.stack([maps[0, :2], maps[1, 4:]]))
+    back = route.put_back(maps, 10 * taken)
+    expected = maps.detach().clone()
+    expected[0, :2] *= 10
+    expected[1, 4:] *= 10
+    assert torch.equal(back, expected)
+    back.sum().backward()
+    assert torch.equal(maps.grad == 10, expected == 10 * maps)

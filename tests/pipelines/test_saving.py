@@ -289,11 +289,12 @@ def test_the_card_describes_the_pipeline():
 
 
 def test_the_card_of_a_pipeline_without_text_encoder():
-    pipe = tiny_pipeline(use_global=True)
+    pipe = tiny_pipeline(use_global=True, layer_types="local_global full")
     pipe.text_encoder = None
     text = make_model_card(pipe, "boats", "mit", True).text
     assert "text encoder" not in text
     assert "2 x 2 tokens, with global context |" in text
+    assert "attention of the blocks | 1 local_global, 1 full |" in text
     assert "trust_remote_code=True" in text
     assert "import localdit" not in text
 

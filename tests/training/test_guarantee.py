@@ -45,6 +45,8 @@ def case(workplace, *names):
     """The options of each case, by its name."""
     if "lora" in names:
         pytest.importorskip("peft")
+    if "muon" in names and not hasattr(torch.optim, "Muon"):
+        pytest.skip("needs PyTorch 2.9")
     known = {
         "folder": ["--data-root", workplace / "pictures"],
         "tars": ["--data-root", workplace / "shard-{0..1}.tar"],
@@ -53,6 +55,13 @@ def case(workplace, *names):
         "stages": ["--stages", workplace / "stages.json"],
         "validation": ["--validation-interval", "3", "--validation-samples", "2"],
         "half": ["--batch-size", "1"],
+        "muon": ["--optimizer", "muon"],
+        "post-hoc": ["--post-hoc-ema"],
+        "learning": [
+            *("--contrastive-weight", "0.05", "--alignment-weight", "0.5"),
+            *("--alignment-blocks", "1", "2"),
+            *("--token-routing", "0.5", "--routing-blocks", "2", "2"),
+        ],
         "lora": [
             "--transformer",
             workplace / "pipeline/transformer",
@@ -97,6 +106,8 @@ CASES = [
     ("folder", "accumulation", "validation"),
     ("tars", "stages"),
     ("folder", "lora", "validation"),
+    ("folder", "muon", "post-hoc"),
+    ("folder", "learning", "stages"),
 ]
 
 
@@ -160,6 +171,7 @@ def finish(workplace, run, *more, processes=1):
         ("tars", "accumulation", "workers"),
         ("folder", "stages", "workers"),
         ("folder", "lora", "workers"),
+        ("folder", "muon", "post-hoc"),
     ],
     ids="-".join,
 )

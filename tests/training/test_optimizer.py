@@ -40,14 +40,14 @@ def test_learning_rate_stays_at_the_end_of_the_cosine():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="expected constant or cosine"):
         learning_rate(0, 1, 1.0, 0, "linear")
-    with pytest.raises(ValueError, match="expected adamw or adamw8bit"):
-        make_optimizer([torch.nn.Parameter(torch.zeros(1))], "sgd", 1e-3, 0.0)
+    with pytest.raises(ValueError, match="expected adamw, adamw8bit, muon"):
+        make_optimizer([("weight", torch.nn.Parameter(torch.zeros(1)))], "sgd", 1e-3, 0.0)
 
 
 def quadratic(name, steps, width=4096):
     """Return weights after steps from 0 .. 1 towards zero, one for each learning rate."""
     weight = torch.nn.Parameter(torch.linspace(0, 1, width))
-    optimizer = make_optimizer([weight], name, 1.0, 0.1, (0.8, 0.95))
+    optimizer = make_optimizer([("weight", weight)], name, 1.0, 0.1, (0.8, 0.95))
     for _ in range(steps):
         optimizer.param_groups[0]["lr"] = 0.01
         weight.grad = weight.detach().clone()
@@ -78,7 +78,7 @@ def test_missing_bitsandbytes_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ModuleNotFoundError, match="pip install bitsandbytes"):
-        make_optimizer([torch.nn.Parameter(torch.zeros(1))], "adamw8bit", 1e-3, 0.0)
+        make_optimizer([("weight", torch.nn.Parameter(torch.zeros(1)))], "adamw8bit", 1e-3, 0.0)
 
 
 def model_and_optimizer(lr=1e-2, fused=None, steps=0, betas=(0.8, 0.9)):

@@ -46,6 +46,16 @@ def test_defaults_are_those_of_config():
         (["--max-skipped-steps", "-1"], "--max-skipped-steps is -1; expected at least 0"),
         (["--flow-shift", "3"], "--flow-shift is for --prediction-type flow"),
         (["--prediction-type", "flow", "--min-snr-gamma", "5"], "--min-snr-gamma is for epsilon"),
+        (["--alignment-weight", "-1"], "--alignment-weight is -1.0; expected at least 0"),
+        (["--alignment-blocks", "2", "4"], "--alignment-blocks is for --alignment-weight: give"),
+        (["--routing-blocks", "2", "4"], "--routing-blocks is for --token-routing: give both"),
+        (["--token-routing", "1"], "expected at least 0 and less than 1"),
+        (["--contrastive-weight", "1"], "expected at least 0 and less than 1"),
+        (["--contrastive-weight", "0.1"], "needs another sample in each batch, but --batch-size"),
+        (
+            ["--contrastive-weight", "0.1", "--method", "knowledge-distillation", "--teacher", "x"],
+            "--contrastive-weight is for --method fine-tuning",
+        ),
         (["--validation-prompts", "a", "b\udcff"], "--validation-prompts: 'b\\udcff' is not"),
     ],
 )  # fmt: skip
@@ -136,6 +146,16 @@ def test_stages_follow_each_other_and_change_their_options(tmp_path):
     assert [s.data_root for s in (first, second, third)] == ["data", "data", "best"]
     assert second.learning_rate == 1e-5
     assert second.global_batch(num_processes=3) == 6
+
+
+def test_contrast_needs_two_samples_in_the_batches_of_each_stage(tmp_path, capsys):
+    options = stages_file(tmp_path, [{"batch-size": 2}, {"batch-size": 3}])
+    options = [*options, "--contrastive-weight", "0.05", "--batch-size", "1"]
+    assert [stage.batch_size for stage in parse_args(options).stages] == [2, 3]
+    (tmp_path / "stages.json").write_text('[{"batch-size": 2}, {}]')
+    with pytest.raises(SystemExit):
+        parse_args(options)
+    assert "--stages, stage 2: --contrastive-weight needs another" in capsys.readouterr().err
 
 
 def test_the_stage_of_a_step(tmp_path):

@@ -1,8 +1,8 @@
 """Batches of visited samples: reading, decoding, and the random choices of each visit.
 
-The random choices of a visit (caption, dropout, flip, noise and timestep) depend only on the seed,
-the stage, the epoch and the sample. So they are the same in any process or worker, and a run needs
-only its position to resume.
+The random choices of a visit (caption, dropout, flip, noise, timestep and place) depend only on the
+seed, the stage, the epoch and the sample. So they are the same in any process or worker, and a run
+needs only its position to resume.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Item:
     weight: float
     noise: torch.Tensor  # (C, h, w)
     position: float  # of the timestep, in [0, 1)
+    place: tuple[float, float] = (0.0, 0.0)  # of a part of the picture, in [0, 1)
     pixels: torch.Tensor | None = None
     caption: str = ""
     latents: torch.Tensor | None = None
@@ -52,6 +53,7 @@ class Batch:
         weights: (B,) 1 for samples, 0 for placeholders.
         noise: (B, C, h, w).
         positions: (B,) positions of the timesteps, in [0, 1).
+        places: (B, 2) places of a part of each picture along its height and width, in [0, 1).
         pixels, captions: (B, 3, H, W) uint8 and their texts; or
         latents, text: (B, C, h, w) and the states of each caption, (tokens, channels).
         faults: the samples that turned out to be broken.
@@ -62,6 +64,7 @@ class Batch:
     weights: torch.Tensor
     noise: torch.Tensor
     positions: torch.Tensor
+    places: torch.Tensor
     pixels: torch.Tensor | None
     captions: list[str]
     latents: torch.Tensor | None
@@ -100,6 +103,11 @@ class Draws:
         position = sample_position(generator, self.timestep_sampling)
         return torch.randn(*shape, generator=generator), position
 
+    def place(self, visit: Visit) -> tuple[float, float]:
+        """Return the place of a part of the picture along its height and width, in [0, 1)."""
+        down, across = np.random.default_rng([*self.seed, visit.epoch, visit.sample, 2]).random(2)
+        return float(down), float(across)
+
 
 @dataclass(eq=False)
 class VisitDataset(Dataset[Item]):
@@ -128,15 +136,15 @@ class VisitDataset(Dataset[Item]):
             return self._placeholder(size, shape)
         sample = self.samples[visit.sample]
         caption, flip = self.draws.choices(visit, len(sample.captions))
-        noise, position = self.draws.noise(visit, shape)
+        drawn = (*self.draws.noise(visit, shape), self.draws.place(visit))
         try:
             if self.encoded is None:
                 pixels = read_picture(sample.image, size, flip)
                 text = "" if caption is None else sample.captions[caption]
-                return Item(sample.id, 1.0, noise, position, pixels=pixels, caption=text)
+                return Item(sample.id, 1.0, *drawn, pixels=pixels, caption=text)
             latents, states = read_encoded(sample, caption)
             states = self.encoded.empty_text if states is None else states
-            return Item(sample.id, 1.0, noise, position, latents=latents, text=states)
+            return Item(sample.id, 1.0, *drawn, latents=latents, text=states)
         except BrokenSample as broken:
             return self._placeholder(size, shape, Fault(broken.kind, sample.id, broken.detail))
 
@@ -159,6 +167,7 @@ class VisitDataset(Dataset[Item]):
             weights=torch.tensor([item.weight for item in items]),
             noise=torch.stack([item.noise for item in items]),
             positions=torch.tensor([item.position for item in items]),
+            places=torch.tensor([item.place for item in items]),
             pixels=torch.stack(pixels) if pixels else None,
             captions=[item.caption for item in items],
             latents=torch.stack(latents) if latents else None,

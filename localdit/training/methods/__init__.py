@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
@@ -31,6 +31,8 @@ class Inputs(NamedTuple):
         text_mask: (B, L), 1 = token.
         conditions: the transformer's `added_cond_kwargs`; see `size_conditions`.
         empty_text: (L, channels) float32, the empty caption; None if the method does not need it.
+        weights: (B,) 1 for samples, 0 for placeholders.
+        places: (B, 2) in [0, 1), places of a part of each picture.
     """
 
     latents: torch.Tensor
@@ -38,14 +40,15 @@ class Inputs(NamedTuple):
     text_mask: torch.Tensor
     conditions: dict[str, torch.Tensor | None]
     empty_text: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     def repeated(self, times: int) -> Inputs:
         """Return the inputs with the whole batch repeated, `times * B` rows."""
-        return self._replace(
-            latents=self.latents.repeat(times, 1, 1, 1),
-            text=self.text.repeat(times, 1, 1),
-            text_mask=self.text_mask.repeat(times, 1),
-        )
+        names = ("latents", "text", "text_mask", "weights", "places")
+        rows = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        repeated: Any = {name: torch.cat([row] * times) for name, row in rows.items()}
+        return self._replace(**repeated)
 
     def without_captions(self) -> Inputs:
         """Return the inputs with the empty caption in all rows, for classifier-free guidance."""
@@ -108,6 +111,8 @@ class InputMaker:
             mask.to(self.device, non_blocking=True),
             size_conditions(self.conditioned, *batch.size, self.device),
             self.empty_text,
+            batch.weights.to(self.device, non_blocking=True),
+            batch.places.to(self.device, non_blocking=True),
         )
 
 
@@ -187,11 +192,13 @@ class NoisedPrediction(NamedTuple):
     Attributes:
         prediction, target: (B, C, h, w).
         timesteps: (B,).
+        features: (B, N, channels) outputs of blocks that were asked for.
     """
 
     prediction: torch.Tensor
     target: torch.Tensor
     timesteps: torch.Tensor
+    features: tuple[torch.Tensor, ...] = ()
 
 
 def noised_prediction(
@@ -200,6 +207,7 @@ def noised_prediction(
     inputs: Inputs,
     noise: torch.Tensor,
     positions: torch.Tensor,
+    **options: Any,
 ) -> NoisedPrediction:
     """Add noise to latents and predict the target, for training and validation.
 
@@ -209,19 +217,30 @@ def noised_prediction(
         inputs: latents, text and conditions, on the model's device.
         noise: (B, C, h, w) float32.
         positions: (B,) in [0, 1).
+        **options: further arguments of the transformer.
     """
     timesteps = objective.timesteps(positions)
     noised = objective.add_noise(inputs.latents, noise, timesteps)
-    prediction = predict(model, noised, inputs, timesteps)
-    return NoisedPrediction(
-        prediction, objective.target(inputs.latents, noise, timesteps), timesteps
-    )
+    prediction, *features = _outputs(model, noised, inputs, timesteps, **options)
+    target = objective.target(inputs.latents, noise, timesteps)
+    return NoisedPrediction(prediction, target, timesteps, tuple(features))
 
 
 def predict(
     model: nn.Module, noised: torch.Tensor, inputs: Inputs, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """Return a model's prediction `(B, C, h, w)` for noised latents at timesteps `(B,)`."""
+    return _outputs(model, noised, inputs, timesteps)[0]
+
+
+def _outputs(
+    model: nn.Module,
+    noised: torch.Tensor,
+    inputs: Inputs,
+    timesteps: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Return a model's prediction, and the features that `options` ask for."""
     return model(
         noised,
         encoder_hidden_states=inputs.text,
@@ -229,4 +248,5 @@ def predict(
         timestep=timesteps,
         added_cond_kwargs=inputs.conditions,
         return_dict=False,
-    )[0]
+        **options,
+    )

@@ -70,13 +70,10 @@ class KnowledgeDistillation(Distillation):
     ) -> torch.Tensor:
         """Return the weighted mean squared distance of each sample's predictions, `(B,)`."""
         with torch.no_grad():
-            wanted, _, timesteps = noised_prediction(
-                models[TEACHER], self.objective, inputs, noise, positions
-            )
-        prediction, _, _ = noised_prediction(
-            models[TRANSFORMER], self.objective, inputs, noise, positions
-        )
-        return denoising_errors(prediction, wanted) * self.objective.weights(timesteps)
+            wanted = noised_prediction(models[TEACHER], self.objective, inputs, noise, positions)
+        found = noised_prediction(models[TRANSFORMER], self.objective, inputs, noise, positions)
+        errors = denoising_errors(found.prediction, wanted.prediction)
+        return errors * self.objective.weights(found.timesteps)
 
 
 class FewStepDistillation(Distillation):
@@ -104,7 +101,7 @@ class FewStepDistillation(Distillation):
         self.guided = guidance_scale > 1
 
     @classmethod
-    def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
+    def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
         """Return the guidance of the teacher, by default that of its folder, and both steps."""
         guidance_scale = args.teacher_guidance_scale
         if guidance_scale is None:
@@ -201,6 +198,11 @@ class TrajectoryDistillation(FewStepDistillation):
     answers from the noise. The targets do not depend on the student, so it learns sooner than by
     consistency if the teacher needs few steps. Of the data, only the captions matter.
     """
+
+    @property
+    def repeats(self) -> int:
+        """The number of the student's steps, which it learns in one pass."""
+        return self.student_steps
 
     def trajectory(
         self, teacher: nn.Module, inputs: Inputs, noise: torch.Tensor

@@ -3,20 +3,118 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models.flops import forward_flops
+from localdit.models.windows import Route, WindowGrid, rectangle_size, rectangle_tokens
 from localdit.training.methods import Inputs, Method, Sampling, noised_prediction
+from localdit.training.options import METHODS
 from localdit.training.state import TRANSFORMER
 
 if TYPE_CHECKING:
     from localdit.models import LocalDiTTransformer2DModel
+
+
+class Alignment(NamedTuple):
+    """A term that pulls the features of a block towards those of a later one.
+
+    Attributes:
+        weight: weight of the term.
+        blocks: indices of the earlier and the later block.
+    """
+
+    weight: float
+    blocks: tuple[int, int]
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace, num_layers: int) -> Alignment | None:
+        """Return what the options ask for; None if they leave the term out.
+
+        Blocks are by default those after 8/28 and 16/28 of all.
+
+        Raises:
+            ValueError: if there are no such blocks.
+        """
+        if not args.alignment_weight:
+            return None
+        early = max(1, round(num_layers * 8 / 28))
+        late = max(early + 1, round(num_layers * 16 / 28))
+        early, late = args.alignment_blocks or (early, late)
+        if not 1 <= early < late <= num_layers:
+            raise ValueError(
+                f"--alignment-blocks is {early} {late}; expected a block and a later one of the "
+                f"{num_layers} blocks, which are counted from 1"
+            )
+        return cls(args.alignment_weight, (early - 1, late - 1))
+
+    def losses(self, early: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
+        """Return minus the mean cosine of the angles between features `(B, N, C)`, `(B,)`.
+
+        This is the term of LayerSync (Haghighi et al., 2025). Only the earlier features are moved.
+        """
+        cosines = F.cosine_similarity(early.float(), late.detach().float(), dim=-1)
+        return -self.weight * cosines.mean(dim=1)
+
+
+class Routing(NamedTuple):
+    """Tokens that skip the middle blocks in training (TREAD, Krause et al., 2025).
+
+    The paper draws tokens one by one. Here, those that stay are a rectangle of windows, at a random
+    place in each picture, so that attention finds whole windows.
+
+    Attributes:
+        share: share of the tokens that skip the blocks, about.
+        blocks: indices of the blocks.
+    """
+
+    share: float
+    blocks: range
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace, num_layers: int) -> Routing | None:
+        """Return what the options ask for; None if all tokens take all blocks.
+
+        By default 2/28 of the blocks come before and 4/28 after, at least one of each.
+
+        Raises:
+            ValueError: if there are no such blocks.
+        """
+        if not args.token_routing:
+            return None
+        first = max(1, round(num_layers * 2 / 28)) + 1
+        last = num_layers - max(1, round(num_layers * 4 / 28))
+        first, last = args.routing_blocks or (first, last)
+        if not 1 <= first <= last <= num_layers:
+            raise ValueError(
+                f"--routing-blocks is {first} {last}; expected the first and the last of the "
+                f"{num_layers} blocks to skip, which are counted from 1"
+            )
+        return cls(args.token_routing, range(first - 1, last))
+
+    def rectangle(self, height: int, width: int, window_size: int) -> tuple[int, int]:
+        """Return the size of the rectangle that stays, in tokens, in maps of one size.
+
+        Raises:
+            ValueError: if the map has too few windows to choose from.
+        """
+        rows, columns = height // window_size, width // window_size
+        size = rectangle_size(height, width, window_size, 1 - self.share)
+        if min(rows, columns) < 2 or size == (rows * window_size, columns * window_size):
+            raise ValueError(
+                f"--token-routing is {self.share}, but maps of {height} x {width} tokens have "
+                f"{rows} x {columns} whole windows; expected at least 2 x 2, and a share of at "
+                "least one window. Raise --image-size or the share, lower --max-aspect-ratio, or "
+                "leave out --token-routing"
+            )
+        return size
 
 
 class FineTuning(Method):
@@ -26,6 +124,9 @@ class FineTuning(Method):
         transformer: the transformer in training, bare.
         objective: defines the target.
         adapters: whether adapters are trained and the transformer's own weights are frozen.
+        contrastive_weight: weight of the distance from the target of another sample.
+        alignment: the term between the features of two blocks, or None.
+        routing: the tokens that skip blocks, or None.
     """
 
     def __init__(
@@ -34,9 +135,14 @@ class FineTuning(Method):
         objective: Objective,
         adapters: bool,
         frozen: Mapping[str, nn.Module] | None = None,
+        contrastive_weight: float = 0.0,
+        alignment: Alignment | None = None,
+        routing: Routing | None = None,
     ) -> None:
         super().__init__({TRANSFORMER: transformer}, frozen)
         self.transformer, self.objective, self.adapters = transformer, objective, adapters
+        self.contrastive_weight = contrastive_weight
+        self.alignment, self.routing = alignment, routing
         self._forward_flops: dict[tuple[int, int, int], int] = {}
 
     @classmethod
@@ -61,12 +167,21 @@ class FineTuning(Method):
         models = cls.frozen_models(args, transformer)
         frozen = {name: model.to(device) for name, model in models.items()}
         adapters = args.lora_rank is not None
-        return cls(transformer, objective, adapters, frozen, **cls.settings(args))
+        settings = cls.settings(args, transformer.config.num_layers)
+        return cls(transformer, objective, adapters, frozen, **settings)
 
     @classmethod
-    def settings(cls, args: argparse.Namespace) -> dict[str, Any]:
-        """Return the arguments of a derived class that the options give."""
-        return {}
+    def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
+        """Return the arguments beside the models and the objective that the options give.
+
+        Raises:
+            ValueError: if the transformer of `num_layers` blocks lacks one that they name.
+        """
+        return {
+            "contrastive_weight": args.contrastive_weight,
+            "alignment": Alignment.from_options(args, num_layers),
+            "routing": Routing.from_options(args, num_layers),
+        }
 
     @classmethod
     def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
@@ -87,6 +202,11 @@ class FineTuning(Method):
         """Load the frozen models that the loss needs beside the transformer, by name."""
         return {}
 
+    @property
+    def repeats(self) -> int:
+        """The number of times that the pass with a gradient has the batch."""
+        return 1
+
     def losses(
         self,
         models: Mapping[str, nn.Module],
@@ -94,18 +214,64 @@ class FineTuning(Method):
         noise: torch.Tensor,
         positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the weighted mean squared error of each sample's prediction."""
-        prediction, target, timesteps = noised_prediction(
-            models[TRANSFORMER], self.objective, inputs, noise, positions
+        """Return the weighted mean squared error of each sample's prediction.
+
+        Further terms change the gradient and not the value. So runs with and without them show
+        losses that can be compared.
+        """
+        options: dict[str, Any] = {}
+        if self.alignment:
+            options["feature_blocks"] = self.alignment.blocks
+        if self.routing:
+            options["route"] = self._route(inputs)
+        prediction, target, timesteps, features = noised_prediction(
+            models[TRANSFORMER], self.objective, inputs, noise, positions, **options
         )
-        return denoising_errors(prediction, target) * self.objective.weights(timesteps)
+        weights = self.objective.weights(timesteps)
+        losses = denoising_errors(prediction, target) * weights
+        if self.contrastive_weight:
+            contrast = self._contrast(prediction, inputs, noise, timesteps) * weights
+            losses = losses + without_value(self.contrastive_weight * contrast)
+        if self.alignment:
+            losses = losses + without_value(self.alignment.losses(*features))
+        return losses
+
+    def _route(self, inputs: Inputs) -> Route | None:
+        """Return the tokens of each picture that take all blocks; None if all do."""
+        if not self.routing:
+            return None
+        assert inputs.places is not None
+        config = self.transformer.config
+        height, width = (side // config.patch_size for side in inputs.latents.shape[2:])
+        rectangle = self.routing.rectangle(height, width, config.window_size)
+        grid = WindowGrid(height, width, config.window_size)
+        tokens = rectangle_tokens(inputs.places, grid, rectangle)
+        return Route(self.routing.blocks, *rectangle, tokens)
+
+    def _contrast(
+        self,
+        prediction: torch.Tensor,
+        inputs: Inputs,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return minus the error of each prediction for the target of another sample, `(B,)`.
+
+        This is the second term of contrastive flow matching (Stoica et al., 2025). The other sample
+        has its own latents and noise, at the same timestep. If there is none, the result is 0.
+        """
+        assert inputs.weights is not None
+        other = next_sample(inputs.weights)
+        target = self.objective.target(inputs.latents[other], noise[other], timesteps)
+        alone = other == torch.arange(len(other), device=other.device)
+        return torch.where(alone, 0.0, -denoising_errors(prediction, target))
 
     def validation_errors(
         self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Return the mean squared error of each sample's prediction, `(B,)`."""
-        prediction, target, _ = noised_prediction(model, self.objective, inputs, noise, positions)
-        return denoising_errors(prediction, target)
+        found = noised_prediction(model, self.objective, inputs, noise, positions)
+        return denoising_errors(found.prediction, found.target)
 
     def step_flops(self, inputs: Inputs) -> int:
         """Return the operations of the transformer.
@@ -115,7 +281,8 @@ class FineTuning(Method):
         rows, _, height, width = inputs.latents.shape
         sizes = (height, width, inputs.text.shape[1])
         if sizes not in self._forward_flops:
-            self._forward_flops[sizes] = forward_flops(self.transformer.config, *sizes)
+            route = self._route(inputs)
+            self._forward_flops[sizes] = forward_flops(self.transformer.config, *sizes, route)
         return (2 if self.adapters else 3) * rows * self._forward_flops[sizes]
 
     def set_sample_size(self, size: int) -> None:
@@ -125,3 +292,29 @@ class FineTuning(Method):
         """
         if not self.adapters:
             self.transformer.set_sample_size(size)
+
+
+def method_class(args: argparse.Namespace) -> type[FineTuning]:
+    """Return the class of the method that the options name."""
+    module, name = METHODS[args.distillation or args.method].split(".")
+    return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
+
+
+def next_sample(weights: torch.Tensor) -> torch.Tensor:
+    """Return the next sample of the batch for each one, cyclically, `(B,)` int64.
+
+    It is the sample itself if there is no other.
+
+    Args:
+        weights: `(B,)`, 0 for placeholders, which are left out.
+    """
+    index = torch.arange(len(weights), device=weights.device)
+    following = (index[:, None] + index) % len(weights)  # (B, B): i, i + 1, ...
+    chosen = weights[following] > 0
+    chosen[:, 0] = False
+    return (index + chosen.int().argmax(dim=1)) % len(weights)
+
+
+def without_value(term: torch.Tensor) -> torch.Tensor:
+    """Return zeros with the gradient of `term`; not a number where it is not finite."""
+    return term - term.detach()

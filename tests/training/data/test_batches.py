@@ -46,7 +46,9 @@ def test_a_visit_depends_only_on_its_sample_and_epoch(samples):
     assert torch.equal(item.noise, again.noise)
     assert torch.equal(item.pixels, again.pixels)
     assert (item.position, item.caption) == (again.position, again.caption)
+    assert item.place == again.place
     others = [data[visit(4, epoch=1)], data[visit(2)]]
+    assert len({item.place, *(other.place for other in others)}) == 3
     assert all(not torch.equal(item.noise, other.noise) for other in others)
     assert len({item.position, *(other.position for other in others)}) == 3
     other_stage = VisitDataset(samples, SIZES, Draws((0, 1)), 4, 8)
