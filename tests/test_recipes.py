@@ -134,3 +134,15 @@ def test_variants_are_scored_at_equal_steps_and_at_equal_time():
 def test_the_interval_over_three_seeds_is_students():
     mean, half = load("study/report.py").interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(2.484, abs=1e-3))  # 4.303 / sqrt(3)
+
+
+def test_the_interval_of_one_seed_is_over_captions_and_pairs_them():
+    half = load("study/report.py").over_captions
+    right = {"pair": [True] * 50 + [False] * 50, "count": [True] * 100}
+    wrong = {"pair": [False] * 100, "count": [True] * 100}
+    expected = 196 * (25 / 99 / 100) ** 0.5
+    assert half(right) == pytest.approx(
+        {"pair": expected, "count": 0, "all tasks": expected / 2}, abs=1e-9
+    )
+    assert half(right, right)["pair"] == 0
+    assert half(right, wrong)["pair"] == pytest.approx(expected)

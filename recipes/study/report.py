@@ -6,7 +6,8 @@
 Reads `costs.json` and `scores`, and writes `results.json`, `results.md` and `results.png`. Seeds
 without all variants of the first seed are left out. With `--page`, the tables replace what the page
 has between its two comments. An interval has 95 % confidence: mean over seeds plus or minus
-Student's t times the standard error. Differences to full attention are taken seed by seed, on the
+Student's t times the standard error. With a single seed, shares have an interval over its captions
+instead, and other figures have none. Differences to full attention are taken seed by seed, on the
 same captions.
 """
 
@@ -27,10 +28,11 @@ DRAWINGS = "true-drawings-0"  # as score.py names it
 WHEN = {"steps": "Equal steps", "time": "Equal processor time"}
 DISTANCES = {"Fréchet distance": "Fréchet", "kernel distance": "kernel"}
 DIGITS = {"Fréchet": 2, "kernel": 3, "loss": 4}  # after the point; of shares one
-COMPARED = ("all tasks", "loss")  # in the last columns
+COMPARED = ("all tasks", "loss")  # shown with intervals, and compared with full attention
 PLACE = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
 
 Measures = dict[str, float]
+Right = Mapping[str, Sequence[bool]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,11 +53,28 @@ def measures(score: Mapping[str, Any]) -> Measures:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and half the width of its 95 % interval; None for a single value."""
+    """Return the mean over seeds and half of its 95 % interval, None for a single seed."""
     if len(values) == 1:
         return values[0], None
     error = statistics.stdev(values) / len(values) ** 0.5
     return statistics.fmean(values), STUDENT_T[len(values) - 2] * error
+
+
+def over_captions(right: Right, other: Right | None = None) -> Measures:
+    """Return half the 95 % interval of each share, or of its difference to another, in per cent.
+
+    This is the normal approximation over the captions of one seed, which both have in common.
+
+    Args:
+        right, other: for each task, which of its captions are right.
+    """
+    variances = {}
+    for task, own in right.items():
+        others = other[task] if other else [False] * len(own)
+        values = [int(one) - int(two) for one, two in zip(own, others, strict=True)]
+        variances[task] = statistics.variance(values) / len(values)
+    variances["all tasks"] = sum(variances.values()) / len(variances) ** 2
+    return {name: 196 * variance**0.5 for name, variance in variances.items()}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -74,39 +93,45 @@ def read(folder: Path) -> dict[str, Any]:
         raise SystemExit(f"The variant {REFERENCE} is not scored yet.")
     results: dict[str, Any] = {"seeds": seeds, **costs}
     for when in WHEN:
-        rows = {name: [measures(scores[f"{name}-{seed}"][when]) for seed in seeds]
-                for name in names}  # fmt: skip
+        own = {name: [scores[f"{name}-{seed}"][when] for seed in seeds] for name in names}
+        full = own[REFERENCE]
         results[when] = {
             name: {
-                "seeds": own,
-                "mean": over_seeds(own),
-                "minus full": over_seeds(differences(own, rows[REFERENCE])),
+                "seeds": [measures(score) for score in rows],
+                "mean": over_seeds(rows),
+                "minus full": over_seeds(rows, full),
             }
-            for name, own in rows.items()
+            for name, rows in own.items()
         }
-        drawings = measures(scores[DRAWINGS][when])
-        results[when]["true drawings"] = {"mean": over_seeds([drawings])}
+        results[when]["true drawings"] = {"mean": over_seeds([scores[DRAWINGS][when]])}
     return results
 
 
-def differences(these: Sequence[Measures], those: Sequence[Measures]) -> list[Measures]:
-    """Return the differences of each seed's figures."""
-    pairs = zip(these, those, strict=True)
-    return [{key: one[key] - other[key] for key in one} for one, other in pairs]
+def over_seeds(
+    scores: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, tuple[float, float | None]]:
+    """Return each figure's mean and half of its interval; with `others`, of the differences."""
+    rows = [measures(score) for score in scores]
+    if others:
+        pairs = zip(rows, map(measures, others), strict=True)
+        rows = [{key: one[key] - two[key] for key in one} for one, two in pairs]
+    found = {key: interval([row[key] for row in rows]) for key in rows[0]}
+    if len(scores) == 1:
+        halves = over_captions(scores[0]["right"], others[0]["right"] if others else None)
+        found |= {key: (found[key][0], half) for key, half in halves.items()}
+    return found
 
 
-def over_seeds(rows: Sequence[Measures]) -> dict[str, tuple[float, float | None]]:
-    """Return the interval of each figure."""
-    return {key: interval([row[key] for row in rows]) for key in rows[0]}
-
-
-def shown(value: Sequence[float | None] | None, key: str, sign: str = "") -> str:
-    """Return "mean ± half a width", or the mean alone, of a figure; "" if there is none."""
+def shown(
+    value: Sequence[float | None] | None, key: str, with_interval: bool = True, sign: str = ""
+) -> str:
+    """Return "mean ± half an interval", or the mean alone, of a figure; "" if there is none."""
     if value is None:
         return ""
     mean, half = value
     digits = DIGITS.get(key, 1)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+    error = f" ± {half:.{digits}f}" if with_interval and half is not None else ""
+    return f"{mean:{sign}.{digits}f}{error}"
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -117,12 +142,13 @@ def tables(results: Mapping[str, Any]) -> str:
         heads = ["model", "ms a step", "steps", *keys, *(f"{key}, minus full" for key in COMPARED)]
         lines += [f"{title}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for name, row in results[when].items():
-            cells = [name, "", "", *(shown(row["mean"].get(key), key) for key in keys)]
+            means = row["mean"]
+            cells = [name, "", "", *(shown(means.get(key), key, key in COMPARED) for key in keys)]
             if name in results["milliseconds"]:
                 cells[1] = f"{results['milliseconds'][name]:.0f}"
                 cells[2] = f"{results['scored'][name][when]:,}"
             difference = row.get("minus full", {}) if name != REFERENCE else {}
-            cells += [shown(difference.get(key), key, "+") for key in COMPARED]
+            cells += [shown(difference.get(key), key, sign="+") for key in COMPARED]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -39,6 +39,8 @@ _LEFT = (0, 4)  # left edges of the columns in the left half
 _LEAST_AREA = 4  # pixels; smaller parts are specks
 _LEAST_PURE = 0.85  # share of an object's or frame's pixels that have its colour
 _LEAST_MIRRORED = 0.8  # intersection over union of a pattern and its mirror image
+_LEAST_HOLE = 49  # pixels within a frame; a true one has at least 64
+_LEAST_EVEN = 0.9  # share of the places along a frame that have its width
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ def is_frame(mask: np.ndarray) -> bool:
     # Across each side, where it faces the hole.
     rows, columns = hole.any(axis=1), hole.any(axis=0)
     sides = [*np.split(mask[rows], 2, axis=1), *np.split(mask[:, columns].T, 2, axis=1)]
-    widths = {int(width) for side in sides for width in side.sum(axis=1)}
-    return len(widths) == 1 and int(hole.sum()) >= (SIDE // 2 - 1) ** 2
+    counts = np.bincount(np.concatenate([side.sum(axis=1) for side in sides]))
+    return bool(counts.max() >= _LEAST_EVEN * counts.sum() and hole.sum() >= _LEAST_HOLE)
 
 
 def main() -> None:
