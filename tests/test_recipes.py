@@ -10,6 +10,7 @@ import torch
 
 from localdit.core.latents import LatentSpace
 from localdit.models import LocalDiTTransformer2DModel
+from localdit.scenes.scene import PALETTE
 from tests.training.workplace import ROOT
 
 
@@ -65,3 +66,83 @@ def test_the_comparison_names_the_step_that_is_as_good():
     assert "| 30 | 50.0 % | – |" in page
     assert "From nothing: 50.0 % at best, at step 20. Transferred: step 10, 50 % of" in page
     assert "does not reach that" in compare.table(curves | {"transferred": {10: 0.2}})
+
+
+@pytest.fixture(scope="module")
+def study():
+    return load("study/scenes.py")
+
+
+def test_true_drawings_of_the_study_are_right(study):
+    for scene in study.sample_many(100, 1):
+        assert study.is_right(study.draw(scene), scene), scene
+
+
+OPPOSITE = [("red", 1, 0), ("blue", 12, 13)]
+ACROSS = [("red", 1, 3), ("red", 12, 9)]
+TWO = [("red", 1, 1), ("red", 6, 6)]
+MIRROR = [("red", 0, 1), ("blue", 4, 6), ("red", 13, 1), ("blue", 9, 6)]
+
+
+@pytest.mark.parametrize(
+    ("task", "right", "wrong"),
+    [
+        ("corners", OPPOSITE, [("red", 1, 0), ("blue", 12, 0)]),
+        ("corners", OPPOSITE, [("red", 1, 0), ("green", 12, 13)]),
+        ("pair", ACROSS, [("red", 1, 3), ("green", 12, 9)]),
+        ("pair", ACROSS, [("red", 1, 3), ("red", 1, 9)]),
+        ("count", TWO, [*TWO, ("red", 11, 11)]),
+        ("count", TWO, [("red", 1, 1), ("black", 6, 6)]),
+        ("mirror", MIRROR, MIRROR[:3]),
+        ("mirror", MIRROR, [*MIRROR[:3], ("blue", 9, 9)]),
+        ("mirror", MIRROR, [*MIRROR[:3], ("red", 9, 6)]),
+    ],
+)
+def test_objects_of_the_study_are_judged_by_number_colour_and_place(study, task, right, wrong):
+    asked = study.Study(task, tuple(study.Square(*one) for one in right))
+    for objects, verdict in ((right, True), (wrong, False)):
+        drawn = study.Study("", tuple(study.Square(*one) for one in objects))
+        assert study.is_right(study.draw(drawn), asked) is verdict
+
+
+@pytest.mark.parametrize(
+    ("box", "colour"),
+    [((7, 1, 9, 3), "white"), ((1, 1, 15, 3), "blue"), ((4, 3, 12, 4), "red")],
+    ids=["a gap", "two colours", "a thicker side"],
+)
+def test_a_broken_frame_is_wrong(study, box, colour):
+    asked = study.Study("frame", frame=("red", 1, 2))
+    picture = study.draw(asked)
+    assert study.is_right(picture, asked)
+    picture.paste(PALETTE[colour], box)
+    assert not study.is_right(picture, asked)
+
+
+def test_the_autoencoder_of_the_study_changes_nothing():
+    space = LatentSpace(load("study/write_autoencoder.py").build_autoencoder())
+    pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        decoded = (space.decode(space.encode_pixels(pixels)) + 1) * 127.5
+    torch.testing.assert_close(decoded, pixels.float(), atol=0.1, rtol=0)
+
+
+def test_variants_are_scored_at_equal_steps_and_at_equal_time():
+    scored = load("study/variants.py").scored_steps({"cheap": 50.0, "dear": 80.0}, 400)
+    assert scored == {"cheap": {"steps": 400, "time": 400}, "dear": {"steps": 400, "time": 240}}
+
+
+def test_the_interval_over_three_seeds_is_students():
+    mean, half = load("study/report.py").interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(2.484, abs=1e-3))  # 4.303 / sqrt(3)
+
+
+def test_the_interval_of_one_seed_is_over_captions_and_pairs_them():
+    half = load("study/report.py").over_captions
+    right = {"pair": [True] * 50 + [False] * 50, "count": [True] * 100}
+    wrong = {"pair": [False] * 100, "count": [True] * 100}
+    expected = 196 * (25 / 99 / 100) ** 0.5
+    assert half(right) == pytest.approx(
+        {"pair": expected, "count": 0, "all tasks": expected / 2}, abs=1e-9
+    )
+    assert half(right, right)["pair"] == 0
+    assert half(right, wrong)["pair"] == pytest.approx(expected)
