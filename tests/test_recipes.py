@@ -146,3 +146,18 @@ def test_the_interval_of_one_seed_is_over_captions_and_pairs_them():
     )
     assert half(right, right)["pair"] == 0
     assert half(right, wrong)["pair"] == pytest.approx(expected)
+
+
+def test_the_ablation_compares_seed_by_seed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes/study"))
+    ablation = load("study/ablation.py")
+    figures = dict.fromkeys(ablation.DIGITS, 1.0)
+    losses = {"AdamW": (1.0, 5.0), "Muon": (0.5, 4.3)}
+    results = {name: [figures | {"loss": loss} for loss in own] for name, own in losses.items()}
+    (row,) = (line for line in ablation.table(results).splitlines() if "Muon" in line)
+    # Differences of -0.5 and -0.7: a mean of -0.6, and 12.706 times a standard error of 0.1.
+    assert row.endswith("| -0.6000 ± 1.2706 |")
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- ablation -->\nold\n<!-- end of ablation -->\nbelow\n")
+    ablation.write_into(page, "new\n")
+    assert page.read_text() == ("above\n<!-- ablation -->\nnew\n<!-- end of ablation -->\nbelow\n")
