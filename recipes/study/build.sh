@@ -18,7 +18,7 @@ once scenes python recipes/study/scenes.py --output "$out/scenes" --count "${SCE
 once encoded python -m localdit.training.encode --data-root "$out/scenes" --image-size 16 \
   --crop center --patch-size "$patch" $parts --num-workers 0 --output "$out/encoded"
 once extractor python recipes/study/train_extractor.py --output "$out/extractor"
-python recipes/study/variants.py --output "$out" --steps "$steps" --batch-size "$batch" \
+once costs python recipes/study/variants.py --output "$out" --steps "$steps" --batch-size "$batch" \
   --patch-size "$patch" --layers "${LAYERS:-6}" --heads "${HEADS:-2}" --head-dim "${HEAD_DIM:-32}"
 
 variants=${VARIANTS:-full windows pooled full-every-3rd global large-windows large-windows-alternating}
