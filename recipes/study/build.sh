@@ -18,7 +18,7 @@ once scenes python recipes/study/scenes.py --output "$out/scenes" --count "${SCE
 once encoded python -m localdit.training.encode --data-root "$out/scenes" --image-size 16 \
   --crop center --patch-size "$patch" $parts --num-workers 0 --output "$out/encoded"
 once extractor python recipes/study/train_extractor.py --output "$out/extractor"
-python recipes/study/variants.py --output "$out" --steps "$steps" --batch-size "$batch" \
+once costs python recipes/study/variants.py --output "$out" --steps "$steps" --batch-size "$batch" \
   --patch-size "$patch" --layers "${LAYERS:-6}" --heads "${HEADS:-2}" --head-dim "${HEAD_DIM:-32}"
 
 variants=${VARIANTS:-full windows pooled full-every-3rd global large-windows large-windows-alternating}
@@ -28,15 +28,14 @@ $score
 # All variants of a seed before the next seed: a run that is cut short leaves whole comparisons.
 for seed in ${SEEDS:-0 1 2}; do
   for variant in $variants; do
-    name=$variant-$seed config=$out/variants/$variant.json
-    once "$name" python train.py --mixed-precision bf16 \
+    run=$out/runs/$variant-$seed config=$out/variants/$variant.json
+    [ -e "$run/final" ] || python train.py --mixed-precision bf16 \
       --data-root "$out/encoded" --image-size 16 --crop center --num-workers 0 \
       $parts --transformer-config "$config" --prediction-type flow \
       --batch-size "$batch" --max-train-steps "$steps" --learning-rate 2e-3 --warmup-steps 20 \
       --gradient-clip 1.0 --token-dropout 0.1 --ema-decay 0.99 --seed "$seed" \
-      --output "$out/runs/$name" --resume auto \
-      --save-interval $((steps / 20)) --keep-checkpoints 21
-    $score --run "$out/runs/$name"
+      --output "$run" --resume auto --save-interval $((steps / 20)) --keep-checkpoints 21
+    $score --run "$run"
   done
   python recipes/study/report.py --output "$out"
 done

@@ -3,12 +3,12 @@
     python recipes/study/report.py --output output/study
     python recipes/study/report.py --output output/study --page docs/study.md
 
-Reads `costs.json` and `scores`, and writes `results.json`, `results.md` and `results.png`. Seeds
-without all variants of the first seed are left out. With `--page`, the tables replace what the page
-has between its two comments. An interval has 95 % confidence: mean over seeds plus or minus
-Student's t times the standard error. With a single seed, shares have an interval over its captions
-instead, and other figures have none. Differences to full attention are taken seed by seed, on the
-same captions.
+Reads `costs.json` and `scores`, and writes `results.json`, `results.md`, `results.png` and
+`samples.png`. Seeds without all variants of the first seed are left out. With `--page`, the tables
+replace what the page has between its two comments. An interval has 95 % confidence: mean over seeds
+plus or minus Student's t times the standard error. With a single seed, shares have an interval over
+its captions instead, and other figures have none. Differences to full attention are taken seed by
+seed, on the same captions.
 """
 
 from __future__ import annotations
@@ -181,6 +181,18 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def samples(names: Sequence[str], folder: Path, path: Path) -> None:
+    """Save the first row of each run's pictures, of one seed, one run above the other."""
+    from PIL import Image
+
+    grids = [Image.open(folder / "scores" / f"{name}.png") for name in names]
+    height = grids[0].height // 4  # of a row
+    sheet = Image.new("RGB", (grids[0].width, height * len(grids)))
+    for row, grid in enumerate(grids):
+        sheet.paste(grid.crop((0, 0, grid.width, height)), (0, row * height))
+    sheet.save(path)
+
+
 def main() -> None:
     args = parse_args()
     results = read(args.output)
@@ -188,6 +200,8 @@ def main() -> None:
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     (args.output / "results.md").write_text(text, "utf-8")
     plot(results, args.output / "results.png")
+    runs = [f"{name}-{results['seeds'][0]}" for name in results["steps"] if name != "true drawings"]
+    samples([DRAWINGS, *runs], args.output, args.output / "samples.png")
     if args.page:
         page = args.page.read_text("utf-8")
         args.page.write_text(PLACE.sub(lambda m: f"{m[1]}{text}{m[2]}", page), "utf-8")

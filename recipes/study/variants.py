@@ -4,7 +4,7 @@
 
 Writes `variants/NAME.json` for `train.py --transformer-config`, and `costs.json`: for each variant
 the median processor time of a training step in milliseconds, and the steps at which it is scored.
-The variants take turns, so that a busy machine slows all of them. An existing `costs.json` is kept.
+The variants take turns, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations
@@ -123,9 +123,6 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    if (args.output / "costs.json").is_file():
-        return
-
     steppers = {name: stepper(config, args.batch_size) for name, config in configs.items()}
     costs = measure(steppers, args.turns)
     report = {"milliseconds": costs, "scored": scored_steps(costs, args.steps)}
