@@ -156,12 +156,12 @@ class Part:
 
     @property
     def is_left(self) -> bool:
-        """Whether its centre is in the left half."""
+        """True if the centre is in the left half."""
         return bool(np.nonzero(self.mask)[1].mean() < (SIDE - 1) / 2)
 
     @property
     def is_upper(self) -> bool:
-        """Whether its centre is in the upper half."""
+        """True if the centre is in the upper half."""
         return bool(np.nonzero(self.mask)[0].mean() < (SIDE - 1) / 2)
 
 
