@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PLAIN = ("seed",)  # numbers without separators
 PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
 OF_RELEASED = {"window_size": 4, "num_attention_heads": 16, "attention_head_dim": 72}
+WHOLE_WORDS = "whole words; others are ignored, and named in a warning"
 Facts = dict[str, Any]
 Headers = dict[str, tuple[str, int]]  # dtype and number of values of each tensor
 
@@ -250,6 +251,7 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
             "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "missing": absent or "nothing",
             **asdict(read_settings(folder)),
+            **({"vocabulary": WHOLE_WORDS} if index.get("whole_words") is True else {}),
         }
     }
     for name, (_, kind, *_) in sorted(parts.items()):

@@ -35,6 +35,8 @@ TOKEN_MULTIPLE = 8
 ENCODING_BATCH_SIZE = 32
 POSITIONS = "max_position_embeddings"  # of an encoder that has a limit, as CLIP
 PIECES_SHOWN = 10  # of the unknown ones in a message
+SPACE_SIGN = "\u2581"  # SentencePiece's, at the start of a word's first token
+CLOSING_MARKS = ".,;:!?)]}'\""  # may follow a word without being part of it
 CACHE_BYTES = 64 * 2**20  # 128 prompts of 32 tokens of FLAN-T5-XXL in float32
 NO_ENCODER = (
     "This pipeline has no tokenizer or no text encoder, and not all of these prompts were encoded "
@@ -107,7 +109,7 @@ def unknown_pieces(tokenizer: Any, texts: str | Sequence[str]) -> dict[str, int]
         tokens = [tokenizer.convert_tokens_to_ids(of_one) for of_one in pieces]
     for of_one, ids in zip(pieces, tokens, strict=True):
         found.update(
-            piece.strip("\u2581 \n\t")  # the first is SentencePiece's sign of a space
+            piece.strip(f"{SPACE_SIGN} \n\t")
             for piece, number in zip(of_one, ids, strict=True)
             if number == unknown
         )
@@ -128,6 +130,49 @@ def unknown_message(pieces: Mapping[str, int]) -> str:
     )
 
 
+def unknown_words(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Return the words of texts that a tokenizer does not hold as one token each.
+
+    To a model whose vocabulary is whole words, all others are letters without a meaning. A word is
+    what stands between spaces, without the marks that follow it. Each part of a compound such as
+    "top-left" has to be a token.
+
+    Args:
+        tokenizer: a Transformers tokenizer. It spells other words, or has one token for them all.
+        texts: prompts or captions. They are lower-cased and stripped, as for encoding, but not cut.
+
+    Returns:
+        Each word once, in the order of their first occurrence.
+    """
+    spaced = [word for text in texts for word in _prepared(text).split()]
+    words = list(dict.fromkeys(word.rstrip(CLOSING_MARKS) or word for word in spaced))
+    if not words:
+        return []
+    encoded = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return [
+        word
+        for word, ids in zip(words, encoded, strict=True)
+        if unknown in ids or not _holds_parts(word, tokenizer.convert_ids_to_tokens(ids))
+    ]
+
+
+def _holds_parts(word: str, tokens: Sequence[str]) -> bool:
+    """Return whether each part of a word, between its marks, is one of the word's tokens."""
+    parts = set(re.findall(r"\w+", word))
+    if parts and tokens[:1] == [SPACE_SIGN]:  # as a token of its own: single letters follow
+        return False
+    return parts <= {token.removeprefix(SPACE_SIGN) for token in tokens}
+
+
+def unknown_words_message(words: Sequence[str]) -> str:
+    """Return one sentence that names unknown words of a prompt."""
+    names = [repr(word[:40])[1:-1] for word in words[:PIECES_SHOWN]]  # no control characters
+    more = f" and {len(words) - PIECES_SHOWN} more" if len(words) > PIECES_SHOWN else ""
+    what = "these words and ignores them" if len(words) > 1 else "this word and ignores it"
+    return f"The model does not know {what}: {', '.join(names)}{more}"
+
+
 def _prepared(text: str) -> str:
     return text.lower().strip()
 
@@ -146,12 +191,20 @@ class TextSpace:
         text_encoder: a Transformers model whose last hidden states are the caption. None serves
             texts from the cache alone.
         cache: keeps the states of texts that were encoded by `encode`; None keeps nothing.
+        whole_words: the tokens that the text encoder understands are whole words.
     """
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, cache: TextCache | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        cache: TextCache | None = None,
+        whole_words: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.cache = cache
+        self.whole_words = whole_words
 
     @property
     def width(self) -> int:
@@ -167,8 +220,9 @@ class TextSpace:
             texts: N prompts or captions. They are lower-cased and stripped.
             max_length: tokens that a text is cut at, the end-of-sequence token included. An encoder
                 with fewer positions cuts earlier.
-            warn: log warnings that quote what was cut, and what the tokenizer does not know. The
-                latter is quoted once as long as the cache lives.
+            warn: log warnings that quote what was cut, and pieces that the tokenizer does not know.
+                The latter are quoted once as long as the cache lives, and not with `whole_words`,
+                where `unknown` has more to tell.
         """
         if not texts:
             return []
@@ -180,8 +234,22 @@ class TextSpace:
             for text, ids in zip(texts, tokens, strict=True):
                 if len(ids) == limit:
                     self._warn_if_cut(text, limit)
-            self._warn_of_unknown(texts)
+            if not self.whole_words:
+                self._warn_of_unknown(texts)
         return tokens
+
+    def unknown(self, texts: Sequence[str]) -> str:
+        """Return one sentence that names what is unknown in texts, or "".
+
+        With a vocabulary of whole words, these are all words that it lacks; else, the pieces that
+        the tokenizer replaces with its unknown token.
+        """
+        with nullcontext() if self.cache is None else self.cache.lock:  # a tokenizer has state
+            if self.whole_words:
+                words = unknown_words(self.tokenizer, texts)
+                return unknown_words_message(words) if words else ""
+            pieces = unknown_pieces(self.tokenizer, texts)
+            return unknown_message(pieces) if pieces else ""
 
     def count_tokens(self, texts: Sequence[str], max_length: int) -> list[int]:
         """Return the number of tokens of each text, after it is cut."""

@@ -10,7 +10,6 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import Config, with_settings
-from ..core.text import unknown_message, unknown_pieces
 from ..errors import FieldError, Vocabulary
 from ..images import load_image
 from ..inference import inference_batches
@@ -162,12 +161,9 @@ class Artist:
             worker.join()
 
     def unknown(self, settings: Settings) -> str:
-        """Return a warning of pieces of the prompts that the tokenizer does not know, or ""."""
+        """Return a warning of what the model does not know of the prompts, or ""."""
         with self._turn:  # a tokenizer has state
-            pieces = unknown_pieces(
-                self.pipe.tokenizer, [settings.prompt, settings.negative_prompt or ""]
-            )
-        return unknown_message(pieces) if pieces else ""
+            return self.pipe.text_space.unknown([settings.prompt, settings.negative_prompt or ""])
 
     def _prepare(
         self,

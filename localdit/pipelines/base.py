@@ -6,6 +6,7 @@ prepare the latents, denoise, decode. The stages are here, on top of the diffusi
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -38,6 +39,8 @@ from ..sizes import PIXELS_PER_LATENT
 from .request import CallState, Request, RunningCalls, TextEmbeddings, check_latent_channels
 from .saving import SavedPipeline
 
+logger = logging.getLogger(__name__)
+
 CALLS = RunningCalls()
 
 
@@ -68,6 +71,8 @@ class LocalDiTBasePipeline(SavedPipeline):
         num_inference_steps, guidance_scale: the settings that suit the model, for calls that give
             none. They are saved with the pipeline; `pipe.register_to_config(guidance_scale=2.0)`
             changes one.
+        whole_words: the text encoder understands whole words alone, those that are one token each.
+            Calls then log a warning of all others. It is saved with the pipeline.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of range.
@@ -87,9 +92,13 @@ class LocalDiTBasePipeline(SavedPipeline):
         scheduler: KarrasDiffusionSchedulers,
         num_inference_steps: int = SamplingSettings.num_inference_steps,
         guidance_scale: float = SamplingSettings.guidance_scale,
+        whole_words: bool = False,
     ) -> None:
         super().__init__()
-        self.register_to_config(**asdict(SamplingSettings(num_inference_steps, guidance_scale)))
+        if not isinstance(whole_words, bool):
+            raise TypeError(f"whole_words is {whole_words!r}; expected True or False.")
+        own = asdict(SamplingSettings(num_inference_steps, guidance_scale))
+        self.register_to_config(**own, whole_words=whole_words)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -108,11 +117,12 @@ class LocalDiTBasePipeline(SavedPipeline):
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
         unless a `dtype` or `torch_dtype` is given. Both pipelines share the cache of encoded
         prompts and, if whole models are offloaded, the offloading. The number of steps and the
-        guidance scale that suit the model are kept, too.
+        guidance scale that suit the model are kept, too, and whether it knows whole words alone.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
-        own = asdict(SamplingSettings.of(pipeline.config))
+        own: dict[str, Any] = asdict(SamplingSettings.of(pipeline.config))
+        own["whole_words"] = pipeline.config.get("whole_words", False)
         made = cls(**{**own, **pipeline.components, **kwargs})
         for name in ("prompt_cache", "_all_hooks", "_offload_device", "_offload_gpu_id"):
             if hasattr(pipeline, name):
@@ -129,7 +139,9 @@ class LocalDiTBasePipeline(SavedPipeline):
     @property
     def text_space(self) -> TextSpace:
         """The text space of the present tokenizer and text encoder."""
-        return TextSpace(self.tokenizer, self.text_encoder, self.prompt_cache)
+        return TextSpace(
+            self.tokenizer, self.text_encoder, self.prompt_cache, self.config.whole_words
+        )
 
     @property
     def vae_scale_factor(self) -> int:
@@ -318,7 +330,8 @@ class LocalDiTBasePipeline(SavedPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Encode prompts, or prepare given embeddings, one row per picture.
 
-        `prompt_cache` keeps the states of encoded prompts for later calls.
+        `prompt_cache` keeps the states of encoded prompts for later calls. A pipeline of whole
+        words logs one warning that names the words it does not know.
 
         Args:
             prompt: B prompts; None with `prompt_embeds`.
@@ -336,9 +349,11 @@ class LocalDiTBasePipeline(SavedPipeline):
         """
         device = device or self._execution_device
         model = self.transformer if self.transformer is not None else self.text_encoder
+        encoded: list[str] = []
         if prompt_embeds is None or prompt_attention_mask is None:
+            encoded = check_prompts(prompt)
             prompt_embeds, prompt_attention_mask = self.text_space.encode(
-                check_prompts(prompt), max_sequence_length, device
+                encoded, max_sequence_length, device
             )
         rows, length, _ = prompt_embeds.shape
         repeats = num_images_per_prompt
@@ -350,6 +365,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         else:
             if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
                 prompts = check_prompts(negative_prompt or "", "negative_prompt")
+                encoded = [*encoded, *prompts]
                 negative_prompt_embeds, negative_prompt_attention_mask = self.text_space.encode(
                     prompts, length, device
                 )
@@ -360,6 +376,8 @@ class LocalDiTBasePipeline(SavedPipeline):
                 negative_prompt_embeds.to(device, dtype).repeat_interleave(repeats, dim=0),
                 negative_prompt_attention_mask.to(device).repeat_interleave(repeats, dim=0),
             )
+        if self.config.whole_words and (unknown := self.text_space.unknown(encoded)):
+            logger.warning("%s", unknown)
         # Diffusers' tests read the names in the return statement: those of `__call__`.
         return (
             prompt_embeds,

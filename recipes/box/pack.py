@@ -102,6 +102,7 @@ def pack_pipeline(pipeline: Path, box: Path) -> None:
         _name_or_path=None,
         tokenizer=["transformers", tokenizer],
         guidance_scale=2.0,
+        whole_words=True,
     )
     edit_json(
         new / "tokenizer" / "tokenizer_config.json",

@@ -126,6 +126,16 @@ def test_unknown_pieces_of_prompts_are_told_once(here, model, caplog):
     assert "The tokenizer does not know" in caplog.text
 
 
+def test_unknown_words_are_told_if_the_model_knows_whole_words(here, model, caplog):
+    shutil.copytree(model, "whole")
+    index = here / "whole/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"whole_words": True}))
+    prompt = "a shiny red dodecahedron"
+    assert draw("generate", "whole", prompt, "--negative-prompt", "dull", "-o", "a.png") == 0
+    line = "The model does not know these words and ignores them: shiny, dodecahedron, dull"
+    assert [record.getMessage() for record in caplog.records] == [line]
+
+
 def test_a_picture_may_have_a_name_of_255_bytes(pictures, model):
     name, source = "\u00e9" * 125 + "a.png", b"photo \xff\\e\xcc\x81.png"
     os.rename("photo.png", source)

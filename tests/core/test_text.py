@@ -1,4 +1,5 @@
 import logging
+import string
 import time
 
 import pytest
@@ -13,10 +14,12 @@ from localdit.core.text import (
     pad_states,
     unknown_message,
     unknown_pieces,
+    unknown_words,
+    unknown_words_message,
 )
 from localdit.utils import model_in_the_box
 from tests.tiny import TEXT_WIDTHS as WIDTHS
-from tests.tiny import tiny_components, tiny_text_encoder, tiny_tokenizer
+from tests.tiny import tiny_components, tiny_pipeline, tiny_text_encoder, tiny_tokenizer
 
 
 @pytest.mark.parametrize("wrong", ["\0", "\ud83d", "\udd34", "\udcff"])
@@ -116,6 +119,58 @@ def test_a_pipeline_warns_of_unknown_pieces_once_each(caplog):
     assert "'zebra' (2 times), ','" in first
     assert "'koala'" in second
     assert "zebra" not in second
+
+
+def spelling_tokenizer(*words):
+    """A tokenizer of whole words, as in the box: it spells others, and knows no capitals."""
+    pieces = [*words, "\u2581", *string.ascii_lowercase, *string.digits, *".,;:!?-'\"()/&"]
+    vocabulary = ["<pad>", "</s>", "<unk>", *pieces]
+    scores = [(piece, -1.0 if piece in words else -20.0) for piece in vocabulary]
+    return transformers.T5TokenizerFast(vocab=scores, extra_ids=0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "unknown"),
+    [
+        ([], []),
+        (["", "  "], []),
+        (["A red circle, at the top-left.", "a red circle (a circle)"], ["(a"]),
+        (["a shiny red gem.", "gem; a red, shiny circle"], ["shiny", "gem"]),
+        (["circles", "red-shiny circle b & 2 -"], ["circles", "red-shiny", "b", "2"]),
+        (["red\U0001f534 \u65e5\u672c circle ..."], ["red\U0001f534", "\u65e5\u672c"]),
+    ],
+)
+def test_words_that_are_not_one_token_are_unknown(texts, unknown):
+    known = "\u2581a \u2581red \u2581circle \u2581at \u2581the \u2581top left"
+    assert unknown_words(spelling_tokenizer(*known.split()), texts) == unknown
+
+
+def test_unknown_words_are_those_that_become_the_unknown_token():
+    assert unknown_words(tiny_tokenizer(), ["a zebra,", "A cat, zebra!"]) == ["zebra"]
+
+
+def test_a_message_names_the_first_unknown_words():
+    expected = "The model does not know this word and ignores it: shiny"
+    assert unknown_words_message(["shiny"]) == expected
+    message = unknown_words_message(["\x1b[31m", *(f"word{i}" for i in range(11))])
+    assert message.startswith(r"The model does not know these words and ignores them: \x1b[31m, ")
+    assert message.endswith("word8 and 2 more")
+
+
+def test_a_pipeline_of_whole_words_names_unknown_ones_once_per_call(caplog):
+    pipe = tiny_pipeline()
+    pipe.register_to_config(whole_words=True)
+    draw = {"num_inference_steps": 1, "output_type": "latent"}
+    for _ in range(2):
+        pipe(["a shiny cat", "a red dodecahedron"], negative_prompt="bad zebra", **draw)
+    line = "The model does not know these words and ignores them: shiny, dodecahedron, zebra"
+    assert [record.getMessage() for record in caplog.records] == [line] * 2
+    caplog.clear()
+    pipe("a red cat", negative_prompt="zebra", guidance_scale=1.0, **draw)  # which is not read
+    embeddings = pipe.encode_prompt("a cat", do_classifier_free_guidance=False)[:2]
+    given = dict(zip(("prompt_embeds", "prompt_attention_mask"), embeddings, strict=True))
+    pipe(**given, guidance_scale=1.0, **draw)
+    assert not caplog.records
 
 
 def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenised(pipe, monkeypatch):

@@ -21,6 +21,8 @@ from localdit.demo import controls  # noqa: E402
 from localdit.demo.controls import Offer  # noqa: E402
 from localdit.demo.page import SKETCHED, Desk, build_page, launch  # noqa: E402
 from localdit.images import read_metadata, save_image  # noqa: E402
+from localdit.pipelines import LocalDiTPipeline  # noqa: E402
+from tests.tiny import tiny_components  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -450,6 +452,13 @@ def test_what_is_typed_is_drawn_as_the_button_draws_it_and_not_kept(desk, artist
 
 def test_unknown_words_are_named_while_one_types(desk):
     assert "熊" in desk.sketch(*typed("熊"))[desk.controls.status]
+
+
+def test_a_model_of_whole_words_names_those_that_it_ignores(desk, monkeypatch):
+    pipe = LocalDiTPipeline(**tiny_components(), whole_words=True)
+    monkeypatch.setattr(desk.artist, "pipe", pipe)
+    status = desk.sketch(*typed("a shiny red dodecahedron"))[desk.controls.status]
+    assert "does not know these words and ignores them: shiny, dodecahedron" in status
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,22 @@ def test_settings_are_saved_loaded_and_passed_on(tmp_path):
     assert own(changed) == {"num_inference_steps": 3, "guidance_scale": 1.0}
 
 
+def test_a_folder_names_a_vocabulary_of_whole_words(tmp_path):
+    LocalDiTPipeline(**tiny_components(), whole_words=True).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["whole_words"] is True
+    assert "whole words" in contents_of(tmp_path)[str(tmp_path)]["vocabulary"]
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path)
+    others = [
+        LocalDiTInpaintPipeline.from_pipe(loaded),
+        LocalDiTPipeline.from_pipe(loaded, torch_dtype=torch.float32),
+        AutoPipelineForImage2Image.from_pipe(loaded),
+    ]
+    assert all(pipe.config.whole_words is True for pipe in [loaded, *others])
+    assert LocalDiTPipeline(**tiny_components()).config.whole_words is False
+    with pytest.raises(TypeError, match="whole_words is 1; expected True or False"):
+        LocalDiTPipeline(**tiny_components(), whole_words=1)
+
+
 def test_a_folder_without_settings_has_the_defaults(tmp_path):
     few_step_pipe(LocalDiTPipeline, LCMScheduler()).save_pretrained(tmp_path)
     file = tmp_path / "model_index.json"
