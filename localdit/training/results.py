@@ -17,8 +17,6 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from localdit.checkpoint.reading import few, load_finite
-from localdit.core.settings import INDEX
-from localdit.files import read_json
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
 from localdit.training.checkpointing import read_manifest
@@ -69,10 +67,9 @@ class PipelineFolder:
             "transformer": TRANSFORMER,
             **self.classes,
             **asdict(self.sampling.settings),
-            **_of_vocabulary(self.encoders.get("tokenizer")),
         }
         text = json.dumps(index, indent=2) + "\n"
-        (folder / INDEX).write_text(text, encoding="utf-8")
+        (folder / "model_index.json").write_text(text, encoding="utf-8")
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return the averages that `write` wrote, sharded or not; other files are not read."""
@@ -81,13 +78,6 @@ class PipelineFolder:
             if name.startswith("transformer/") and name.endswith(".safetensors"):
                 weights |= load_finite(folder / name)
         return weights
-
-
-def _of_vocabulary(tokenizer: Path | None) -> dict[str, bool]:
-    """Return the entry "whole_words" of the pipeline whose tokenizer is used, if it is true."""
-    index = tokenizer.parent / INDEX if tokenizer else None
-    known = index and index.is_file() and read_json(index).get("whole_words") is True
-    return {"whole_words": True} if known else {}
 
 
 def link_or_copy(folder: Path, target: Path) -> None:

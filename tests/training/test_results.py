@@ -1,4 +1,4 @@
-"""Tests of the results of `train.py`: mostly of adapters."""
+"""Tests of adapters that `train.py` trains."""
 
 import json
 import subprocess
@@ -14,15 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from localdit.core.diffusion import Objective
-from localdit.core.encoders import encoder_classes
-from localdit.core.parts import ENCODERS
-from localdit.core.settings import SamplingSettings
-from localdit.training.methods import Sampling
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.options import parse_args
-from localdit.training.results import PipelineFolder, add_adapters
+from localdit.training.results import add_adapters
 from localdit.training.setup import make_state
-from tests.tiny import tiny_components, tiny_pipeline
+from tests.tiny import tiny_components
 from tests.training.test_processes import first_gradient
 from tests.training.test_sharding import FSDP2, needs_fsdp2
 from tests.training.workplace import (
@@ -89,21 +85,6 @@ def test_the_adapters_of_a_run_draw_its_validation_pictures(train, workplace):
         settings = pipe.transformer.peft_config["default_0"]
         assert (settings.r, settings.lora_alpha) == (2, 6)
         pipe.unload_lora_weights()
-
-
-def test_a_result_knows_whole_words_as_its_tokenizer_does(tmp_path):
-    pipe = tiny_pipeline()
-    sampling = Sampling(pipe.scheduler, SamplingSettings())
-    averages = pipe.transformer.state_dict()
-    for known in (True, False):
-        pipe.register_to_config(whole_words=known)
-        pipe.save_pretrained(tmp_path / f"start-{known}")
-        folders = {name: tmp_path / f"start-{known}" / name for name in ENCODERS}
-        sources = {name: str(folder) for name, folder in folders.items()}
-        result = PipelineFolder(pipe.transformer, sampling, folders, encoder_classes(sources))
-        result.write(tmp_path / f"result-{known}", averages)
-        loaded = LocalDiTPipeline.from_pretrained(tmp_path / f"result-{known}")
-        assert loaded.config.whole_words is known
 
 
 def test_checkpoints_hold_adapters_and_nothing_of_the_base(train, workplace, capsys):
