@@ -44,7 +44,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         groups: dict[int, list[torch.nn.Parameter]] = {}
         for name, parameter in parameters:
-            groups.setdefault(_matrices(name, parameter), []).append(parameter)
+            groups.setdefault(matrices_in(name, parameter), []).append(parameter)
         others = groups.pop(0, [])
         self.muon = _PackedMuon(
             [{"params": group, "matrices": number} for number, group in sorted(groups.items())],
@@ -68,7 +68,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
 
-def _matrices(name: str, parameter: torch.Tensor) -> int:
+def matrices_in(name: str, parameter: torch.Tensor) -> int:
     """Return the number of matrices in a parameter that Muon moves, 0 for a parameter of AdamW."""
     path = name.split(".")
     if "transformer_blocks" in path and path[-1] == "weight" and parameter.dim() == 2:

@@ -44,7 +44,8 @@ def make_optimizer(
         parameters: names and parameters to train, as `trained_parameters` yields them.
         name: "adamw" (Loshchilov & Hutter, 2019); "adamw8bit", whose two moments take a quarter of
             the memory (Dettmers et al., 2022; parameters of fewer than 4096 values keep theirs in
-            float32); or "muon" for the matrices of the blocks, with AdamW for the others.
+            float32); or "muon" for the matrices of the blocks, with AdamW for the others, and for
+            all if there are none.
         learning_rate: the rate of the first step.
         weight_decay: share of a weight, times the learning rate, that each step subtracts.
         betas: decay of the first and the second moment of AdamW.
@@ -62,9 +63,12 @@ def make_optimizer(
                 f"The optimizer muon needs PyTorch 2.9, this is {torch.__version__}: update it, or "
                 "choose adamw."
             )
-        from localdit.training.muon import MuonWithAdamW
+        from localdit.training.muon import MuonWithAdamW, matrices_in
 
-        return MuonWithAdamW(parameters, learning_rate, weight_decay, betas, fused)
+        parameters = list(parameters)
+        if any(matrices_in(*pair) for pair in parameters):
+            return MuonWithAdamW(parameters, learning_rate, weight_decay, betas, fused)
+        name = "adamw"
     trained = [parameter for _, parameter in parameters]
     if name == "adamw":
         return torch.optim.AdamW(

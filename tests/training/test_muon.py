@@ -133,6 +133,12 @@ def test_a_gradient_that_overflows_in_float16_moves_nothing():
 
 
 @needs_muon
+def test_a_model_without_blocks_is_adamw_s():
+    model = torch.nn.Linear(4, 3)
+    assert type(make_optimizer(model.named_parameters(), "muon", 1e-2, 0.1)) is torch.optim.AdamW
+
+
+@needs_muon
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_engines_that_split_matrices_are_refused(engine):
     args = parse_args(MUON)
