@@ -18,6 +18,7 @@ from localdit.training import initialization
 from localdit.training.data.buckets import Size
 from localdit.training.methods import Inputs, predict
 from localdit.training.methods.fine_tuning import method_class
+from localdit.training.methods.repa import FEATURES, LatentFeatures, image_encoder_config
 from localdit.training.optimizer import make_optimizer
 from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.processes import attention_kernels
@@ -25,6 +26,7 @@ from localdit.training.reporting import read_metrics
 from localdit.training.results import add_adapters
 from localdit.training.sharding import trained_parameters
 from localdit.training.stages import Stage
+from localdit.training.state import TRANSFORMER
 
 FLOAT32 = 4  # bytes: weights, gradients and averages
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}  # of both moments of a trained value
@@ -44,8 +46,8 @@ def cost_report(
 
     Memory is that of one process. Activations are what the backward pass needs; they are derived
     from passes of models with no block and one block on the CPU, for captions of the greatest
-    length. Not counted are the results that a step frees at once, encoders of data that is not
-    encoded, and libraries.
+    length. Not counted are the results that a step frees at once, the autoencoder, the text
+    encoder, the activations of terms beside the transformer, and libraries.
 
     Args:
         args: the options.
@@ -60,11 +62,17 @@ def cost_report(
     inputs = _inputs(args, stage, size, pixels_per_latent, shape)
     with META:
         transformer = LocalDiTTransformer2DModel(**shape)
-        teacher = None
+        frozen: dict[str, torch.nn.Module] = {}
         if args.teacher is not None:
             source = argparse.Namespace(**vars(args) | {"transformer": args.teacher})
-            teacher = LocalDiTTransformer2DModel(**initialization.transformer_config(source))
-    weights = sum(parameter.numel() for parameter in transformer.parameters())
+            config = initialization.transformer_config(source)
+            frozen["teacher"] = LocalDiTTransformer2DModel(**config)
+        if args.repa_weight:
+            from transformers import AutoModel
+
+            encoder = AutoModel.from_config(image_encoder_config(args.repa_encoder))
+            frozen[FEATURES] = LatentFeatures(None, encoder)
+    weights = _size(transformer)
     if args.lora_rank is not None:
         add_adapters(transformer, args)
     trained = sum(parameter.numel() for _, parameter in trained_parameters(transformer))
@@ -73,17 +81,17 @@ def cost_report(
         transformer,
         Objective(args.prediction_type or "epsilon"),
         args.lora_rank is not None,
-        {"teacher": teacher} if teacher else {},
+        frozen,
         **kind.settings(args, transformer.config.num_layers),
     )
     shared = num_processes if sharded else 1
-    frozen = sum(parameter.numel() for parameter in teacher.parameters()) if teacher else 0
+    beside = sum(_size(model) for name, model in method.trained.items() if name != TRANSFORMER)
     averages = 0 if args.ema_on_cpu else 1 + len(SIGMA_RELS) * bool(args.post_hoc_ema)
     memory = {
-        "weights": (weights + (trained if args.lora_rank else 0)) * FLOAT32 / shared,
-        "frozen teacher": frozen * FLOAT32,
-        "gradients": trained * FLOAT32 / shared,
-        "optimizer": _optimizer_bytes(transformer, args) / shared,
+        "weights": (weights + (trained if args.lora_rank else 0) + beside) * FLOAT32 / shared,
+        **{f"frozen {name}": _size(model) * FLOAT32 for name, model in frozen.items()},
+        "gradients": (trained + beside) * FLOAT32 / shared,
+        "optimizer": sum(_optimizer_bytes(one, args) for one in method.trained.values()) / shared,
         "averages": averages * trained * FLOAT32 / shared,
         "activations": activation_bytes(
             args, shape, inputs.repeated(method.repeats), mixed_precision
@@ -104,10 +112,14 @@ def cost_report(
     )
 
 
-def _optimizer_bytes(transformer: LocalDiTTransformer2DModel, args: argparse.Namespace) -> int:
-    """Return the bytes of the optimizer's state: of a matrix, Muon has one moment, not two."""
+def _size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _optimizer_bytes(model: torch.nn.Module, args: argparse.Namespace) -> int:
+    """Return the bytes of a model's optimizer state: of a matrix, Muon has one moment, not two."""
     optimizer = make_optimizer(
-        trained_parameters(transformer), args.optimizer, args.learning_rate, args.weight_decay
+        trained_parameters(model), args.optimizer, args.learning_rate, args.weight_decay
     )
     return sum(
         parameter.numel() * (FLOAT32 if "matrices" in group else MOMENT_BYTES[args.optimizer])

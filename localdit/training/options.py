@@ -49,6 +49,9 @@ LEARNING_OPTIONS = {
     "alignment_blocks": None,
     "token_routing": 0.0,
     "routing_blocks": None,
+    "repa_weight": 0.0,
+    "repa_encoder": None,
+    "repa_block": None,
 }
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
 LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
@@ -61,7 +64,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     )),
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
-        "max_skipped_steps", "teacher_guidance_scale", "alignment_weight",
+        "max_skipped_steps", "teacher_guidance_scale", "alignment_weight", "repa_weight",
     )),
     "at least 0 and less than 1": (lambda value: 0 <= value < 1, (
         "contrastive_weight", "token_routing",
@@ -270,6 +273,16 @@ def _add_learning_options(group: argparse._ArgumentGroup) -> None:
     add("--routing-blocks", type=int, nargs=2, metavar=("FIRST", "LAST"),
         help="the blocks that tokens of --token-routing skip, counted from 1; by default all but "
         "the first 2/28 and the last 4/28: 2 to 15 of 18")  # fmt: skip
+    add("--repa-weight", type=float, default=defaults["repa_weight"],
+        help="weight of a term that pulls the features of a block, through a small trained "
+        "network, towards those that --repa-encoder has of the picture, 0.5 in the paper; 0 leaves "
+        "it out")  # fmt: skip
+    add("--repa-encoder", type=Path, metavar="FOLDER",
+        help="folder of the frozen image encoder of --repa-weight, a vision transformer of "
+        "Transformers such as DINOv2")  # fmt: skip
+    add("--repa-block", type=int,
+        help="the block of --repa-weight, counted from 1; by default the one after 8/28 of all: 5 "
+        "of 18")  # fmt: skip
 
 
 def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
@@ -376,12 +389,21 @@ def _check(args: argparse.Namespace) -> None:
     for name, default in LEARNING_OPTIONS.items():
         if args.method != "fine-tuning" and getattr(args, name) != default:
             raise ValueError(f"{_flag(name)} is for --method fine-tuning: leave it out")
-    for blocks, name in (
+    for detail, name in (
         ("alignment_blocks", "alignment_weight"),
         ("routing_blocks", "token_routing"),
+        ("repa_encoder", "repa_weight"),
+        ("repa_block", "repa_weight"),
     ):
-        if getattr(args, blocks) is not None and not getattr(args, name):
-            raise ValueError(f"{_flag(blocks)} is for {_flag(name)}: give both")
+        if getattr(args, detail) is not None and not getattr(args, name):
+            raise ValueError(f"{_flag(detail)} is for {_flag(name)}: give both")
+    if args.repa_weight and args.repa_encoder is None:
+        raise ValueError(
+            "--repa-weight needs an image encoder, such as DINOv2: name its folder with "
+            "--repa-encoder"
+        )
+    if args.repa_encoder is not None and not args.repa_encoder.is_dir():
+        raise ValueError(f"--repa-encoder {args.repa_encoder} is not a folder")
     if args.method == DISTIL and args.validation_guidance_scale is not None:
         raise ValueError(
             "--validation-guidance-scale is not for --method distil, whose result is not guided: "

@@ -19,7 +19,7 @@ from localdit.core.encoders import (
     weights_fingerprint,
 )
 from localdit.core.latents import LatentFormat
-from localdit.core.parts import PARTS, locate, vae_config
+from localdit.core.parts import PARTS, load_vae, locate, vae_config
 from localdit.sizes import PIXELS_PER_LATENT
 from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
@@ -28,6 +28,7 @@ from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.methods import InputMaker, Method, Sampling
 from localdit.training.methods.fine_tuning import Alignment, FineTuning, Routing, method_class
+from localdit.training.methods.repa import Repa, image_encoder_config, load_latent_features
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
 from localdit.training.options import check_image_size
@@ -83,6 +84,8 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
     num_layers, window_size = shape.get("num_layers", 18), shape.get("window_size", 4)
     Alignment.from_options(args, num_layers)  # refuses blocks that it lacks
     routing = Routing.from_options(args, num_layers)
+    if Repa.from_options(args, num_layers):
+        image_encoder_config(args.repa_encoder)  # refuses folders without an image encoder
     found: dict[str, Found] = {}
     data = []
     for stage in args.stages:
@@ -186,7 +189,7 @@ def load_models(
     Raises:
         ValueError, OSError: if models are missing or don't fit each other.
     """
-    device = accelerator.device
+    device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
     encoded = _encoded(args, data)
     pictures_wait = any(stage.found.encoded is None for stage in data)
     otherwise = initialization.RELEASED if encoded is None else encoded.manifest.sources
@@ -221,7 +224,11 @@ def load_models(
     sampling = kind.sampling(args, objective)
     result = _result_folder(args, transformer, sampling, sources)
     transformer.to(device)
-    method = kind.from_options(args, transformer, objective, device)
+    features = None
+    if args.repa_weight:
+        vae = encoders.vae if encoders is not None else _vae_of(encoded, sources)
+        features = load_latent_features(args.repa_encoder, vae, bf16)
+    method = kind.from_options(args, transformer, objective, device, features)
     if args.compile:
         transformer.compile_repeated_blocks()
 
@@ -249,7 +256,7 @@ def load_models(
             encoders if pictures_wait else None,
             args.max_caption_length,
             (transformer, *method.frozen.values()),
-            bf16=accelerator.mixed_precision == "bf16",
+            bf16=bf16,
             guided=method.guided,
             empty_text=encoded.empty_text if encoded is not None else None,
         ),
@@ -300,6 +307,19 @@ def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | No
     return sets[0] if sets else None
 
 
+def _vae_of(encoded: EncodedSet | None, sources: dict[str, str]) -> Any:
+    """Load the autoencoder of encoded data, to decode its latents.
+
+    Raises:
+        ValueError, OSError: if it is missing, or is not the one that encoded the data.
+    """
+    assert encoded is not None
+    vae = load_vae(locate_encoder("vae", sources["vae"]), torch.float32)
+    expected = {"vae": encoded.manifest.fingerprints["vae"]}
+    _require_same_encoders(expected, {"vae": weights_fingerprint(vae, torch.float32)})
+    return vae.to(memory_format=torch.channels_last)
+
+
 def _require_same_encoders(expected: dict[str, str], given: dict[str, str]) -> None:
     different = [part for part, fingerprint in expected.items() if given[part] != fingerprint]
     if different:
@@ -341,7 +361,9 @@ def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerato
         )
         module, optimizer = processes.prepare(accelerator, bare, optimizer)
         device = "cpu" if args.ema_on_cpu else None
-        average = ExponentialMovingAverage(trained_parameters(module), args.ema_decay, device)
+        average = None
+        if name == TRANSFORMER:  # no other model is drawn with
+            average = ExponentialMovingAverage(trained_parameters(module), args.ema_decay, device)
         profiles = {
             sigma_rel: PowerFunctionAverage(trained_parameters(module), sigma_rel, device)
             for sigma_rel in (SIGMA_RELS if args.post_hoc_ema and name == TRANSFORMER else ())

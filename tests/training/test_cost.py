@@ -9,9 +9,10 @@ from localdit.models import LocalDiTTransformer2DModel
 from localdit.training.cost import META, activation_bytes, cost_report, saved_bytes
 from localdit.training.data.buckets import Size
 from localdit.training.methods import Inputs
+from localdit.training.methods.repa import load_latent_features, make_projection
 from localdit.training.optimizer import make_optimizer
 from localdit.training.options import parse_args
-from tests.training.workplace import ROOT
+from tests.training.workplace import ROOT, make_image_encoder
 
 BOX = ROOT / "localdit/box"
 SHAPE = {
@@ -104,6 +105,22 @@ def test_adapters_and_a_student_have_their_own_memory(tmp_path):
     )
     assert figure(one, "frozen teacher") == figure(plain, "weights")
     assert figure(four, "activations") == pytest.approx(4 * figure(one, "activations"), rel=0.1)
+
+
+def test_the_projection_of_repa_is_trained_and_the_image_encoder_is_not(tmp_path):
+    folder = make_image_encoder(tmp_path / "encoder")
+    options = ["--repa-weight", "0.5", "--repa-encoder", str(folder), "--repa-block", "2"]
+    found, plain = report(tmp_path, *options), report(tmp_path)
+
+    def size(model):
+        return sum(parameter.numel() for parameter in model.parameters()) * 4 / 2**20
+
+    more = size(make_projection(48, 32))
+    for name, share in (("weights", 1), ("gradients", 1), ("optimizer", 2), ("averages", 0)):
+        difference = figure(found, name) - figure(plain, name)
+        assert difference == pytest.approx(share * more, abs=0.011), name
+    encoder = size(load_latent_features(folder, vae=None))
+    assert figure(found, "frozen image encoder") == pytest.approx(encoder, abs=0.006)
 
 
 def test_time_is_that_of_the_pace_that_a_run_measured(tmp_path):

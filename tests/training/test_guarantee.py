@@ -21,6 +21,7 @@ from tests.training.workplace import (
     kill,
     lines,
     load_main,
+    make_image_encoder,
     make_workplace,
     options,
     start,
@@ -38,6 +39,7 @@ def workplace(tmp_path_factory):
     (folder / "shape.json").write_text(json.dumps(shape | {"dropout": 0.1}))
     stages = [{"image-size": 96, "max-train-steps": 7}, {"image-size": 64, "max-train-steps": 13}]
     (folder / "stages.json").write_text(json.dumps(stages))
+    make_image_encoder(folder / "encoder")
     return folder
 
 
@@ -62,6 +64,7 @@ def case(workplace, *names):
             *("--alignment-blocks", "1", "2"),
             *("--token-routing", "0.5", "--routing-blocks", "2", "2"),
         ],
+        "repa": ["--repa-weight", "0.5", "--repa-encoder", workplace / "encoder"],
         "lora": [
             "--transformer",
             workplace / "pipeline/transformer",
@@ -108,6 +111,8 @@ CASES = [
     ("folder", "lora", "validation"),
     ("folder", "muon", "post-hoc"),
     ("folder", "learning", "stages"),
+    ("tars", "repa", "muon"),
+    ("folder", "repa", "lora", "learning"),
 ]
 
 

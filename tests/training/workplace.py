@@ -10,8 +10,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel
 
 from tests.tiny import tiny_pipeline
 
@@ -41,6 +43,19 @@ def make_workplace(folder, vae="sdxl"):
     pipeline.save_pretrained(folder / "pipeline")
     shape = dict(pipeline.transformer.config)
     (folder / "shape.json").write_text(json.dumps(shape))
+    return folder
+
+
+def make_image_encoder(folder, kind="dinov2_with_registers", **settings):
+    """Write a tiny image encoder of Transformers with random weights, and return its folder."""
+    tiny = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+        "patch_size": 8, "intermediate_size": 64, "mlp_ratio": 2,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModel.from_config(AutoConfig.for_model(kind, **tiny | settings))
+    model.save_pretrained(folder)
     return folder
 
 

@@ -16,6 +16,13 @@ from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models.flops import forward_flops
 from localdit.models.windows import Route, WindowGrid, rectangle_size, rectangle_tokens
 from localdit.training.methods import Inputs, Method, Sampling, noised_prediction
+from localdit.training.methods.repa import (
+    FEATURES,
+    PROJECTION,
+    LatentFeatures,
+    Repa,
+    make_projection,
+)
 from localdit.training.options import METHODS
 from localdit.training.state import TRANSFORMER
 
@@ -127,6 +134,8 @@ class FineTuning(Method):
         contrastive_weight: weight of the distance from the target of another sample.
         alignment: the term between the features of two blocks, or None.
         routing: the tokens that skip blocks, or None.
+        repa: the term between the features of a block and of an image encoder, or None. It adds the
+            trained projection, and needs the frozen `LatentFeatures`.
     """
 
     def __init__(
@@ -138,11 +147,17 @@ class FineTuning(Method):
         contrastive_weight: float = 0.0,
         alignment: Alignment | None = None,
         routing: Routing | None = None,
+        repa: Repa | None = None,
     ) -> None:
         super().__init__({TRANSFORMER: transformer}, frozen)
+        if repa:
+            features = self.frozen[FEATURES]
+            assert isinstance(features, LatentFeatures)
+            projection = make_projection(transformer.inner_dim, features.width)
+            self.trained[PROJECTION] = projection.to(transformer.device)
         self.transformer, self.objective, self.adapters = transformer, objective, adapters
         self.contrastive_weight = contrastive_weight
-        self.alignment, self.routing = alignment, routing
+        self.alignment, self.routing, self.repa = alignment, routing, repa
         self._forward_flops: dict[tuple[int, int, int], int] = {}
 
     @classmethod
@@ -152,6 +167,7 @@ class FineTuning(Method):
         transformer: LocalDiTTransformer2DModel,
         objective: Objective,
         device: torch.device,
+        features: LatentFeatures | None = None,
     ) -> FineTuning:
         """Make the method that the options ask for; load the frozen models that it needs.
 
@@ -160,11 +176,14 @@ class FineTuning(Method):
             transformer: the transformer in training, with its adapters.
             objective: defines the target.
             device: for frozen models.
+            features: the `LatentFeatures` of `--repa-weight`.
 
         Raises:
             ValueError, OSError: if a frozen model is missing or does not fit.
         """
         models = cls.frozen_models(args, transformer)
+        if features is not None:
+            models[FEATURES] = features
         frozen = {name: model.to(device) for name, model in models.items()}
         adapters = args.lora_rank is not None
         settings = cls.settings(args, transformer.config.num_layers)
@@ -181,6 +200,7 @@ class FineTuning(Method):
             "contrastive_weight": args.contrastive_weight,
             "alignment": Alignment.from_options(args, num_layers),
             "routing": Routing.from_options(args, num_layers),
+            "repa": Repa.from_options(args, num_layers),
         }
 
     @classmethod
@@ -220,31 +240,52 @@ class FineTuning(Method):
         losses that can be compared.
         """
         options: dict[str, Any] = {}
-        if self.alignment:
-            options["feature_blocks"] = self.alignment.blocks
-        if self.routing:
-            options["route"] = self._route(inputs)
-        prediction, target, timesteps, features = noised_prediction(
+        if blocks := self._feature_blocks():
+            options["feature_blocks"] = blocks
+        route = self._route(inputs)
+        if route is not None:
+            options["route"] = route
+        prediction, target, timesteps, outputs = noised_prediction(
             models[TRANSFORMER], self.objective, inputs, noise, positions, **options
         )
+        features = dict(zip(blocks, outputs, strict=True))
         weights = self.objective.weights(timesteps)
         losses = denoising_errors(prediction, target) * weights
         if self.contrastive_weight:
             contrast = self._contrast(prediction, inputs, noise, timesteps) * weights
             losses = losses + without_value(self.contrastive_weight * contrast)
         if self.alignment:
-            losses = losses + without_value(self.alignment.losses(*features))
+            early, late = (features[block] for block in self.alignment.blocks)
+            losses = losses + without_value(self.alignment.losses(early, late))
+        if self.repa:
+            wanted = models[FEATURES](inputs.latents, *self._map_size(inputs))
+            wanted = wanted if route is None else route.take(wanted)
+            projected = models[PROJECTION](features[self.repa.block])
+            losses = losses + without_value(self.repa.losses(projected, wanted))
         return losses
+
+    def _feature_blocks(self) -> tuple[int, ...]:
+        """Return the indices of the blocks whose features the terms need, in order."""
+        blocks = set(self.alignment.blocks if self.alignment else ())
+        if self.repa:
+            blocks.add(self.repa.block)
+        return tuple(sorted(blocks))
+
+    def _map_size(self, inputs: Inputs) -> tuple[int, int]:
+        """Return height and width of the pictures in tokens."""
+        height, width = inputs.latents.shape[2:]
+        patch = self.transformer.config.patch_size
+        return height // patch, width // patch
 
     def _route(self, inputs: Inputs) -> Route | None:
         """Return the tokens of each picture that take all blocks; None if all do."""
         if not self.routing:
             return None
         assert inputs.places is not None
-        config = self.transformer.config
-        height, width = (side // config.patch_size for side in inputs.latents.shape[2:])
-        rectangle = self.routing.rectangle(height, width, config.window_size)
-        grid = WindowGrid(height, width, config.window_size)
+        height, width = self._map_size(inputs)
+        window_size = self.transformer.config.window_size
+        rectangle = self.routing.rectangle(height, width, window_size)
+        grid = WindowGrid(height, width, window_size)
         tokens = rectangle_tokens(inputs.places, grid, rectangle)
         return Route(self.routing.blocks, *rectangle, tokens)
 
