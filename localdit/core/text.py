@@ -15,10 +15,18 @@ import logging
 import re
 import threading
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+
+from .vocabulary import (
+    prepare,
+    unknown_message,
+    unknown_pieces,
+    unknown_words,
+    unknown_words_message,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +42,6 @@ NO_CHARACTER = re.compile(r"[\0\ud800-\udfff]")
 TOKEN_MULTIPLE = 8
 ENCODING_BATCH_SIZE = 32
 POSITIONS = "max_position_embeddings"  # of an encoder that has a limit, as CLIP
-PIECES_SHOWN = 10  # of the unknown ones in a message
-SPACE_SIGN = "\u2581"  # SentencePiece's, at the start of a word's first token
-CLOSING_MARKS = ".,;:!?)]}'\""  # may follow a word without being part of it
 CACHE_BYTES = 64 * 2**20  # 128 prompts of 32 tokens of FLAN-T5-XXL in float32
 NO_ENCODER = (
     "This pipeline has no tokenizer or no text encoder, and not all of these prompts were encoded "
@@ -77,104 +82,6 @@ def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[
                 "accepted. Shorten it: the model reads little more than a hundred words."
             )
     return prompts
-
-
-def unknown_pieces(tokenizer: Any, texts: str | Sequence[str]) -> dict[str, int]:
-    """Return the pieces of texts that a tokenizer does not know, and how often each occurs.
-
-    The tokenizer turns each of them into the same unknown token: to the model, texts that differ
-    in such pieces alone are the same.
-
-    Args:
-        tokenizer: a Transformers tokenizer.
-        texts: prompts or captions. They are lower-cased and stripped, as for encoding, but not cut.
-
-    Returns:
-        The number of times by piece, in the order of their first occurrence; {} if all is known.
-    """
-    texts = [_prepared(text) for text in ([texts] if isinstance(texts, str) else texts)]
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    found: Counter[str] = Counter()
-    if unknown is None or not texts:
-        return {}
-    if tokenizer.is_fast:
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        spans = zip(texts, encoded.offset_mapping, strict=True)
-        pieces = [[text[start:end] for start, end in of_one] for text, of_one in spans]
-        tokens = encoded.input_ids
-    else:  # without offsets; `tokenize` returns unknown pieces unchanged
-        pieces = [tokenizer.tokenize(text) for text in texts]
-        tokens = [tokenizer.convert_tokens_to_ids(of_one) for of_one in pieces]
-    for of_one, ids in zip(pieces, tokens, strict=True):
-        found.update(
-            piece.strip(f"{SPACE_SIGN} \n\t")
-            for piece, number in zip(of_one, ids, strict=True)
-            if number == unknown
-        )
-    return {piece: count for piece, count in found.items() if piece}
-
-
-def unknown_message(pieces: Mapping[str, int]) -> str:
-    """Return one sentence that names unknown pieces of text, as `unknown_pieces` counts them."""
-    names = [
-        f"{piece[:40]!r}" + (f" ({count} times)" if count > 1 else "")
-        for piece, count in pieces.items()
-    ]
-    more = f" and {len(names) - PIECES_SHOWN} more" if len(names) > PIECES_SHOWN else ""
-    count = sum(pieces.values())
-    return (
-        f"The tokenizer does not know {count} piece{'s' * (count > 1)} of the text, and replaces "
-        f"each with the same token: {', '.join(names[:PIECES_SHOWN])}{more}."
-    )
-
-
-def unknown_words(tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """Return the words of texts that a tokenizer does not hold as one token each.
-
-    To a model whose vocabulary is whole words, all others are letters without a meaning. A word is
-    what stands between spaces, without the marks that follow it. Each part of a compound such as
-    "top-left" has to be a token.
-
-    Args:
-        tokenizer: a Transformers tokenizer. It spells other words, or has one token for them all.
-        texts: prompts or captions. They are lower-cased and stripped, as for encoding, but not cut.
-
-    Returns:
-        Each word once, in the order of their first occurrence.
-    """
-    spaced = [word for text in texts for word in _prepared(text).split()]
-    words = list(dict.fromkeys(word.rstrip(CLOSING_MARKS) or word for word in spaced))
-    if not words:
-        return []
-    encoded = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    return [
-        word
-        for word, ids in zip(words, encoded, strict=True)
-        if unknown in ids or not _holds_parts(word, tokenizer.convert_ids_to_tokens(ids))
-    ]
-
-
-def _holds_parts(word: str, tokens: Sequence[str]) -> bool:
-    """Return whether each part of a word, between its marks, is one of the word's tokens."""
-    parts = set(re.findall(r"\w+", word))
-    if parts and tokens[:1] == [SPACE_SIGN]:  # as a token of its own: single letters follow
-        return False
-    return parts <= {token.removeprefix(SPACE_SIGN) for token in tokens}
-
-
-def unknown_words_message(words: Sequence[str]) -> str:
-    """Return one sentence that names unknown words of a prompt."""
-    names = [repr(word[:40])[1:-1] for word in words[:PIECES_SHOWN]]  # no control characters
-    more = f" and {len(words) - PIECES_SHOWN} more" if len(words) > PIECES_SHOWN else ""
-    what = "these words and ignores them" if len(words) > 1 else "this word and ignores it"
-    return f"The model does not know {what}: {', '.join(names)}{more}"
-
-
-def _prepared(text: str) -> str:
-    return text.lower().strip()
 
 
 def text_width(config: Mapping[str, Any]) -> int:
@@ -228,7 +135,7 @@ class TextSpace:
             return []
         positions = getattr(getattr(self.text_encoder, "config", None), POSITIONS, max_length)
         limit = min(max_length, positions)
-        texts = [_prepared(text) for text in texts]
+        texts = [prepare(text) for text in texts]
         tokens = self.tokenizer(texts, max_length=limit, truncation=True).input_ids
         if warn:
             for text, ids in zip(texts, tokens, strict=True):

@@ -12,6 +12,8 @@ from localdit.core.text import (
     TextSpace,
     check_prompts,
     pad_states,
+)
+from localdit.core.vocabulary import (
     unknown_message,
     unknown_pieces,
     unknown_words,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from localdit.core.text import unknown_message, unknown_pieces
+from localdit.core.vocabulary import unknown_message, unknown_pieces
 from localdit.training.data.batches import Batch, VisitDataset, load_batches
 from localdit.training.data.buckets import (
     CUT_TOO_MUCH,
