@@ -18,9 +18,9 @@ from localdit.demo.page import launch
 
 IMAGE = Path(__file__).with_name("images") / "demo.png"
 PROMPTS = [
-    "a large yellow circle on a purple background",
-    "a small blue circle to the left of a large red square on a white background",
-    "a large white triangle in the centre on a purple background",
+    "a red house between two small orange trees on green ground under a blue sky",
+    "a large yellow sun above a small white boat on a gradient from blue to turquoise",
+    "a small white cross on a purple background",
 ]
 
 

@@ -43,12 +43,12 @@ PHOTOGRAPHS = Preset(
 )
 SCENES = Preset(
     t2i=[
-        "a large red circle at the top left on a blue background",
-        "a small yellow square at the bottom right on a green background",
-        "a large white triangle in the centre on a purple background",
-        "a small blue circle to the left of a large red square on a white background",
+        "a red house between two small orange trees on green ground under a blue sky",
+        "a large yellow sun above a small white boat on a gradient from blue to turquoise",
+        "a small white cross on a purple background",
+        "two large pink hearts side by side on green and white stripes",
     ],
-    i2i=["a large green circle at the top left on a yellow background"],
+    i2i=["a purple house between two small red trees on white ground under a turquoise sky"],
     negative_prompt="",
 )
 

@@ -1,38 +1,46 @@
 #!/usr/bin/env bash
 # Rebuilds the model in the box from scratch, into output/box and localdit/box; see README.md.
+# Run it again after an interruption: finished parts are kept, and trainings resume.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-out=output/box
-export OMP_NUM_THREADS=1
+out=${OUT:-output/box}
+export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
+two_processes="torchrun --standalone --nproc_per_node 2" # faster than one with two threads
 
-python recipes/box/draw_scenes.py --output $out/scenes
-python recipes/box/train_text_encoder.py --output $out
-python recipes/box/train_autoencoder.py --output $out/vae
+once() { # once NAME COMMAND...: run a part that has not been finished
+  [ -e "$out/$1.done" ] || { "${@:2}" && touch "$out/$1.done"; }
+}
+mkdir -p "$out"
 
-# One process per core: faster than one process with two threads.
-export ACCELERATE_USE_CPU=true
-two_processes="torchrun --standalone --nproc_per_node 2"
+once scenes python recipes/box/draw_scenes.py --processes 2 --output "$out/scenes"
+once text python recipes/box/train_text_encoder.py --output "$out"
+once vae python recipes/box/train_autoencoder.py --output "$out/vae"
 
-$two_processes -m localdit.training.encode \
-  --data-root $out/scenes --image-size 128 --output $out/encoded \
-  --vae $out/vae --text-encoder $out/text_encoder --tokenizer $out/tokenizer
+# shellcheck disable=SC2086
+once encoded $two_processes -m localdit.training.encode \
+  --data-root "$out/scenes" --image-size 256 --patch-size 2 --output "$out/encoded" \
+  --vae "$out/vae" --text-encoder "$out/text_encoder" --tokenizer "$out/tokenizer"
 
-$two_processes train.py --mixed-precision bf16 \
-  --data-root $out/encoded --image-size 128 --transformer-config tiny \
+# shellcheck disable=SC2086
+once teacher $two_processes train.py --mixed-precision bf16 --optimizer muon \
+  --data-root "$out/encoded" --image-size 256 --transformer-config recipes/box/shape.json \
   --num-workers 0 --prediction-type v_prediction \
-  --batch-size 64 --max-train-steps 5000 --learning-rate 2e-3 --lr-schedule cosine \
-  --warmup-steps 200 --gradient-clip 1.0 --token-dropout 0.1 --ema-decay 0.999 \
-  --output $out/run
+  --batch-size 64 --max-train-steps "${STEPS:-8000}" --learning-rate 2e-3 --lr-schedule cosine \
+  --warmup-steps 50 --gradient-clip 1.0 --token-dropout 0.1 --ema-decay 0.998 \
+  --save-interval 500 --resume auto --output "$out/run"
 
-python recipes/box/pack.py --pipeline $out/run/final --output localdit/box
-python recipes/box/score.py --pipeline localdit/box --output $out/score --count 1000
+once pack python recipes/box/pack.py --pipeline "$out/run/final" --output localdit/box
+once score python recipes/box/score.py --pipeline localdit/box --output "$out/score" --count 1500
 
-$two_processes train.py --method distil --distillation trajectory --teacher-steps 8 \
+# shellcheck disable=SC2086
+once student $two_processes train.py --method distil --distillation trajectory --teacher-steps 8 \
   --teacher localdit/box/transformer --pretrained localdit/box \
-  --data-root $out/encoded --image-size 128 --num-workers 0 --token-dropout 0 \
-  --batch-size 8 --max-train-steps 1000 --learning-rate 4e-4 --lr-schedule cosine \
-  --warmup-steps 30 --gradient-clip 1.0 --ema-decay 0.99 --output $out/few_steps
+  --data-root "$out/encoded" --image-size 256 --num-workers 0 --token-dropout 0 \
+  --batch-size 8 --max-train-steps "${STUDENT_STEPS:-1000}" --learning-rate 4e-4 \
+  --lr-schedule cosine --warmup-steps 30 --gradient-clip 1.0 --ema-decay 0.99 \
+  --save-interval 100 --resume auto --output "$out/few_steps"
 
-python recipes/box/pack.py --student $out/few_steps/final --output localdit/box
-python recipes/box/score.py --pipeline localdit/box/few_steps --output $out/few_steps/score
+once pack_student python recipes/box/pack.py --student "$out/few_steps/final" --output localdit/box
+python recipes/box/score.py --pipeline localdit/box/few_steps --output "$out/few_steps/score" \
+  --count 1500
