@@ -1,4 +1,4 @@
-"""What a tokenizer knows of a text, and sentences that name what it does not know."""
+"""What a tokenizer does not know of a text, and the messages that tell it."""
 
 from __future__ import annotations
 
