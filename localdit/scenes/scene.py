@@ -88,8 +88,6 @@ ARRANGEMENTS: tuple[str, ...] = tuple(ARRANGEMENT_CENTRES)
 
 GRID = 16  # things are centred on lines of a grid of so many cells along the side
 HELD_OUT_PERCENT = 10
-_JITTER = 0.02  # of the side; keeps large shapes inside the picture and apart
-_SLIDE = 0.08  # largest shift of two objects across the axis of their relation
 _STAND = 0.85  # of the side: where things stand that are side by side on the ground
 _TWINS = 0.15  # share of the scenes with several objects in which two look the same
 
@@ -370,7 +368,6 @@ def _one_object(rng: np.random.Generator) -> Scene | None:
     background = _background(rng)
     looks = _looks(rng, 1, background)
     centre = np.array([POSITION_CENTRE[_choose(rng, POSITIONS)]])
-    centre += rng.uniform(-_JITTER, _JITTER, (1, 2))
     return None if looks is None else _place(looks, centre, background, ())
 
 
@@ -378,9 +375,7 @@ def _two_objects(rng: np.random.Generator) -> Scene | None:
     background = _background(rng)
     looks = _looks(rng, 2, background)
     direction = np.array(RELATION_DIRECTION[_choose(rng, RELATIONS)])
-    along = rng.uniform(0.25 - _JITTER, 0.25 + _JITTER, 2) * (1, -1)
-    across = rng.uniform(-_SLIDE, _SLIDE, 2)
-    centres = 0.5 + along[:, None] * direction + across[:, None] * np.abs(direction[::-1])
+    centres = 0.5 + 0.25 * np.stack([direction, -direction])
     if looks is None:
         return None
     return _place(looks, centres, background, (0, 1) if direction[0] else ())
@@ -391,7 +386,6 @@ def _three_objects(rng: np.random.Generator) -> Scene | None:
     looks = _looks(rng, 3, background)
     arrangement = _choose(rng, ARRANGEMENTS)
     centres = np.array(ARRANGEMENT_CENTRES[arrangement])
-    centres += rng.uniform(-_JITTER, _JITTER, (3, 2)) / 2
     if looks is None:
         return None
     large = [size == "large" for _, _, size in looks]
