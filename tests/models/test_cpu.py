@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localdit.models import cpu
 from localdit.models.cpu import Linear, bands, write_band
@@ -230,6 +231,8 @@ def test_attention_is_explicit_in_bfloat16_training_with_few_keys_only(monkeypat
     assert not cpu.trains_faster_explicitly(query, few)
     assert not cpu.trains_faster_explicitly(bfloat16.detach(), few.bfloat16())
     with torch.no_grad():
+        assert not cpu.trains_faster_explicitly(bfloat16, few.bfloat16())
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert not cpu.trains_faster_explicitly(bfloat16, few.bfloat16())
 
 
