@@ -283,6 +283,5 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     agreement.on_main(lambda: run.begin(options_of(args), state.progress.step))
     encoders = models.make_inputs.encoders
     session.reporter.begin(data, state.progress.step, encoders and encoders.tokenizer)
-    if method.adapters:
-        session.reporter.say(str(models.result))
+    session.reporter.say(str(models.result))
     return session
