@@ -11,6 +11,7 @@ import torch
 
 from localdit.core.latents import LatentSpace
 from localdit.models import LocalDiTTransformer2DModel
+from localdit.scenes import sample_scenes
 from localdit.scenes.scene import PALETTE
 from tests.training.workplace import ROOT
 
@@ -28,13 +29,13 @@ def load(path):
 def test_each_autoencoder_of_scenes_trains_and_is_scaled(compression, size):
     recipe = load("box/train_autoencoder.py")
     vae = recipe.build_autoencoder(compression)
-    pictures, centres = recipe.draw_pictures(2, 0, False, 256)
-    assert pictures.shape == (2, 256, 256, 3)
+    drawings = recipe.draw(list(sample_scenes(2, 0)), 256)
+    assert drawings.pixels.shape == (2, 256, 256, 3)
     stage = recipe.Stage(1.0, 0.5, 2)
-    pixels = recipe.random_crops(pictures, centres, stage, np.random.default_rng(0))
+    pixels, _ = recipe.random_crops(drawings, stage, np.random.default_rng(0))
     assert pixels.shape == (2, 3, 128, 128)
     settings = Namespace(latent_noise=0.1, whitening_weight=0.02, freeze_encoder=False)
-    recipe.training_loss(vae, pixels, settings, progress=0.0).backward()
+    recipe.training_loss(vae, pixels, None, settings, progress=0.0).backward()
     moved = [parameter for parameter in vae.parameters() if parameter.grad.any()]
     weights = [parameter.detach().clone() for parameter in moved]
     recipe.MuonWithAdamW(list(vae.parameters()), 1e-3).step(1e-3)
@@ -47,6 +48,21 @@ def test_each_autoencoder_of_scenes_trains_and_is_scaled(compression, size):
     assert latents.shape == size
     assert latents.std().item() == pytest.approx(1, abs=0.05)
     torch.testing.assert_close(recipe.reconstruct(vae, pixels), before, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("cells", [16, 8])
+def test_crops_of_generated_latents_are_those_of_their_pixels(cells):
+    recipe = load("box/train_autoencoder.py")
+    drawings = recipe.draw(list(sample_scenes(3, 0)), 256)
+    step = 256 // cells
+    latents = torch.stack([recipe.to_tensor(one[None])[0] for one in drawings.pixels])
+    drawings = recipe.Drawings(
+        drawings.pixels, drawings.centres, latents[:, :, ::step, ::step].contiguous()
+    )
+    stage = recipe.Stage(1.0, 0.5, 8)
+    pixels, cut = recipe.random_crops(drawings, stage, np.random.default_rng(0))
+    assert cut.shape == (8, 3, cells // 2, cells // 2)
+    assert torch.equal(cut, pixels[:, :, ::step, ::step])
 
 
 def test_both_compact_runs_have_the_same_shape():

@@ -6,7 +6,8 @@
 Writes a folder with 16-bit weights for `from_pretrained` of `diffusers.AutoencoderDC`, and in it
 `reconstructions.png`: held-out scenes above their reconstructions. `--pretrained` trains such a
 folder further. With `--freeze-encoder`, the latents stay as they are, so a transformer that knows
-them stays valid.
+them stays valid. `--generated-by` trains the decoder on that transformer's latents as well, for
+captions of training scenes: it learns to draw a sharp scene from latents that are a little off.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from diffusers import AutoencoderDC
+
+    from localdit.scenes import Scene
 
 # Pixels per latent: channels of the latents, and of each level.
 SHAPES = {16: (8, (16, 32, 64, 128, 128)), 32: (32, (16, 32, 64, 64, 128, 128))}
@@ -37,6 +40,22 @@ class Stage:
 
 
 STAGES = (Stage(0.5, 0.25, 32), Stage(0.85, 0.5, 8), Stage(1.0, 1.0, 4))
+GUIDANCE_SCALE = 2.0  # of the model in the box
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Drawn scenes.
+
+    Attributes:
+        pixels: (n, side, side, 3) uint8.
+        centres: of an object of each, (n, 2): x and y in pixels.
+        latents: from which the decoder is to draw them, (n, c, h, w); None to encode them.
+    """
+
+    pixels: np.ndarray
+    centres: np.ndarray
+    latents: torch.Tensor | None = None
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,6 +68,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pretrained", type=Path, metavar="FOLDER",
                         help="autoencoder to train further")  # fmt: skip
     parser.add_argument("--freeze-encoder", action="store_true", help="train only the decoder")
+    parser.add_argument("--generated-by", type=Path, metavar="FOLDER", help="pipeline that "
+                        "generates the latents of every second batch")  # fmt: skip
+    parser.add_argument("--generated", type=int, default=1_500, help="number of its images")
     parser.add_argument("--side", type=int, default=256, help="width and height in pixels, "
                         "a multiple of 128")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise")
@@ -62,7 +84,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--eval-every", type=int, default=200, help="steps between PSNR prints")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.generated_by and not (args.pretrained and args.freeze_encoder):
+        parser.error("--generated-by needs the autoencoder of its latents, as --pretrained, and "
+                     "--freeze-encoder")  # fmt: skip
+    return args
 
 
 def build_autoencoder(compression: int) -> AutoencoderDC:
@@ -92,18 +118,51 @@ def build_autoencoder(compression: int) -> AutoencoderDC:
     return vae.to(memory_format=torch.channels_last)
 
 
-def draw_pictures(
-    count: int, seed: int, held_out: bool, side: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return images (n, side, side, 3) as uint8, and an object's centre (x, y) in pixels each."""
+def draw(scenes: list[Scene], side: int, latents: torch.Tensor | None = None) -> Drawings:
+    """Draw scenes, of `side` x `side` pixels."""
     import numpy as np
 
-    from localdit.scenes import draw_scene, sample_scenes
+    from localdit.scenes import draw_scene
 
-    scenes = list(sample_scenes(count, seed, held_out))
-    pictures = np.stack([np.asarray(draw_scene(scene, side)) for scene in scenes])
+    pixels = np.stack([np.asarray(draw_scene(scene, side)) for scene in scenes])
     things = [scene.objects[i % len(scene.objects)] for i, scene in enumerate(scenes)]
-    return pictures, np.array([(side * thing.x, side * thing.y) for thing in things])
+    centres = np.array([(side * thing.x, side * thing.y) for thing in things])
+    return Drawings(pixels, centres, latents)
+
+
+def generate(args: argparse.Namespace, batch_size: int = 10) -> Drawings:
+    """Generate latents for captions of training scenes, and keep those that show their scene."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from localdit import LocalDiTPipeline
+    from localdit.scenes import describe, sample_scenes
+    from localdit.scenes.score import score_picture
+
+    pipe = LocalDiTPipeline.from_pretrained(args.generated_by)
+    pipe.set_progress_bar_config(disable=True)
+    rng = np.random.default_rng([args.seed, 13])
+    generator = torch.Generator().manual_seed(args.seed)
+    scenes = list(sample_scenes(args.generated, args.seed + 3_000_003))
+    shown, kept = [], []
+    for start in range(0, len(scenes), batch_size):
+        batch = scenes[start : start + batch_size]
+        scaled = pipe(
+            [describe(scene, rng).text for scene in batch], height=args.side, width=args.side,
+            guidance_scale=GUIDANCE_SCALE, generator=generator, output_type="latent",
+        ).images  # fmt: skip
+        with torch.no_grad():
+            decoded = pipe.latent_space.decode(scaled).clamp(-1, 1)
+        pixels = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        for scene, latents, picture in zip(batch, scaled, pixels, strict=True):
+            if score_picture(Image.fromarray(picture), scene)["all"] == 1.0:
+                shown.append(scene)
+                kept.append(latents / pipe.vae.config.scaling_factor)
+    print(f"{len(shown)} of {len(scenes)} generated images show their scene", flush=True)
+    if not shown:
+        raise SystemExit(f"{args.generated_by} can't draw scenes: train it first")
+    return draw(shown, args.side, torch.stack(kept))
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -115,28 +174,39 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 def random_crops(
-    pictures: np.ndarray, centres: np.ndarray, stage: Stage, rng: np.random.Generator
-) -> torch.Tensor:
-    """Return a batch of crops that show (a part of) an object: (b, 3, crop, crop) in [-1, 1].
+    drawings: Drawings, stage: Stage, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a batch of crops that show (a part of) an object.
 
     They begin on the scenes' grid, as latents do.
+
+    Returns:
+        Pixels (b, 3, crop, crop) in [-1, 1], and their latents if the drawings have any.
     """
     import numpy as np
+    import torch
 
     from localdit.scenes.scene import GRID
 
-    chosen = rng.integers(len(pictures), size=stage.batch_size)
-    crop = round(stage.crop * pictures.shape[1])
-    room = pictures.shape[1] - crop
+    side = drawings.pixels.shape[1]
+    grid = GRID if drawings.latents is None else min(GRID, drawings.latents.shape[2])
+    chosen = rng.integers(len(drawings.pixels), size=stage.batch_size)
+    crop = round(stage.crop * side)
     reach = crop / 2 + 4
-    corners = centres[chosen] - crop / 2 + rng.uniform(-reach, reach, (len(chosen), 2))
-    cell = pictures.shape[1] // GRID
-    lefts_tops = np.clip(np.round(corners / cell) * cell, 0, room).astype(int)
-    crops = [
-        pictures[i, top : top + crop, left : left + crop]
-        for i, (left, top) in zip(chosen, lefts_tops, strict=True)
-    ]
-    return to_tensor(np.stack(crops))
+    corners = drawings.centres[chosen] - crop / 2 + rng.uniform(-reach, reach, (len(chosen), 2))
+    cells = np.clip(np.round(corners * grid / side), 0, (side - crop) * grid // side).astype(int)
+
+    def cut(pictures: Any, axis: int) -> list[Any]:
+        cell = pictures[0].shape[axis] // grid
+        size = round(stage.crop * pictures[0].shape[axis])
+        before = (slice(None),) * axis
+        return [
+            pictures[i][(*before, slice(y, y + size), slice(x, x + size))]
+            for i, (x, y) in zip(chosen, cells * cell, strict=True)
+        ]
+
+    pixels = to_tensor(np.stack(cut(drawings.pixels, 0)))
+    return pixels, None if drawings.latents is None else torch.stack(cut(drawings.latents, 1))
 
 
 def reconstruction_loss(
@@ -162,11 +232,19 @@ def distance_from_white(latents: torch.Tensor) -> torch.Tensor:
 
 
 def training_loss(
-    vae: AutoencoderDC, pixels: torch.Tensor, args: argparse.Namespace, progress: float
+    vae: AutoencoderDC,
+    pixels: torch.Tensor,
+    generated: torch.Tensor | None,
+    args: argparse.Namespace,
+    progress: float,
 ) -> torch.Tensor:
+    """Return the loss of reconstructed pixels, or of those decoded from generated latents."""
     import torch
 
     with torch.autocast("cpu", torch.bfloat16):
+        if generated is not None:
+            decoded = vae.decode(generated).sample
+            return reconstruction_loss(decoded.float(), pixels, progress)
         latents = vae.encode(pixels).latent
         # Noise makes small errors of a denoiser small in the picture.
         level = args.latent_noise * torch.rand(len(pixels), 1, 1, 1)
@@ -281,12 +359,16 @@ def main() -> None:
     import torch
     from diffusers import AutoencoderDC
 
+    from localdit.scenes import sample_scenes
+
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    pictures, centres = draw_pictures(args.scenes, args.seed, False, args.side)
-    held_out = to_tensor(draw_pictures(128, args.seed, True, args.side)[0])
+    drawings = [draw(list(sample_scenes(args.scenes, args.seed)), args.side)]
+    held_out = to_tensor(draw(list(sample_scenes(128, args.seed, True)), args.side).pixels)
+    if args.generated_by:
+        drawings.append(generate(args))
     vae = build_autoencoder(args.compression)
     if args.pretrained:
         vae = AutoencoderDC.from_pretrained(args.pretrained).to(memory_format=torch.channels_last)
@@ -299,8 +381,8 @@ def main() -> None:
     for step in range(1, args.steps + 1):
         progress = (step - 1) / args.steps
         stage = next(s for s in STAGES if progress < s.until)
-        pixels = random_crops(pictures, centres, stage, rng)
-        loss = training_loss(vae, pixels, args, progress)
+        crops = random_crops(drawings[step % len(drawings)], stage, rng)
+        loss = training_loss(vae, *crops, args, progress)
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss is {loss.item()} at step {step}")
         loss.backward()
@@ -317,7 +399,7 @@ def main() -> None:
             average.save_pretrained(args.output.with_name(args.output.name + "_unfinished"))
 
     if not args.freeze_encoder:
-        set_scale(average, to_tensor(pictures[:512]))
+        set_scale(average, to_tensor(drawings[0].pixels[:512]))
     average.half().save_pretrained(args.output)
     average.float()  # evaluate the weights rounded to 16 bits
     decoded = reconstruct(average, held_out)
