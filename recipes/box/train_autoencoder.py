@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderDC
 
-    from localdit.scenes import Scene
+    from localdit.scenes import Background, Scene
 
 # Pixels per latent: channels of the latents, and of each level.
 SHAPES = {16: (8, (16, 32, 64, 128, 128)), 32: (32, (16, 32, 64, 64, 128, 128))}
@@ -130,15 +130,22 @@ def draw(scenes: list[Scene], side: int, latents: torch.Tensor | None = None) ->
     return Drawings(pixels, centres, latents)
 
 
+def on_grid(scene: Scene) -> tuple[Background, list[Any]]:
+    """Return all that can differ between scenes on the grid."""
+    from localdit.scenes.scene import GRID
+
+    things = [(*one.look, round(one.x * GRID), round(one.y * GRID)) for one in scene.objects]
+    return scene.background, sorted(things)
+
+
 def generate(args: argparse.Namespace, batch_size: int = 10) -> Drawings:
     """Generate latents for captions of training scenes, and keep those that show their scene."""
     import numpy as np
     import torch
-    from PIL import Image
 
     from localdit import LocalDiTPipeline
     from localdit.scenes import describe, sample_scenes
-    from localdit.scenes.score import score_picture
+    from localdit.scenes.score import reported_scene
 
     pipe = LocalDiTPipeline.from_pretrained(args.generated_by)
     pipe.set_progress_bar_config(disable=True)
@@ -156,7 +163,8 @@ def generate(args: argparse.Namespace, batch_size: int = 10) -> Drawings:
             decoded = pipe.latent_space.decode(scaled).clamp(-1, 1)
         pixels = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         for scene, latents, picture in zip(batch, scaled, pixels, strict=True):
-            if score_picture(Image.fromarray(picture), scene)["all"] == 1.0:
+            seen = reported_scene(picture)
+            if seen is not None and on_grid(seen) == on_grid(scene):
                 shown.append(scene)
                 kept.append(latents / pipe.vae.config.scaling_factor)
     print(f"{len(shown)} of {len(scenes)} generated images show their scene", flush=True)
