@@ -138,8 +138,8 @@ def on_grid(scene: Scene) -> tuple[Background, list[Any]]:
     return scene.background, sorted(things)
 
 
-def generate(args: argparse.Namespace, batch_size: int = 10) -> Drawings:
-    """Generate latents for captions of training scenes, and keep those that show their scene."""
+def generate(args: argparse.Namespace, batch_size: int = 10) -> list[Drawings]:
+    """Generate latents for captions of training scenes; keep those that show them, if any do."""
     import numpy as np
     import torch
 
@@ -169,8 +169,8 @@ def generate(args: argparse.Namespace, batch_size: int = 10) -> Drawings:
                 kept.append(latents / pipe.vae.config.scaling_factor)
     print(f"{len(shown)} of {len(scenes)} generated images show their scene", flush=True)
     if not shown:
-        raise SystemExit(f"{args.generated_by} can't draw scenes: train it first")
-    return draw(shown, args.side, torch.stack(kept))
+        return []
+    return [draw(shown, args.side, torch.stack(kept))]
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -376,7 +376,7 @@ def main() -> None:
     drawings = [draw(list(sample_scenes(args.scenes, args.seed)), args.side)]
     held_out = to_tensor(draw(list(sample_scenes(128, args.seed, True)), args.side).pixels)
     if args.generated_by:
-        drawings.append(generate(args))
+        drawings += generate(args)
     vae = build_autoencoder(args.compression)
     if args.pretrained:
         vae = AutoencoderDC.from_pretrained(args.pretrained).to(memory_format=torch.channels_last)
