@@ -72,7 +72,7 @@ def test_both_compact_runs_have_the_same_shape():
         new, trained = (LocalDiTTransformer2DModel.from_config(one) for one in (shape, box))
     shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (new, trained)]
     different = {n for n, size in shapes[0].items() if shapes[1][n] != size}
-    assert different == {"pos_embed.proj.weight", "proj_out.weight", "proj_out.bias"}
+    assert different == {"pos_embed.proj.weight"}  # 32 channels either way, but in other patches
     settings = ("window_size", "shift_schedule", "do_rope", "use_global", "qk_norm_eps")
     assert all(new.config[name] == trained.config[name] for name in settings)
     assert new.use_additional_conditions == trained.use_additional_conditions
