@@ -25,6 +25,9 @@ CALL_SETTINGS = (
     "truncation_strategy",
 )  # fmt: skip
 
+# Layers of a student that are stored with 8-bit weights.
+IN_8_BITS = ("ff.net.0.proj", "ff.net.2", "attn2.to_q", "attn2.to_k")
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -50,7 +53,10 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def pack_student(student: Path, box: Path) -> None:
-    """Write transformer, scheduler and index of a student; it shares the other parts."""
+    """Write transformer, scheduler and index of a student; it shares the other parts.
+
+    Some layers have 8-bit weights, so that teacher and student have less than 20 MB.
+    """
     import torch
 
     from localdit.models import LocalDiTTransformer2DModel
@@ -59,7 +65,11 @@ def pack_student(student: Path, box: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     transformer = LocalDiTTransformer2DModel.from_pretrained(student / "transformer")
     weights = folder / "transformer"
-    transformer.to(torch.float16).save_pretrained(weights)
+    transformer.to(torch.float16)
+    for name, layer in transformer.named_modules():
+        if name.endswith(IN_8_BITS):
+            layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    transformer.save_pretrained(weights)
     for file in weights.iterdir():
         file.chmod(0o644)
     edit_json(folder / "transformer" / "config.json", _name_or_path=None)
