@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 out=${OUT:-output/box} box=${BOX:-localdit/box}
-count=${COUNT:-40000} vae_steps=${VAE_STEPS:-5000} batch=${BATCH:-64} captions=${CAPTIONS:-1500}
+count=${COUNT:-40000} vae_steps=${VAE_STEPS:-5000} batch=${BATCH:-64} captions=${CAPTIONS:-1000}
 export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
 two_processes="torchrun --standalone --nproc_per_node 2" # faster than one with two threads
 
@@ -32,7 +32,7 @@ once encoded $two_processes -m localdit.training.encode \
 once teacher $two_processes train.py --mixed-precision bf16 --optimizer muon \
   --data-root "$out/encoded" --image-size 256 --transformer-config recipes/box/shape.json \
   --num-workers 0 --prediction-type v_prediction \
-  --batch-size "$batch" --max-train-steps "${STEPS:-6000}" --learning-rate 2e-3 --lr-schedule cosine \
+  --batch-size "$batch" --max-train-steps "${STEPS:-3200}" --learning-rate 2e-3 --lr-schedule cosine \
   --warmup-steps 50 --gradient-clip 1.0 --token-dropout 0.1 --ema-decay 0.998 \
   --save-interval 500 --resume auto --output "$out/run"
 
@@ -45,9 +45,10 @@ once score python recipes/box/score.py --pipeline "$box" --output "$out/score" -
 
 # shellcheck disable=SC2086
 once student $two_processes train.py --method distil --distillation trajectory --teacher-steps 8 \
+  --mixed-precision bf16 \
   --teacher "$box/transformer" --pretrained "$out/run/final" \
   --data-root "$out/encoded" --image-size 256 --num-workers 0 --token-dropout 0 \
-  --batch-size $(((batch + 7) / 8)) --max-train-steps "${STUDENT_STEPS:-1000}" --learning-rate 4e-4 \
+  --batch-size $(((batch + 7) / 8)) --max-train-steps "${STUDENT_STEPS:-700}" --learning-rate 4e-4 \
   --lr-schedule cosine --warmup-steps 30 --gradient-clip 1.0 --ema-decay 0.99 \
   --save-interval 100 --resume auto --output "$out/few_steps"
 

@@ -55,7 +55,8 @@ def edit_json(path: Path, **changes: Any) -> None:
 def pack_student(student: Path, box: Path) -> None:
     """Write transformer, scheduler and index of a student; it shares the other parts.
 
-    Some layers have 8-bit weights, so that teacher and student have less than 20 MB.
+    Some layers have 8-bit weights, so that teacher and student have less than 20 MB. That changes
+    images by 0.2 to 0.6 of 255 (root mean square).
     """
     import torch
 
