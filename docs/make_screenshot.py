@@ -18,9 +18,10 @@ from localdit.demo.page import launch
 
 IMAGE = Path(__file__).with_name("images") / "demo.png"
 PROMPTS = [
-    "a red house between two small orange trees on green ground under a blue sky",
+    "a large yellow sun above a small red house and a small orange tree "
+    "on green ground under a blue sky",
     "a large yellow sun above a small white boat on a gradient from blue to turquoise",
-    "a small white cross on a purple background",
+    "a small white cross in the centre of a purple background",
 ]
 
 

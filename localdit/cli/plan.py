@@ -43,12 +43,16 @@ PHOTOGRAPHS = Preset(
 )
 SCENES = Preset(
     t2i=[
-        "a red house between two small orange trees on green ground under a blue sky",
+        "a large yellow sun above a small red house and a small orange tree "
+        "on green ground under a blue sky",
         "a large yellow sun above a small white boat on a gradient from blue to turquoise",
-        "a small white cross on a purple background",
+        "a small white cross in the centre of a purple background",
         "two large pink hearts side by side on green and white stripes",
     ],
-    i2i=["a purple house between two small red trees on white ground under a turquoise sky"],
+    i2i=[
+        "a large yellow moon above a small purple house and a small red tree "
+        "on white ground under a turquoise sky"
+    ],
     negative_prompt="",
 )
 

@@ -356,8 +356,7 @@ def _place(looks: list[tuple[str, str, str]], centres: np.ndarray, background: B
     if background.kind == "ground":
         for index in standing:
             shape, _, size = looks[index]
-            shift = centres[index, 1] - np.mean(centres[list(standing), 1])
-            centres[index, 1] = _STAND + shift / 4 - outline_bottom(shape) * SIZE_RADIUS[size]
+            centres[index, 1] = _STAND - outline_bottom(shape) * SIZE_RADIUS[size]
     centres = np.round(centres * GRID) / GRID
     objects = (SceneObject(*look, float(x), float(y))
                for look, (x, y) in zip(looks, centres, strict=True))  # fmt: skip

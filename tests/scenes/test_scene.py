@@ -21,6 +21,7 @@ from localdit.scenes.scene import (
     BACKGROUNDS,
     BANDS,
     COLOURS,
+    GRID,
     HORIZON,
     PALETTE,
     POSITION_CENTRE,
@@ -309,9 +310,13 @@ def test_what_looks_alike_differs_in_nothing_and_is_not_rare():
     assert 0.05 < twins / len(scenes) < 0.3
 
 
-def test_things_side_by_side_stand_on_the_ground():
+def test_things_side_by_side_stand_on_one_line_of_the_ground():
+    counts = set()
     for scene in sample_scenes(600, seed=9):
-        if scene.background.kind == "ground" and scene.arrangement == "row":
+        beside = {"left of", "right of"}.issuperset(scene.relations)
+        if scene.background.kind == "ground" and len(scene.objects) > 1 and beside:
+            counts.add(len(scene.objects))
             for thing in scene.objects:
                 bottom = thing.y + outline_bottom(thing.shape) * SIZE_RADIUS[thing.size]
-                assert HORIZON < bottom < 1.0
+                assert HORIZON < 0.85 - 0.5 / GRID <= bottom <= 0.85 + 0.5 / GRID
+    assert counts == {2, 3}
