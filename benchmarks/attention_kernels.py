@@ -28,24 +28,7 @@ def kernels(names: list[str], device: str) -> AbstractContextManager[Any]:
 
 def attention_of(denoiser: Denoiser, case: Case) -> tuple[list[str], str]:
     """Return the kernels of a denoiser (empty for PyTorch's own choice) and a description."""
-    return pixart_kernels(case) if denoiser == PIXART else training_kernels(case)
-
-
-def training_kernels(case: Case) -> tuple[list[str], str]:
-    """Return the kernels of LocalDiT and Sana: train.py's choice in training, else PyTorch's.
-
-    Sana needs them for the text only: its self-attention is linear, without a softmax.
-    """
-    import torch
-
-    from localdit.training.processes import attention_kernels
-
-    if case.task == "training":
-        precision = "bf16" if case.dtype == "bfloat16" else "no"
-        chosen = attention_kernels(torch.device(case.device), precision)
-        if len(chosen) == 1:
-            return [chosen[0].name], f"{chosen[0].name}, as train.py chooses"
-    return [], OWN_CHOICE
+    return pixart_kernels(case) if denoiser == PIXART else ([], OWN_CHOICE)
 
 
 def pixart_kernels(case: Case) -> tuple[list[str], str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-GUIDANCE, SIDE = 2.0, 128
+GUIDANCE = 2.0
 
 
 def load_box(dtype: str = "float32") -> Any:
@@ -38,7 +38,7 @@ def draw(
     import torch
 
     generators = [torch.Generator().manual_seed(first_seed + i) for i in range(len(captions))]
-    arguments = {"guidance_scale": GUIDANCE, "height": SIDE, "width": SIDE, **arguments}
+    arguments = {"guidance_scale": GUIDANCE, **arguments}
     start = time.perf_counter()
     pictures = pipe(captions, generator=generators, **arguments).images
     return pictures, time.perf_counter() - start

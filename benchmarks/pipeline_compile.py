@@ -18,6 +18,7 @@ def measure(args: Namespace) -> dict[str, Any]:
     expected, first_plain = draw(plain, captions, output_type="np")
     compiled.transformer.compile_repeated_blocks()
     result, first = draw(compiled, captions, output_type="np")
+    side = result.shape[1]
     pairs = [(draw(plain, captions)[1], draw(compiled, captions)[1]) for _ in range(args.repeats)]
     eager, run = (statistics.median(times) for times in zip(*pairs, strict=True))
     speedup = statistics.median(one / other for one, other in pairs)
@@ -28,9 +29,9 @@ def measure(args: Namespace) -> dict[str, Any]:
             ["compiled blocks", f"{first:.1f}", f"{run:.2f}", f"{speedup:.2f}"],
         ],
         "notes": [
-            f"Calls for {args.batch_size} images of 128 x 128 pixels, 20 guided steps; medians "
-            f"of {args.repeats} calls in turn. Compiling took {first - run:.1f} s: the first call "
-            "minus a later one. Largest difference of a pixel, in [0, 1]: "
+            f"Calls for {args.batch_size} images of {side} x {side} pixels, 20 guided steps; "
+            f"medians of {args.repeats} calls in turn. Compiling took {first - run:.1f} s: the "
+            "first call minus a later one. Largest difference of a pixel, in [0, 1]: "
             f"{np.abs(result - expected).max():.1e}."
         ],
     }

@@ -45,13 +45,15 @@ def measure(args: Namespace) -> dict[str, Any]:
             drawn[option.name].seconds.append(taken / len(batch))
             drawn[option.name].pictures += pictures
     reference = drawn[options[0].name]
+    side = reference.pictures[0].width
     rows = [row(option, drawn[option.name], reference, scenes) for option in options]
     return {
         "columns": ["option", "seconds a picture", "speed-up", "all right", "RMSE, of 255"],
         "rows": rows,
         "notes": [
-            f"{args.captions} held-out captions, batches of {args.batch_size} in turn, 128 x 128 "
-            "pixels, guidance scale 2. Speed-up: median over the batches of default : option. "
+            f"{args.captions} held-out captions, batches of {args.batch_size} in turn, "
+            f"{side} x {side} pixels, guidance scale 2. Speed-up: median over the batches of "
+            "default : option. "
             "All right: share of images in which the scene reader finds everything right. RMSE: "
             "mean over the images, to the default's image of the same seed."
         ],

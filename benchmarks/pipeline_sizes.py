@@ -10,7 +10,7 @@ from typing import Any
 from .peak_memory import give_back_unused, resident_bytes
 from .worker import in_own_process
 
-SIZES, SMALLEST, LARGEST, MULTIPLE = 150, 64, 384, 16
+SIZES, SMALLEST, LARGEST, MULTIPLE = 150, 64, 768, 32
 CAPTION = "a large red circle at the top left on a blue background"
 LARGE_CACHES = 1024  # primitives, PyTorch's own setting
 

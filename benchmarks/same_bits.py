@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 STEPS = 50
-SIDE = 128  # pixels
+SIDE = 256  # pixels
 DRAWN, CHANGED, REPAINTED = 8, 8, 8
 
 

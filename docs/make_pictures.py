@@ -53,7 +53,7 @@ def draw_inpainting(pipe: LocalDiTPipeline) -> None:
     inpaint = LocalDiTInpaintPipeline.from_pipe(pipe)
     picture = pipe(ON_THE_LEFT, generator=first_seed(), **SETTINGS).images[0]
     mask = Image.new("L", picture.size, "black")
-    ImageDraw.Draw(mask).rectangle((72, 24, 127, 103), fill="white")
+    ImageDraw.Draw(mask).rectangle((144, 48, 255, 207), fill="white")
     result = inpaint(BOTH, picture, mask, generator=first_seed(), **SETTINGS).images[0]
     row = [picture, mask.convert("RGB"), result]
     image_grid(row, columns=len(row)).save(IMAGES / "inpaint.png")

@@ -18,9 +18,10 @@ from localdit.demo.page import launch
 
 IMAGE = Path(__file__).with_name("images") / "demo.png"
 PROMPTS = [
-    "a large yellow circle on a purple background",
-    "a small blue circle to the left of a large red square on a white background",
-    "a large white triangle in the centre on a purple background",
+    "a small white cross in the centre of a purple background",
+    "a large yellow sun above a small white boat on a gradient from blue to turquoise",
+    "a large yellow sun above a small red house and a small orange tree "
+    "on green ground under a blue sky",
 ]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
 from localdit.scenes import Scene, SceneObject, describe, draw_scene, sample_scenes
+from localdit.scenes.scene import Background
 from localdit.scenes.score import mean_scores, score_picture
 from localdit.utils import model_in_the_box
 
@@ -86,8 +87,8 @@ def test_capitals_and_spaces_change_nothing(pipe):
 @pytest.mark.parametrize("name", ["pipe", "student"])
 def test_image_to_image_follows_the_prompt_and_keeps_the_composition(name, request):
     pipe = request.getfixturevalue(name)
-    before = Scene("blue", (SceneObject("circle", "red", "large", 0.25, 0.25),))
-    after = Scene("blue", (SceneObject("circle", "yellow", "large", 0.25, 0.25),))
+    before = Scene(Background.plain("blue"), (SceneObject("circle", "red", "large", 0.25, 0.25),))
+    after = Scene(Background.plain("blue"), (SceneObject("circle", "yellow", "large", 0.25, 0.25),))
     edit = LocalDiTImg2ImgPipeline.from_pipe(pipe)
     edit.set_progress_bar_config(disable=True)
     common = {"image": draw_scene(before), "generator": seeds(1)[0]}

@@ -23,7 +23,7 @@ LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
 # Replacements that make a block fast: the model in the box, few images, few steps.
 SMALL = {
     "python": {
-        r"\bConfig\(\)": "Config(ckpt_path='localdit/box', height=128, width=128)",
+        r"\bConfig\(\)": "Config(ckpt_path='localdit/box', height=256, width=256)",
         r"checkpoint-100\b": "checkpoint-2",
     },
     "bash": {

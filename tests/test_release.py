@@ -32,7 +32,7 @@ edit = LocalDiTImg2ImgPipeline.from_pipe(pipe)
 image = edit("a red circle", image, num_inference_steps=2).images[0]
 inpaint = LocalDiTInpaintPipeline.from_pipe(pipe)
 image = inpaint("a red circle", image, Image.new("L", image.size, 255), num_inference_steps=2)
-assert image.images[0].size == (128, 128)
+assert image.images[0].size == (256, 256)
 """
 
 

@@ -41,7 +41,7 @@ def test_an_autoencoder_of_the_hub_has_8_pixels_per_latent(tmp_path):
 
 
 def test_the_sizes_of_the_box():
-    assert read_sizes(model_in_the_box(), Config()) == ModelSizes(16, 2, 8)
+    assert read_sizes(model_in_the_box(), Config()) == ModelSizes(16, 2, 16)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from localdit.scenes import Scene, draw_scene, sample_scenes
 
 def draw(prompts: list[str], folder: Path) -> list[Path]:
     """Pictures of prompts, saved."""
-    config = Config(ckpt_path=model_in_the_box(), height=128, width=128, guidance_scale=2.0)
+    config = Config(ckpt_path=model_in_the_box(), height=256, width=256, guidance_scale=2.0)
     pipe: LocalDiTPipeline = load_model(config, device="cpu", dtype="float32")
     pictures: list[Image.Image] = inference(pipe, prompts, None, config, seed=0)
     paths: list[Path] = []

@@ -157,8 +157,10 @@ def about(pipe: LocalDiTPipeline, model: Choice) -> list[str]:
 def scene() -> Image.Image:
     """Return a picture of the kind that the model in the box draws."""
     from ..scenes import Scene, SceneObject, draw_scene
+    from ..scenes.scene import Background
 
-    return draw_scene(Scene("blue", (SceneObject("circle", "red", "large", 0.25, 0.25),)))
+    circle = SceneObject("circle", "red", "large", 0.25, 0.25)
+    return draw_scene(Scene(Background.plain("blue"), (circle,)))
 
 
 def free_port(host: str, port: int | None) -> int:

@@ -43,12 +43,16 @@ PHOTOGRAPHS = Preset(
 )
 SCENES = Preset(
     t2i=[
-        "a large red circle at the top left on a blue background",
-        "a small yellow square at the bottom right on a green background",
-        "a large white triangle in the centre on a purple background",
-        "a small blue circle to the left of a large red square on a white background",
+        "a large yellow sun above a small red house and a small orange tree "
+        "on green ground under a blue sky",
+        "a large yellow sun above a small white boat on a gradient from blue to turquoise",
+        "a small white cross in the centre of a purple background",
+        "two large pink hearts side by side on green and white stripes",
     ],
-    i2i=["a large green circle at the top left on a yellow background"],
+    i2i=[
+        "a large yellow moon above a small purple house and a small red tree "
+        "on white ground under a turquoise sky"
+    ],
     negative_prompt="",
 )
 

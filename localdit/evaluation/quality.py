@@ -37,7 +37,7 @@ def scene_scores(
         pictures: those of each prompt.
 
     Returns:
-        Shares in [0, 1], such as "scene, two objects: all"; {} if no prompt has a scene.
+        Shares in [0, 1], such as "scene, 2 objects: all"; {} if no prompt has a scene.
     """
     from ..scenes.score import mean_scores, score_picture
 

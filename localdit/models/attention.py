@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
 
+from . import cpu
 from .backends import attend_within_windows, checked_backend
 from .cpu import Linear, bands, write_band
 from .global_context import GlobalContext
@@ -164,6 +165,9 @@ class _Processor:
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return `softmax(q k^T / sqrt(d) + attn_mask) v`, all `(B, tokens, heads, head_dim)`."""
+        chosen = self._attention_backend or self._parallel_config
+        if not chosen and cpu.trains_faster_explicitly(query, key):
+            return cpu.attention(query, key, value, attn_mask)
         return dispatch_attention_fn(
             query,
             key,

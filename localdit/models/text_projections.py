@@ -1,9 +1,9 @@
 """Projections of the text, computed once for all steps of a call instead of once per step.
 
 The text is the same in every step, and so are its projection to the model's width and the keys and
-values that each block makes of it. Computed once, they save 8 % of a call of the model in the box
-with 20 guided steps (one core of an AMD EPYC). A pipeline registers the text of a call with
-`reuse_projections`; for other texts nothing is kept.
+values that each block makes of it. Computed once, they save 8 % of a call of a model of 3.9M
+parameters and 64 tokens with 20 guided steps (one core of an AMD EPYC). A pipeline registers the
+text of a call with `reuse_projections`; for other texts nothing is kept.
 
 Hidden state: `_KEPT` has the results of registered texts. They go when their text does.
 """

@@ -1,7 +1,8 @@
-"""Captioned scenes of plain shapes, drawn by rules: training data without a download."""
+"""Captioned scenes of simple things, drawn by rules: training data without a download."""
 
 from localdit.scenes.phrasing import Caption, describe, describe_often
 from localdit.scenes.scene import (
+    Background,
     Scene,
     SceneObject,
     draw_scene,
@@ -11,6 +12,7 @@ from localdit.scenes.scene import (
 )
 
 __all__ = [
+    "Background",
     "Caption",
     "Scene",
     "SceneObject",

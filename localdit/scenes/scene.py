@@ -1,32 +1,58 @@
-"""Scenes: one or two plain shapes on a plain background, their words, drawing and sampling."""
+"""Scenes: up to three things on a background, their words, drawing and sampling."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from localdit.scenes.shapes import SHAPES, draw_shape, outline_bottom
 
 PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (215, 35, 40),
-    "green": (40, 160, 65),
-    "blue": (40, 80, 220),
-    "yellow": (250, 225, 50),
-    "orange": (245, 135, 25),
-    "purple": (140, 50, 180),
-    "white": (245, 245, 245),
-    "black": (20, 20, 20),
+    "red": (220, 55, 60),
+    "orange": (246, 140, 40),
+    "yellow": (252, 212, 70),
+    "green": (60, 165, 90),
+    "turquoise": (70, 200, 195),
+    "blue": (50, 105, 215),
+    "purple": (130, 75, 180),
+    "pink": (246, 150, 190),
+    "brown": (135, 90, 55),
+    "grey": (150, 155, 165),
+    "white": (248, 246, 240),
+    "black": (35, 35, 45),
 }
 COLOURS: tuple[str, ...] = tuple(PALETTE)
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross")
 
 # Radius of the circle, as a fraction of the picture's side. The other shapes get about its area.
-SIZE_RADIUS: dict[str, float] = {"small": 0.09, "large": 0.175}
+SIZE_RADIUS: dict[str, float] = {"small": 20 / 256, "large": 36 / 256}
 SIZES: tuple[str, ...] = tuple(SIZE_RADIUS)
+
+# Kinds of backgrounds, each with the colours that it may have, from the top or from the left.
+_BLENDS = (
+    ("black", "blue"), ("black", "purple"), ("blue", "turquoise"), ("blue", "white"),
+    ("green", "yellow"), ("orange", "yellow"), ("pink", "white"), ("purple", "pink"),
+    ("red", "orange"), ("turquoise", "white"),
+)  # fmt: skip
+_STRIPES = tuple((colour, "white") for colour in COLOURS if colour not in ("white", "brown"))
+_SKIES = ("blue", "turquoise", "pink", "orange", "white", "black")
+_GROUNDS = ("green", "brown", "yellow", "white", "grey")
+BACKGROUNDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "plain": tuple((colour,) for colour in COLOURS),
+    "gradient": tuple(pair for first, second in _BLENDS
+                      for pair in ((first, second), (second, first))),
+    "stripes": _STRIPES,
+    "ground": tuple((sky, ground) for sky in _SKIES for ground in _GROUNDS if sky != ground),
+}  # fmt: skip
+BANDS = 8  # number of stripes
+HORIZON = 0.75  # of the side, from the top
+_KIND_SHARE = {"plain": 0.3, "gradient": 0.25, "stripes": 0.15, "ground": 0.3}
+_LEAST_DISTANCE = 100.0  # of an object's colour from each of the background's, in RGB
 
 # Centre (x, y) of each cell, as fractions of the side, x to the right and y downwards.
 POSITION_CENTRE: dict[str, tuple[float, float]] = {
@@ -51,30 +77,82 @@ RELATION_DIRECTION: dict[str, tuple[int, int]] = {
 }
 RELATIONS: tuple[str, ...] = tuple(RELATION_DIRECTION)
 
-SUPERSAMPLING = 4
+# Centres of three objects, in the order in which a scene lists them.
+ARRANGEMENT_CENTRES: dict[str, tuple[tuple[float, float], ...]] = {
+    "row": ((0.19, 0.5), (0.5, 0.5), (0.81, 0.5)),  # from left to right
+    "column": ((0.5, 0.19), (0.5, 0.5), (0.5, 0.81)),  # from top to bottom
+    "one above two": ((0.5, 0.23), (0.25, 0.75), (0.75, 0.75)),  # above, left, right
+    "two above one": ((0.25, 0.25), (0.75, 0.25), (0.5, 0.75)),  # left, right, below
+}
+ARRANGEMENTS: tuple[str, ...] = tuple(ARRANGEMENT_CENTRES)
 
-# Corners in units of the circle's radius, around the centre of the bounding box; y downwards.
-_SQUARE, _DIAMOND, _CROSS, _ARM = 0.88, 1.2, 1.15, 0.41
-_CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
-    "square": ((-_SQUARE, -_SQUARE), (_SQUARE, -_SQUARE), (_SQUARE, _SQUARE), (-_SQUARE, _SQUARE)),
-    "diamond": ((0.0, -_DIAMOND), (_DIAMOND, 0.0), (0.0, _DIAMOND), (-_DIAMOND, 0.0)),
-    "triangle": ((0.0, -1.1), (1.2, 1.1), (-1.2, 1.1)),
-    "cross": (
-        (-_ARM, -_CROSS), (_ARM, -_CROSS), (_ARM, -_ARM), (_CROSS, -_ARM),
-        (_CROSS, _ARM), (_ARM, _ARM), (_ARM, _CROSS), (-_ARM, _CROSS),
-        (-_ARM, _ARM), (-_CROSS, _ARM), (-_CROSS, -_ARM), (-_ARM, -_ARM),
-    ),
-}  # fmt: skip
-_CIRCLE_CORNERS = 96
-
+GRID = 16  # things are centred on lines of a grid of so many cells along the side
 HELD_OUT_PERCENT = 10
-_JITTER = 0.02  # of the side; keeps large shapes inside the picture and apart
-_SLIDE = 0.08  # largest shift of two objects across the axis of their relation
+_STAND = 0.85  # of the side: where things stand that are side by side on the ground
+_TWINS = 0.15  # share of the scenes with several objects in which two look the same
+
+
+@dataclass(frozen=True)
+class Background:
+    """What is behind the objects.
+
+    Args:
+        kind: One of `BACKGROUNDS`: one plain colour; a gradient from top to bottom; vertical
+            stripes of two colours; or a sky above the ground.
+        colours: The colour, or two: of the top and the bottom, of the stripes from the left, or of
+            sky and ground.
+
+    Raises:
+        ValueError: if the kind is unknown, or has no such colours.
+    """
+
+    kind: str
+    colours: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check("kind of background", self.kind, tuple(BACKGROUNDS))
+        if self.colours not in BACKGROUNDS[self.kind]:
+            choices = ", ".join(" and ".join(colours) for colours in BACKGROUNDS[self.kind])
+            raise ValueError(
+                f"the colours of a {self.kind} background must be one of {choices}; "
+                f"got {' and '.join(self.colours)!r}"
+            )
+
+    @staticmethod
+    def plain(colour: str) -> Background:
+        """Return a background of one colour."""
+        return Background("plain", (colour,))
+
+    def pixels(self, side: int) -> np.ndarray:
+        """Return the RGB values (side, side, 3) in 0..255, as float64."""
+        first, last = (np.array(PALETTE[self.colours[i]], dtype=np.float64) for i in (0, -1))
+        centres = (np.arange(side) + 0.5) / side
+        if self.kind == "gradient":
+            share = centres[:, None]
+        elif self.kind == "stripes":
+            share = (np.floor(centres * BANDS) % 2)[None, :]
+        else:
+            share = (centres > HORIZON)[:, None].astype(np.float64)
+        share = np.broadcast_to(share, (side, side))[:, :, None]
+        return (1.0 - share) * first + share * last
+
+    def shows(self, colour: str) -> bool:
+        """Return whether an object of that colour can be told from the background everywhere."""
+        if colour in self.colours:
+            return False
+        first, last = (np.array(PALETTE[self.colours[i]], dtype=np.float64) for i in (0, -1))
+        steps = np.linspace(0.0, 1.0, 11 if self.kind == "gradient" else 2)[:, None]
+        between = (1.0 - steps) * first + steps * last
+        away = np.linalg.norm(between - np.array(PALETTE[colour]), axis=1)
+        return bool(away.min() >= _LEAST_DISTANCE)
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, *self.colours])
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape.
+    """One thing.
 
     Args:
         shape: One of `SHAPES`.
@@ -101,6 +179,11 @@ class SceneObject:
             raise ValueError(f"the centre ({self.x}, {self.y}) must lie within [0, 1] x [0, 1]")
 
     @property
+    def look(self) -> tuple[str, str, str]:
+        """Shape, colour and size."""
+        return self.shape, self.colour, self.size
+
+    @property
     def position(self) -> str:
         """Nearest of `POSITIONS`."""
         return nearest_position(self.x, self.y)
@@ -108,46 +191,64 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background colour and one or two objects on it.
+    """A background and one to three objects on it.
 
     Args:
-        background: One of `COLOURS`; no object may have it.
-        objects: One or two objects.
+        background: The background; no object may have one of its colours.
+        objects: One to three objects; three in the order of `ARRANGEMENT_CENTRES`.
 
     Raises:
-        ValueError: if the background is unknown or is the colour of an object, or there are not
-            one or two objects.
+        ValueError: if an object has a colour of the background, there are not one to three objects,
+            or three are not in one of `ARRANGEMENTS`.
     """
 
-    background: str
+    background: Background
     objects: tuple[SceneObject, ...]
 
     def __post_init__(self) -> None:
-        _check("background", self.background, COLOURS)
-        if len(self.objects) not in (1, 2):
-            raise ValueError(f"a scene has 1 or 2 objects, not {len(self.objects)}")
-        if any(thing.colour == self.background for thing in self.objects):
-            raise ValueError(f"an object cannot be seen on its own colour, {self.background}")
+        if len(self.objects) not in (1, 2, 3):
+            raise ValueError(f"a scene has 1 to 3 objects, not {len(self.objects)}")
+        for thing in self.objects:
+            if thing.colour in self.background.colours:
+                raise ValueError(f"an object cannot be seen on its own colour, {thing.colour}")
+        if len(self.objects) == 3 and self.arrangement is None:
+            raise ValueError(
+                f"three objects must form one of {', '.join(ARRANGEMENTS)}, in the order that "
+                "ARRANGEMENT_CENTRES lists"
+            )
 
     @property
-    def relation(self) -> str | None:
-        """Relation of the first object to the second; None for a single object."""
-        if len(self.objects) == 1:
-            return None
-        first, second = self.objects
-        return relation_between((first.x, first.y), (second.x, second.y))
+    def relations(self) -> tuple[str, ...]:
+        """Relation of each object to each later one: 0 to 1; and of three, 0 to 2 and 1 to 2."""
+        return relations_between([(thing.x, thing.y) for thing in self.objects])
+
+    @property
+    def arrangement(self) -> str | None:
+        """The one of `ARRANGEMENTS` that three objects form; None for fewer."""
+        return next((name for name, centres in ARRANGEMENT_CENTRES.items()
+                     if relations_between(centres) == self.relations), None)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scene as JSON values, with position and relation in words."""
+        """Return the scene as JSON values, with positions, relations and arrangement in words."""
         objects = [asdict(thing) | {"position": thing.position} for thing in self.objects]
-        return {"background": self.background, "objects": objects, "relation": self.relation}
+        return {
+            "background": asdict(self.background) | {"colours": list(self.background.colours)},
+            "objects": objects,
+            "relations": list(self.relations),
+            "arrangement": self.arrangement,
+        }
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Scene:
-        """Invert `to_dict`."""
+        """Invert `to_dict`. A background may be the name of a plain colour."""
         names = ("shape", "colour", "size", "x", "y")
         objects = (SceneObject(**{name: o[name] for name in names}) for o in values["objects"])
-        return Scene(values["background"], tuple(objects))
+        behind = values["background"]
+        background = (
+            Background.plain(behind) if isinstance(behind, str)
+            else Background(behind["kind"], tuple(behind["colours"]))
+        )  # fmt: skip
+        return Scene(background, tuple(objects))
 
 
 def nearest_position(x: float, y: float) -> str:
@@ -166,25 +267,13 @@ def relation_between(first: tuple[float, float], second: tuple[float, float]) ->
     return "above" if dy < 0 else "below"
 
 
-def outline(shape: str) -> np.ndarray:
-    """Return the corners of a shape, (n, 2) as (x, y), in units of its radius, y downwards."""
-    if shape != "circle":
-        return np.asarray(_CORNERS[shape])
-    angles = np.arange(_CIRCLE_CORNERS) * (2.0 * math.pi / _CIRCLE_CORNERS)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+def relations_between(centres: tuple[tuple[float, float], ...] | list[tuple[float, float]]
+                      ) -> tuple[str, ...]:  # fmt: skip
+    """Return the relation of each centre (x, y) to each later one."""
+    return tuple(relation_between(first, second) for first, second in combinations(centres, 2))
 
 
-def coverage(thing: SceneObject, side: int) -> Image.Image:
-    """Draw the share of each pixel that the object covers, as an "L" picture, `side` x `side`."""
-    fine = side * SUPERSAMPLING
-    corners = outline(thing.shape) * SIZE_RADIUS[thing.size] + np.array([thing.x, thing.y])
-    mask = Image.new("L", (fine, fine), 0)
-    # Pillow puts pixel centres at whole numbers; here they are half a pixel further.
-    ImageDraw.Draw(mask).polygon([(x, y) for x, y in (corners * fine - 0.5).tolist()], fill=255)
-    return mask.reduce(SUPERSAMPLING)
-
-
-def draw_scene(scene: Scene, side: int = 128) -> Image.Image:
+def draw_scene(scene: Scene, side: int = 256) -> Image.Image:
     """Draw a scene as an RGB picture of `side` x `side` pixels with smooth edges.
 
     Raises:
@@ -192,9 +281,12 @@ def draw_scene(scene: Scene, side: int = 128) -> Image.Image:
     """
     if side < 1:
         raise ValueError(f"side must be at least 1, got {side}")
-    picture = Image.new("RGB", (side, side), PALETTE[scene.background])
+    pixels = scene.background.pixels(side)
+    picture = Image.fromarray((pixels + 0.5).astype(np.uint8))
     for thing in scene.objects:
-        picture.paste(PALETTE[thing.colour], (0, 0, side, side), coverage(thing, side))
+        radius = SIZE_RADIUS[thing.size] * side
+        centre = (thing.x * side, thing.y * side)
+        draw_shape(picture, thing.shape, PALETTE[thing.colour], radius, centre)
     return picture
 
 
@@ -215,17 +307,16 @@ def is_held_out(scene: Scene) -> bool:
     """
     things = sorted(f"{thing.colour} {thing.shape}" for thing in scene.objects)
     keys = [f"{thing} on {scene.background}" for thing in things]
-    if len(things) == 2:
-        keys.append(" and ".join(things))
+    keys += [" and ".join(pair) for pair in combinations(things, 2)]
     digests = (hashlib.sha256(key.encode()).digest() for key in keys)
     return any(int.from_bytes(one[:4], "big") % 100 < HELD_OUT_PERCENT for one in digests)
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-    """Draw a scene with one or two objects at random from the training or the held-out part."""
-    two = bool(rng.integers(2))
+    """Draw a scene with one to three objects at random from training's or the held-out part."""
+    count = 1 + int(rng.integers(3))
     while True:  # rejection keeps every word as frequent as the split allows
-        scene = _two_objects(rng) if two else _one_object(rng)
+        scene = (_one_object, _two_objects, _three_objects)[count - 1](rng)
         if scene is not None and is_held_out(scene) == held_out:
             return scene
 
@@ -236,34 +327,68 @@ def sample_scenes(count: int, seed: int, held_out: bool = False) -> Iterator[Sce
         yield sample_scene(np.random.default_rng([seed, int(held_out), index]), held_out)
 
 
-def _choose(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+def _choose(rng: np.random.Generator, words: tuple[Any, ...]) -> Any:
     return words[int(rng.integers(len(words)))]
 
 
-def _look(rng: np.random.Generator) -> tuple[str, str, str]:
-    return _choose(rng, SHAPES), _choose(rng, COLOURS), _choose(rng, SIZES)
+def _background(rng: np.random.Generator) -> Background:
+    kind = str(rng.choice(list(_KIND_SHARE), p=list(_KIND_SHARE.values())))
+    return Background(kind, _choose(rng, BACKGROUNDS[kind]))
+
+
+def _looks(rng: np.random.Generator, count: int, background: Background
+           ) -> list[tuple[str, str, str]] | None:  # fmt: skip
+    """Return shape, colour and size of each object, or None if words could not tell them apart."""
+    looks = [(_choose(rng, SHAPES), _choose(rng, COLOURS), _choose(rng, SIZES))
+             for _ in range(count)]  # fmt: skip
+    if count > 1 and rng.random() < _TWINS:
+        first, second = rng.choice(count, 2, replace=False).tolist()
+        looks[second] = looks[first]
+    # Objects that differ only in size are hard to tell from a mistake.
+    alike = any(a[:2] == b[:2] and a != b for a, b in combinations(looks, 2))
+    seen = all(background.shows(colour) for _, colour, _ in looks)
+    return looks if seen and not alike else None
+
+
+def _place(looks: list[tuple[str, str, str]], centres: np.ndarray, background: Background,
+           standing: tuple[int, ...]) -> Scene:  # fmt: skip
+    """Return the scene on the grid; on the ground, the objects of `standing` stand on one line."""
+    if background.kind == "ground":
+        for index in standing:
+            shape, _, size = looks[index]
+            centres[index, 1] = _STAND - outline_bottom(shape) * SIZE_RADIUS[size]
+    centres = np.round(centres * GRID) / GRID
+    objects = (SceneObject(*look, float(x), float(y))
+               for look, (x, y) in zip(looks, centres, strict=True))  # fmt: skip
+    return Scene(background, tuple(objects))
 
 
 def _one_object(rng: np.random.Generator) -> Scene | None:
-    background, (shape, colour, size) = _choose(rng, COLOURS), _look(rng)
-    x, y = POSITION_CENTRE[_choose(rng, POSITIONS)]
-    dx, dy = rng.uniform(-_JITTER, _JITTER, 2).tolist()
-    if colour == background:
-        return None
-    return Scene(background, (SceneObject(shape, colour, size, x + dx, y + dy),))
+    background = _background(rng)
+    looks = _looks(rng, 1, background)
+    centre = np.array([POSITION_CENTRE[_choose(rng, POSITIONS)]])
+    return None if looks is None else _place(looks, centre, background, ())
 
 
 def _two_objects(rng: np.random.Generator) -> Scene | None:
-    background, first, second = _choose(rng, COLOURS), _look(rng), _look(rng)
-    direction = RELATION_DIRECTION[_choose(rng, RELATIONS)]
-    along = rng.uniform(0.25 - _JITTER, 0.25 + _JITTER, 2) * (1, -1)
-    across = rng.uniform(-_SLIDE, _SLIDE, 2)
-    # Words could not distinguish two objects of the same look, so they are rejected as well.
-    if background in (first[1], second[1]) or first[:2] == second[:2]:
+    background = _background(rng)
+    looks = _looks(rng, 2, background)
+    direction = np.array(RELATION_DIRECTION[_choose(rng, RELATIONS)])
+    centres = 0.5 + 0.25 * np.stack([direction, -direction])
+    if looks is None:
         return None
-    objects = []
-    for look, step, slide in zip((first, second), along, across, strict=True):
-        x = 0.5 + direction[0] * step + abs(direction[1]) * slide
-        y = 0.5 + direction[1] * step + abs(direction[0]) * slide
-        objects.append(SceneObject(*look, float(x), float(y)))
-    return Scene(background, tuple(objects))
+    return _place(looks, centres, background, (0, 1) if direction[0] else ())
+
+
+def _three_objects(rng: np.random.Generator) -> Scene | None:
+    background = _background(rng)
+    looks = _looks(rng, 3, background)
+    arrangement = _choose(rng, ARRANGEMENTS)
+    centres = np.array(ARRANGEMENT_CENTRES[arrangement])
+    if looks is None:
+        return None
+    large = [size == "large" for _, _, size in looks]
+    if arrangement in ("row", "column") and large[1] and (large[0] or large[2]):
+        return None  # too large to stay apart
+    standing = {"row": (0, 1, 2), "one above two": (1, 2)}.get(arrangement, ())
+    return _place(looks, centres, background, standing)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localdit.core.conditions import size_conditions
 from localdit.core.diffusion import Objective
@@ -21,7 +21,6 @@ from localdit.training.methods.fine_tuning import method_class
 from localdit.training.methods.repa import FEATURES, LatentFeatures, image_encoder_config
 from localdit.training.optimizer import make_optimizer
 from localdit.training.post_hoc_ema import SIGMA_RELS
-from localdit.training.processes import attention_kernels
 from localdit.training.reporting import read_metrics
 from localdit.training.results import add_adapters
 from localdit.training.sharding import trained_parameters
@@ -195,7 +194,7 @@ def saved_bytes(
     )
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision != "no"),  # 16 bits, as fp16
-        sdpa_kernel(attention_kernels(torch.device("cuda"), mixed_precision)),
+        sdpa_kernel(SDPBackend.FLASH_ATTENTION),  # as on a GPU
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         # The prediction keeps the saved tensors alive, so no two of them have the same address.

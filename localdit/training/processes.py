@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
-from torch.nn.attention import SDPBackend
 
 from localdit.training.shutdown import TrainingStopped
 
@@ -182,18 +181,3 @@ def _attempt(action: Callable[[], Result]) -> tuple[Any, str | None]:
         return action(), None
     except (OSError, ValueError, ModuleNotFoundError) as error:
         return None, str(error)
-
-
-def attention_kernels(device: torch.device, mixed_precision: str) -> list[SDPBackend]:
-    """Return PyTorch's attention kernels to train with: all except on a CPU in bfloat16.
-
-    There the backward pass of the fused kernel takes several times as long as matrix products.
-    """
-    if device.type == "cpu" and mixed_precision == "bf16":
-        return [SDPBackend.MATH]
-    return [
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.MATH,
-    ]

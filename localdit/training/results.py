@@ -42,12 +42,14 @@ class PipelineFolder:
         sampling: the scheduler, and the steps and guidance that suit the model.
         encoders: folders of "tokenizer", "text_encoder" and "vae" on this machine.
         classes: library and class of each encoder.
+        source: where the weights that training starts from are; None if they are new.
     """
 
     transformer: LocalDiTTransformer2DModel
     sampling: Sampling
     encoders: Mapping[str, Path]
     classes: Mapping[str, list[str]]
+    source: Path | None
 
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write a folder that `LocalDiTPipeline.from_pretrained` loads.
@@ -79,6 +81,12 @@ class PipelineFolder:
                 weights |= load_finite(folder / name)
         return weights
 
+    def __str__(self) -> str:
+        whole = _without_weights(self.transformer)  # the one in training may be sharded
+        count = sum(parameter.numel() for parameter in whole.parameters())
+        origin = "all new" if self.source is None else f"from {self.source}"
+        return f"{count:,} parameters are trained, {origin}"
+
 
 def link_or_copy(folder: Path, target: Path) -> None:
     """Make `target` a link to a folder, or a copy where the file system has no links."""
@@ -95,14 +103,20 @@ def with_weights(
 
     The weights are shared, not copied, and keep their device.
     """
+    second = _without_weights(transformer)
+    second.load_state_dict(weights, assign=True)
+    second.requires_grad_(False)
+    return second.to(next(iter(weights.values())).device).eval()
+
+
+def _without_weights(transformer: LocalDiTTransformer2DModel) -> LocalDiTTransformer2DModel:
+    """Return a transformer of the same shape and adapters whose weights are on no device."""
     # The constructor draws weights, which must not change the random numbers of training.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         second = type(transformer).from_config(transformer.config)
         for name, settings in getattr(transformer, "peft_config", {}).items():
             second.add_adapter(copy.deepcopy(settings), name)
-    second.load_state_dict(weights, assign=True)
-    second.requires_grad_(False)
-    return second.to(next(iter(weights.values())).device).eval()
+    return second
 
 
 def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespace) -> None:

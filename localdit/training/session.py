@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +26,7 @@ from localdit.training.data.stage_data import (
 from localdit.training.initialization import settle_prediction_type
 from localdit.training.methods import Method
 from localdit.training.optimizer import learning_rate
-from localdit.training.processes import Agreement, attention_kernels
+from localdit.training.processes import Agreement
 from localdit.training.reporting import Reporter
 from localdit.training.results import with_weights
 from localdit.training.run_folder import RunFolder, changed_options, options_of
@@ -60,7 +59,6 @@ class Session:
         state: everything that a step changes.
         reporter: writes logs and messages.
         stop: the signal that asked the run to end.
-        kernels: PyTorch's attention kernels to train with.
         saved: step of the newest checkpoint.
     """
 
@@ -74,7 +72,6 @@ class Session:
     state: TrainingState
     reporter: Reporter
     stop: StopRequest
-    kernels: list[Any]
     saved: int = -1
 
     def resume(self, checkpoint: Path) -> None:
@@ -280,13 +277,11 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         state,
         Reporter(args, accelerator, run),
         stop,
-        attention_kernels(accelerator.device, accelerator.mixed_precision),
     )
     if checkpoint is not None:
         agreement.on_all(partial(session.resume, checkpoint))
     agreement.on_main(lambda: run.begin(options_of(args), state.progress.step))
     encoders = models.make_inputs.encoders
     session.reporter.begin(data, state.progress.step, encoders and encoders.tokenizer)
-    if method.adapters:
-        session.reporter.say(str(models.result))
+    session.reporter.say(str(models.result))
     return session

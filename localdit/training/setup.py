@@ -283,6 +283,7 @@ def _result_folder(
             sampling,
             encoder_folders(sources),
             encoder_classes(sources),
+            args.transformer,
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
     add_adapters(transformer, args)

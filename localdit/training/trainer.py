@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import sdpa_kernel
 
 from localdit.training.data.batches import Batch
 from localdit.training.processes import loss_divisor
@@ -86,7 +85,7 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
         with accelerator.accumulate(*trained.values()):
             with watch("encoding"):
                 inputs = session.models.make_inputs(batch)
-            with watch("compute"), sdpa_kernel(session.kernels):
+            with watch("compute"):
                 noise, weights = batch.noise.to(device), batch.weights.to(device)
                 errors = method.losses(models, inputs, noise, batch.positions.to(device))
                 loss = torch.where(weights > 0, errors, 0.0)  # (B,)

@@ -22,10 +22,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=40_000, help="number of pictures")
-    parser.add_argument("--side", type=int, default=128, help="width and height in pixels")
+    parser.add_argument("--side", type=int, default=256, help="width and height in pixels")
     parser.add_argument("--captions", type=int, default=4, help="captions per picture, 1 to 16")
     parser.add_argument("--complete-share", type=float, default=0.75,
                         help="share of the captions that leave no attribute out")  # fmt: skip
+    parser.add_argument("--noise", type=float, default=0.08,
+                        help="share of the captions with made-up words")  # fmt: skip
     parser.add_argument("--held-out", action="store_true",
                         help="draw the combinations that are kept away from training")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and captions")
@@ -42,7 +44,7 @@ def write_picture(index: int, args: argparse.Namespace) -> str:
     # Each picture has its own generator, so the folder does not depend on `processes`.
     rng = np.random.default_rng([args.seed, int(args.held_out), index])
     scene = sample_scene(rng, args.held_out)
-    captions = describe_often(scene, rng, args.captions, args.complete_share)
+    captions = describe_often(scene, rng, args.captions, args.complete_share, args.noise)
     file_name = f"images/{index:06d}.png"
     draw_scene(scene, args.side).save(args.output / file_name)
     texts = [caption.text for caption in captions]

@@ -9,7 +9,7 @@ transformer in its latents.
 Right shapes may still be blurred. So two figures compare each image with the scene that it shows,
 drawn again: the contrast across the edges of the drawing, and the PSNR to the drawing as the
 autoencoder decodes it. Images that show no scene do not count. A third figure is the spread: the
-number of different backgrounds in eight images of a caption that names none.
+number of different backgrounds, in kind or colours, in eight images of a caption that names none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--vae", type=Path, help="folder of the autoencoder to score")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
-    parser.add_argument("--side", type=int, default=128, help="width and height in pixels")
+    parser.add_argument("--side", type=int, default=256, help="width and height in pixels")
     parser.add_argument("--open-captions", type=int, help="number of captions that name no "
                         "background, for the spread; by default one for 25")  # fmt: skip
     parser.add_argument("--trained-on", action="store_true",
@@ -139,19 +139,21 @@ def spread(pipe: LocalDiTPipeline, args: argparse.Namespace) -> float:
     from localdit.scenes.score import read_picture
 
     texts = [text for text in open_captions(args.open_captions, args.seed) for _ in range(8)]
-    colours = [read_picture(picture)[0] for picture in generate(pipe, texts, args)]
-    groups = [set(colours[start : start + 8]) for start in range(0, len(colours), 8)]
+    backgrounds = [read_picture(picture)[0] for picture in generate(pipe, texts, args)]
+    groups = [set(backgrounds[start : start + 8]) for start in range(0, len(backgrounds), 8)]
     return sum(map(len, groups)) / len(groups)
 
 
 def group_means(scenes: list[Scene], scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the mean scores of scenes with one object, and of scenes with two."""
+    """Return the mean scores of the scenes with one object, with two, and with three."""
     from localdit.scenes.score import mean_scores
 
-    groups: dict[str, list[dict[str, float]]] = {"one object": [], "two objects": []}
-    for scene, score in zip(scenes, scores, strict=True):
-        groups["one object" if len(scene.objects) == 1 else "two objects"].append(score)
-    return {f"{name} ({len(group)})": mean_scores(group) for name, group in groups.items()}
+    means = {}
+    for count, name in enumerate(("one object", "two objects", "three objects"), start=1):
+        group = [score for scene, score in zip(scenes, scores, strict=True)
+                 if len(scene.objects) == count]  # fmt: skip
+        means[f"{name} ({len(group)})"] = mean_scores(group)
+    return means
 
 
 def table(means: dict[str, dict[str, float]], figures: dict[str, float]) -> str:

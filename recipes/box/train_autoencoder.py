@@ -1,11 +1,13 @@
-"""Train the small autoencoder of the model in the box, or a compact one, on drawn scenes.
+"""Train a small AutoencoderDC on drawn scenes: that of the model in the box, or a compact one.
 
     python recipes/box/train_autoencoder.py --output output/box/vae
-    python recipes/box/train_autoencoder.py --kind dc --side 256 --output output/compact/vae
+    python recipes/box/train_autoencoder.py --compression 32 --output output/compact/vae
 
-Writes a folder with 16-bit weights for `from_pretrained` of `diffusers.AutoencoderKL`, or of
-`AutoencoderDC` (32 pixels per latent), and in it `reconstructions.png`: held-out scenes above their
-reconstructions.
+Writes a folder with 16-bit weights for `from_pretrained` of `diffusers.AutoencoderDC`, and in it
+`reconstructions.png`: held-out scenes above their reconstructions. `--pretrained` trains such a
+folder further. With `--freeze-encoder`, the latents stay as they are, so a transformer that knows
+them stays valid. `--generated-by` trains the decoder on that transformer's latents as well, for
+captions of training scenes: it learns to draw a sharp scene from latents that are a little off.
 """
 
 from __future__ import annotations
@@ -15,17 +17,17 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from diffusers import AutoencoderDC, AutoencoderKL
+    from diffusers import AutoencoderDC
 
-    Autoencoder = AutoencoderKL | AutoencoderDC
+    from localdit.scenes import Background, Scene
 
-LATENT_CHANNELS = 4
-COMPACT_CHANNELS = 32
+# Pixels per latent: channels of the latents, and of each level.
+SHAPES = {16: (8, (16, 32, 64, 128, 128)), 32: (32, (16, 32, 64, 64, 128, 128))}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,23 @@ class Stage:
     batch_size: int
 
 
-STAGES = (Stage(0.1, 0.25, 32), Stage(0.7, 0.5, 8), Stage(1.0, 1.0, 4))
+STAGES = (Stage(0.5, 0.25, 32), Stage(0.85, 0.5, 8), Stage(1.0, 1.0, 4))
+GUIDANCE_SCALE = 2.0  # of the model in the box
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Drawn scenes.
+
+    Attributes:
+        pixels: (n, side, side, 3) uint8.
+        centres: of an object of each, (n, 2): x and y in pixels.
+        latents: from which the decoder is to draw them, (n, c, h, w); None to encode them.
+    """
+
+    pixels: np.ndarray
+    centres: np.ndarray
+    latents: torch.Tensor | None = None
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,80 +63,114 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--kind", choices=["kl", "dc"], default="kl",
-                        help="AutoencoderKL with 8 pixels per latent and 4 channels, or "
-                        "AutoencoderDC with 32 pixels and 32 channels")  # fmt: skip
-    parser.add_argument("--side", type=int, default=128, help="width and height in pixels, "
+    parser.add_argument("--compression", type=int, choices=list(SHAPES), default=16,
+                        help="pixels per latent, along the side")  # fmt: skip
+    parser.add_argument("--pretrained", type=Path, metavar="FOLDER",
+                        help="autoencoder to train further")  # fmt: skip
+    parser.add_argument("--freeze-encoder", action="store_true", help="train only the decoder")
+    parser.add_argument("--generated-by", type=Path, metavar="FOLDER", help="pipeline that "
+                        "generates the latents of every second batch")  # fmt: skip
+    parser.add_argument("--generated", type=int, default=1_500, help="number of its images")
+    parser.add_argument("--side", type=int, default=256, help="width and height in pixels, "
                         "a multiple of 128")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and noise")
-    parser.add_argument("--steps", type=int, default=4_000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2_400, help="optimizer steps")
     parser.add_argument("--scenes", type=int, default=6_000, help="number of training images")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--latent-noise", type=float, default=0.12, help="largest added noise, "
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--latent-noise", type=float, default=0.2, help="largest added noise, "
                         "in standard deviations of the latents")  # fmt: skip
-    parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the KL term")
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
+    parser.add_argument("--whitening-weight", type=float, default=0.02, help="weight of "
+                        "the latents' distance from uncorrelated ones")  # fmt: skip
+    parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--eval-every", type=int, default=500, help="steps between PSNR prints")
-    return parser.parse_args()
+    parser.add_argument("--eval-every", type=int, default=200, help="steps between PSNR prints")
+    args = parser.parse_args()
+    if args.generated_by and not (args.pretrained and args.freeze_encoder):
+        parser.error("--generated-by needs the autoencoder of its latents, as --pretrained, and "
+                     "--freeze-encoder")  # fmt: skip
+    return args
 
 
-def build_autoencoder() -> AutoencoderKL:
-    """Build an autoencoder with 8x downsampling in four convolutional levels; 1.6M parameters."""
-    import torch
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64, 96),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=LATENT_CHANNELS,
-        mid_block_add_attention=False,
-        sample_size=128,
-        scaling_factor=1.0,
-    )
-    with torch.no_grad():  # with much posterior noise, learning would start late
-        vae.quant_conv.bias[LATENT_CHANNELS:] = -6.0
-    return vae.to(memory_format=torch.channels_last)
-
-
-def build_compact_autoencoder() -> AutoencoderDC:
-    """Build an autoencoder with 32x downsampling in six levels, without a posterior (DC-AE)."""
+def build_autoencoder(compression: int) -> AutoencoderDC:
+    """Build an autoencoder without a posterior (DC-AE), whose first level has no blocks."""
     import torch
     from diffusers import AutoencoderDC
 
-    blocks = ("ResBlock",) * 5 + ("EfficientViTBlock",)
-    channels = (16, 32, 64, 64, 128, 128)
+    latent_channels, channels = SHAPES[compression]
+    levels = len(channels)
+    blocks = ("ResBlock",) * levels
+    if compression > 16:
+        blocks = (*blocks[1:], "EfficientViTBlock")
+    layers = (0,) + (1,) * (levels - 1)
     vae = AutoencoderDC(
-        latent_channels=COMPACT_CHANNELS,
+        latent_channels=latent_channels,
         attention_head_dim=32,
         encoder_block_types=blocks,
         decoder_block_types=blocks,
         encoder_block_out_channels=channels,
         decoder_block_out_channels=channels,
-        encoder_layers_per_block=(0, 1, 1, 1, 1, 1),
-        decoder_layers_per_block=(0, 1, 1, 1, 1, 1),
-        encoder_qkv_multiscales=((),) * 6,
-        decoder_qkv_multiscales=((),) * 6,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=((),) * levels,
+        decoder_qkv_multiscales=((),) * levels,
         scaling_factor=1.0,
     )
     return vae.to(memory_format=torch.channels_last)
 
 
-def draw_pictures(
-    count: int, seed: int, held_out: bool, side: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return images (n, side, side, 3) as uint8, and an object's centre (x, y) in pixels each."""
+def draw(scenes: list[Scene], side: int, latents: torch.Tensor | None = None) -> Drawings:
+    """Draw scenes, of `side` x `side` pixels."""
     import numpy as np
 
-    from localdit.scenes import draw_scene, sample_scenes
+    from localdit.scenes import draw_scene
 
-    scenes = list(sample_scenes(count, seed, held_out))
-    pictures = np.stack([np.asarray(draw_scene(scene, side)) for scene in scenes])
+    pixels = np.stack([np.asarray(draw_scene(scene, side)) for scene in scenes])
     things = [scene.objects[i % len(scene.objects)] for i, scene in enumerate(scenes)]
-    return pictures, np.array([(side * thing.x, side * thing.y) for thing in things])
+    centres = np.array([(side * thing.x, side * thing.y) for thing in things])
+    return Drawings(pixels, centres, latents)
+
+
+def on_grid(scene: Scene) -> tuple[Background, list[Any]]:
+    """Return all that can differ between scenes on the grid."""
+    from localdit.scenes.scene import GRID
+
+    things = [(*one.look, round(one.x * GRID), round(one.y * GRID)) for one in scene.objects]
+    return scene.background, sorted(things)
+
+
+def generate(args: argparse.Namespace, batch_size: int = 10) -> list[Drawings]:
+    """Generate latents for captions of training scenes; keep those that show them, if any do."""
+    import numpy as np
+    import torch
+
+    from localdit import LocalDiTPipeline
+    from localdit.scenes import describe, sample_scenes
+    from localdit.scenes.score import reported_scene
+
+    pipe = LocalDiTPipeline.from_pretrained(args.generated_by)
+    pipe.set_progress_bar_config(disable=True)
+    rng = np.random.default_rng([args.seed, 13])
+    generator = torch.Generator().manual_seed(args.seed)
+    scenes = list(sample_scenes(args.generated, args.seed + 3_000_003))
+    shown, kept = [], []
+    for start in range(0, len(scenes), batch_size):
+        batch = scenes[start : start + batch_size]
+        scaled = pipe(
+            [describe(scene, rng).text for scene in batch], height=args.side, width=args.side,
+            guidance_scale=GUIDANCE_SCALE, generator=generator, output_type="latent",
+        ).images  # fmt: skip
+        with torch.no_grad():
+            decoded = pipe.latent_space.decode(scaled).clamp(-1, 1)
+        pixels = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        for scene, latents, picture in zip(batch, scaled, pixels, strict=True):
+            seen = reported_scene(picture)
+            if seen is not None and on_grid(seen) == on_grid(scene):
+                shown.append(scene)
+                kept.append(latents / pipe.vae.config.scaling_factor)
+    print(f"{len(shown)} of {len(scenes)} generated images show their scene", flush=True)
+    if not shown:
+        return []
+    return [draw(shown, args.side, torch.stack(kept))]
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -130,51 +182,86 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 def random_crops(
-    pictures: np.ndarray, centres: np.ndarray, stage: Stage, rng: np.random.Generator
-) -> torch.Tensor:
-    """Return a batch of crops that show (a part of) an object: (b, 3, crop, crop) in [-1, 1]."""
+    drawings: Drawings, stage: Stage, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a batch of crops that show (a part of) an object.
+
+    They begin on the scenes' grid, as latents do.
+
+    Returns:
+        Pixels (b, 3, crop, crop) in [-1, 1], and their latents if the drawings have any.
+    """
     import numpy as np
+    import torch
 
-    chosen = rng.integers(len(pictures), size=stage.batch_size)
-    crop = round(stage.crop * pictures.shape[1])
-    room = pictures.shape[1] - crop
+    from localdit.scenes.scene import GRID
+
+    side = drawings.pixels.shape[1]
+    grid = GRID if drawings.latents is None else min(GRID, drawings.latents.shape[2])
+    chosen = rng.integers(len(drawings.pixels), size=stage.batch_size)
+    crop = round(stage.crop * side)
     reach = crop / 2 + 4
-    corners = centres[chosen] - crop / 2 + rng.uniform(-reach, reach, (len(chosen), 2))
-    lefts_tops = np.clip(corners, 0, room).astype(int)
-    crops = [
-        pictures[i, top : top + crop, left : left + crop]
-        for i, (left, top) in zip(chosen, lefts_tops, strict=True)
-    ]
-    return to_tensor(np.stack(crops))
+    corners = drawings.centres[chosen] - crop / 2 + rng.uniform(-reach, reach, (len(chosen), 2))
+    cells = np.clip(np.round(corners * grid / side), 0, (side - crop) * grid // side).astype(int)
+
+    def cut(pictures: Any, axis: int) -> list[Any]:
+        cell = pictures[0].shape[axis] // grid
+        size = round(stage.crop * pictures[0].shape[axis])
+        before = (slice(None),) * axis
+        return [
+            pictures[i][(*before, slice(y, y + size), slice(x, x + size))]
+            for i, (x, y) in zip(chosen, cells * cell, strict=True)
+        ]
+
+    pixels = to_tensor(np.stack(cut(drawings.pixels, 0)))
+    return pixels, None if drawings.latents is None else torch.stack(cut(drawings.latents, 1))
 
 
-def reconstruction_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return L1 + MSE + L1 of finite differences for sharp edges; (b, 3, h, w) each."""
+def reconstruction_loss(
+    predicted: torch.Tensor, target: torch.Tensor, progress: float
+) -> torch.Tensor:
+    """Return L1 + L1 of finite differences, and at first MSE; (b, 3, h, w) each.
+
+    MSE finds the colours soon, but blurs an edge whose place is uncertain; L1 keeps it sharp.
+    """
     error = predicted - target
     across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
-    return error.abs().mean() + 2.0 * error.square().mean() + 0.5 * (across + down)
+    squared = 2.0 * (1.0 - progress) ** 2 * error.square().mean()
+    return error.abs().mean() + squared + 0.5 * (across + down)
+
+
+def distance_from_white(latents: torch.Tensor) -> torch.Tensor:
+    """Return the distance of the channels' second moments from the identity; (b, c, h, w)."""
+    import torch
+
+    rows = latents.float().transpose(0, 1).flatten(1)  # (c, b h w)
+    moments = rows @ rows.T / rows.shape[1]
+    return (moments - torch.eye(len(rows))).square().mean() + rows.mean(dim=1).square().mean()
 
 
 def training_loss(
-    vae: Autoencoder, pixels: torch.Tensor, latent_noise: float, kl_weight: float
+    vae: AutoencoderDC,
+    pixels: torch.Tensor,
+    generated: torch.Tensor | None,
+    args: argparse.Namespace,
+    progress: float,
 ) -> torch.Tensor:
+    """Return the loss of reconstructed pixels, or of those decoded from generated latents."""
     import torch
 
     with torch.autocast("cpu", torch.bfloat16):
-        encoded = vae.encode(pixels)
-        posterior = getattr(encoded, "latent_dist", None)
-        mean = encoded.latent if posterior is None else posterior.mean
-        # Extra noise beyond the posterior's, so that small errors of a denoiser stay small.
-        level = latent_noise * torch.rand(len(pixels), 1, 1, 1)
-        spread = mean.detach().float().std(dim=(0, 2, 3), keepdim=True)
-        latents = mean if posterior is None else posterior.sample()
-        decoded = vae.decode(latents + level * spread * torch.randn(mean.shape)).sample
-    loss = reconstruction_loss(decoded.float(), pixels)
-    if posterior is None:
+        if generated is not None:
+            decoded = vae.decode(generated).sample
+            return reconstruction_loss(decoded.float(), pixels, progress)
+        latents = vae.encode(pixels).latent
+        # Noise makes small errors of a denoiser small in the picture.
+        level = args.latent_noise * torch.rand(len(pixels), 1, 1, 1)
+        spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True)
+        decoded = vae.decode(latents + level * spread * torch.randn(latents.shape)).sample
+    loss = reconstruction_loss(decoded.float(), pixels, progress)
+    if args.freeze_encoder:
         return loss
-    kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1.0)
-    kl = kl - 0.5 * posterior.logvar.float()
-    return loss + kl_weight * kl.mean()
+    return loss + args.whitening_weight * distance_from_white(latents)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -182,18 +269,51 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * min(1.0, progress / 0.01 + 0.01) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def encode(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode (b, 3, h, w) without noise."""
-    encoded = vae.encode(pixels)
-    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """View the weight of a convolution, channels last, as (output channels, everything else)."""
+    channels_last = weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
+    return channels_last.view(len(weight), -1)
 
 
-def reconstruct(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
+class MuonWithAdamW:
+    """Muon for the weights that are matrices with many inputs and outputs, AdamW for the rest.
+
+    The convolutions to and from pixels and those of single channels are AdamW's. Both optimizers
+    share the learning rate: Muon's update is scaled to the root mean square of AdamW's.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], learning_rate: float) -> None:
+        import torch
+
+        self.weights = [p for p in parameters if p.dim() > 1 and len(p) > 3 and p[0].numel() > 27]
+        chosen = {id(weight) for weight in self.weights}
+        others = [parameter for parameter in parameters if id(parameter) not in chosen]
+        self.matrices = [as_matrix(weight.detach()) for weight in self.weights]
+        self.muon = torch.optim.Muon(
+            self.matrices, lr=learning_rate, weight_decay=0, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW(
+            others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0, fused=True
+        )
+
+    def step(self, learning_rate: float) -> None:
+        """Take a step from the gradients, and clear them."""
+        for weight, matrix in zip(self.weights, self.matrices, strict=True):
+            matrix.grad = None if weight.grad is None else as_matrix(weight.grad)
+            weight.grad = None
+        for optimizer in (self.muon, self.adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def reconstruct(vae: AutoencoderDC, pixels: torch.Tensor) -> torch.Tensor:
     """Encode and decode (b, 3, h, w) without noise; clipped to [-1, 1]."""
     import torch
 
     with torch.no_grad():
-        parts = [vae.decode(encode(vae, p)).sample for p in pixels.split(16)]
+        parts = [vae.decode(vae.encode(p).latent).sample for p in pixels.split(16)]
     return torch.cat(parts).clamp(-1, 1)
 
 
@@ -203,26 +323,20 @@ def psnr(predicted: torch.Tensor, target: torch.Tensor) -> float:
     return float((-10.0 * mse.clamp_min(1e-10).log10()).mean())
 
 
-def standardise_latents(vae: Autoencoder, pixels: torch.Tensor) -> None:
-    """Fold the mean and deviation of each latent channel into the 1x1 convolutions around it.
+def edge_contrast(predicted: torch.Tensor, target: torch.Tensor) -> float:
+    """Return the inner product of the gradients, divided by the target's with itself."""
+    pairs = [(predicted.diff(dim=dim), target.diff(dim=dim)) for dim in (2, 3)]
+    shared = sum(float((shown * true).sum()) for shown, true in pairs)
+    return shared / sum(float(true.square().sum()) for _, true in pairs)
 
-    This is exact: the images stay the same, the latents get mean 0 and deviation 1. An
-    AutoencoderDC has no such convolutions; its `scaling_factor` is set to 1 / deviation instead.
-    """
+
+def set_scale(vae: AutoencoderDC, pixels: torch.Tensor) -> None:
+    """Set `scaling_factor` to 1 / the standard deviation of the latents."""
     import torch
 
     with torch.no_grad():
-        latents = torch.cat([encode(vae, p) for p in pixels.split(32)])
-        if not hasattr(vae, "quant_conv"):
-            vae.register_to_config(scaling_factor=1.0 / latents.std().item())
-            return
-        mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-        into, out = vae.quant_conv, vae.post_quant_conv
-        out.bias += out.weight[:, :, 0, 0] @ mean
-        out.weight *= std.view(1, -1, 1, 1)
-        into.weight[:LATENT_CHANNELS] /= std.view(-1, 1, 1, 1)
-        into.bias[:LATENT_CHANNELS] = (into.bias[:LATENT_CHANNELS] - mean) / std
-        into.bias[LATENT_CHANNELS:] -= 2.0 * std.log()
+        latents = torch.cat([vae.encode(p).latent for p in pixels.split(32)])
+    vae.register_to_config(scaling_factor=1.0 / latents.std().item())
 
 
 def save_comparison(path: Path, originals: torch.Tensor, decoded: torch.Tensor) -> None:
@@ -236,7 +350,7 @@ def save_comparison(path: Path, originals: torch.Tensor, decoded: torch.Tensor) 
     Image.fromarray(pixels.contiguous().numpy()).save(path)
 
 
-def update_average(average: Autoencoder, vae: Autoencoder, decay: float) -> None:
+def update_average(average: AutoencoderDC, vae: AutoencoderDC, decay: float) -> None:
     import torch
 
     with torch.no_grad():
@@ -251,47 +365,55 @@ def main() -> None:
 
     import numpy as np
     import torch
+    from diffusers import AutoencoderDC
+
+    from localdit.scenes import sample_scenes
 
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    pictures, centres = draw_pictures(args.scenes, args.seed, False, args.side)
-    held_out = to_tensor(draw_pictures(128, args.seed, True, args.side)[0])
-    vae = build_autoencoder() if args.kind == "kl" else build_compact_autoencoder()
+    drawings = [draw(list(sample_scenes(args.scenes, args.seed)), args.side)]
+    held_out = to_tensor(draw(list(sample_scenes(128, args.seed, True)), args.side).pixels)
+    if args.generated_by:
+        drawings += generate(args)
+    vae = build_autoencoder(args.compression)
+    if args.pretrained:
+        vae = AutoencoderDC.from_pretrained(args.pretrained).to(memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(not args.freeze_encoder)
     average = copy.deepcopy(vae)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0, fused=True
-    )
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = MuonWithAdamW(trained, args.lr)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters", flush=True)
 
     for step in range(1, args.steps + 1):
         progress = (step - 1) / args.steps
         stage = next(s for s in STAGES if progress < s.until)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, args.lr)
-        pixels = random_crops(pictures, centres, stage, rng)
-        loss = training_loss(vae, pixels, args.latent_noise, args.kl_weight)
+        crops = random_crops(drawings[step % len(drawings)], stage, rng)
+        loss = training_loss(vae, *crops, args, progress)
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step(learning_rate(progress, args.lr))
         update_average(average, vae, min(args.ema, step / (step + 10)))
         if step % args.eval_every == 0:
-            decibels = psnr(reconstruct(average, held_out[:32]), held_out[:32])
+            decoded = reconstruct(average, held_out[:32])
+            decibels = psnr(decoded, held_out[:32])
+            contrast = edge_contrast(decoded, held_out[:32])
             minutes = (time.perf_counter() - started) / 60
-            print(f"step {step} loss {loss.item():.4f} held-out PSNR {decibels:.2f} dB "
-                  f"after {minutes:.1f} min", flush=True)  # fmt: skip
+            print(f"step {step} loss {loss.item():.4f} held-out PSNR {decibels:.2f} dB, "
+                  f"contrast {contrast:.3f} after {minutes:.1f} min", flush=True)  # fmt: skip
             average.save_pretrained(args.output.with_name(args.output.name + "_unfinished"))
 
-    standardise_latents(average, to_tensor(pictures[:512]))
+    if not args.freeze_encoder:
+        set_scale(average, to_tensor(drawings[0].pixels[:512]))
     average.half().save_pretrained(args.output)
     average.float()  # evaluate the weights rounded to 16 bits
     decoded = reconstruct(average, held_out)
     save_comparison(args.output / "reconstructions.png", held_out[:16], decoded[:16])
     print(f"held-out PSNR {psnr(decoded, held_out):.2f} dB, "
+          f"contrast across the edges {edge_contrast(decoded, held_out):.3f}, "
           f"{(time.perf_counter() - started) / 60:.1f} min in all")  # fmt: skip
 
 

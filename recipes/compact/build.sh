@@ -17,7 +17,7 @@ once() { # once NAME COMMAND...: run a part that has not been finished
 mkdir -p "$out"
 once scenes python recipes/box/draw_scenes.py --side 256 --count "${COUNT:-40000}" \
   --processes 2 --output "$out/scenes"
-once vae python recipes/box/train_autoencoder.py --kind dc --side 256 --threads 2 \
+once vae python recipes/box/train_autoencoder.py --compression 32 --threads 2 \
   --scenes "${VAE_SCENES:-6000}" --steps "${VAE_STEPS:-8000}" --eval-every "$every" \
   --output "$out/vae"
 once score_vae python recipes/box/score.py --vae "$out/vae" --side 256 \

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from localdit import LocalDiTPipeline
     from localdit.scenes import Scene
 
-SIDE, EDGE, SHOWN = 128, 8, 8
+SIDE, EDGE, SHOWN = 256, 16, 8
 SCORED = ("background", "shape", "colour", "size", "position")
 WEIGHTS = (0.0, 0.5, 1.0)
 SEEDS = 20_000_003  # differs from the seeds of training
@@ -68,8 +68,9 @@ def reconstruct(pipe: LocalDiTPipeline, scenes: list[Scene]) -> list[Image.Image
     from draw_frames import framed
 
     pixels = pipe.image_processor.preprocess([framed(scene, SIDE) for scene in scenes])
+    space = pipe.latent_space
     with torch.no_grad():
-        decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+        decoded = space.decode(space.encode(pixels))
     return pipe.image_processor.postprocess(decoded)
 
 
@@ -103,12 +104,10 @@ def is_right_within(pixels: np.ndarray, scene: Scene) -> bool:
     """
     import numpy as np
 
-    from localdit.scenes.scene import PALETTE
     from localdit.scenes.score import score_picture
 
     inner = slice(EDGE, -EDGE)
-    painted = np.empty_like(pixels)
-    painted[:] = PALETTE[scene.background]
+    painted = scene.background.pixels(SIDE)
     painted[inner, inner] = pixels[inner, inner]
     score = score_picture(painted.astype(np.uint8), scene)
     return all(score[name] == 1.0 for name in SCORED)

@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=300, help="number of images")
-    parser.add_argument("--side", type=int, default=128, help="width and height in pixels")
+    parser.add_argument("--side", type=int, default=256, help="width and height in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and captions")
     return parser.parse_args()
 

@@ -58,7 +58,7 @@ def test_a_separate_process_reports_its_peak():
 
 def test_a_row_compares_with_the_default_at_the_same_seed():
     scenes = list(sample_scenes(2, 0, False))
-    right = [draw_scene(scene, 128) for scene in scenes]
+    right = [draw_scene(scene, 256) for scene in scenes]
     wrong = [right[0], Image.fromarray(255 - np.asarray(right[1]))]
     reference = Drawn(seconds=[2.0, 4.0], pictures=right)
     assert row(Option("default"), reference, reference, scenes)[2:] == ["1.00", "100 %", "0.0"]

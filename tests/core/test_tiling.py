@@ -1,5 +1,7 @@
 """Tiles leave no seams: in pictures of sky over grass, which group norms see differently."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from localdit.core import latents as autoencoding
 from localdit.core import tiling
 from localdit.core.tiling import FixedGroupNorms, RecordedGroupNorms, in_tiles, spread_crops
-from localdit.utils import model_in_the_box
 from tests.tiny import tiny_components, tiny_pipeline
 
 HEIGHT, WIDTH, TILE = 384, 768, 48
@@ -16,8 +17,8 @@ HEIGHT, WIDTH, TILE = 384, 768, 48
 
 @pytest.fixture(scope="module")
 def vae():
-    """The autoencoder in the box, in overlapping tiles of 48 x 48 latents."""
-    vae = AutoencoderKL.from_pretrained(model_in_the_box() / "vae").eval()
+    """An autoencoder with group norms, trained on scenes, in tiles of 48 x 48 latents."""
+    vae = AutoencoderKL.from_pretrained(Path(__file__).parents[1] / "data/autoencoder").eval()
     vae.tile_latent_min_size, vae.tile_sample_min_size = TILE, 8 * TILE
     vae.tile_overlap_factor = 1 / 3
     return vae

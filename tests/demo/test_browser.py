@@ -17,11 +17,12 @@ from localdit.cli.demo import build_parser, make_page, page_model, scene  # noqa
 from localdit.cli.drawing import load  # noqa: E402
 from localdit.demo.page import SKETCHED, launch  # noqa: E402
 from localdit.images import read_metadata  # noqa: E402
+from localdit.scenes.scene import PALETTE  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser"])), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 
-RED, BLUE, YELLOW = (215, 35, 40), (40, 80, 220), (250, 225, 50)
+RED, BLUE, YELLOW = (PALETTE[name] for name in ("red", "blue", "yellow"))
 YELLOW_CIRCLE = "a large yellow circle at the top left on a blue background"
 
 
@@ -98,8 +99,8 @@ def test_a_prompt_becomes_its_picture(page):
     page.locator("#prompt textarea").fill("a large red circle in the centre on a blue background")
     seed(page, 0)
     picture = draw(page)
-    assert picture.size == (128, 128)
-    assert near(picture.getpixel((64, 64)), RED)
+    assert picture.size == (256, 256)
+    assert near(picture.getpixel((128, 128)), RED)
     pixels = np.asarray(picture)
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
         assert near(np.median(edge, axis=0), BLUE)
@@ -125,8 +126,8 @@ def test_a_picture_is_edited(page):
     page.locator("#prompt textarea").fill(YELLOW_CIRCLE)
     seed(page, 0)
     picture = draw(page)
-    assert near(picture.getpixel((32, 32)), YELLOW)
-    assert near(picture.getpixel((100, 100)), BLUE)
+    assert near(picture.getpixel((64, 64)), YELLOW)
+    assert near(picture.getpixel((200, 200)), BLUE)
 
 
 @pytest.mark.slow
@@ -137,9 +138,9 @@ def test_painted_parts_are_redrawn_and_the_rest_is_kept(page):
     seed(page, 0)
     picture = draw(page)
     before, after = np.asarray(scene()), np.asarray(picture)
-    assert near(after[32, 32], YELLOW)
-    assert np.array_equal(before[80:], after[80:])
-    assert np.array_equal(before[:, 80:], after[:, 80:])
+    assert near(after[64, 64], YELLOW)
+    assert np.array_equal(before[160:], after[160:])
+    assert np.array_equal(before[:, 160:], after[:, 160:])
 
 
 def paint(page, left, top, right, bottom):
@@ -179,7 +180,7 @@ def test_stop_ends_the_drawing_and_the_session_goes_on(page):
     assert page.locator("#gallery img").count() == 0
     assert page.locator("#stop").is_hidden()
     page.get_by_label("number input for Steps").fill("4")
-    assert draw(page).size == (128, 128)
+    assert draw(page).size == (256, 256)
 
 
 @pytest.mark.slow
@@ -202,7 +203,7 @@ def test_the_page_reports_mistakes_and_draws_the_next_picture(page):
     told = "The prompt is empty: say what the picture shows."
     sync_api.expect(page.locator("#status .problem")).to_have_text(told)
     page.locator("#prompt textarea").fill("a small green cross on white")
-    assert draw(page).size == (128, 128)
+    assert draw(page).size == (256, 256)
 
 
 @pytest.mark.slow

@@ -75,12 +75,13 @@ def dino(tmp_path_factory):
 
 def test_scenes_are_scored_by_number_of_objects():
     scenes = list(sample_scenes(12, 0))
-    assert {len(scene.objects) for scene in scenes} == {1, 2}
+    assert {len(scene.objects) for scene in scenes} == {1, 2, 3}
     prompts = [Prompt(str(i), "a", {}, scene) for i, scene in enumerate(scenes)]
     prompts.append(Prompt("other", "a photo", {}))  # has no scene
     drawn = [[draw_scene(scene, 128)] for scene in scenes] + [pictures(1)]
     found = quality.scene_scores(prompts, drawn)
-    assert found["scene, one object: all"] == found["scene, 2 objects: all"] == 1
+    groups = ("one object", "2 objects", "3 objects")
+    assert {found[f"scene, {group}: all"] for group in groups} == {1}
     wrong = [[Image.new("RGB", (128, 128))] for _ in prompts]
     assert quality.scene_scores(prompts, wrong)["scene, one object: all"] == 0
     assert quality.scene_scores(prompts[-1:], drawn[-1:]) == {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localdit.models import cpu
 from localdit.models.cpu import Linear, bands, write_band
@@ -196,3 +197,54 @@ def test_caches_of_primitives_are_small_unless_their_variables_are_set():
             [sys.executable, "-c", program], env=environment, text=True
         )
         assert printed.split() == expected
+
+
+def attended(attend, dtype):
+    """Return the result of attention to 5 keys, 2 of them masked, and the gradients."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, tokens, 3, 8).to(dtype).requires_grad_() for tokens in (7, 5, 5)]
+    bias = torch.zeros(2, 1, 1, 5, dtype=dtype)
+    bias[1, ..., 3:] = -10_000
+    out = attend(*tensors, bias)
+    out.square().sum().backward()
+    return [one.double() for one in (out, *(tensor.grad for tensor in tensors))]
+
+
+def fused(query, key, value, bias):
+    query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, bias).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_explicit_attention_agrees_with_float64(dtype, error):
+    wanted = attended(fused, torch.float64)
+    for found, true in zip(attended(cpu.attention, dtype), wanted, strict=True):
+        assert (found - true).norm() <= error * true.norm()
+
+
+def test_attention_is_explicit_in_bfloat16_training_with_few_keys_only(monkeypatch):
+    monkeypatch.setattr(cpu, "MOST_KEYS", 5)
+    query, few, many = (torch.randn(1, tokens, 1, 8, requires_grad=True) for tokens in (9, 5, 6))
+    bfloat16 = query.bfloat16()
+    assert cpu.trains_faster_explicitly(bfloat16, few.bfloat16())
+    assert not cpu.trains_faster_explicitly(bfloat16, many.bfloat16())
+    assert not cpu.trains_faster_explicitly(query, few)
+    assert not cpu.trains_faster_explicitly(bfloat16.detach(), few.bfloat16())
+    with torch.no_grad():
+        assert not cpu.trains_faster_explicitly(bfloat16, few.bfloat16())
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert not cpu.trains_faster_explicitly(bfloat16, few.bfloat16())
+
+
+def test_training_in_bfloat16_uses_explicit_attention_unless_a_backend_is_chosen(monkeypatch):
+    calls = []
+    explicit = cpu.attention
+    monkeypatch.setattr(cpu, "attention", lambda *args: calls.append(1) or explicit(*args))
+    model = make().train()
+    for backend, expected in ((None, True), ("native", False)):
+        if backend:
+            model.set_attention_backend(backend)
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**inputs()).sample.float().mean().backward()
+        assert bool(calls) == expected

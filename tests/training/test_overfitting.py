@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL
 
 from localdit import LocalDiTPipeline
 from localdit.scenes import Scene, SceneObject, draw_scene
+from localdit.scenes.scene import Background
 from localdit.training.encode.__main__ import main as encode
 from localdit.utils import model_in_the_box
 from tests.training.workplace import load_main
 
-SIDE = 128
+SIDE = 256
 CAPTION = "a large red circle in the centre on a blue background"
 
 
@@ -36,10 +36,9 @@ def encoded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wanted():
     """Return the autoencoder's reconstruction, which no model of its latents can surpass."""
-    vae = AutoencoderKL.from_pretrained(model_in_the_box() / "vae", torch_dtype=torch.float32)
-    pixels = to_tensor(scene())
+    space = LocalDiTPipeline.from_pretrained(model_in_the_box()).latent_space
     with torch.no_grad():
-        return vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        return space.decode(space.encode(to_tensor(scene()))).clamp(-1, 1)
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def sample(encoded, tmp_path, monkeypatch):
 
 def scene():
     circle = SceneObject("circle", "red", "large", 0.5, 0.5)
-    return draw_scene(Scene("blue", (circle,)), SIDE)
+    return draw_scene(Scene(Background.plain("blue"), (circle,)), SIDE)
 
 
 def to_tensor(image):

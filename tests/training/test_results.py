@@ -115,6 +115,16 @@ def test_checkpoints_hold_adapters_and_nothing_of_the_base(train, workplace, cap
     assert len(base["sha256"]) == 64
 
 
+def test_a_run_says_whether_its_weights_are_new(train, workplace, capsys):
+    transformer = f"{workplace}/pipeline/transformer"
+    loaded = LocalDiTTransformer2DModel.from_pretrained(transformer)
+    count = sum(parameter.numel() for parameter in loaded.parameters())
+    train("loaded", "--max-train-steps", "1", adapters=["--transformer", transformer])
+    assert f"{count:,} parameters are trained, from {transformer}" in capsys.readouterr().out
+    train("new", "--max-train-steps", "1", adapters=[])
+    assert " parameters are trained, all new" in capsys.readouterr().out
+
+
 def test_adapters_begin_without_effect(workplace):
     transformer = tiny_components()["transformer"]
     given = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), torch.tensor([500])

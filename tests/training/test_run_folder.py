@@ -113,7 +113,7 @@ def test_a_folder_without_a_run_stays_as_it_is(run):
 
 
 def test_averages_are_read_from_the_files_of_the_manifest_only(run):
-    result = PipelineFolder(None, None, {}, {})
+    result = PipelineFolder(None, None, {}, {}, None)
     with new_checkpoint(run.path, 5) as folder:
         (folder / "transformer").mkdir()
         save_file({"a": torch.ones(2)}, folder / "transformer/model.safetensors")
