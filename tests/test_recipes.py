@@ -50,6 +50,18 @@ def test_each_autoencoder_of_scenes_trains_and_is_scaled(compression, size):
     torch.testing.assert_close(recipe.reconstruct(vae, pixels), before, atol=1e-3, rtol=0)
 
 
+def test_samplers_are_scored_in_a_table(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes/box"))
+    options = "--count 1 --side 64 --steps 1 --samplers ddim euler"
+    argv = ["score_samplers.py", "--pipeline", str(ROOT / "localdit/box"), *options.split()]
+    monkeypatch.setattr(sys, "argv", argv)
+    load("box/score_samplers.py").main()
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        "`ddim`",
+        "`euler`",
+    ]
+
+
 @pytest.mark.parametrize("cells", [16, 8])
 def test_crops_of_generated_latents_are_those_of_their_pixels(cells):
     recipe = load("box/train_autoencoder.py")

@@ -20,6 +20,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--count", type=int, default=24, help="number of held-out captions")
+    parser.add_argument("--side", type=int, default=256, help="width and height in pixels")
     parser.add_argument("--num-inference-steps", "--steps", type=int,
                         help="number of inference steps; by default the pipeline's")  # fmt: skip
     parser.add_argument("--guidance-scale", type=float,
