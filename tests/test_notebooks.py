@@ -15,7 +15,7 @@ from .warm_python import warm_python
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
-MOST_BYTES = 1_000_000
+MOST_BYTES = 600_000
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a tokenizer does not know of a text, and the messages that tell it."""
+"""Find the words that a tokenizer does not know, and write messages about them."""
 
 from __future__ import annotations
 

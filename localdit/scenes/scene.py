@@ -94,7 +94,7 @@ _TWINS = 0.15  # share of the scenes with several objects in which two look the 
 
 @dataclass(frozen=True)
 class Background:
-    """What is behind the objects.
+    """The background of a scene.
 
     Args:
         kind: One of `BACKGROUNDS`: one plain colour; a gradient from top to bottom; vertical
@@ -137,7 +137,7 @@ class Background:
         return (1.0 - share) * first + share * last
 
     def shows(self, colour: str) -> bool:
-        """Return whether an object of that colour can be told from the background everywhere."""
+        """Return whether an object of that colour stands out everywhere on the background."""
         if colour in self.colours:
             return False
         first, last = (np.array(PALETTE[self.colours[i]], dtype=np.float64) for i in (0, -1))
