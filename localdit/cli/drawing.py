@@ -31,7 +31,7 @@ DRAWN = ("num_inference_steps", "guidance_scale", "height", "width")
 def generate_parser() -> Parser:
     """Return the parser of `localdit generate`."""
     parser = _parser("generate", "PROMPT ...", f"Draw pictures from prompts. {CARRIES}",
-        '"a red house on green ground under a blue sky" -o house.png')  # fmt: skip
+        '"a large red circle at the top left on blue" -o circle.png')  # fmt: skip
     arguments.add_prompts(parser)
     arguments.add_drawing(parser, size="the model's own size")
     return parser
@@ -41,7 +41,7 @@ def edit_parser() -> Parser:
     """Return the parser of `localdit edit`."""
     parser = _parser("edit", "PICTURE PROMPT ...",
         f"Change a picture to follow a prompt. {CARRIES}",
-        'house.png "a yellow house on green ground under a blue sky" --strength 0.7')  # fmt: skip
+        'circle.png "a large green circle at the top left on yellow" --strength 0.7')  # fmt: skip
     parser.add_argument("image", metavar="PICTURE", type=Path, help="the picture to start from")
     arguments.add_prompts(parser)
     arguments.add_strength(parser)
