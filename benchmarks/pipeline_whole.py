@@ -105,7 +105,7 @@ def measure(args: Namespace) -> dict[str, Any]:
             "was encoded before takes no time. The text encoder is FLAN-T5-XXL's, and is released "
             f"before the first step. {'; '.join(how) or 'Everything was run'}.",
             "",
-            f"The model in the box: `localdit generate` had saved its first picture after "
+            f"The student in the box: `localdit generate` had saved its first picture after "
             f"{box['seconds']:.1f} s (median of {STARTS} starts). The import of LocalDiT's own "
             f"modules took {box['own_imports']:.2f} s of it (`-X importtime`).",
         ],
@@ -184,13 +184,13 @@ def draw_whole(
 
 
 def first_picture(folder: Path) -> dict[str, float]:
-    """Start `localdit generate` with the model in the box several times.
+    """Start `localdit generate` with the student in the box several times.
 
     Returns:
         The median "seconds" until it has saved its picture and ended, and the seconds of
         "own_imports", which do not include those of other packages.
     """
-    generate = ["-m", "localdit", "generate", CAPTION, "--model", "box", "-o", str(folder)]
+    generate = ["-m", "localdit", "generate", CAPTION, "--model", "box-few-steps", "-o", str(folder)]
 
     def start(*options: str) -> str:
         command = [sys.executable, *options, *generate]

@@ -112,10 +112,9 @@ def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | 
 
     picture = scene() if model.preset is SCENES else None
     multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
-    preset = model.preset
     samplers = suitable_samplers(config_of(pipe.scheduler))
     offer = Offer(
-        model.config, preset.negative_prompt, preset.t2i, STRENGTH, picture, multiple, samplers
+        model.config, model.negative_prompt, model.preset.t2i, STRENGTH, picture, multiple, samplers
     )
     save = saving(pipe, model, folder, keep)
     return build_page(Artist(pipe, model.config), offer, about(pipe, model), save)

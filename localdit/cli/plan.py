@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from ..config import Config, config_field, inference_settings, with_settings
 from ..core.samplers import check_sampler
-from ..core.settings import SamplingSettings, read_settings
+from ..core.settings import MOST_FEW_STEPS, SamplingSettings, read_settings
 from ..files import decode_text
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
-from .arguments import BOX_NAME, CONFIG_SETTINGS, named_model, usage_errors
+from .arguments import BOX_NAME, CONFIG_SETTINGS, STUDENT_NAME, named_model, usage_errors
 from .output import Output, plan_output
 
 Task = Literal["t2i", "i2i"]
@@ -81,6 +81,11 @@ class Choice:
     def checkpoint(self) -> Path:
         """The checkpoint file or folder."""
         return Path(self.config.ckpt_path).expanduser()
+
+    @property
+    def negative_prompt(self) -> str:
+        """That of the preset; empty without guidance, where it would have no effect."""
+        return self.preset.negative_prompt if self.config.guidance_scale > 1 else ""
 
     @property
     def name(self) -> str:
@@ -160,7 +165,7 @@ def plan(
     return Job(
         model=replace(model, config=with_settings(model.config, size)),
         prompts=[prompt for prompt in prompts for _ in range(args.num_images)],
-        negative_prompt=preset.negative_prompt if negative_prompt is None else negative_prompt,
+        negative_prompt=model.negative_prompt if negative_prompt is None else negative_prompt,
         seed=args.seed,
         output=output,
         grid=args.grid,
@@ -176,7 +181,8 @@ def plan(
 def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choice:
     """Return the model that the options or a Config name, or else the one in the box.
 
-    The settings that its folder names replace those that the Config leaves at their defaults. The
+    Of the box, that is the student if it can draw with the settings, else its teacher. The settings
+    that the model's folder names replace those that the Config leaves at their defaults. The
     model, its LoRAs and its local parts are looked for; nothing heavy is imported.
 
     Raises:
@@ -193,13 +199,31 @@ def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choi
     if args.model is not None:
         settings["ckpt_path"] = named_model(args.model)
     elif config.ckpt_path == Config.ckpt_path and not Path(config.ckpt_path).exists():
-        settings["ckpt_path"] = named_model(BOX_NAME)
+        suits = _suits_student(config, given)
+        settings["ckpt_path"] = named_model(STUDENT_NAME if suits else BOX_NAME)
         named = False
     checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
     preset = SCENES if checkpoint.resolve() in (BOX, BOX / FEW_STEPS) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)
+
+
+def _suits_student(config: Config, given: dict[str, Any]) -> bool:
+    """Return whether the student in the box can draw with the settings of a Config and options.
+
+    It knows neither guidance nor negative prompts and takes few steps; LoRAs and samplers are those
+    of its teacher.
+    """
+    default, drawn = asdict(SamplingSettings()), inference_settings(config)
+    asked = {name: drawn[name] for name in default if drawn[name] != default[name]}
+    asked |= {name: given[name] for name in default if given.get(name) is not None}
+    return (
+        asked.get("num_inference_steps", 1) <= MOST_FEW_STEPS
+        and asked.get("guidance_scale", 1.0) <= 1.0
+        and config.sampler is None
+        and not any(given.get(name) for name in ("negative_prompt", "sampler", "lora"))
+    )
 
 
 def _untouched(config: Config, checkpoint: Path) -> dict[str, Any]:
@@ -231,12 +255,14 @@ def check_model(choice: Choice, described: bool = False) -> Choice:
 
 def report_fallback(choice: Choice) -> None:
     """Say so if the model in the box is used because the released weights are missing."""
-    from ..utils import DOWNLOAD_COMMAND
+    from ..utils import DOWNLOAD_COMMAND, FEW_STEPS
 
     if not choice.named:
+        student = choice.checkpoint.name == FEW_STEPS
+        used = "the student of the small model" if student else "the small model"
         say(
             f"The released weights are not in {Config.ckpt_path} (to download them: "
-            f"{DOWNLOAD_COMMAND}); using the small model in the box.",
+            f"{DOWNLOAD_COMMAND}); using {used} in the box.",
             "stderr",
         )
 

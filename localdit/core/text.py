@@ -84,6 +84,14 @@ def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[
     return prompts
 
 
+def unused_negative_prompt(prompt: str | list[str] | None, guided: bool) -> str:
+    """Return a warning of a negative prompt that is given without guidance, or ""."""
+    texts = prompt if isinstance(prompt, list) else [prompt or ""]
+    if guided or not any(text.strip() for text in texts):
+        return ""
+    return "The negative prompt has no effect without guidance, which needs a scale above 1."
+
+
 def text_width(config: Mapping[str, Any]) -> int:
     """Return the channels of a text encoder's states, from its configuration."""
     config = config.get("text_config") or config

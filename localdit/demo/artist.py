@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import Config, with_settings
+from ..core.text import unused_negative_prompt
 from ..errors import FieldError, Vocabulary
 from ..images import load_image
 from ..inference import inference_batches
@@ -160,10 +161,13 @@ class Artist:
             stopped.set()
             worker.join()
 
-    def unknown(self, settings: Settings) -> str:
-        """Return a warning of what the model does not know of the prompts, or ""."""
+    def ignored(self, settings: Settings) -> str:
+        """Return a warning of what the model ignores of the prompts, or ""."""
+        negative = settings.negative_prompt or ""
+        unused = unused_negative_prompt(negative, guided=settings.guidance_scale > 1)
         with self._turn:  # a tokenizer has state
-            return self.pipe.text_space.unknown([settings.prompt, settings.negative_prompt or ""])
+            unknown = self.pipe.text_space.unknown([settings.prompt, "" if unused else negative])
+        return " ".join(warning for warning in (unknown, unused) if warning)
 
     def _prepare(
         self,

@@ -217,8 +217,8 @@ class Desk:
         )
         with _page_errors():
             *_, picture = self.artist.draw(settings)
-            unknown = self.artist.unknown(settings)
-        status = problem(unknown) if unknown else note(SKETCHED)
+            ignored = self.artist.ignored(settings)
+        status = problem(ignored) if ignored else note(SKETCHED)
         return self._visible(picture, None, status)
 
     def end(self) -> Updates:
@@ -242,8 +242,8 @@ class Desk:
         history = [str(drawn), *history][:HISTORY]
         captioned = [(path, read_metadata(path)["prompt"]) for path in history]
         shown = self._show(history[0])
-        if unknown := self.artist.unknown(settings):
-            shown[self.controls.status] = problem(unknown) + shown[self.controls.status]
+        if ignored := self.artist.ignored(settings):
+            shown[self.controls.status] = problem(ignored) + shown[self.controls.status]
         return shown | {
             self.controls.gallery: gr.update(value=captioned, selected_index=0, visible=True),
             self.controls.history: history,

@@ -32,7 +32,7 @@ from ..core.schedulers import (
     warn_of_other_prediction,
 )
 from ..core.settings import SamplingSettings
-from ..core.text import TextCache, TextSpace, check_prompts
+from ..core.text import TextCache, TextSpace, check_prompts, unused_negative_prompt
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import PIXELS_PER_LATENT
@@ -302,6 +302,8 @@ class LocalDiTBasePipeline(SavedPipeline):
 
     def encode_request(self, request: Request) -> TextEmbeddings:
         """Encode the prompts of a request: see `encode_prompt`."""
+        if unused := unused_negative_prompt(request.negative_prompt, request.guided):
+            logger.warning("%s", unused)
         text = TextEmbeddings(
             *self.encode_prompt(
                 request.prompt,

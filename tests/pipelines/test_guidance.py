@@ -153,3 +153,20 @@ def test_other_intervals_are_refused(pipe, calls, interval):
     with pytest.raises(ValueError, match="guidance_interval must be two fractions"):
         draw(pipe, guidance_interval=interval)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("negative_prompt", "options", "told"),
+    [
+        ("blurry", {"guidance_scale": 1.0}, True),
+        (["", "blurry"], {"guidance_scale": 0.0}, True),
+        ("blurry", {"guidance_scale": 3.0, "guidance_interval": (0.5, 0.5)}, True),
+        ("blurry", {"guidance_scale": 3.0}, False),
+        (" ", {"guidance_scale": 1.0}, False),
+        (None, {"guidance_scale": 1.0}, False),
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_told(pipe, caplog, negative_prompt, options, told):
+    pipe(["a cat", "a dog"], negative_prompt=negative_prompt, height=32, width=32,
+         num_inference_steps=2, **options)  # fmt: skip
+    assert ("The negative prompt has no effect" in caplog.text) == told
