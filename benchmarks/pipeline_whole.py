@@ -190,7 +190,8 @@ def first_picture(folder: Path) -> dict[str, float]:
         The median "seconds" until it has saved its picture and ended, and the seconds of
         "own_imports", which do not include those of other packages.
     """
-    generate = ["-m", "localdit", "generate", CAPTION, "--model", "box-few-steps", "-o", str(folder)]
+    options = ["--model", "box-few-steps", "-o", str(folder)]
+    generate = ["-m", "localdit", "generate", CAPTION, *options]
 
     def start(*options: str) -> str:
         command = [sys.executable, *options, *generate]

@@ -90,6 +90,7 @@ GRID = 16  # things are centred on lines of a grid of so many cells along the si
 HELD_OUT_PERCENT = 10
 _STAND = 0.85  # of the side: where things stand that are side by side on the ground
 _TWINS = 0.15  # share of the scenes with several objects in which two look the same
+_ROWS_ON_GROUND = 0.5  # share of the scenes with three objects on ground that are set to a row
 
 
 @dataclass(frozen=True)
@@ -384,6 +385,8 @@ def _three_objects(rng: np.random.Generator) -> Scene | None:
     background = _background(rng)
     looks = _looks(rng, 3, background)
     arrangement = _choose(rng, ARRANGEMENTS)
+    if background.kind == "ground" and rng.random() < _ROWS_ON_GROUND:
+        arrangement = "row"  # what people ask for: a house between two trees
     centres = np.array(ARRANGEMENT_CENTRES[arrangement])
     if looks is None:
         return None
