@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from itertools import permutations
 
 import numpy as np
 
@@ -365,6 +367,26 @@ class Caption:
     arrangement: str | None
     places: tuple[int, ...]
 
+    def describes(self, scene: Scene) -> bool:
+        """Return whether a scene has all that the caption mentions, and no other objects."""
+        things, arrangement = _by_place(scene)
+        behind = scene.background
+        pairs = [
+            (self.background, behind.kind),
+            (self.colours[0], behind.colours[0]),
+            (self.colours[1], behind.colours[-1]),
+            (self.arrangement, arrangement),
+            (self.position, things[0].position),
+        ]
+        if len(things) != len(self.objects) or not _agree(pairs):
+            return False
+        orders = [self.places] if self.places else permutations(range(len(things)))
+        return any(
+            all(_agree(zip(astuple(said), things[place].look, strict=True))
+                for said, place in zip(self.objects, order, strict=True))
+            for order in orders
+        )  # fmt: skip
+
 
 def describe(
     scene: Scene, rng: np.random.Generator, complete: bool = True, noise: float = 0.0
@@ -435,6 +457,11 @@ def made_up_word(rng: np.random.Generator) -> str:
 
 
 # What is said
+
+
+def _agree(pairs: Iterable[tuple[str | None, str | None]]) -> bool:
+    """Return whether what is said is true, of pairs of what is said, None if nothing, and seen."""
+    return all(said in (None, seen) for said, seen in pairs)
 
 
 def _by_place(scene: Scene) -> tuple[tuple[SceneObject, ...], str | None]:

@@ -8,8 +8,10 @@ transformer in its latents.
 
 Right shapes may still be blurred. So two figures compare each image with the scene that it shows,
 drawn again: the contrast across the edges of the drawing, and the PSNR to the drawing as the
-autoencoder decodes it. Images that show no scene do not count. A third figure is the spread: the
-number of different backgrounds, in kind or colours, in eight images of a caption that names none.
+autoencoder decodes it. Images that show no scene do not count. Two more figures are of captions
+that leave the background open, and often other attributes: the share of the images that show a
+scene which the caption describes; and the spread, the number of different backgrounds, in kind or
+colours, in eight images of a caption.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from localdit.core.latents import LatentSpace
     from localdit.pipelines import LocalDiTPipeline
-    from localdit.scenes import Scene
+    from localdit.scenes import Caption, Scene
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,7 +68,7 @@ def prompts(count: int, seed: int, held_out: bool) -> tuple[list[Scene], list[st
     return scenes, [describe(scene, rng).text for scene in scenes]
 
 
-def open_captions(count: int, seed: int) -> list[str]:
+def open_captions(count: int, seed: int) -> list[Caption]:
     """Return captions that do not name the background."""
     import numpy as np
 
@@ -76,7 +78,7 @@ def open_captions(count: int, seed: int) -> list[str]:
     captions = (
         describe(scene, rng, False) for scene in sample_scenes(20 * count, seed + 2_000_003)
     )
-    return [caption.text for caption in captions if caption.background is None][:count]
+    return [caption for caption in captions if caption.background is None][:count]
 
 
 def generate(
@@ -118,7 +120,8 @@ def sharpness(pictures: list[Image.Image], space: LatentSpace) -> dict[str, floa
     """Return the share of pictures that show a scene, and their mean contrast and PSNR to it."""
     import numpy as np
 
-    from localdit.scenes.score import edge_contrast, psnr, reported_scene
+    from localdit.scenes.recognition import reported_scene
+    from localdit.scenes.score import edge_contrast, psnr
 
     reported = [(picture, reported_scene(picture)) for picture in pictures]
     pairs = [(picture, scene) for picture, scene in reported if scene is not None]
@@ -134,14 +137,21 @@ def sharpness(pictures: list[Image.Image], space: LatentSpace) -> dict[str, floa
     }
 
 
-def spread(pipe: LocalDiTPipeline, args: argparse.Namespace) -> float:
-    """Return the mean number of different backgrounds in eight images of a caption."""
-    from localdit.scenes.score import read_picture
+def openness(pipe: LocalDiTPipeline, args: argparse.Namespace) -> dict[str, float]:
+    """Return how many images of open captions are as described, and how much they differ."""
+    from localdit.scenes.recognition import read_picture, reported_scene
 
-    texts = [text for text in open_captions(args.open_captions, args.seed) for _ in range(8)]
-    backgrounds = [read_picture(picture)[0] for picture in generate(pipe, texts, args)]
+    captions = [one for one in open_captions(args.open_captions, args.seed) for _ in range(8)]
+    pictures = generate(pipe, [caption.text for caption in captions], args)
+    scenes = [reported_scene(picture) for picture in pictures]
+    right = [scene is not None and caption.describes(scene)
+             for scene, caption in zip(scenes, captions, strict=True)]  # fmt: skip
+    backgrounds = [read_picture(picture)[0] for picture in pictures]
     groups = [set(backgrounds[start : start + 8]) for start in range(0, len(backgrounds), 8)]
-    return sum(map(len, groups)) / len(groups)
+    return {
+        "open captions, as described": sum(right) / len(right),
+        "different backgrounds of eight": sum(map(len, groups)) / len(groups),
+    }
 
 
 def group_means(scenes: list[Scene], scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -198,7 +208,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     figures = sharpness(pictures, space)
     if args.open_captions and not args.vae:
-        figures["different backgrounds of eight"] = spread(pipe, args)
+        figures |= openness(pipe, args)
     report = {
         "mean": means,
         "figures": figures,

@@ -145,7 +145,7 @@ def generate(args: argparse.Namespace, batch_size: int = 10) -> list[Drawings]:
 
     from localdit import LocalDiTPipeline
     from localdit.scenes import describe, sample_scenes
-    from localdit.scenes.score import reported_scene
+    from localdit.scenes.recognition import reported_scene
 
     pipe = LocalDiTPipeline.from_pretrained(args.generated_by)
     pipe.set_progress_bar_config(disable=True)

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from localdit.scenes.recognition import connected_components
 from localdit.scenes.scene import PALETTE
-from localdit.scenes.score import connected_components
 
 SIDE = 16
 OBJECT = 3  # pixels per side of an object

@@ -13,7 +13,7 @@ from localdit.scenes import (
     sample_scene,
     sample_scenes,
 )
-from localdit.scenes.phrasing import GROUNDS, PAIRS, SKIES, SYNONYMS, made_up_word
+from localdit.scenes.phrasing import GROUNDS, PAIRS, SKIES, SYNONYMS, Caption, Said, made_up_word
 from localdit.scenes.scene import ARRANGEMENT_CENTRES, ARRANGEMENTS, BACKGROUNDS
 
 CIRCLE = SceneObject("circle", "red", "small", 0.25, 0.5)
@@ -233,6 +233,42 @@ def test_incomplete_captions_leave_each_attribute_out_sometimes():
         [any(said.shape is None for said in c.objects) for c in captions],
     ):
         assert 0 < sum(left_out) < len(captions)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_caption_describes_its_scene_and_not_others(complete):
+    rng = np.random.default_rng(2)
+    scenes = list(sample_scenes(300, seed=11))
+    others = 0
+    for scene, other in zip(scenes, [*scenes[1:], scenes[0]], strict=True):
+        caption = describe(scene, rng, complete, noise=0.1)
+        assert caption.describes(scene), caption
+        if len(scene.objects) < 3:  # three have one order
+            assert caption.describes(Scene(scene.background, scene.objects[::-1])), caption
+        others += caption.describes(other)
+    assert others == 0 if complete else others < 15
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"colour": "red"}, False), ({"shape": "star"}, False), ({"size": "large"}, True),
+        ({"x": 0.25}, False),
+    ],
+)  # fmt: skip
+def test_what_a_caption_leaves_out_may_be_anything(change, same):
+    behind = Background.plain("white")
+    first, second = (SceneObject("circle", "green", "small", x, 0.5) for x in (0.25, 0.75))
+    second = replace(second, colour="blue")
+    said = (Said("circle", "blue", None), Said("circle", "green", "small"))
+    caption = Caption("", "plain", (None, None), said, None, "side by side", (1, 0))
+    assert caption.describes(Scene(behind, (first, second)))
+    assert caption.describes(Scene(Background.plain("yellow"), (second, first)))
+    assert not caption.describes(Scene(behind, (first,)))
+    assert not caption.describes(Scene(Background("stripes", ("red", "white")), (first, second)))
+    moved = replace(second, **change)
+    first = replace(first, x=0.75) if "x" in change else first
+    assert caption.describes(Scene(behind, (first, moved))) == same
 
 
 def test_captions_of_one_picture_differ():

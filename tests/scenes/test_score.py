@@ -5,16 +5,9 @@ import pytest
 from PIL import Image, ImageFilter
 
 from localdit.scenes import Scene, SceneObject, draw_scene, sample_scenes
+from localdit.scenes.recognition import connected_components, read_picture, reported_scene
 from localdit.scenes.scene import BACKGROUNDS, PALETTE, Background
-from localdit.scenes.score import (
-    connected_components,
-    edge_contrast,
-    mean_scores,
-    psnr,
-    read_picture,
-    reported_scene,
-    score_picture,
-)
+from localdit.scenes.score import edge_contrast, mean_scores, psnr, score_picture
 from localdit.scenes.shapes import SHAPES
 
 ONE = Scene(Background.plain("blue"), (SceneObject("circle", "red", "large", 0.25, 0.25),))
