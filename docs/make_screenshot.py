@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--inpaint", action="store_true", help="show the inpainting editor")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
-        model = page_model(build_parser().parse_args(["--model", "box"]))
+        model = page_model(build_parser().parse_args(["--model", "box-few-steps"]))
         page = make_page(load(model), model, Path(name))
         chromium = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]

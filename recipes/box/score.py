@@ -4,7 +4,8 @@
 
 Writes `score.json`, `score.md` (a table) and `samples.png` (the first images) into the folder.
 With `--vae` the images are the true drawings passed through an autoencoder: an upper bound for any
-transformer in its latents.
+transformer in its latents. With `--strength`, each image is an edit of a true drawing in which the
+last object has another colour than the caption says.
 
 Right shapes may still be blurred. So two figures compare each image with the scene that it shows,
 drawn again: the contrast across the edges of the drawing, and the PSNR to the drawing as the
@@ -19,8 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,8 +42,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=1000, help="number of held-out captions")
     parser.add_argument("--side", type=int, default=256, help="width and height in pixels")
+    parser.add_argument("--strength", type=float,
+                        help="edit drawings, changing so much of them")  # fmt: skip
     parser.add_argument("--open-captions", type=int, help="number of captions that name no "
-                        "background, for the spread; by default one for 25")  # fmt: skip
+                        "background; by default one for 25, and none for edits")  # fmt: skip
     parser.add_argument("--trained-on", action="store_true",
                         help="use combinations seen in training instead")  # fmt: skip
     parser.add_argument("--num-inference-steps", "--steps", type=int,
@@ -52,8 +56,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and noise")
     parser.add_argument("--device", default="cpu", help="device to generate on")
     args = parser.parse_args()
+    if args.vae and args.strength is not None:
+        parser.error("--strength edits with a pipeline; it does not go with --vae")
     if args.open_captions is None:
-        args.open_captions = args.count // 25
+        args.open_captions = args.count // 25 if args.strength is None else 0
     return args
 
 
@@ -81,20 +87,47 @@ def open_captions(count: int, seed: int) -> list[Caption]:
     return [caption for caption in captions if caption.background is None][:count]
 
 
+def recoloured(scene: Scene) -> Scene:
+    """Return a scene whose last object has the next colour that can be seen on its background."""
+    from localdit.scenes import Scene
+    from localdit.scenes.scene import COLOURS
+
+    *others, last = scene.objects
+    first = COLOURS.index(last.colour) + 1
+    colours = (COLOURS[(first + i) % len(COLOURS)] for i in range(len(COLOURS)))
+    colour = next(colour for colour in colours if scene.background.shows(colour))
+    return Scene(scene.background, (*others, replace(last, colour=colour)))
+
+
 def generate(
-    pipe: LocalDiTPipeline, texts: list[str], args: argparse.Namespace
+    pipe: LocalDiTPipeline,
+    texts: list[str],
+    args: argparse.Namespace,
+    sources: list[Image.Image] | None = None,
 ) -> list[Image.Image]:
-    """Generate one image per caption; image i depends on `seed` and i, not on the batches."""
+    """Generate one image per caption, or edit one of `sources`.
+
+    Image i depends on `seed` and i, not on the batches.
+    """
     import torch
 
+    from localdit.pipelines import LocalDiTImg2ImgPipeline
+
+    draw: Any = pipe
+    given: dict[str, Any] = {"height": args.side, "width": args.side}
+    if sources is not None:
+        draw = LocalDiTImg2ImgPipeline.from_pipe(pipe)
+        draw.set_progress_bar_config(disable=True)
     pictures: list[Image.Image] = []
     for start in range(0, len(texts), args.batch_size):
         batch = texts[start : start + args.batch_size]
         seeds = range(args.seed + start, args.seed + start + len(batch))
         generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        pictures += pipe(
-            batch, height=args.side, width=args.side, num_inference_steps=args.num_inference_steps,
-            generator=generator, guidance_scale=args.guidance_scale,
+        if sources is not None:
+            given = {"image": sources[start : start + len(batch)], "strength": args.strength}
+        pictures += draw(
+            batch, num_inference_steps=args.num_inference_steps, generator=generator,
+            guidance_scale=args.guidance_scale, **given,
         ).images  # fmt: skip
     return pictures
 
@@ -189,6 +222,7 @@ def main() -> None:
     from localdit.core.parts import load_vae
     from localdit.images import image_grid
     from localdit.pipelines import LocalDiTPipeline
+    from localdit.scenes import draw_scene
     from localdit.scenes.score import score_picture
 
     scenes, texts = prompts(args.count, args.seed, held_out=not args.trained_on)
@@ -199,8 +233,14 @@ def main() -> None:
         pipe = LocalDiTPipeline.from_pretrained(args.pipeline).to(args.device)
         pipe.set_progress_bar_config(disable=True)
         space = pipe.latent_space
+    sources = None
+    if args.strength is not None:
+        sources = [draw_scene(recoloured(scene), args.side) for scene in scenes]
     started = time.perf_counter()
-    pictures = reconstruct(scenes, space, args.side) if args.vae else generate(pipe, texts, args)
+    if args.vae:
+        pictures = reconstruct(scenes, space, args.side)
+    else:
+        pictures = generate(pipe, texts, args, sources)
     seconds = time.perf_counter() - started
     scores = [score_picture(*pair) for pair in zip(pictures, scenes, strict=True)]
     means = group_means(scenes, scores)

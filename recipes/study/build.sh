@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Compares windows with full attention at equal cost; see README.md. What is done is not done again.
 # OUT, SEEDS, VARIANTS, STEPS (a multiple of 20), BATCH, PATCH, LAYERS, HEADS, HEAD_DIM, SCENES and
-# CAPTIONS change its size.
+# CAPTIONS change its size, OPTIMIZER (muon or adamw) its training.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 out=${OUT:-output/study} steps=${STEPS:-2000} batch=${BATCH:-32} patch=${PATCH:-1}
+optimizer=${OPTIMIZER:-muon}
 export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true PYTHONPATH=.
 parts="--vae $out/vae --text-encoder localdit/box/text_encoder --tokenizer localdit/box/tokenizer"
 
@@ -19,7 +20,8 @@ once encoded python -m localdit.training.encode --data-root "$out/scenes" --imag
   --crop center --patch-size "$patch" $parts --num-workers 0 --output "$out/encoded"
 once extractor python recipes/study/train_extractor.py --output "$out/extractor"
 once costs python recipes/study/variants.py --output "$out" --steps "$steps" --batch-size "$batch" \
-  --patch-size "$patch" --layers "${LAYERS:-6}" --heads "${HEADS:-2}" --head-dim "${HEAD_DIM:-32}"
+  --optimizer "$optimizer" --patch-size "$patch" --layers "${LAYERS:-6}" --heads "${HEADS:-2}" \
+  --head-dim "${HEAD_DIM:-32}"
 
 variants=${VARIANTS:-full windows pooled full-every-3rd global large-windows large-windows-alternating}
 
@@ -29,7 +31,7 @@ $score
 for seed in ${SEEDS:-0 1 2}; do
   for variant in $variants; do
     run=$out/runs/$variant-$seed config=$out/variants/$variant.json
-    [ -e "$run/final" ] || python train.py --mixed-precision bf16 \
+    [ -e "$run/final" ] || python train.py --mixed-precision bf16 --optimizer "$optimizer" \
       --data-root "$out/encoded" --image-size 16 --crop center --num-workers 0 \
       $parts --transformer-config "$config" --prediction-type flow \
       --batch-size "$batch" --max-train-steps "$steps" --learning-rate 2e-3 --warmup-steps 20 \

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 SIDE = 16  # latents, which are pixels
 CAPTION = 128, 16  # channels and tokens of the text
@@ -49,21 +49,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6, help="number of layers")
     parser.add_argument("--heads", type=int, default=2, help="number of attention heads")
     parser.add_argument("--head-dim", type=int, default=32, help="channels per head")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon",
+                        help="optimizer of the runs")  # fmt: skip
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of a run")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step")
     parser.add_argument("--turns", type=int, default=11, help="steps of each variant to measure")
     return parser.parse_args()
 
 
-def stepper(config: dict[str, Any], batch_size: int) -> Callable[[], None]:
-    """Return a function that takes a step like `train.py`: loss, gradient, AdamW and average."""
+def stepper(
+    config: dict[str, Any], batch_size: int, optimizer_name: Literal["adamw", "muon"]
+) -> Callable[[], None]:
+    """Return a function that takes a step like `train.py`: loss, gradient, optimizer, average."""
     import torch
     from diffusers.training_utils import EMAModel
 
     from localdit.models import LocalDiTTransformer2DModel
+    from localdit.training.optimizer import make_optimizer
 
     model = LocalDiTTransformer2DModel.from_config(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = make_optimizer(model.named_parameters(), optimizer_name, 1e-4, 0.0)
     average = EMAModel(model.parameters())
     latents = torch.randn(batch_size, model.config.in_channels, SIDE, SIDE)
     channels, tokens = CAPTION
@@ -119,7 +124,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    steppers = {name: stepper(config, args.batch_size) for name, config in configs.items()}
+    steppers = {
+        name: stepper(config, args.batch_size, args.optimizer) for name, config in configs.items()
+    }
     costs = measure(steppers, args.turns)
     report = {"milliseconds": costs, "scored": scored_steps(costs, args.steps)}
     (args.output / "costs.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
