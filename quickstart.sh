@@ -47,7 +47,7 @@ case "${1:-}" in
   "")
     set_up .
     say "Generating images with the model in the box"
-    .venv/bin/python infer_t2i.py --model box-few-steps --grid
+    .venv/bin/python infer_t2i.py --model box --grid
     say "Done: the images are in $PWD/output"
     ;;
   test)

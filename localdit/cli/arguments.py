@@ -127,8 +127,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="PATH",
         help="a checkpoint file, a Diffusers folder, 'box', the small model that comes with "
         "LocalDiT, or 'box-few-steps', its student, which draws in 4 unguided steps (default: "
-        "output/LocalDiT-1024.pt if it exists; else box-few-steps, or box if other options need "
-        "it)")  # fmt: skip
+        "output/LocalDiT-1024.pt if it exists, else box; of the page, box-few-steps)")  # fmt: skip
     add("--lora", metavar="PATH", action="append", default=[],
         help="a LoRA for the model: a file, a folder or a hub name; may be repeated")  # fmt: skip
     add("--lora-scale", metavar="W", type=float, action="append", default=[],

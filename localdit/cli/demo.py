@@ -96,10 +96,13 @@ def demo(args: argparse.Namespace) -> None:
 def page_model(args: argparse.Namespace) -> Choice:
     """Return the model of the page, in the size that the page first shows.
 
+    Of the box, that is the student, which draws while one types; LoRAs are of its teacher.
+
     Raises:
         FileNotFoundError, ImportError, ValueError: as `choose_model` and `check_model`.
     """
-    model = check_model(choose_model(args))
+    box = arguments.BOX_NAME if args.lora else arguments.STUDENT_NAME
+    model = check_model(choose_model(args, box=box))
     size = fit_size(model.config, Config())
     return replace(model, config=with_settings(model.config, size))
 

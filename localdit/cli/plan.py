@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from ..config import Config, config_field, inference_settings, with_settings
 from ..core.samplers import check_sampler
-from ..core.settings import MOST_FEW_STEPS, SamplingSettings, read_settings
+from ..core.settings import SamplingSettings, read_settings
 from ..files import decode_text
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
-from .arguments import BOX_NAME, CONFIG_SETTINGS, STUDENT_NAME, named_model, usage_errors
+from .arguments import BOX_NAME, CONFIG_SETTINGS, named_model, usage_errors
 from .output import Output, plan_output
 
 Task = Literal["t2i", "i2i"]
@@ -178,11 +178,12 @@ def plan(
 # The model
 
 
-def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choice:
-    """Return the model that the options or a Config name, or else the one in the box.
+def choose_model(
+    args: argparse.Namespace, config: Config | None = None, box: str = BOX_NAME
+) -> Choice:
+    """Return the model that the options or a Config name, or else `box`, the one in the box.
 
-    Of the box, that is the student if it can draw with the settings, else its teacher. The settings
-    that the model's folder names replace those that the Config leaves at their defaults. The
+    The settings that its folder names replace those that the Config leaves at their defaults. The
     model, its LoRAs and its local parts are looked for; nothing heavy is imported.
 
     Raises:
@@ -199,31 +200,13 @@ def choose_model(args: argparse.Namespace, config: Config | None = None) -> Choi
     if args.model is not None:
         settings["ckpt_path"] = named_model(args.model)
     elif config.ckpt_path == Config.ckpt_path and not Path(config.ckpt_path).exists():
-        suits = _suits_student(config, given)
-        settings["ckpt_path"] = named_model(STUDENT_NAME if suits else BOX_NAME)
+        settings["ckpt_path"] = named_model(box)
         named = False
     checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
     preset = SCENES if checkpoint.resolve() in (BOX, BOX / FEW_STEPS) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)
-
-
-def _suits_student(config: Config, given: dict[str, Any]) -> bool:
-    """Return whether the student in the box can draw with the settings of a Config and options.
-
-    It knows neither guidance nor negative prompts and takes few steps; LoRAs and samplers are those
-    of its teacher.
-    """
-    default, drawn = asdict(SamplingSettings()), inference_settings(config)
-    asked = {name: drawn[name] for name in default if drawn[name] != default[name]}
-    asked |= {name: given[name] for name in default if given.get(name) is not None}
-    return (
-        asked.get("num_inference_steps", 1) <= MOST_FEW_STEPS
-        and asked.get("guidance_scale", 1.0) <= 1.0
-        and config.sampler is None
-        and not any(given.get(name) for name in ("negative_prompt", "sampler", "lora"))
-    )
 
 
 def _untouched(config: Config, checkpoint: Path) -> dict[str, Any]:

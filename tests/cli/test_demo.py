@@ -15,6 +15,7 @@ from localdit.cli import demo, main
 from localdit.cli.demo import FIRST_PORT, free_port
 from localdit.images import read_metadata
 from localdit.pipelines import LocalDiTPipeline
+from localdit.utils import model_in_the_box
 from tests.demo.conftest import artist, asked, config  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,18 @@ def test_the_page_starts_at_the_settings_of_the_folder(model, tmp_path):
     ):
         first = demo.page_model(demo.build_parser().parse_args(["--model", str(folder)])).config
         assert (first.denoising_steps, first.guidance_scale) == settings
+
+
+@pytest.mark.parametrize(("lora", "student"), [(None, True), ("lora", False)])
+def test_without_weights_the_page_draws_with_the_student(
+    tmp_path, monkeypatch, capsys, lora, student
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    model = demo.page_model(demo.build_parser().parse_args(["--lora", lora] if lora else []))
+    assert model.checkpoint == model_in_the_box(few_steps=student)
+    demo.report_fallback(model)
+    assert ("using the student of the small model" in capsys.readouterr().err) == student
 
 
 @pytest.mark.slow
