@@ -460,7 +460,7 @@ def made_up_word(rng: np.random.Generator) -> str:
 
 
 def _agree(pairs: Iterable[tuple[str | None, str | None]]) -> bool:
-    """Return whether what is said is true, of pairs of what is said, None if nothing, and seen."""
+    """Return whether all pairs (said, seen) are equal; where nothing is said, None, any will do."""
     return all(said in (None, seen) for said, seen in pairs)
 
 

@@ -91,8 +91,8 @@ def test_a_pipeline_of_whole_words_names_unknown_ones_once_per_call(caplog):
     assert [record.getMessage() for record in caplog.records] == [line] * 2
     caplog.clear()
     pipe("a red cat", negative_prompt="zebra", guidance_scale=1.0, **draw)  # which is not read
-    (told,) = (record.getMessage() for record in caplog.records)
-    assert "The negative prompt has no effect" in told and "zebra" not in told
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "The negative prompt has no effect" in warning and "zebra" not in warning
     caplog.clear()
     embeddings = pipe.encode_prompt("a cat", do_classifier_free_guidance=False)[:2]
     given = dict(zip(("prompt_embeds", "prompt_attention_mask"), embeddings, strict=True))

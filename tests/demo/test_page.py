@@ -461,7 +461,7 @@ def test_a_model_of_whole_words_names_those_that_it_ignores(desk, monkeypatch):
     assert "does not know these words and ignores them: shiny, dodecahedron" in status
 
 
-def test_a_negative_prompt_without_guidance_is_told(desk):
+def test_a_negative_prompt_without_guidance_gives_a_warning(desk):
     status = desk.sketch(*typed("a red circle", negative_prompt="blue", guidance_scale=1.0))
     assert "The negative prompt has no effect" in status[desk.controls.status]
 

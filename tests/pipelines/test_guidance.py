@@ -156,7 +156,7 @@ def test_other_intervals_are_refused(pipe, calls, interval):
 
 
 @pytest.mark.parametrize(
-    ("negative_prompt", "options", "told"),
+    ("negative_prompt", "options", "warned"),
     [
         ("blurry", {"guidance_scale": 1.0}, True),
         (["", "blurry"], {"guidance_scale": 0.0}, True),
@@ -166,7 +166,9 @@ def test_other_intervals_are_refused(pipe, calls, interval):
         (None, {"guidance_scale": 1.0}, False),
     ],
 )
-def test_a_negative_prompt_without_guidance_is_told(pipe, caplog, negative_prompt, options, told):
+def test_a_negative_prompt_without_guidance_gives_a_warning(
+    pipe, caplog, negative_prompt, options, warned
+):
     pipe(["a cat", "a dog"], negative_prompt=negative_prompt, height=32, width=32,
          num_inference_steps=2, **options)  # fmt: skip
-    assert ("The negative prompt has no effect" in caplog.text) == told
+    assert ("The negative prompt has no effect" in caplog.text) == warned
