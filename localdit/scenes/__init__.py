@@ -1,6 +1,6 @@
 """Captioned scenes of simple things, drawn by rules: training data without a download."""
 
-from localdit.scenes.phrasing import Caption, describe, describe_often
+from localdit.scenes.captions import Caption, describe, describe_often
 from localdit.scenes.scene import (
     Background,
     Scene,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel, T5Tokenizer
 
     from localdit.scenes import Caption
-    from localdit.scenes.phrasing import Said
+    from localdit.scenes.captions import Said
 
 MAX_TOKENS = 120
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?-'\"()/&"

@@ -13,7 +13,8 @@ from localdit.scenes import (
     sample_scene,
     sample_scenes,
 )
-from localdit.scenes.phrasing import GROUNDS, PAIRS, SKIES, SYNONYMS, Caption, Said, made_up_word
+from localdit.scenes.captions import Caption, Said, made_up_word
+from localdit.scenes.phrasing import GROUNDS, PAIRS, SKIES, SYNONYMS
 from localdit.scenes.scene import ARRANGEMENT_CENTRES, ARRANGEMENTS, BACKGROUNDS
 
 CIRCLE = SceneObject("circle", "red", "small", 0.25, 0.5)
