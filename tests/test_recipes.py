@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import sys
+import tarfile
 from argparse import Namespace
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from localdit.core.latents import LatentSpace
 from localdit.models import LocalDiTTransformer2DModel
@@ -195,3 +198,68 @@ def test_the_ablation_compares_seed_by_seed(monkeypatch, tmp_path):
     page.write_text("above\n<!-- ablation -->\nold\n<!-- end of ablation -->\nbelow\n")
     ablation.write_into(page, "new\n")
     assert page.read_text() == ("above\n<!-- ablation -->\nnew\n<!-- end of ablation -->\nbelow\n")
+
+
+@pytest.fixture
+def emoji_package(tmp_path):
+    sheet = Image.new("RGBA", (36, 18))
+    sheet.paste((255, 0, 0, 255), (19, 1, 27, 17))  # left half of the second emoji
+    entries = [
+        {
+            "name": "HEART",
+            "sheet_x": 1,
+            "sheet_y": 0,
+            "category": "Symbols",
+            "has_img_google": True,
+        },
+        {
+            "name": "STAR",
+            "sheet_x": 0,
+            "sheet_y": 0,
+            "category": "Symbols",
+            "has_img_google": False,
+        },
+    ]
+    with BytesIO() as png:
+        sheet.save(png, "PNG")
+        files = {
+            "emoji.json": json.dumps(entries).encode(),
+            "img/google/sheets/16.png": png.getvalue(),
+        }
+    path = tmp_path / "emoji-datasource-google-1.0.0.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, BytesIO(content))
+    return path
+
+
+def test_emoji_are_cut_from_their_sheet_on_white(emoji_package):
+    ((is_held_out, example),) = load("study/pictures.py").emoji(emoji_package)
+    assert is_held_out
+    assert example[1:] == ("heart, noto", "Symbols")
+    pixels = np.asarray(example.picture)
+    assert (pixels[:, :8] == (255, 0, 0)).all() and (pixels[:, 8:] == 255).all()
+
+
+def test_packages_of_unknown_emoji_are_refused(emoji_package):
+    other = emoji_package.rename(emoji_package.with_name("emoji-datasource-apple-1.0.0.tgz"))
+    with pytest.raises(ValueError, match="apple.*expected a package of google or twitter emoji"):
+        list(load("study/pictures.py").emoji(other))
+
+
+def test_parts_of_photographs_take_turns_and_come_back(tmp_path):
+    study = load("study/pictures.py")
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (150, 200, 3), np.uint8))
+    photographs = {"noise": noise, "chelsea": Image.new("RGB", (160, 160), "blue")}
+    parts = list(study.photograph_parts(photographs, 4, seed=1))
+    assert [part.label for part in parts] == ["noise", "chelsea"] * 2
+    assert parts[1].caption == "a part of a photograph, cat"
+    assert (np.asarray(parts[1].picture) == (0, 0, 255)).all()
+    assert (np.asarray(parts[0].picture) != np.asarray(parts[2].picture)).any()
+    study.write(parts, tmp_path)
+    for part, again in zip(parts, study.read(tmp_path), strict=True):
+        assert again[1:] == part[1:]
+        assert (np.asarray(again.picture) == np.asarray(part.picture)).all()

@@ -97,11 +97,11 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> Figures:
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run, whose time is unknown
     seconds = train(folder, name, seed, args)
     pipe = LocalDiTPipeline.from_pretrained(folder / "final")
-    many = list(scenes.sample_many(args.count, score.CAPTIONS + seed))
+    many = score.examples(args.count, score.CAPTIONS + seed)
     found = score.report(score.generate(pipe, many, seed, args), many, args)
     shares = [statistics.fmean(right) for right in found["right"].values()]
     values = (
-        score.held_out_loss(pipe, args.count),
+        score.held_out_loss(pipe, score.examples(args.count, score.HELD_OUT)),
         100 * statistics.fmean(shares),
         found["distances"]["Fréchet distance"],
         seconds,
@@ -146,7 +146,7 @@ def write_into(page: Path, text: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    args.output = args.output.absolute()
+    args.output, args.pictures = args.output.absolute(), None
     (args.output / "ablation").mkdir(parents=True, exist_ok=True)
     results: dict[str, list[Figures]] = {name: [] for name in VARIANTS}
     for seed in args.seeds:
@@ -156,10 +156,7 @@ def main() -> None:
         (args.output / "ablation.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         (args.output / "ablation.md").write_text(text, "utf-8")
         if args.page:
-            page = args.page.read_text("utf-8")
-            args.page.write_text(
-                PLACE.sub(lambda m, text=text: f"{m[1]}{text}{m[2]}", page), "utf-8"
-            )
+            write_into(args.page, text)
     print(text)
 
 

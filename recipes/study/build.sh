@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Compares windows with full attention at equal cost; see README.md. What is done is not done again.
 # OUT, SEEDS, VARIANTS, STEPS (a multiple of 20), BATCH, PATCH, LAYERS, HEADS, HEAD_DIM, SCENES and
-# CAPTIONS change its size, OPTIMIZER (muon or adamw) its training.
+# CAPTIONS change its size, OPTIMIZER (muon or adamw) its training. EMOJI names packages of emoji:
+# then real pictures take the place of scenes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -15,17 +16,24 @@ once() { # MARK COMMAND...: run a command unless it has succeeded before
 }
 mkdir -p "$out"
 once vae python recipes/study/write_autoencoder.py --output "$out/vae"
-once scenes python recipes/study/scenes.py --output "$out/scenes" --count "${SCENES:-20000}"
-once encoded python -m localdit.training.encode --data-root "$out/scenes" --image-size 16 \
+if [ -n "${EMOJI:-}" ]; then
+  # shellcheck disable=SC2086  # several packages
+  once pictures python recipes/study/pictures.py --output "$out/pictures" --emoji $EMOJI
+  data=$out/pictures/train pictures="--pictures $out/pictures"
+else
+  once scenes python recipes/study/scenes.py --output "$out/scenes" --count "${SCENES:-20000}"
+  data=$out/scenes pictures=
+fi
+once encoded python -m localdit.training.encode --data-root "$data" --image-size 16 \
   --crop center --patch-size "$patch" $parts --num-workers 0 --output "$out/encoded"
-once extractor python recipes/study/train_extractor.py --output "$out/extractor"
+once extractor python recipes/study/train_extractor.py --output "$out/extractor" $pictures
 once costs python recipes/study/variants.py --output "$out" --steps "$steps" --batch-size "$batch" \
   --optimizer "$optimizer" --patch-size "$patch" --layers "${LAYERS:-6}" --heads "${HEADS:-2}" \
   --head-dim "${HEAD_DIM:-32}"
 
 variants=${VARIANTS:-full windows pooled full-every-3rd global large-windows large-windows-alternating}
 
-score="python recipes/study/score.py --output $out --count ${CAPTIONS:-200}"
+score="python recipes/study/score.py --output $out --count ${CAPTIONS:-200} $pictures"
 $score
 # All variants of a seed before the next seed: a run that is cut short leaves whole comparisons.
 for seed in ${SEEDS:-0 1 2}; do

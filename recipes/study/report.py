@@ -5,10 +5,10 @@
 
 Reads `costs.json` and `scores`, and writes `results.json`, `results.md`, `results.png` and
 `samples.png`. Seeds without all variants of the first seed are left out. With `--page`, the tables
-replace what the page has between its two comments. An interval has 95 % confidence: mean over seeds
-plus or minus Student's t times the standard error. With a single seed, shares have an interval over
-its captions instead, and other figures have none. Differences to full attention are taken seed by
-seed, on the same captions.
+replace what the page has between the two comments that name `--place`. An interval has 95 %
+confidence: mean over seeds plus or minus Student's t times the standard error. With a single seed,
+shares have an interval over its captions instead, and other figures have none. Differences to full
+attention are taken seed by seed, on the same captions.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from typing import Any
 # Two-sided 95 % quantiles of Student's t, from one degree of freedom.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 REFERENCE = "full"
-DRAWINGS = "true-drawings-0"  # as score.py names it
+TRUE = "true-pictures-0"  # as score.py names it
 WHEN = {"steps": "Equal steps", "time": "Equal processor time"}
 DISTANCES = {"Fréchet distance": "Fréchet", "kernel distance": "kernel"}
 DIGITS = {"Fréchet": 2, "kernel": 3, "loss": 4}  # after the point; of shares one
-COMPARED = ("all tasks", "loss")  # shown with intervals, and compared with full attention
-PLACE = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
+COMPARED = (
+    "all tasks",
+    "Fréchet",
+    "loss",
+)  # with intervals, compared with full attention
 
 Measures = dict[str, float]
 Right = Mapping[str, Sequence[bool]]
@@ -41,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the study")
     parser.add_argument("--page", type=Path, help="page to write the tables into")
+    parser.add_argument("--place", default="results", help="name of the two comments in the page")
     return parser.parse_args()
 
 
@@ -48,7 +52,8 @@ def measures(score: Mapping[str, Any]) -> Measures:
     """Return the figures of a score: percentages by task, their mean, distances, loss."""
     shares = {task: 100 * statistics.fmean(right) for task, right in score["right"].items()}
     distances = {short: score["distances"][name] for name, short in DISTANCES.items()}
-    figures = {"all tasks": statistics.fmean(shares.values()), **shares, **distances}
+    figures = {**({"all tasks": statistics.fmean(shares.values())} if shares else {}), **shares}
+    figures |= distances
     return figures | ({} if score["loss"] is None else {"loss": score["loss"]})
 
 
@@ -103,7 +108,7 @@ def read(folder: Path) -> dict[str, Any]:
             }
             for name, rows in own.items()
         }
-        results[when]["true drawings"] = {"mean": over_seeds([scores[DRAWINGS][when]])}
+        results[when]["true pictures"] = {"mean": over_seeds([scores[TRUE][when]])}
     return results
 
 
@@ -116,7 +121,7 @@ def over_seeds(
         pairs = zip(rows, map(measures, others), strict=True)
         rows = [{key: one[key] - two[key] for key in one} for one, two in pairs]
     found = {key: interval([row[key] for row in rows]) for key in rows[0]}
-    if len(scores) == 1:
+    if len(scores) == 1 and scores[0]["right"]:
         halves = over_captions(scores[0]["right"], others[0]["right"] if others else None)
         found |= {key: (found[key][0], half) for key, half in halves.items()}
     return found
@@ -139,42 +144,44 @@ def tables(results: Mapping[str, Any]) -> str:
     lines = []
     for when, title in WHEN.items():
         keys = list(results[when][REFERENCE]["mean"])
-        heads = ["model", "ms a step", "steps", *keys, *(f"{key}, minus full" for key in COMPARED)]
+        compared = [key for key in COMPARED if key in keys]
+        heads = ["model", "ms a step", "steps", *keys, *(f"{key}, minus full" for key in compared)]
         lines += [f"{title}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for name, row in results[when].items():
             means = row["mean"]
-            cells = [name, "", "", *(shown(means.get(key), key, key in COMPARED) for key in keys)]
+            cells = [name, "", "", *(shown(means.get(key), key, key in compared) for key in keys)]
             if name in results["milliseconds"]:
                 cells[1] = f"{results['milliseconds'][name]:.0f}"
                 cells[2] = f"{results['scored'][name][when]:,}"
             difference = row.get("minus full", {}) if name != REFERENCE else {}
-            cells += [shown(difference.get(key), key, sign="+") for key in COMPARED]
+            cells += [shown(difference.get(key), key, sign="+") for key in compared]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Plot the share of all tasks by variant, with its interval."""
+    """Plot the share of all tasks by variant, or else the Fréchet distance, with its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [name for name in results["milliseconds"] if name in results["steps"]]
+    key = next(key for key in COMPARED if key in results["steps"][REFERENCE]["mean"])
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for offset, (when, title) in zip((-0.15, 0.15), WHEN.items(), strict=True):
-        means = [results[when][name]["mean"]["all tasks"] for name in names]
+        means = [results[when][name]["mean"][key] for name in names]
         places = [place + offset for place in range(len(names))]
         axes.errorbar(
             places, [mean for mean, _ in means], [half or 0 for _, half in means],
             fmt="o", capsize=3, label=title,
         )  # fmt: skip
         for place, name in zip(places, names, strict=True):
-            seeds = [row["all tasks"] for row in results[when][name]["seeds"]]
+            seeds = [row[key] for row in results[when][name]["seeds"]]
             axes.plot([place] * len(seeds), seeds, ".", color="grey", markersize=4)
     axes.set_xticks(range(len(names)), names, rotation=20)
-    axes.set_ylabel("pictures that are right, %")
+    axes.set_ylabel({"all tasks": "pictures that are right, %"}.get(key, f"{key} distance"))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3, axis="y")
     axes.legend()
@@ -200,11 +207,12 @@ def main() -> None:
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     (args.output / "results.md").write_text(text, "utf-8")
     plot(results, args.output / "results.png")
-    runs = [f"{name}-{results['seeds'][0]}" for name in results["steps"] if name != "true drawings"]
-    samples([DRAWINGS, *runs], args.output, args.output / "samples.png")
+    runs = [f"{name}-{results['seeds'][0]}" for name in results["steps"] if name != "true pictures"]
+    samples([TRUE, *runs], args.output, args.output / "samples.png")
     if args.page:
         page = args.page.read_text("utf-8")
-        args.page.write_text(PLACE.sub(lambda m: f"{m[1]}{text}{m[2]}", page), "utf-8")
+        place = re.compile(rf"(<!-- {args.place} -->\n).*(<!-- end of {args.place} -->)", re.DOTALL)
+        args.page.write_text(place.sub(lambda m: f"{m[1]}{text}{m[2]}", page), "utf-8")
     print(text)
 
 

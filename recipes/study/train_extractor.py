@@ -1,10 +1,11 @@
-"""Train a small classifier of the study's scenes; its features measure distances of pictures.
+"""Train a small classifier of the study's pictures; its features measure their distances.
 
     python recipes/study/train_extractor.py --output output/study/extractor
 
-The classifier, a residual network, reads task, number of objects and colours from a
-picture. Writes a folder of Transformers, for `localdit.evaluation.quality.distances`, and
-prints the share of held-out answers that are right.
+The classifier, a residual network, reads task, number of objects and colours from a drawing, or
+with `--pictures` the category of an emoji or the photograph that a part is from. Writes a folder of
+Transformers, for `localdit.evaluation.quality.distances`, and prints the share of held-out answers
+that are right.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pictures
 import scenes
-
-if TYPE_CHECKING:
-    import torch
+from PIL import Image
 
 NUMBERS = 6  # 0 to 5 objects
 HELD_OUT = 2_000_003  # seed of the drawings that the classifier is tested with
@@ -28,6 +27,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures.py to learn instead")
     parser.add_argument("--scenes", type=int, default=4000, help="number of training pictures")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures per step")
@@ -44,13 +44,17 @@ def answers(scene: scenes.Study) -> list[float]:
     ]
 
 
-def batch_of(many: Sequence[scenes.Study], processor: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return pictures `(B, 3, 16, 16)` and answers `(B, answers)`."""
-    import torch
+def drawings(count: int, seed: int) -> tuple[list[Image.Image], list[list[float]]]:
+    """Return drawings and the answers about them."""
+    many = list(scenes.sample_many(count, seed))
+    return [scenes.draw(scene) for scene in many], [answers(scene) for scene in many]
 
-    pictures = [scenes.draw(scene) for scene in many]
-    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]  # type: ignore[operator]
-    return pixels, torch.tensor([answers(scene) for scene in many])
+
+def labelled(folder: Path, labels: Sequence[str]) -> tuple[list[Image.Image], list[list[float]]]:
+    """Return the pictures of a folder, and whether each has each of the labels."""
+    many = pictures.read(folder)
+    wanted = [[float(one.label == label) for label in labels] for one in many]
+    return [one.picture for one in many], wanted
 
 
 def main() -> None:
@@ -64,7 +68,19 @@ def main() -> None:
         do_resize=False, do_center_crop=False,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
-    pixels, targets = batch_of(list(scenes.sample_many(args.scenes, 0)), processor)
+
+    def tensors(data: tuple[list[Image.Image], list[list[float]]]) -> tuple[torch.Tensor, ...]:
+        """Return pictures `(N, 3, 16, 16)` and answers `(N, answers)`."""
+        pixels = processor(images=data[0], return_tensors="pt")["pixel_values"]
+        return pixels, torch.tensor(data[1])
+
+    if args.pictures:
+        folders = args.pictures / "train", args.pictures / "held-out"
+        labels = sorted({one.label for one in pictures.read(folders[0])})
+        known, unknown = (labelled(folder, labels) for folder in folders)
+    else:
+        known, unknown = drawings(args.scenes, 0), drawings(500, HELD_OUT)
+    pixels, targets = tensors(known)
     config = ResNetConfig(
         embedding_size=16, hidden_sizes=[32, 64, 64], depths=[1, 1, 1], layer_type="basic",
         num_labels=targets.shape[1], problem_type="multi_label_classification",
@@ -82,7 +98,7 @@ def main() -> None:
 
     model.eval().save_pretrained(args.output)
     processor.save_pretrained(args.output)
-    pixels, targets = batch_of(list(scenes.sample_many(500, HELD_OUT)), processor)
+    pixels, targets = tensors(unknown)
     with torch.no_grad():
         right = (model(pixels).logits > 0) == (targets > 0)
     print(f"right: {right.double().mean():.4f} of the answers, {right.all(1).double().mean():.3f} "
