@@ -101,8 +101,7 @@ def page_model(args: argparse.Namespace) -> Choice:
     Raises:
         FileNotFoundError, ImportError, ValueError: as `choose_model` and `check_model`.
     """
-    box = arguments.BOX_NAME if args.lora else arguments.STUDENT_NAME
-    model = check_model(choose_model(args, box=box))
+    model = check_model(choose_model(args, few_steps=not args.lora))
     size = fit_size(model.config, Config())
     return replace(model, config=with_settings(model.config, size))
 

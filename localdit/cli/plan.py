@@ -16,7 +16,7 @@ from ..core.settings import SamplingSettings, read_settings
 from ..files import decode_text
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
-from .arguments import BOX_NAME, CONFIG_SETTINGS, named_model, usage_errors
+from .arguments import CONFIG_SETTINGS, named_model, usage_errors
 from .output import Output, plan_output
 
 Task = Literal["t2i", "i2i"]
@@ -179,9 +179,11 @@ def plan(
 
 
 def choose_model(
-    args: argparse.Namespace, config: Config | None = None, box: str = BOX_NAME
+    args: argparse.Namespace, config: Config | None = None, few_steps: bool = False
 ) -> Choice:
-    """Return the model that the options or a Config name, or else `box`, the one in the box.
+    """Return the model that the options or a Config name, or else the one in the box.
+
+    With `few_steps`, the one in the box is the student.
 
     The settings that its folder names replace those that the Config leaves at their defaults. The
     model, its LoRAs and its local parts are looked for; nothing heavy is imported.
@@ -191,7 +193,7 @@ def choose_model(
         ImportError: a LoRA is given, but peft is not installed.
         ValueError: a setting is out of range, or the options contradict each other.
     """
-    from ..utils import BOX, FEW_STEPS
+    from ..utils import BOX, FEW_STEPS, model_in_the_box
 
     config = config or Config()
     given = vars(args)
@@ -200,7 +202,7 @@ def choose_model(
     if args.model is not None:
         settings["ckpt_path"] = named_model(args.model)
     elif config.ckpt_path == Config.ckpt_path and not Path(config.ckpt_path).exists():
-        settings["ckpt_path"] = named_model(box)
+        settings["ckpt_path"] = model_in_the_box(few_steps)
         named = False
     checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
     preset = SCENES if checkpoint.resolve() in (BOX, BOX / FEW_STEPS) else PHOTOGRAPHS

@@ -147,6 +147,7 @@ def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
     monkeypatch.setattr(utils, "BOX", model)
     assert main(["generate", "a cat", "--model", "box", "-o", "a.png", *QUICK]) == 0
     assert capsys.readouterr().err == ""
+    (here / "box").mkdir()  # a folder that nobody has named
     assert main(["generate", "a cat", "-o", "b.png", *QUICK]) == 0
     said = capsys.readouterr().err
     assert utils.DOWNLOAD_COMMAND in said and "using the small model in the box" in said
