@@ -23,6 +23,9 @@ from typing import Any
 
 import numpy as np
 
+SHAPE = {  # of the new transformers
+    "num_attention_heads": 4, "attention_head_dim": 48, "num_layers": 6, "caption_channels": 128,
+}  # fmt: skip
 STEPS = 50
 SIDE = 256  # pixels
 DRAWN, CHANGED, REPAINTED = 8, 8, 8
@@ -103,9 +106,13 @@ def trainings(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         "--pretrained", box, "--output", f"{folder}/encoded")  # fmt: skip
     adapters = ["--transformer", f"{box}/transformer", "--lora-rank", "4", "--lora-dropout", "0.1",
                 "--prediction-type", "v_prediction"]  # fmt: skip
+    channels = json.loads((model_in_the_box() / "vae/config.json").read_text())["latent_channels"]
+    shape = folder / "shape.json"
+    shape.write_text(json.dumps(SHAPE | {"in_channels": channels, "sample_size": 16}))
+    new = ["--transformer-config", str(shape)]
     cases = {
-        "folder": ["--data-root", f"{folder}/pictures", "--transformer-config", "tiny"],
-        "encoded": ["--data-root", f"{folder}/encoded", "--transformer-config", "tiny"],
+        "folder": ["--data-root", f"{folder}/pictures", *new],
+        "encoded": ["--data-root", f"{folder}/encoded", *new],
         "lora": ["--data-root", f"{folder}/pictures", *adapters],
     }
     for name, options in cases.items():

@@ -35,12 +35,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "interpolation_scale": 2,
         "use_additional_conditions": True,
     },
-    # To try things on a laptop's processor: 128 x 128 pixels with 8 pixels per latent.
+    # To try things on a laptop's processor: 128 x 128 pixels with 8 pixels per latent. The layer
+    # types are those of the best hybrid in docs/study.md.
     "tiny": {
         "num_attention_heads": 4,
         "attention_head_dim": 48,
         "num_layers": 6,
         "sample_size": 16,
+        "layer_types": "local local full",
         "caption_channels": 128,
     },
 }

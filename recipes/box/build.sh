@@ -30,7 +30,7 @@ once encoded $two_processes -m localdit.training.encode \
 
 # shellcheck disable=SC2086
 once teacher $two_processes train.py --mixed-precision bf16 --optimizer muon \
-  --data-root "$out/encoded" --image-size 256 --transformer-config recipes/box/shape.json \
+  --data-root "$out/encoded" --image-size 256 --transformer-config tiny \
   --num-workers 0 --prediction-type v_prediction \
   --batch-size "$batch" --max-train-steps "${STEPS:-3200}" --learning-rate 2e-3 --lr-schedule cosine \
   --warmup-steps 50 --gradient-clip 1.0 --token-dropout 0.1 --ema-decay 0.998 \
