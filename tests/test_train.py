@@ -434,3 +434,25 @@ def test_a_run_with_another_method_is_not_resumed(train, workplace, capsys):
     with pytest.raises(SystemExit):
         train("alone", "--method", "knowledge-distillation")
     assert "--teacher go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layer_types": "local_pooled"}, "layer_types is ['local"),
+        ({"shift_schedule": "alternating"}, "shift_schedule is cyclic there and alternating here"),
+    ],
+)
+def test_a_run_with_a_transformer_of_another_shape_is_not_resumed(
+    train, workplace, tmp_path, capsys, change, said
+):
+    """The tensors have the same names and sizes; only what they compute differs."""
+    folder = train("run", "--max-train-steps", "2")
+    before = sorted(folder.rglob("*"))
+    shape = json.loads((workplace / "shape.json").read_text()) | change
+    (tmp_path / "other.json").write_text(json.dumps(shape))
+    config = ["--transformer-config", str(tmp_path / "other.json")]
+    train("run", "--resume", "auto", *config, expect=1)
+    error = capsys.readouterr().err
+    assert "checkpoint-2 is of a transformer of another shape" in error and said in error
+    assert sorted(folder.rglob("*")) == before

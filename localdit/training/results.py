@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from localdit.checkpoint.reading import few, load_finite
+from localdit.models.configuration import resolve_layer_types
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
 from localdit.training.checkpointing import read_manifest
@@ -74,7 +75,23 @@ class PipelineFolder:
         (folder / "model_index.json").write_text(text, encoding="utf-8")
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Return the averages that `write` wrote, sharded or not; other files are not read."""
+        """Return the averages that `write` wrote, sharded or not; other files are not read.
+
+        Raises:
+            ValueError: if they are of a transformer of another shape, or not finite.
+        """
+        saved = json.loads((folder / "transformer/config.json").read_text(encoding="utf-8"))
+        there, here = _shape(_without_weights(self.transformer, saved)), _shape(self.transformer)
+        differing = [
+            f"{name} is {there[name]} there and {value} here"
+            for name, value in here.items()
+            if there[name] != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{folder} is of a transformer of another shape: {'; '.join(differing)}. Resume "
+                "with its shape, or start another run from its weights with --transformer."
+            )
         weights: dict[str, torch.Tensor] = {}
         for name in read_manifest(folder).sums:
             if name.startswith("transformer/") and name.endswith(".safetensors"):
@@ -109,11 +126,26 @@ def with_weights(
     return second.to(next(iter(weights.values())).device).eval()
 
 
-def _without_weights(transformer: LocalDiTTransformer2DModel) -> LocalDiTTransformer2DModel:
-    """Return a transformer of the same shape and adapters whose weights are on no device."""
+def _shape(transformer: LocalDiTTransformer2DModel) -> dict[str, Any]:
+    """Return the settings that tell what the weights compute; stages change the others."""
+    config = transformer.config
+    kinds = resolve_layer_types(config.layer_types, config.num_layers, config.use_global)
+    resolved = {
+        "layer_types": kinds,
+        "use_additional_conditions": transformer.use_additional_conditions,
+    }
+    public = {name: value for name, value in config.items() if not name.startswith("_")}
+    del public["sample_size"]
+    return public | resolved
+
+
+def _without_weights(
+    transformer: LocalDiTTransformer2DModel, config: Mapping[str, Any] | None = None
+) -> LocalDiTTransformer2DModel:
+    """Return a transformer of the same adapters, and the same or another shape, without weights."""
     # The constructor draws weights, which must not change the random numbers of training.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        second = type(transformer).from_config(transformer.config)
+        second = type(transformer).from_config(config or transformer.config)
         for name, settings in getattr(transformer, "peft_config", {}).items():
             second.add_adapter(copy.deepcopy(settings), name)
     return second
