@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from localdit.models import PRESETS, LocalDiTTransformer2DModel
 from localdit.training.checkpointing import new_checkpoint
 from localdit.training.results import PipelineFolder, link_or_copy
 from localdit.training.run_folder import RunFolder
@@ -113,9 +114,11 @@ def test_a_folder_without_a_run_stays_as_it_is(run):
 
 
 def test_averages_are_read_from_the_files_of_the_manifest_only(run):
-    result = PipelineFolder(None, None, {}, {}, None)
+    with torch.device("meta"):
+        transformer = LocalDiTTransformer2DModel(**PRESETS["tiny"])
+    result = PipelineFolder(transformer, None, {}, {}, None)
     with new_checkpoint(run.path, 5) as folder:
-        (folder / "transformer").mkdir()
+        transformer.save_config(folder / "transformer")
         save_file({"a": torch.ones(2)}, folder / "transformer/model.safetensors")
     added = run.path / "checkpoint-5/transformer/zz.safetensors"
     save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, added)
