@@ -196,8 +196,10 @@ def test_the_ablation_compares_seed_by_seed(monkeypatch, tmp_path):
     assert row.endswith("| -0.6000 ± 1.2706 |")
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- ablation -->\nold\n<!-- end of ablation -->\nbelow\n")
-    ablation.write_into(page, "new\n")
+    ablation.write_into(page, "ablation", "new\n")
     assert page.read_text() == ("above\n<!-- ablation -->\nnew\n<!-- end of ablation -->\nbelow\n")
+    with pytest.raises(SystemExit, match="has no comments <!-- results -->"):
+        ablation.write_into(page, "results", "new\n")
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import resource
 import shutil
 import statistics
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import scenes
 import score
-from report import interval
+from report import interval, write_into
 
 ROOT = Path(__file__).parents[2]
 BASE = "AdamW"
@@ -39,7 +38,6 @@ VARIANTS: dict[str, list[str]] = {
     "logit-normal timesteps": ["--timestep-sampling", "logit_normal"],
 }
 DIGITS = {"loss": 4, "right, %": 1, "Fréchet distance": 1, "processor time, s": 0}
-PLACE = re.compile(r"(<!-- ablation -->\n).*(<!-- end of ablation -->)", re.DOTALL)
 
 Figures = dict[str, float]
 
@@ -138,12 +136,6 @@ def table(results: dict[str, list[Figures]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_into(page: Path, text: str) -> None:
-    """Replace what a page has between the two comments."""
-    old = page.read_text("utf-8")
-    page.write_text(PLACE.sub(lambda match: f"{match[1]}{text}{match[2]}", old), "utf-8")
-
-
 def main() -> None:
     args = parse_args()
     args.output, args.pictures = args.output.absolute(), None
@@ -156,7 +148,7 @@ def main() -> None:
         (args.output / "ablation.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         (args.output / "ablation.md").write_text(text, "utf-8")
         if args.page:
-            write_into(args.page, text)
+            write_into(args.page, "ablation", text)
     print(text)
 
 

@@ -200,6 +200,15 @@ def samples(names: Sequence[str], folder: Path, path: Path) -> None:
     sheet.save(path)
 
 
+def write_into(page: Path, place: str, text: str) -> None:
+    """Replace what a page has between the two comments that name a place."""
+    between = re.compile(rf"(<!-- {place} -->\n).*(<!-- end of {place} -->)", re.DOTALL)
+    new, count = between.subn(lambda m: f"{m[1]}{text}{m[2]}", page.read_text("utf-8"))
+    if count != 1:
+        raise SystemExit(f"{page} has no comments <!-- {place} --> and <!-- end of {place} -->.")
+    page.write_text(new, "utf-8")
+
+
 def main() -> None:
     args = parse_args()
     results = read(args.output)
@@ -210,9 +219,7 @@ def main() -> None:
     runs = [f"{name}-{results['seeds'][0]}" for name in results["steps"] if name != "true pictures"]
     samples([TRUE, *runs], args.output, args.output / "samples.png")
     if args.page:
-        page = args.page.read_text("utf-8")
-        place = re.compile(rf"(<!-- {args.place} -->\n).*(<!-- end of {args.place} -->)", re.DOTALL)
-        args.page.write_text(place.sub(lambda m: f"{m[1]}{text}{m[2]}", page), "utf-8")
+        write_into(args.page, args.place, text)
     print(text)
 
 
