@@ -6,7 +6,6 @@ clears them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .cpu import Linear, bands, write_band
-from .windows import WindowGrid
+from .windows import WindowGrid, cached_tensors
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -45,7 +44,7 @@ class RMSNorm(nn.Module):
         return scaled.to(hidden_states.dtype)
 
 
-@functools.lru_cache(maxsize=32)
+@cached_tensors(32)
 def rope_angles(
     height: int, width: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -55,14 +54,12 @@ def rope_angles(
     `10000 ** (-4 j / head_dim)` for `j = 0 .. head_dim / 4 - 1` (RoFormer, section 3.4.2, applied
     to each axis).
     """
-    # Cached tensors outlive the call: made in inference mode, they could not be used in training.
-    with torch.inference_mode(False):
-        exponents = torch.arange(0, head_dim, 4, device=device, dtype=dtype) / head_dim
-        frequencies = 10000.0**-exponents  # (head_dim / 4,)
-        x = torch.arange(width, device=device, dtype=dtype)[:, None] * frequencies
-        y = torch.arange(height, device=device, dtype=dtype)[:, None] * frequencies
-        grid = (height, width, len(frequencies))
-        return torch.cat([x[None].expand(grid), y[:, None].expand(grid)], dim=-1).flatten(0, 1)
+    exponents = torch.arange(0, head_dim, 4, device=device, dtype=dtype) / head_dim
+    frequencies = 10000.0**-exponents  # (head_dim / 4,)
+    x = torch.arange(width, device=device, dtype=dtype)[:, None] * frequencies
+    y = torch.arange(height, device=device, dtype=dtype)[:, None] * frequencies
+    grid = (height, width, len(frequencies))
+    return torch.cat([x[None].expand(grid), y[:, None].expand(grid)], dim=-1).flatten(0, 1)
 
 
 def apply_rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

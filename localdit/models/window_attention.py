@@ -8,13 +8,12 @@ Hidden state: `_head_rows` caches up to 64 pairs of index tensors on their devic
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 
 from .layers import RMSNorm, apply_rope, compute_dtype, rope_angles
-from .windows import WindowGrid, relative_position_index, window_layout
+from .windows import WindowGrid, cached_tensors, relative_position_index, window_layout
 
 
 def window_attention(
@@ -99,18 +98,17 @@ class _HeadRows(NamedTuple):
     inverse: torch.Tensor
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensors(64)
 def _head_rows(grid: WindowGrid, num_heads: int, batch: int, device: torch.device) -> _HeadRows:
     layout = window_layout(grid, device)
     slots = grid.window_size**2
-    with torch.inference_mode(False):
-        part = torch.arange(3, device=device).view(3, 1, 1, 1, 1)
-        item = torch.arange(batch, device=device).view(batch, 1, 1, 1)
-        head = torch.arange(num_heads, device=device)[:, None]
-        token = layout.order.view(-1, 1, slots) + item * (grid.height * grid.width)
-        order = (token * 3 + part) * num_heads + head  # (3, batch, num_windows, heads, l)
+    part = torch.arange(3, device=device).view(3, 1, 1, 1, 1)
+    item = torch.arange(batch, device=device).view(batch, 1, 1, 1)
+    head = torch.arange(num_heads, device=device)[:, None]
+    token = layout.order.view(-1, 1, slots) + item * (grid.height * grid.width)
+    order = (token * 3 + part) * num_heads + head  # (3, batch, num_windows, heads, l)
 
-        window, slot = layout.inverse // slots, layout.inverse % slots
-        window = window[:, None] + item[..., 0] * (grid.rows * grid.columns)
-        inverse = (window * num_heads + head[:, 0]) * slots + slot[:, None]  # (batch, N, heads)
-        return _HeadRows(order.flatten().int(), inverse.flatten().int())
+    window, slot = layout.inverse // slots, layout.inverse % slots
+    window = window[:, None] + item[..., 0] * (grid.rows * grid.columns)
+    inverse = (window * num_heads + head[:, 0]) * slots + slot[:, None]  # (batch, N, heads)
+    return _HeadRows(order.flatten().int(), inverse.flatten().int())

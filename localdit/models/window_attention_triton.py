@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .layers import RMSNorm, rope_angles
-from .windows import WindowGrid
+from .windows import WindowGrid, cached_tensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WINDOW_SIZE = 8  # a program holds the logits of a window, 64 x 64, in registers
@@ -157,12 +157,11 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-@functools.lru_cache(maxsize=32)
+@cached_tensors(32)
 def _rotation(window_size: int, head_dim: int, device: torch.device) -> torch.Tensor:
     """Return cosine and sine of RoPE's angles in a window, `(2, window_size**2, head_dim / 2)`."""
-    with torch.inference_mode(False):
-        angles = rope_angles(window_size, window_size, head_dim, torch.device("cpu"), torch.float64)
-        return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+    angles = rope_angles(window_size, window_size, head_dim, torch.device("cpu"), torch.float64)
+    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
 
 
 def _constants(

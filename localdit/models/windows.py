@@ -8,9 +8,36 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+
+_Made = TypeVar("_Made")
+
+
+def cached_tensors(
+    maxsize: int,
+) -> Callable[[Callable[..., _Made]], functools._lru_cache_wrapper[_Made]]:
+    """Cache the tensors that a function makes, as `functools.lru_cache` does.
+
+    They are made outside of inference mode, so they can be used in training. A compiler, which
+    would ignore the cache and warn of it, sees the function itself.
+    """
+
+    def decorate(function: Callable[..., _Made]) -> functools._lru_cache_wrapper[_Made]:
+        remembered = functools.lru_cache(maxsize)(torch.inference_mode(False)(function))
+
+        @functools.wraps(function)
+        def cached(*args: Any) -> _Made:
+            return function(*args) if torch.compiler.is_compiling() else remembered(*args)
+
+        result = cast("functools._lru_cache_wrapper[_Made]", cached)
+        result.cache_info = remembered.cache_info  # type: ignore[method-assign]
+        result.cache_clear = remembered.cache_clear  # type: ignore[method-assign]
+        return result
+
+    return decorate
 
 
 class WindowGrid(NamedTuple):
@@ -150,7 +177,7 @@ class WindowLayout(NamedTuple):
     hidden: torch.Tensor | None
 
 
-@functools.lru_cache(maxsize=256)
+@cached_tensors(256)
 def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
     """Return the layout of a map in windows.
 
@@ -162,33 +189,29 @@ def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
         device: device of the index tensors.
     """
     height, width, w, row_shift, column_shift = grid
-    # Cached tensors outlive the call: made in inference mode, they could not be used in training.
-    with torch.inference_mode(False):
-        rows = torch.arange(grid.rows * w, device=device).roll(-row_shift)
-        columns = torch.arange(grid.columns * w, device=device).roll(-column_shift)
+    rows = torch.arange(grid.rows * w, device=device).roll(-row_shift)
+    columns = torch.arange(grid.columns * w, device=device).roll(-column_shift)
 
-        y, x = torch.meshgrid(rows, columns, indexing="ij")
-        order = _cut(y.clamp(max=height - 1) * width + x.clamp(max=width - 1), w)
-        is_token = _cut((y < height) & (x < width), w)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    order = _cut(y.clamp(max=height - 1) * width + x.clamp(max=width - 1), w)
+    is_token = _cut((y < height) & (x < width), w)
 
-        slots = torch.arange(order.numel(), device=device)
-        slots = slots.view(grid.rows, grid.columns, w, w).transpose(1, 2)
-        slots = slots.reshape(len(rows), len(columns))
-        inverse = slots.roll((row_shift, column_shift), dims=(0, 1))[:height, :width]
+    slots = torch.arange(order.numel(), device=device)
+    slots = slots.view(grid.rows, grid.columns, w, w).transpose(1, 2)
+    slots = slots.reshape(len(rows), len(columns))
+    inverse = slots.roll((row_shift, column_shift), dims=(0, 1))[:height, :width]
 
-        hidden = None
-        if row_shift > 0 or column_shift > 0 or (height, width) != (len(rows), len(columns)):
-            # Rows below the seam of the roll came from the top edge, and columns right of it from
-            # the left edge. Padding is a separate region.
-            wrapped_rows = torch.arange(len(rows), device=device) >= len(rows) - row_shift
-            wrapped_columns = torch.arange(len(columns), device=device) >= (
-                len(columns) - column_shift
-            )
-            region = 2 * wrapped_rows[:, None].long() + wrapped_columns[None, :].long()
-            region = _cut(region, w).masked_fill(~is_token, -1)
-            hidden = region[:, :, None] != region[:, None, :]
+    hidden = None
+    if row_shift > 0 or column_shift > 0 or (height, width) != (len(rows), len(columns)):
+        # Rows below the seam of the roll came from the top edge, and columns right of it from
+        # the left edge. Padding is a separate region.
+        wrapped_rows = torch.arange(len(rows), device=device) >= len(rows) - row_shift
+        wrapped_columns = torch.arange(len(columns), device=device) >= (len(columns) - column_shift)
+        region = 2 * wrapped_rows[:, None].long() + wrapped_columns[None, :].long()
+        region = _cut(region, w).masked_fill(~is_token, -1)
+        hidden = region[:, :, None] != region[:, None, :]
 
-        return WindowLayout(order.flatten(), inverse.flatten(), hidden)
+    return WindowLayout(order.flatten(), inverse.flatten(), hidden)
 
 
 def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:
@@ -199,7 +222,7 @@ def _cut(grid: torch.Tensor, window_size: int) -> torch.Tensor:
     return windows.reshape(-1, w * w)
 
 
-@functools.lru_cache(maxsize=32)
+@cached_tensors(32)
 def relative_position_index(window_size: int, device: torch.device) -> torch.Tensor:
     """Return the row of the relative position table for each pair of slots, `(w**2, w**2)`.
 
@@ -207,11 +230,10 @@ def relative_position_index(window_size: int, device: torch.device) -> torch.Ten
     `(dy + w - 1) * (2 w - 1) + (dx + w - 1)` (Swin Transformer, section 3.2).
     """
     w = window_size
-    with torch.inference_mode(False):
-        slot = torch.arange(w * w, device=device)
-        dy = slot[:, None] // w - slot[None, :] // w
-        dx = slot[:, None] % w - slot[None, :] % w
-        return (dy + w - 1) * (2 * w - 1) + (dx + w - 1)
+    slot = torch.arange(w * w, device=device)
+    dy = slot[:, None] // w - slot[None, :] // w
+    dx = slot[:, None] % w - slot[None, :] % w
+    return (dy + w - 1) * (2 * w - 1) + (dx + w - 1)
 
 
 def shift_sizes(num_layers: int, window_size: int, schedule: str) -> list[int]:

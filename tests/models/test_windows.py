@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 from localdit.models.windows import (
     Route,
     WindowGrid,
+    cached_tensors,
     rectangle_size,
     rectangle_tokens,
     relative_position_index,
@@ -163,3 +166,31 @@ def test_a_route_takes_tokens_and_puts_them_back():
     assert torch.equal(back, expected)
     back.sum().backward()
     assert torch.equal(maps.grad == 10, expected == 10 * maps)
+
+
+def test_cached_tensors_are_made_once_and_can_be_trained_with():
+    made = []
+
+    @cached_tensors(2)
+    def ramp(length):
+        made.append(length)
+        return torch.arange(length, dtype=torch.float32)
+
+    with torch.inference_mode():
+        first = ramp(3)
+    assert ramp(3) is first and made == [3]
+    weight = torch.ones(3, requires_grad=True)
+    (weight * first).sum().backward()
+    assert torch.equal(weight.grad, first)
+    assert ramp.cache_info().maxsize == 2
+
+
+def test_a_compiler_has_nothing_to_warn_of_in_cached_tensors():
+    @cached_tensors(2)
+    def ramp(length):
+        return torch.arange(length)
+
+    compiled = torch.compile(lambda x: x + ramp(len(x)), backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert compiled(torch.ones(3)).tolist() == [1, 2, 3]
