@@ -114,5 +114,12 @@ class FieldImportError(FieldError, ImportError):
 
 
 def wording(error: BaseException, vocabulary: Vocabulary) -> str:
-    """Return the message of any error, its fields named in the words of a front end."""
-    return error.worded(vocabulary) if isinstance(error, FieldError) else str(error)
+    """Return the message of any error, its fields named in the words of a front end.
+
+    That of the operating system about a file is its path and what is wrong.
+    """
+    if isinstance(error, FieldError):
+        return error.worded(vocabulary)
+    if isinstance(error, OSError) and error.filename and not error.filename2:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

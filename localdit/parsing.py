@@ -28,13 +28,18 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line that says what to do.
+    """A parser whose errors take one line that says what to do. It wants options in full.
 
     Attributes:
         hint: what errors add about unknown options.
     """
 
     hint = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take the arguments of `argparse.ArgumentParser`."""
+        # "--prompt" is no short form of "--prompt-file".
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
@@ -57,6 +62,11 @@ class Parser(argparse.ArgumentParser):
         if not word.startswith("-"):
             return f"unexpected argument {word!r}: put quotes around text with spaces"
         option = word.split("=")[0]
+        for action in self._get_positional_actions():
+            if option == f"--{action.dest}":
+                return (
+                    f"unknown option {option}; write the {action.metavar or action.dest} without it"
+                )
         close = difflib.get_close_matches(option, self._option_string_actions, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
         return f"unknown option {option}{meant}{self.hint}"

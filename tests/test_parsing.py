@@ -33,6 +33,8 @@ def test_options_may_stand_anywhere(parser):
     [
         (["a.png", "--sead", "3"], "unknown option --sead; did you mean --seed?"),
         (["a.png", "--guidence-scale=2"], "did you mean --guidance-scale?"),
+        (["a.png", "--guidance", "2"], "unknown option --guidance; did you mean --guidance-scale?"),
+        (["a.png", "--prompt", "a cat"], "unknown option --prompt; write the prompt without it"),
         (["a.png", "--xyzzy"], "unknown option --xyzzy (see `program --help`)"),
         (["a.png", "--seed", "x"], "--seed: invalid int value: 'x' (see `program --help`)"),
         ([], "the following arguments are required: picture"),
@@ -56,6 +58,8 @@ def test_mistakes_give_one_line(parser, argv, message, capsys):
             1,
             "program: error: --height is 3\n",
         ),
+        (FileNotFoundError(2, "No such file", "a.txt"), 1, "program: error: a.txt: No such file\n"),
+        (OSError("disk is gone"), 1, "program: error: disk is gone\n"),
         (ValueError("too\n  late"), 1, "program: error: too late\n"),
         (KeyError(), 1, "program: error: KeyError\n"),
         (KeyboardInterrupt(), 130, "program: interrupted\n"),
