@@ -37,7 +37,9 @@ def test_each_autoencoder_of_scenes_trains_and_is_scaled(compression, size):
     stage = recipe.Stage(1.0, 0.5, 2)
     pixels, _ = recipe.random_crops(drawings, stage, np.random.default_rng(0))
     assert pixels.shape == (2, 3, 128, 128)
-    settings = Namespace(latent_noise=0.1, whitening_weight=0.02, freeze_encoder=False)
+    settings = Namespace(
+        latent_noise=0.1, whitening_weight=0.02, freeze_encoder=False, edge_weight=10.0
+    )
     recipe.training_loss(vae, pixels, None, settings, progress=0.0).backward()
     moved = [parameter for parameter in vae.parameters() if parameter.grad.any()]
     weights = [parameter.detach().clone() for parameter in moved]
@@ -78,6 +80,25 @@ def test_crops_of_generated_latents_are_those_of_their_pixels(cells):
     pixels, cut = recipe.random_crops(drawings, stage, np.random.default_rng(0))
     assert cut.shape == (8, 3, cells // 2, cells // 2)
     assert torch.equal(cut, pixels[:, :, ::step, ::step])
+
+
+def test_errors_at_edges_count_more():
+    recipe = load("box/train_autoencoder.py")
+    target = torch.zeros(1, 3, 4, 6)
+    target[..., 3:] = 1.0
+    target += 0.01 * torch.arange(4.0)[:, None]  # a gradient has no edge
+    for pictures in (target, target.transpose(2, 3)):
+        edges = recipe.at_edges(pictures)
+        at = edges[0, 0] if pictures is target else edges[0, 0].T
+        assert at.tolist() == [[0, 0, 1, 1, 0, 0]] * 4
+        near, far = (
+            [
+                recipe.reconstruction_loss(pictures + 0.1 * where, pictures, 1.0, weight).item()
+                for weight in (0.0, 10.0)
+            ]
+            for where in (edges, 1.0 - edges)
+        )
+        assert near[1] / near[0] > 8 > 5 > far[1] / far[0]
 
 
 def test_both_compact_runs_have_the_same_shape():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline
 from localdit.training.checkpointing import read_manifest
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_text_encoder
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
 
 
@@ -145,12 +145,20 @@ def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monke
     train("pictures", "--data-root", tmp_path / "encoded", "--validation-prompts", "a cat")
     other = tiny_pipeline(seed=1)
     other.save_pretrained(tmp_path / "other")
+    tiny_text_encoder("flan-t5").save_pretrained(tmp_path / "wide")
     for more, message in [
         (["--image-size", "64"], "was encoded for 96 pixels, but --image-size is 64"),
         (["--max-caption-length", "9"], "captions cut at 120 tokens"),
         (
             ["--validation-prompts", "a", "--pretrained", tmp_path / "other"],
             "differ in text_encoder",
+        ),
+        # The result would have an autoencoder or a text encoder of other latents or states.
+        (["--vae", tmp_path / "other"], "differ in vae"),
+        (
+            ["--text-encoder", tmp_path / "wide", "--tokenizer", f"{workplace}/pipeline"],
+            f"{tmp_path / 'encoded'} has text states of 16 channels, but the text encoder "
+            f"{tmp_path / 'wide'} has 40",
         ),
     ]:
         train("no", "--data-root", tmp_path / "encoded", *more, expect=1)

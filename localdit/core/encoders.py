@@ -20,7 +20,7 @@ from .parts import (
     text_encoder_class,
     vae_config,
 )
-from .text import TextSpace
+from .text import TextSpace, text_width
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Encoders(NamedTuple):
         import torch
 
         return {
-            "tokenizer": _tokenizer_fingerprint(self.tokenizer),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "text_encoder": weights_fingerprint(self.text_encoder, torch.bfloat16),
             "vae": weights_fingerprint(self.vae, torch.float32),
         }
@@ -127,6 +127,13 @@ def encoder_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
     }
 
 
+def text_encoder_width(where: Mapping[str, Any]) -> int:
+    """Return the channels of a text encoder's states; no weights are read."""
+    from transformers import AutoConfig
+
+    return text_width(AutoConfig.from_pretrained(**where, trust_remote_code=False).to_dict())
+
+
 def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
     """Return the SHA-256 of all tensors: names, types, shapes and bytes.
 
@@ -144,7 +151,7 @@ def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return the SHA-256 of a fast tokenizer's definition, or of a slow one's vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -16,10 +16,12 @@ from localdit.core.encoders import (
     encoder_folders,
     load_encoders,
     locate_encoder,
+    text_encoder_width,
+    tokenizer_fingerprint,
     weights_fingerprint,
 )
 from localdit.core.latents import LatentFormat
-from localdit.core.parts import PARTS, load_vae, locate, vae_config
+from localdit.core.parts import PARTS, load_tokenizer, load_vae, locate, vae_config
 from localdit.sizes import PIXELS_PER_LATENT
 from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
@@ -204,10 +206,10 @@ def load_models(
         if encoded is not None:
             _require_same_encoders(encoded.manifest.fingerprints, encoders.fingerprints())
         encoders.to(device)
-    if encoders is not None:
-        text_width, latents = encoders.text.width, encoders.latents.format
+        vae, text_width, latents = encoders.vae, encoders.text.width, encoders.latents.format
     else:
         assert encoded is not None
+        vae = _vae_of(encoded, sources)
         manifest = encoded.manifest
         text_width = manifest.text_width
         latents = LatentFormat(
@@ -226,7 +228,6 @@ def load_models(
     transformer.to(device)
     features = None
     if args.repa_weight:
-        vae = encoders.vae if encoders is not None else _vae_of(encoded, sources)
         features = load_latent_features(args.repa_encoder, vae, bf16)
     method = kind.from_options(args, transformer, objective, device, features)
     if args.compile:
@@ -308,16 +309,29 @@ def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | No
     return sets[0] if sets else None
 
 
-def _vae_of(encoded: EncodedSet | None, sources: dict[str, str]) -> Any:
-    """Load the autoencoder of encoded data, to decode its latents.
+def _vae_of(encoded: EncodedSet, sources: dict[str, str]) -> Any:
+    """Load the autoencoder of encoded data, which the result of the run will have.
+
+    The result will have the tokenizer and the text encoder of `sources`, too. The text encoder is
+    large, so only its width is compared with that of the data, not its weights.
 
     Raises:
-        ValueError, OSError: if it is missing, or is not the one that encoded the data.
+        ValueError, OSError: if encoders are missing, or are not those that encoded the data.
     """
-    assert encoded is not None
-    vae = load_vae(locate_encoder("vae", sources["vae"]), torch.float32)
-    expected = {"vae": encoded.manifest.fingerprints["vae"]}
-    _require_same_encoders(expected, {"vae": weights_fingerprint(vae, torch.float32)})
+    where = {name: locate_encoder(name, source) for name, source in sources.items()}
+    vae = load_vae(where["vae"], torch.float32)
+    fingerprints = encoded.manifest.fingerprints | {
+        "tokenizer": tokenizer_fingerprint(load_tokenizer(where["tokenizer"])),
+        "vae": weights_fingerprint(vae, torch.float32),
+    }
+    _require_same_encoders(encoded.manifest.fingerprints, fingerprints)
+    width = text_encoder_width(where["text_encoder"])
+    if width != encoded.manifest.text_width:
+        raise ValueError(
+            f"{encoded.folder} has text states of {encoded.manifest.text_width} channels, but the "
+            f"text encoder {sources['text_encoder']} has {width}. Encode the data again, or name "
+            "the text encoder that encoded it."
+        )
     return vae.to(memory_format=torch.channels_last)
 
 
