@@ -37,8 +37,8 @@ once teacher $two_processes train.py --mixed-precision bf16 --optimizer muon \
   --save-interval 500 --resume auto --output "$out/run"
 
 once decoder vae --pretrained "$out/vae" --freeze-encoder --generated-by "$out/run/final" \
-  --generated $((count * 3 / 80)) --latent-noise 0.15 --lr 2e-3 --steps $((vae_steps * 2 / 5)) \
-  --output "$out/decoder"
+  --generated $((count * 3 / 80)) --latent-noise 0.1 --edge-weight 10 --lr 2e-3 \
+  --steps $((vae_steps * 3 / 5)) --output "$out/decoder"
 once pack python recipes/box/pack.py --pipeline "$out/run/final" --vae "$out/decoder" \
   --output "$box"
 once score python recipes/box/score.py --pipeline "$box" --output "$out/score" --count "$captions"
