@@ -209,7 +209,7 @@ def load_models(
         vae, text_width, latents = encoders.vae, encoders.text.width, encoders.latents.format
     else:
         assert encoded is not None
-        vae = _vae_of(encoded, sources)
+        vae = _vae_that_encoded(encoded, sources)
         manifest = encoded.manifest
         text_width = manifest.text_width
         latents = LatentFormat(
@@ -309,7 +309,7 @@ def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | No
     return sets[0] if sets else None
 
 
-def _vae_of(encoded: EncodedSet, sources: dict[str, str]) -> Any:
+def _vae_that_encoded(encoded: EncodedSet, sources: dict[str, str]) -> Any:
     """Load the autoencoder of encoded data, which the result of the run will have.
 
     The result will have the tokenizer and the text encoder of `sources`, too. The text encoder is
