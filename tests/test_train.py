@@ -146,6 +146,9 @@ def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monke
     other = tiny_pipeline(seed=1)
     other.save_pretrained(tmp_path / "other")
     tiny_text_encoder("flan-t5").save_pretrained(tmp_path / "wide")
+    vae = LocalDiTPipeline.from_pretrained(f"{workplace}/pipeline").vae
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "scaled")
     for more, message in [
         (["--image-size", "64"], "was encoded for 96 pixels, but --image-size is 64"),
         (["--max-caption-length", "9"], "captions cut at 120 tokens"),
@@ -155,6 +158,7 @@ def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monke
         ),
         # The result would have an autoencoder or a text encoder of other latents or states.
         (["--vae", tmp_path / "other"], "differ in vae"),
+        (["--vae", tmp_path / "scaled"], "its VAE has scaling_factor 0.5"),
         (
             ["--text-encoder", tmp_path / "wide", "--tokenizer", f"{workplace}/pipeline"],
             f"{tmp_path / 'encoded'} has text states of 16 channels, but the text encoder "

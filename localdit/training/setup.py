@@ -25,7 +25,7 @@ from localdit.core.parts import PARTS, load_tokenizer, load_vae, locate, vae_con
 from localdit.sizes import PIXELS_PER_LATENT
 from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
-from localdit.training.data.encoded import EncodedSet, require_latent_statistics
+from localdit.training.data.encoded import EncodedSet, require_latent_format
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
 from localdit.training.methods import InputMaker, Method, Sampling
@@ -198,7 +198,7 @@ def load_models(
     sources = initialization.encoder_sources(args, otherwise)
     if encoded is not None:
         config = vae_config(locate_encoder("vae", sources["vae"]))
-        require_latent_statistics(encoded.folder, encoded.manifest, config)
+        require_latent_format(encoded.folder, encoded.manifest, LatentFormat.from_config(config))
     encoders = None
     if pictures_wait or args.validation_prompts:
         text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -210,16 +210,8 @@ def load_models(
     else:
         assert encoded is not None
         vae = _vae_that_encoded(encoded, sources)
-        manifest = encoded.manifest
-        text_width = manifest.text_width
-        latents = LatentFormat(
-            manifest.latent_channels,
-            manifest.vae_scale,
-            manifest.scaling_factor,
-            manifest.shift_factor or 0.0,
-            manifest.latents_mean,
-            manifest.latents_std,
-        )
+        text_width = encoded.manifest.text_width
+        latents = encoded.manifest.latent_format
     transformer = initialization.load_transformer(args, text_width, latents)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     kind = method_class(args)

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from localdit.core.latents import LatentFormat
 from localdit.training.data.buckets import Size
 from localdit.training.data.samples import BrokenSample, Fault, Faults, Sample
 
@@ -52,7 +53,7 @@ class Manifest:
         command: the command that writes the set and resumes it.
         too_small: number of pictures left out because they would have been enlarged too much.
         shift_factor, latents_mean, latents_std: of the VAE, if it has them. Versions that did not
-            apply them did not write them; see `require_latent_statistics`.
+            apply them did not write them; see `require_latent_format`.
     """
 
     image_size: int
@@ -78,6 +79,18 @@ class Manifest:
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+
+    @property
+    def latent_format(self) -> LatentFormat:
+        """Format of the latents."""
+        return LatentFormat(
+            self.latent_channels,
+            self.vae_scale,
+            self.scaling_factor,
+            self.shift_factor or 0.0,
+            self.latents_mean,
+            self.latents_std,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain lists, texts and numbers."""
@@ -157,23 +170,25 @@ def latent_statistics(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def require_latent_statistics(folder: Path, manifest: Manifest, config: Mapping[str, Any]) -> None:
-    """Refuse a set whose latents were not shifted and scaled as its VAE asks for.
+def require_latent_format(folder: Path, manifest: Manifest, expected: LatentFormat) -> None:
+    """Refuse a set whose latents do not have the format of the VAE that is to decode them.
 
     Args:
         folder: folder of the set.
         manifest: manifest of the set.
-        config: configuration of the VAE that encoded the set.
+        expected: format of the VAE's latents.
 
     Raises:
-        ValueError: if the statistics of the two differ.
+        ValueError: if the formats of the two differ.
     """
-    for name, value in latent_statistics(config).items():
-        if getattr(manifest, name) != value:
+    for field in fields(LatentFormat):
+        given, value = (getattr(one, field.name) for one in (manifest.latent_format, expected))
+        if given != value:
+            old = f" Old versions ignored {field.name}." if field.name in STATISTICS else ""
             raise ValueError(
-                f"{folder} was encoded with {name} {getattr(manifest, name)}, but its VAE has "
-                f"{name} {value}. Versions before this one ignored {name}, so the latents are "
-                "wrong for this VAE: encode the data again, into a new folder."
+                f"{folder} was encoded with {field.name} {given}, but its VAE has {field.name} "
+                f"{value}, so the latents are wrong for this VAE.{old} Encode the data again, into "
+                "a new folder, or name the VAE that encoded it."
             )
 
 

@@ -10,7 +10,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from localdit.training.data.encoded import (
     latent_statistics,
     open_encoded,
     read_manifest,
-    require_latent_statistics,
+    require_latent_format,
     tar_path,
     unwritten_shards,
 )
@@ -192,7 +192,7 @@ def check_folder(folder: Path, manifest: Manifest) -> None:
     if (folder / MANIFEST).is_file():
         existing = read_manifest(folder)
         if existing.fingerprints.get("vae") == manifest.fingerprints["vae"]:
-            require_latent_statistics(folder, existing, asdict(manifest))
+            require_latent_format(folder, existing, manifest.latent_format)
         if differences := existing.differences(manifest):
             raise ValueError(
                 f"--output {folder} has data that was encoded with other settings; now there is "

@@ -17,7 +17,7 @@ from localdit.training.data.encoded import (
     open_encoded,
     read_encoded,
     read_manifest,
-    require_latent_statistics,
+    require_latent_format,
     tar_path,
     unwritten_shards,
 )
@@ -228,15 +228,30 @@ def test_latent_statistics_are_recorded_and_compared(tmp_path, name):
     ))  # fmt: skip
 
 
-def test_a_set_that_ignored_the_statistics_of_its_vae_is_refused(tmp_path):
-    old, new = some_manifest(), some_manifest(**STATISTICS)
-    require_latent_statistics(tmp_path, old, {})
-    require_latent_statistics(tmp_path, old, dict.fromkeys(STATISTICS) | {"shift_factor": 0.0})
-    as_json = STATISTICS | {"latents_mean": [0.1, -0.2]}
-    require_latent_statistics(tmp_path, new, as_json)
-    with pytest.raises(
-        ValueError, match=r"shift_factor None, .* shift_factor 0\.5.*encode the data"
-    ):
-        require_latent_statistics(tmp_path, old, as_json)
-    with pytest.raises(ValueError, match="latents_mean .*into a new folder"):
-        require_latent_statistics(tmp_path, some_manifest(shift_factor=0.5), as_json)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shift_factor": 0.5},
+        {"latents_mean": (0.1, -0.2)},
+        {"latents_std": (1.5, 2.0)},
+        {"scaling_factor": 0.5},
+        {"latent_channels": 16},
+        {"vae_scale": 16},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_set_with_another_latent_format_than_its_vae_is_refused(tmp_path, changes):
+    ours, other = some_manifest(), some_manifest(**changes)
+    require_latent_format(tmp_path, other, other.latent_format)
+    with pytest.raises(ValueError, match=r"encoded with .*, but its VAE has .* Encode the data"):
+        require_latent_format(tmp_path, ours, other.latent_format)
+    with pytest.raises(ValueError, match=r"encoded with .*, but its VAE has .* Encode the data"):
+        require_latent_format(tmp_path, other, ours.latent_format)
+
+
+def test_old_versions_are_named_only_where_they_ignored_a_number(tmp_path):
+    shifted, scaled = (some_manifest(**{name: 0.5}) for name in ("shift_factor", "scaling_factor"))
+    with pytest.raises(ValueError, match="shift_factor 0.0.*Old versions ignored shift"):
+        require_latent_format(tmp_path, some_manifest(), shifted.latent_format)
+    with pytest.raises(ValueError, match="for this VAE. Encode the data"):
+        require_latent_format(tmp_path, some_manifest(), scaled.latent_format)

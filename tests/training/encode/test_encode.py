@@ -299,7 +299,7 @@ def test_latents_are_shifted_and_scaled_as_the_vae_asks(
     # A set of an earlier version, which ignored these values, is not resumed.
     message = stopped(options(workplace, workplace / "encoded", "--pretrained", pipeline))
     assert f"its VAE has {next(iter(changes))}" in message
-    assert "encode the data again, into a new folder" in message
+    assert "Encode the data again, into a new folder" in message
 
 
 def test_what_is_cut_away_is_told_and_limited(workplace, tmp_path, capsys):
