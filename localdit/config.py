@@ -137,6 +137,22 @@ class Config:
         return values | {"qk_norm_eps": self.eps, "dropout": self.dropout}
 
 
+def part_source(config: Config, name: str, checkpoint: Path) -> str | Path:
+    """Return the folder of a part of a model, or its repository on the hub.
+
+    A pipeline's folder has all parts, and `config` replaces those that it names otherwise than by
+    default. Of other checkpoints, `config` names all parts.
+
+    Args:
+        config: the settings.
+        name: "text_encoder", "vae" or "scheduler".
+        checkpoint: `config.ckpt_path`, or the folder of a pipeline that is named otherwise.
+    """
+    named = getattr(config, name)
+    whole = (checkpoint / "model_index.json").is_file()
+    return checkpoint if whole and named == getattr(Config, name) else named
+
+
 def config_field(name: str) -> Field:
     """Return a field of `Config` for a message, under its standard name."""
     return Field(STANDARD_NAMES.get(name, name), f"Config.{name}")

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import part_source
 from .errors import Field, FieldValueError
 from .files import read_json
 
@@ -48,13 +49,11 @@ def read_sizes(checkpoint: Path, config: Config) -> ModelSizes:
 
     Args:
         checkpoint: a checkpoint file, or the Diffusers folder of a pipeline or a transformer.
-        config: describes a checkpoint file, and names the autoencoder of a checkpoint that comes
-            without one.
+        config: describes a checkpoint file, and may name the autoencoder.
     """
-    transformer, autoencoder = checkpoint, Path(config.vae).expanduser()
-    if (checkpoint / "model_index.json").is_file():
-        transformer, autoencoder = checkpoint / "transformer", checkpoint
-    found = _read_json(transformer / "config.json")
+    whole = (checkpoint / "model_index.json").is_file()
+    found = _read_json((checkpoint / "transformer" if whole else checkpoint) / "config.json")
+    autoencoder = Path(part_source(config, "vae", checkpoint)).expanduser()
     return ModelSizes(
         found.get("sample_size", config.sample_size),
         found.get("patch_size", config.patch_size),

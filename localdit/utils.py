@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import config_field
+from .config import config_field, part_source
 from .core.parts import (
     PARTS,
     load_parts,
@@ -46,7 +46,8 @@ def load_model(
 
     `config.ckpt_path` is one of:
 
-    - a Diffusers pipeline folder. It has all parts, and its own configuration applies;
+    - a Diffusers pipeline folder. It has all parts, and its own configuration applies. A text
+      encoder, VAE or scheduler that `config` names otherwise than by default replaces its own;
     - a Diffusers transformer folder. Its own configuration applies, too. The other parts are
       `config.text_encoder`, `config.vae` and `config.scheduler`;
     - a flat `.safetensors` or `.pt` checkpoint. Its tensors must agree with the sizes in `config`,
@@ -73,11 +74,11 @@ def load_model(
     dtype = resolve_dtype(dtype, device)
     check_options(config, device)
     checkpoint = find_checkpoint(config.ckpt_path)
-    of_folder = (checkpoint / "model_index.json").is_file()
+    whole = (checkpoint / "model_index.json").is_file()
     if config.sampler is not None:
-        source = checkpoint if of_folder else config.scheduler
+        source = part_source(config, "scheduler", checkpoint)
         check_sampler(config.sampler, scheduler_config(locate(PARTS["scheduler"], source)))
-    load = _load_pipeline_folder if of_folder else _assemble
+    load = _load_pipeline_folder if whole else _assemble
     with warnings.catch_warnings():
         # Older versions of Diffusers have only this name; newer ones warn that it will go.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
@@ -271,11 +272,15 @@ def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
 def _load_pipeline_folder(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> LocalDiTPipeline:
-    """Load a pipeline from the folder that holds all its parts."""
+    """Load a pipeline from its folder, with the parts that `config` names instead of its own."""
+    replaced = [name for name, part in PARTS.items()
+                if part_source(config, part.field, folder) != folder]  # fmt: skip
+    where = locate_parts(config, replaced)
     from .pipelines import LocalDiTPipeline
 
-    parts = {}
-    if quantization := config.text_encoder_quantization:
+    parts = load_parts(config, where, device, dtype)
+    quantization = config.text_encoder_quantization
+    if quantization and "text_encoder" not in parts:
         where = locate(PARTS["text_encoder"], folder)
         parts["text_encoder"] = load_text_encoder(where, dtype, quantization, device)
     return LocalDiTPipeline.from_pretrained(

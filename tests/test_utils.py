@@ -111,6 +111,45 @@ def test_the_scheduler_is_the_one_that_its_folder_names(hub, tmp_path, named, lo
     assert type(pipe.scheduler).__name__ == loaded
 
 
+def same_weights(model, other):
+    weights, others = model.state_dict(), other.state_dict()
+    return all(torch.equal(weights[name], others[name]) for name in others)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_parts_that_the_config_names_replace_those_of_a_pipeline_folder(hub, tmp_path, shared):
+    other = tiny_components(seed=1, use_additional_conditions=False)
+    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        other[name].save_pretrained(tmp_path / name)
+    scheduler = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    folder = hub / "pipeline"
+    if shared:  # a student that takes the other parts from its teacher
+        teacher = shutil.copytree(folder, tmp_path / "teacher")
+        folder = teacher / "student"
+        folder.mkdir()
+        for name in ("transformer", "scheduler"):
+            (teacher / name).rename(folder / name)
+        index = json.loads((hub / "pipeline/model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"_shares_parts": True}))
+    before = load_model(Config(ckpt_path=folder), device="cpu")
+    for name in ("vae", "text_encoder", "scheduler"):
+        pipe = load_model(Config(ckpt_path=folder, **{name: tmp_path}), device="cpu")
+        for part in ("vae", "text_encoder"):
+            expected = other[part] if part == name else getattr(before, part)
+            assert same_weights(getattr(pipe, part), expected)
+        euler = name == "scheduler"
+        assert type(pipe.scheduler).__name__.startswith("Euler" if euler else "DPMSolver")
+        assert same_weights(pipe.transformer, before.transformer)
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder", "scheduler"])
+def test_a_missing_part_is_refused_beside_a_whole_pipeline_folder(hub, tmp_path, name):
+    config = Config(ckpt_path=hub / "pipeline", **{name: tmp_path})
+    with pytest.raises(FileNotFoundError, match=rf"Config\.{name}: {tmp_path} lacks files"):
+        load_model(config, device="cpu")
+
+
 @pytest.mark.parametrize("checkpoint", ["pipeline", "transformer"])
 def test_the_sampler_of_the_config_replaces_the_scheduler(hub, checkpoint, monkeypatch):
     config = local_config(hub, checkpoint, sampler="euler")
@@ -277,8 +316,15 @@ def test_the_pipeline_is_offloaded(hub, monkeypatch, offload, expected):
     assert pipe.transformer.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("checkpoint", ["pipeline", "transformer"])
-def test_transformers_quantizes_the_text_encoder(hub, monkeypatch, checkpoint):
+@pytest.mark.parametrize(
+    ("checkpoint", "changes", "subfolder"),
+    [
+        ("pipeline", {"text_encoder": Config.text_encoder}, "text_encoder"),
+        ("pipeline", {}, ""),  # the Config's own
+        ("transformer", {}, ""),
+    ],
+)
+def test_transformers_quantizes_the_text_encoder(hub, monkeypatch, checkpoint, changes, subfolder):
     from transformers import T5EncoderModel
 
     seen = {}
@@ -298,14 +344,14 @@ def test_transformers_quantizes_the_text_encoder(hub, monkeypatch, checkpoint):
         importlib.metadata, "version", lambda n: "1.0" if n == "bitsandbytes" else version(n)
     )
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", from_pretrained)
-    config = local_config(hub, checkpoint, text_encoder_quantization="4bit")
+    config = local_config(hub, checkpoint, text_encoder_quantization="4bit", **changes)
     pipe = load_model(config, device="cpu")
     assert pipe.text_encoder is encoder
     quantization = seen["quantization_config"]
     assert quantization.load_in_4bit
     assert quantization.bnb_4bit_quant_type == "nf4"
     assert seen["device_map"] == {"": torch.device("cpu")}
-    assert seen["subfolder"] == ("text_encoder" if checkpoint == "pipeline" else "")
+    assert seen["subfolder"] == subfolder
 
 
 def test_the_model_in_the_box_is_a_folder_of_the_package(monkeypatch, tmp_path):

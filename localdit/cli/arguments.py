@@ -134,7 +134,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="weight of a LoRA; give one per LoRA, in the same order (default: 1)")  # fmt: skip
     for part in ("text encoder", "VAE", "scheduler"):
         add(f"--{part.lower().replace(' ', '-')}", metavar="FOLDER",
-            help=f"folder or hub name of the {part}, for a model that lacks one")  # fmt: skip
+            help=f"folder or hub name of the {part}, instead of the model's own")  # fmt: skip
     add("--text-encoder-quantization", choices=["8bit", "4bit"],
         help="quantize the text encoder; needs bitsandbytes")  # fmt: skip
     add("--offload", choices=["model", "sequential"],

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config, config_field, inference_settings, with_settings
+from ..config import Config, config_field, inference_settings, part_source, with_settings
 from ..core.samplers import check_sampler
 from ..core.settings import SamplingSettings, read_settings
 from ..files import decode_text
@@ -253,22 +253,20 @@ def report_fallback(choice: Choice) -> None:
 
 
 def _check_files(config: Config) -> None:
-    """Look for the model and the local parts of a model that comes without them.
+    """Look for the model and the local parts that the Config names.
 
-    A sampler must suit the scheduler there.
+    A sampler must suit the scheduler.
     """
     from ..core.parts import PARTS, is_hub_name, locate, scheduler_config
     from ..utils import find_checkpoint
 
     checkpoint = find_checkpoint(config.ckpt_path)
-    if not (checkpoint / "model_index.json").is_file():
-        for part in PARTS.values():
-            source = getattr(config, part.field)
-            if not is_hub_name(source):
-                locate(part, source)
+    for part in PARTS.values():
+        source = part_source(config, part.field, checkpoint)
+        if source != checkpoint and not is_hub_name(source):
+            locate(part, source)
     if config.sampler is not None:
-        whole = (checkpoint / "model_index.json").is_file()
-        source = checkpoint if whole else config.scheduler
+        source = part_source(config, "scheduler", checkpoint)
         if not is_hub_name(source):
             check_sampler(config.sampler, scheduler_config(locate(PARTS["scheduler"], source)))
 
