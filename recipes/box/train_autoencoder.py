@@ -8,6 +8,7 @@ Writes a folder with 16-bit weights for `from_pretrained` of `diffusers.Autoenco
 folder further. With `--freeze-encoder`, the latents stay as they are, so a transformer that knows
 them stays valid. `--generated-by` trains the decoder on that transformer's latents as well, for
 captions of training scenes: it learns to draw a sharp scene from latents that are a little off.
+`--full-resolution` adds a level of blocks to the decoder, at the resolution of the image.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # Pixels per latent: channels of the latents, and of each level.
 SHAPES = {16: (8, (16, 32, 64, 128, 128)), 32: (32, (16, 32, 64, 64, 128, 128))}
+FULL_RESOLUTION_CHANNELS = 8  # of the level that `--full-resolution` adds
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pretrained", type=Path, metavar="FOLDER",
                         help="autoencoder to train further")  # fmt: skip
     parser.add_argument("--freeze-encoder", action="store_true", help="train only the decoder")
+    parser.add_argument("--full-resolution", action="store_true", help="add a level of blocks at "
+                        "full resolution to the decoder, if it has none")  # fmt: skip
     parser.add_argument("--generated-by", type=Path, metavar="FOLDER", help="pipeline that "
                         "generates the latents of every second batch")  # fmt: skip
     parser.add_argument("--generated", type=int, default=1_500, help="number of its images")
@@ -87,6 +91,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--eval-every", type=int, default=200, help="steps between PSNR prints")
     args = parser.parse_args()
+    if args.full_resolution and not args.pretrained:
+        parser.error("--full-resolution needs an autoencoder to add the level to, as --pretrained")
     if args.generated_by and not (args.pretrained and args.freeze_encoder):
         parser.error("--generated-by needs the autoencoder of its latents, as --pretrained, and "
                      "--freeze-encoder")  # fmt: skip
@@ -118,6 +124,31 @@ def build_autoencoder(compression: int) -> AutoencoderDC:
         scaling_factor=1.0,
     )
     return vae.to(memory_format=torch.channels_last)
+
+
+def with_full_resolution(vae: AutoencoderDC) -> AutoencoderDC:
+    """Return an autoencoder whose decoder has a block at full resolution: with `vae`'s weights.
+
+    The new level, and what turns its channels into colours, are initialized at random.
+    """
+    import torch
+    from diffusers import AutoencoderDC
+
+    layers, channels = (
+        vae.config[f"decoder_{name}"] for name in ("layers_per_block", "block_out_channels")
+    )
+    if layers[0]:
+        return vae
+    result = AutoencoderDC.from_config(
+        vae.config,
+        decoder_layers_per_block=(1, *layers[1:]),
+        decoder_block_out_channels=(FULL_RESOLUTION_CHANNELS, *channels[1:]),
+    )
+    weights = result.state_dict()
+    for name, weight in vae.state_dict().items():
+        if name in weights and weight.shape == weights[name].shape:
+            weights[name].copy_(weight)
+    return result.to(memory_format=torch.channels_last)
 
 
 def draw(scenes: list[Scene], side: int, latents: torch.Tensor | None = None) -> Drawings:
@@ -399,6 +430,8 @@ def main() -> None:
     vae = build_autoencoder(args.compression)
     if args.pretrained:
         vae = AutoencoderDC.from_pretrained(args.pretrained).to(memory_format=torch.channels_last)
+    if args.full_resolution:
+        vae = with_full_resolution(vae)
     vae.encoder.requires_grad_(not args.freeze_encoder)
     average = copy.deepcopy(vae)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
