@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchLCMScheduler
 
+from ..errors import Field, FieldValueError
 from .samplers import config_of, prediction_type_of
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,9 @@ def set_timesteps(
         num_inference_steps: number of steps in the whole schedule.
         strength: in [0, 1]; 1 starts from noise.
         custom: a schedule by name, "timesteps" or "sigmas", instead of a number of steps.
+
+    Raises:
+        ValueError: if a few-step model has fewer noise levels than steps; a `FieldError`.
     """
     if not custom and (schedule := _few_steps(scheduler, num_inference_steps, strength)):
         scheduler.set_timesteps(device=device, **schedule)
@@ -124,14 +128,27 @@ def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
 
     By itself, LCM for flow matching would take its last step at hardly any noise; the evenly spaced
     levels `1 - i / steps` are those of Diffusers' pipelines for flows.
+
+    Raises:
+        ValueError: if there are more steps than noise levels; a `FieldError`.
     """
     if isinstance(scheduler, FlowMatchLCMScheduler):
         levels = [strength * (1 - i / steps) for i in range(steps)]
         return {"sigmas": levels} if strength > 0 else {}
     if "strength" not in inspect.signature(scheduler.set_timesteps).parameters:
         return {}
+    most = scheduler.config.original_inference_steps
     if strength < 1:
-        steps = min(steps, int(scheduler.config.original_inference_steps * strength))
+        steps = min(steps, int(most * strength))
+    elif steps > most:
+        raise FieldValueError(
+            "{field} is {steps}, but the {scheduler} of this model has {most} noise levels "
+            "(original_inference_steps); expected at most so many steps.",
+            field=Field("num_inference_steps"),
+            steps=steps,
+            scheduler=type(scheduler).__name__,
+            most=most,
+        )
     return {"num_inference_steps": steps, "strength": strength} if steps else {}
 
 

@@ -204,6 +204,14 @@ def test_strengths_of_less_than_the_steps(scheduler, caplog, monkeypatch):
     assert ("no step is taken" in caplog.text) != flow
 
 
+@pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler])
+def test_more_steps_than_noise_levels_are_refused(scheduler):
+    pipe = few_step_pipe(LocalDiTPipeline, scheduler(original_inference_steps=8))
+    pipe("a cat", num_inference_steps=8, output_type="latent")
+    with pytest.raises(ValueError, match=r"num_inference_steps is 9, but .* has 8 noise levels"):
+        pipe("a cat", num_inference_steps=9, output_type="latent")
+
+
 def test_a_custom_schedule_is_cut_as_with_other_schedulers(monkeypatch):
     pipe = few_step_pipe(LocalDiTImg2ImgPipeline, FlowMatchLCMScheduler())
     seen = watch(pipe, monkeypatch)
