@@ -117,7 +117,14 @@ def set_timesteps(
     )
     order = scheduler.order
     steps = math.ceil(len(scheduler.timesteps) / order)
-    return (steps - int(steps * strength)) * order
+    first = (steps - int(steps * strength)) * order
+    if type(scheduler).__name__ == "LMSDiscreteScheduler":  # importing it would import SciPy
+        # In the middle of its schedule, it would weigh derivatives of steps that were not taken.
+        scheduler.timesteps, scheduler.sigmas = (
+            values[first:] for values in (scheduler.timesteps, scheduler.sigmas)
+        )
+        return 0
+    return first
 
 
 def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
