@@ -70,6 +70,7 @@ setup(
             "playwright>=1.40",  # drives Chromium in the tests of the page
             "pytest>=8.0",
             "ruff>=0.6",
+            "scipy>=1.10",  # LMSDiscreteScheduler, which tests cover, needs it
             "setuptools>=68",
             "twine>=5.0",
             "webdataset>=0.2",  # a test reads an encoded set with it
