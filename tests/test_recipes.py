@@ -82,6 +82,25 @@ def test_crops_of_generated_latents_are_those_of_their_pixels(cells):
     assert torch.equal(cut, pixels[:, :, ::step, ::step])
 
 
+def test_the_decoder_gets_a_level_at_full_resolution():
+    recipe = load("box/train_autoencoder.py")
+    vae = recipe.build_autoencoder(16)
+    finer = recipe.with_full_resolution(vae)
+    weights, expected = finer.state_dict(), vae.state_dict()
+    new = {name for name in weights if name not in expected}
+    assert {name.split(".")[1] for name in new} == {"up_blocks", "conv_out"}
+    assert all(name.startswith(("decoder.up_blocks.0.", "decoder.conv_out.")) for name in new)
+    changed = {name for name in weights.keys() - new if weights[name].shape != expected[name].shape}
+    assert {name.rpartition(".")[0] for name in changed} == {"decoder.norm_out"}
+    assert all(
+        torch.equal(weights[name], expected[name]) for name in weights.keys() - new - changed
+    )
+    pixels = torch.rand(1, 3, 32, 32)
+    assert torch.equal(finer.encode(pixels).latent, vae.encode(pixels).latent)
+    assert finer.decode(finer.encode(pixels).latent).sample.shape == pixels.shape
+    assert recipe.with_full_resolution(finer) is finer
+
+
 def test_errors_at_edges_count_more():
     recipe = load("box/train_autoencoder.py")
     target = torch.zeros(1, 3, 4, 6)

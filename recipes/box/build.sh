@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 out=${OUT:-output/box} box=${BOX:-localdit/box}
-count=${COUNT:-40000} vae_steps=${VAE_STEPS:-5000} batch=${BATCH:-64} captions=${CAPTIONS:-1000}
+count=${COUNT:-40000} vae_steps=${VAE_STEPS:-4000} batch=${BATCH:-64} captions=${CAPTIONS:-1000}
 export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
 two_processes="torchrun --standalone --nproc_per_node 2" # faster than one with two threads
 
@@ -36,9 +36,9 @@ once teacher $two_processes train.py --mixed-precision bf16 --optimizer muon \
   --warmup-steps 50 --gradient-clip 1.0 --token-dropout 0.1 --ema-decay 0.998 \
   --save-interval 500 --resume auto --output "$out/run"
 
-once decoder vae --pretrained "$out/vae" --freeze-encoder --generated-by "$out/run/final" \
-  --generated $((count * 3 / 80)) --latent-noise 0.1 --edge-weight 10 --lr 2e-3 \
-  --steps $((vae_steps * 3 / 5)) --output "$out/decoder"
+once decoder vae --pretrained "$out/vae" --freeze-encoder --full-resolution \
+  --generated-by "$out/run/final" --generated $((count * 3 / 80)) --latent-noise 0.05 \
+  --edge-weight 20 --lr 3e-3 --steps "$vae_steps" --output "$out/decoder"
 once pack python recipes/box/pack.py --pipeline "$out/run/final" --vae "$out/decoder" \
   --output "$box"
 once score python recipes/box/score.py --pipeline "$box" --output "$out/score" --count "$captions"

@@ -127,16 +127,14 @@ def build_autoencoder(compression: int) -> AutoencoderDC:
 
 
 def with_full_resolution(vae: AutoencoderDC) -> AutoencoderDC:
-    """Return an autoencoder whose decoder has a block at full resolution: with `vae`'s weights.
+    """Return an autoencoder with `vae`'s weights whose decoder has a block at full resolution.
 
-    The new level, and what turns its channels into colours, are initialized at random.
+    The new level, and the convolution that turns its channels into colours, start at random.
     """
     import torch
     from diffusers import AutoencoderDC
 
-    layers, channels = (
-        vae.config[f"decoder_{name}"] for name in ("layers_per_block", "block_out_channels")
-    )
+    layers, channels = vae.config.decoder_layers_per_block, vae.config.decoder_block_out_channels
     if layers[0]:
         return vae
     result = AutoencoderDC.from_config(
