@@ -140,8 +140,8 @@ class Config:
 def part_source(config: Config, name: str, checkpoint: Path) -> str | Path:
     """Return the folder of a part of a model, or its repository on the hub.
 
-    A pipeline's folder has all parts, and `config` replaces those that it names otherwise than by
-    default. Of other checkpoints, `config` names all parts.
+    A pipeline's folder has all parts, and `config` replaces those that it names otherwise than its
+    class does by default. Of other checkpoints, `config` names all parts.
 
     Args:
         config: the settings.
@@ -150,7 +150,7 @@ def part_source(config: Config, name: str, checkpoint: Path) -> str | Path:
     """
     named = getattr(config, name)
     whole = (checkpoint / "model_index.json").is_file()
-    return checkpoint if whole and named == getattr(Config, name) else named
+    return checkpoint if whole and named == getattr(type(config), name) else named
 
 
 def config_field(name: str) -> Field:

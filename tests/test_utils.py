@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -141,6 +142,20 @@ def test_parts_that_the_config_names_replace_those_of_a_pipeline_folder(hub, tmp
         euler = name == "scheduler"
         assert type(pipe.scheduler).__name__.startswith("Euler" if euler else "DPMSolver")
         assert same_weights(pipe.transformer, before.transformer)
+
+
+def test_the_defaults_of_a_derived_config_leave_a_pipeline_folder_its_parts(hub, tmp_path):
+    """They are for checkpoints without parts: the model in the box goes on to work beside them."""
+
+    @dataclass(kw_only=True)
+    class Local(Config):
+        text_encoder: str | Path = tmp_path
+        vae: str | Path = tmp_path
+        scheduler: str | Path = tmp_path
+
+    load_model(Local(ckpt_path=hub / "pipeline"), device="cpu")
+    with pytest.raises(FileNotFoundError, match=f"Config.scheduler: {tmp_path} lacks files"):
+        load_model(Local(**SIZES, ckpt_path=hub / "transformer"), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["vae", "text_encoder", "scheduler"])

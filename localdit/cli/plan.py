@@ -193,6 +193,7 @@ def choose_model(
         ImportError: a LoRA is given, but peft is not installed.
         ValueError: a setting is out of range, or the options contradict each other.
     """
+    from ..core.parts import PARTS
     from ..utils import BOX, FEW_STEPS, model_in_the_box
 
     config = config or Config()
@@ -205,6 +206,10 @@ def choose_model(
         settings["ckpt_path"] = model_in_the_box(few_steps)
         named = False
     checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
+    if "ckpt_path" in settings and (checkpoint / "model_index.json").is_file():
+        # The parts that the Config names are those of its own checkpoint.
+        own = {part.field: getattr(type(config), part.field) for part in PARTS.values()}
+        settings = own | settings
     preset = SCENES if checkpoint.resolve() in (BOX, BOX / FEW_STEPS) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)

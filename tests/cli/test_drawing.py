@@ -228,6 +228,17 @@ def test_a_config_that_differs_from_the_defaults_wins_over_the_folder(here, mode
     assert settings == [(4, 1.0), (4, 3.0), (9, 1.0)]
 
 
+def test_the_parts_of_a_config_belong_to_its_own_checkpoint(here, model):
+    """Those of the released weights do not replace those of another model's folder."""
+    parser, released = generate_parser(), Config(ckpt_path="released.pt", vae="released")
+    chosen = plan.choose_model(parser.parse_args(["a cat", "--model", str(model)]), released)
+    assert chosen.config.vae == Config.vae
+    named = parser.parse_args(["a cat", "--model", str(model), "--vae", str(model)])
+    assert plan.choose_model(named, released).config.vae == str(model)
+    own = Config(ckpt_path=str(model), vae=str(model))
+    assert plan.choose_model(parser.parse_args(["a cat"]), own).config.vae == str(model)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
