@@ -206,7 +206,7 @@ def choose_model(
         settings["ckpt_path"] = model_in_the_box(few_steps)
         named = False
     checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
-    if "ckpt_path" in settings and (checkpoint / "model_index.json").is_file():
+    if "ckpt_path" in settings and (checkpoint.expanduser() / "model_index.json").is_file():
         # The parts that the Config names are those of its own checkpoint.
         own = {part.field: getattr(type(config), part.field) for part in PARTS.values()}
         settings = own | settings
