@@ -40,9 +40,9 @@ def add_shared(parser: argparse.ArgumentParser, sides: list[int], repeats: int) 
         help="text tokens per image (default: 120)",
     )
     add("--repeats", metavar="N", type=positive, default=repeats,
-        help=f"counted runs of each model (default: {repeats})")  # fmt: skip
+        help=f"timed runs of each model (default: {repeats})")  # fmt: skip
     add("--warm-up", metavar="N", type=_not_negative, default=2,
-        help="uncounted runs of each model before them (default: 2)")  # fmt: skip
+        help="warm-up runs of each model before them (default: 2)")  # fmt: skip
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="device; auto takes cuda if there is one (default: auto)")  # fmt: skip
     add("--output", metavar="FOLDER", type=Path, default=OUTPUT,

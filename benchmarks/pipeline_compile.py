@@ -29,9 +29,10 @@ def measure(args: Namespace) -> dict[str, Any]:
             ["compiled blocks", f"{first:.1f}", f"{run:.2f}", f"{speedup:.2f}"],
         ],
         "notes": [
-            f"Calls for {args.batch_size} images of {side} x {side} pixels, 20 guided steps; "
-            f"medians of {args.repeats} calls in turn. Compiling took {first - run:.1f} s: the "
-            "first call minus a later one. Largest difference of a pixel, in [0, 1]: "
+            f"A call generates {args.batch_size} images of {side} x {side} pixels in 20 guided "
+            "steps. The compiled and the other pipeline run in turn; times are medians of "
+            f"{args.repeats} calls. Compiling took {first - run:.1f} s: the first call minus a "
+            "later one. Largest difference between their pixels, in [0, 1]: "
             f"{np.abs(result - expected).max():.1e}."
         ],
     }

@@ -54,10 +54,10 @@ def measure(args: Namespace) -> dict[str, Any]:
         "rows": rows,
         "notes": [
             f"An image of {pixels} x {pixels} pixels in {args.dtype}, {TOKENS} text tokens, "
-            "models with random weights. The text encoder's weights are those of all layers, its "
-            "peak that of a process with one layer. `release_text_encoder()` returned "
-            f"{gibibytes(given_back)} GiB to the system, of that layer's {gibibytes(dropped)} GiB "
-            f"({given_back / dropped:.0%})."
+            "models with random weights. The weights of the text encoder are those of all layers; "
+            "its peak is that of a process with one layer. `release_text_encoder()` returned "
+            f"{gibibytes(given_back)} GiB to the system, {given_back / dropped:.0%} of the "
+            f"{gibibytes(dropped)} GiB of this layer."
         ],
         "measured": {name: part for name, _, part in cells},
     }

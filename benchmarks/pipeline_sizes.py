@@ -27,9 +27,10 @@ def measure(args: Namespace) -> dict[str, Any]:
         "columns": ["caches as set by", "before, MiB", "after round 1, MiB", "after round 2, MiB"],
         "rows": rows,
         "notes": [
-            f"{SIZES} sizes between {SMALLEST} and {LARGEST} pixels a side, one unguided step "
-            "each, drawn by the model in the box in float32. Resident memory of the process, after "
-            "unused memory was returned to the system; before: after one image of the largest size."
+            f"The model in the box generates images of {SIZES} sizes between {SMALLEST} and "
+            f"{LARGEST} pixels a side, with one unguided step each, in float32. The table shows "
+            "the resident memory of the process, after unused memory was returned to the system. "
+            "Before: after one image of the largest size."
         ],
         "measured": measured,
     }

@@ -87,12 +87,15 @@ def measure(args: Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     first = next(iter(found.values()))
     how = [
-        f"{name}: {one['steps']} of {SETUPS[name].steps} steps, scaled"
+        f'Time of the denoiser in the setup "{name}": scaled from {one["steps"]} of '
+        f"{SETUPS[name].steps} steps."
         for name, one in found.items()
         if one["steps"] < SETUPS[name].steps
     ]
     if args.text_layers < T5_LAYERS:
-        how.append(f"text encoder: {args.text_layers} of {T5_LAYERS} layers, scaled")
+        how.append(
+            f"Time of the text encoder: scaled from {args.text_layers} of {T5_LAYERS} layers."
+        )
     return {
         "columns": [
             "setup", "passes", "autoencoder", "text encoder, s", "denoiser, s", "decoding, s",
@@ -100,14 +103,14 @@ def measure(args: Namespace) -> dict[str, Any]:
         ],
         "rows": rows,
         "notes": [
-            f"An image of {pixels} x {pixels} pixels in {args.dtype}, with random weights, which "
-            f"are not loaded from a file. The prompt has {first['tokens']} tokens; a prompt that "
-            "was encoded before takes no time. The text encoder is FLAN-T5-XXL's, and is released "
-            f"before the first step. {'; '.join(how) or 'Everything was run'}.",
+            f"One image of {pixels} x {pixels} pixels in {args.dtype}. The weights are random and "
+            f"not loaded from a file. The prompt has {first['tokens']} tokens; a prompt that is "
+            "already encoded takes no time. The text encoder has the shape of FLAN-T5-XXL and is "
+            f"released before the first step. {' '.join(how) or 'All steps and layers were run.'}",
             "",
-            f"The student in the box: `localdit generate` had saved its first picture after "
+            "With the student in the box, `localdit generate` saved its first image after "
             f"{box['seconds']:.1f} s (median of {STARTS} starts). The import of LocalDiT's own "
-            f"modules took {box['own_imports']:.2f} s of it (`-X importtime`).",
+            f"modules took {box['own_imports']:.2f} s of this (`-X importtime`).",
         ],
         "measured": found | {"box": box},
     }  # fmt: skip

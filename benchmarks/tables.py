@@ -120,13 +120,13 @@ def notes(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str
     """Return the notes below the table: units, attention kernels, machine and command."""
     options = about["options"]
     lines = [
-        f"Blocks {HEADS * HEAD_DIM} channels wide, random weights, batches of "
-        f"{options['batch_size']}, {options['text_tokens']} text tokens. Medians of "
-        f"{options['repeats']} runs each, in turns, after {options['warm_up']} uncounted runs; the "
-        "ratio is the median of the ratios of the turns. Compiling: the first call minus the "
-        "median call. Peak: the weights and everything held beside them, "
-        "in a separate process, without libraries. An exponent of 1 is linear growth, 2 "
-        "quadratic."
+        f"Blocks {HEADS * HEAD_DIM} channels wide, random weights, batch size "
+        f"{options['batch_size']}, {options['text_tokens']} text tokens. The models run in turn. "
+        f"Warm-up rounds: {options['warm_up']}; timed rounds: {options['repeats']}. Times are "
+        "medians over the rounds; the ratio is the median of the ratios of the rounds. "
+        "Compiling: the time of the first call minus the median time. Peak: the weights and all "
+        "other memory of a run, in a separate process, without the libraries. An exponent of 1 "
+        "means linear growth, 2 quadratic growth."
     ]
     kernels: dict[tuple[str, str], list[str]] = {}
     for record in records:
