@@ -147,22 +147,24 @@ def add_data_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
         help="side of a square picture in pixels, a multiple of the pixels per token: 16 with the "
         "released VAE")  # fmt: skip
     add("--crop", choices=["buckets", "center"], default="buckets",
-        help="scale each picture to the bucket of the nearest aspect ratio, which has about as "
-        "many pixels as the square, or crop all pictures to the square")  # fmt: skip
+        help="cropping method. buckets: fit each picture to the bucket of the nearest aspect "
+        "ratio, which has about as many pixels as the square; center: crop all pictures to the "
+        "square")  # fmt: skip
     add("--max-aspect-ratio", type=float, default=2.0,
         help="largest ratio of the longer side of a bucket to the shorter")  # fmt: skip
     add("--max-upscale", type=float, default=1.5,
-        help="largest factor by which a picture is enlarged; smaller pictures are left "
+        help="largest factor by which a picture may be enlarged; smaller pictures are left "
         "out")  # fmt: skip
     add("--max-crop", type=float, default=1.0,
-        help="largest share of a picture that is cut away to fit its bucket; pictures that would "
-        "lose more, such as panoramas, are left out")  # fmt: skip
+        help="largest share of a picture that may be cut away to fit its bucket; pictures that "
+        "would lose more, such as panoramas, are left out")  # fmt: skip
     add("--max-broken", type=float, default=0.1,
-        help="largest share of broken samples; if there are more, the run stops")  # fmt: skip
+        help="largest accepted share of broken samples; if there are more, the run "
+        "stops")  # fmt: skip
     add("--max-caption-length", type=int, default=defaults.max_length,
-        help="number of text tokens after which captions are cut")  # fmt: skip
+        help="largest number of text tokens in a caption; longer captions are cut")  # fmt: skip
     add("--num-workers", type=int,
-        help=f"processes that read pictures, for each training process; by default "
+        help=f"number of processes that read pictures, per training process; by default "
         f"{defaults.num_workers}, or the number of cores if that is lower")  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None
         help="JSON file with a list of stages, each an object that changes some of these options: "
         f"{', '.join(name.replace('_', '-') for name in STAGE_OPTIONS)}")  # fmt: skip
     add("--dry-run", action="store_true",
-        help="report what was found in the data and what the run will cost, and stop")  # fmt: skip
+        help="report what the data contains and what the run will cost, and exit")  # fmt: skip
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
@@ -188,31 +190,31 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from; without "
         "it, a new transformer is trained")  # fmt: skip
     add("--transformer-config", default="released",
-        help="shape of the transformer if it is new or starts from a PixArt: released, "
-        "released-f32 and released-f16 for VAEs with 32 or 16 pixels per latent, tiny, or a JSON "
+        help="shape of a transformer that is new or starts from a PixArt: released; released-f32 "
+        "or released-f16, for VAEs with 32 or 16 pixels per latent; tiny; or a JSON "
         "file")  # fmt: skip
     add("--new-latents", type=int, metavar="PATCH_SIZE",
-        help="train the transformer of --transformer for the latents of another VAE: its patch "
-        "embedding, for patches of this side in latents, and its output layer are new, all other "
-        "weights are kept")  # fmt: skip
+        help="adapt --transformer to the latents of another VAE, with patches of this side in "
+        "latents; the patch embedding and the output layer are new, all other weights are "
+        "kept")  # fmt: skip
     add("--method", choices=[*tuple(METHODS)[:2], DISTIL], default="fine-tuning",
-        help="learn from the data alone (fine-tuning, also for a new transformer), from the "
-        "predictions of --teacher (knowledge-distillation), or to draw in a few steps what "
-        "--teacher draws in many (distil)")  # fmt: skip
+        help="training method. fine-tuning: learn from the data alone, also for a new transformer; "
+        "knowledge-distillation: learn from the predictions of --teacher; distil: learn to sample "
+        "in a few steps what --teacher samples in many")  # fmt: skip
     add("--teacher", type=Path,
         help="Diffusers folder or checkpoint file of the frozen LocalDiT that --method "
         "knowledge-distillation or distil learns from")  # fmt: skip
     add("--distillation", choices=DISTILLATIONS,
-        help="the loss of --method distil; by default latent-consistency")  # fmt: skip
+        help="loss of --method distil; latent-consistency if not given")  # fmt: skip
     add("--teacher-guidance-scale", type=float,
         help="guidance scale of the teacher, which --method distil builds into the student; by "
-        "default that of the teacher's folder")  # fmt: skip
+        "default, the one in the teacher's folder")  # fmt: skip
     add("--teacher-steps", type=int,
-        help="number of steps into which --method distil divides the teacher's way from noise to a "
-        f"picture; by default {DISTIL_OPTIONS['teacher_steps']}")  # fmt: skip
+        help="number of steps of the teacher from noise to a picture, for --method distil; "
+        f"{DISTIL_OPTIONS['teacher_steps']} if not given")  # fmt: skip
     add("--student-steps", type=int,
-        help="number of steps that the result of --method distil draws in unless another one is "
-        f"asked for; by default {DISTIL_OPTIONS['student_steps']}")  # fmt: skip
+        help="default number of sampling steps of the student of --method distil; "
+        f"{DISTIL_OPTIONS['student_steps']} if not given")  # fmt: skip
     add("--lora-rank", type=int,
         help="train LoRA adapters of this rank, and freeze the weights of --transformer; without "
         "it, all weights are trained")  # fmt: skip
@@ -220,8 +222,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="strength of the LoRA adapters, which are multiplied by alpha / rank; by default the "
         "rank")  # fmt: skip
     add("--lora-target-modules", nargs="+", metavar="NAME",
-        help="linear layers that get LoRA adapters, by the ends of their names; by default all of "
-        "attention and feed-forward")  # fmt: skip
+        help="linear layers that get LoRA adapters, by the ends of their names; by default, all "
+        "linear layers of attention and feed-forward")  # fmt: skip
     add("--lora-dropout", type=float, default=0.0,
         help="probability that an input channel of a LoRA adapter is dropped")  # fmt: skip
 
@@ -230,23 +232,24 @@ def add_encoder_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
     """Add the options about VAE and text encoder, which training and encoding share."""
     add = group.add_argument
     add("--pretrained", type=Path,
-        help="pipeline folder to take tokenizer, text encoder and VAE from, unless their own "
-        "options name them")  # fmt: skip
+        help="pipeline folder with the tokenizer, the text encoder and the VAE; --tokenizer, "
+        "--text-encoder and --vae replace them one by one")  # fmt: skip
     add("--vae",
-        help=f"folder or hub name of the VAE; by default that of --pretrained, or else "
+        help=f"folder or hub name of the VAE; by default, that of --pretrained, or else "
         f"{defaults.vae}")  # fmt: skip
     add("--text-encoder",
-        help=f"folder or hub name of the text encoder; by default that of --pretrained, or else "
+        help=f"folder or hub name of the text encoder; by default, that of --pretrained, or else "
         f"{defaults.text_encoder}")  # fmt: skip
-    add("--tokenizer", help="folder or hub name of the tokenizer; by default the text encoder's")
+    add("--tokenizer",
+        help="folder or hub name of the tokenizer; by default, the text encoder's")  # fmt: skip
 
 
 def _add_objective_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--prediction-type", choices=PREDICTION_TYPES,
         help="what the model predicts: the noise, the velocity of diffusion, or the velocity of "
-        "flow matching; by default what the scheduler beside --transformer or --teacher is for, or "
-        "else epsilon")  # fmt: skip
+        "flow matching; by default, the prediction type of the scheduler beside --transformer or "
+        "--teacher, or else epsilon")  # fmt: skip
     add("--timestep-sampling", choices=["uniform", "logit_normal"], default="uniform",
         help="distribution of the timesteps in training")  # fmt: skip
     add("--min-snr-gamma", type=float,
@@ -260,34 +263,35 @@ def _add_learning_options(group: argparse._ArgumentGroup) -> None:
     add, defaults = group.add_argument, LEARNING_OPTIONS
     add("--contrastive-weight", type=float, default=defaults["contrastive_weight"],
         help="weight of a term that moves each prediction away from the target of another sample "
-        "of the batch, 0.05 in the paper; 0 leaves it out")  # fmt: skip
+        "of the batch, 0.05 in the paper; 0 turns it off")  # fmt: skip
     add("--alignment-weight", type=float, default=defaults["alignment_weight"],
         help="weight of a term that pulls the features of a block towards those of a later one; 0 "
-        "leaves it out")  # fmt: skip
+        "turns it off")  # fmt: skip
     add("--alignment-blocks", type=int, nargs=2, metavar=("EARLIER", "LATER"),
-        help="the two blocks of --alignment-weight, counted from 1; by default those after 8/28 "
-        "and 16/28 of all: 5 and 10 of 18")  # fmt: skip
+        help="the two blocks of --alignment-weight, counted from 1; by default, those at 8/28 and "
+        "16/28 of the depth: 5 and 10 of 18")  # fmt: skip
     add("--token-routing", type=float, default=defaults["token_routing"],
         help="share of the tokens that skip the middle blocks in training: all but a rectangle of "
-        "windows at a random place; 0 lets all tokens take all blocks")  # fmt: skip
+        "windows at a random place; 0 passes all tokens through all blocks")  # fmt: skip
     add("--routing-blocks", type=int, nargs=2, metavar=("FIRST", "LAST"),
-        help="the blocks that tokens of --token-routing skip, counted from 1; by default all but "
-        "the first 2/28 and the last 4/28: 2 to 15 of 18")  # fmt: skip
+        help="first and last block that --token-routing skips, counted from 1; by default, all "
+        "blocks but the first 2/28 and the last 4/28 are skipped: 2 to 15 of 18")  # fmt: skip
     add("--repa-weight", type=float, default=defaults["repa_weight"],
         help="weight of a term that pulls the features of a block, through a small trained "
-        "network, towards those that --repa-encoder has of the picture, 0.5 in the paper; 0 leaves "
-        "it out")  # fmt: skip
+        "network, towards those that --repa-encoder computes from the picture, 0.5 in the paper; 0 "
+        "turns it off")  # fmt: skip
     add("--repa-encoder", type=Path, metavar="FOLDER",
-        help="folder of the frozen image encoder of --repa-weight, a vision transformer of "
-        "Transformers such as DINOv2")  # fmt: skip
+        help="folder of the frozen image encoder for --repa-weight, a vision transformer of the "
+        "Transformers library such as DINOv2")  # fmt: skip
     add("--repa-block", type=int,
-        help="the block of --repa-weight, counted from 1; by default the one after 8/28 of all: 5 "
-        "of 18")  # fmt: skip
+        help="the block of --repa-weight, counted from 1; by default, the one at 8/28 of the "
+        "depth: 5 of 18")  # fmt: skip
 
 
 def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
-    add("--max-train-steps", type=int, default=defaults.max_datasteps, help="optimizer steps")
+    add("--max-train-steps", type=int, default=defaults.max_datasteps,
+        help="number of optimizer steps")  # fmt: skip
     add("--learning-rate", type=float, default=defaults.learning_rate, help="highest learning rate")
     add("--lr-schedule", choices=["constant", "cosine"], default="constant",
         help="learning rate after the warm-up: constant, or a cosine that falls to 0")  # fmt: skip
@@ -297,23 +301,25 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
         "the blocks, with AdamW for everything else")  # fmt: skip
     add("--weight-decay", type=float, default=defaults.weight_decay, help="weight decay")
     add("--gradient-clip", type=float, default=defaults.gradient_clip,
-        help="norm to which a larger gradient is scaled down")  # fmt: skip
+        help="largest norm of the gradient; larger gradients are scaled down")  # fmt: skip
     add("--gradient-accumulation-steps", type=int, default=1, help="batches per optimizer step")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations in the backward pass: less memory, more time")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--mixed-precision", choices=["no", "fp16", "bf16"],
-        help="precision of the forward pass; by default, as Accelerate is configured")  # fmt: skip
+        help="precision of the forward pass; by default, that of Accelerate's "
+        "configuration")  # fmt: skip
     add("--ema-decay", type=float, default=defaults.ema_beta,
-        help="decay of the averaged weights (EMA), which pipelines draw with")  # fmt: skip
+        help="decay of the averaged weights (EMA), which pipelines use")  # fmt: skip
     add("--ema-on-cpu", action="store_true", help="keep the averaged weights in CPU memory")
     add("--post-hoc-ema", action="store_true", default=None,
-        help="also keep two averages whose snapshots, one at each checkpoint, give an average of "
-        "any length after training")  # fmt: skip
+        help="also keep two averages and save snapshots of them with each checkpoint; an average "
+        "of any length can be rebuilt from the snapshots after training")  # fmt: skip
     add("--max-skipped-steps", type=int, default=10,
-        help="number of steps that are skipped because their loss or gradient is not finite before "
-        "training stops")  # fmt: skip
-    add("--seed", type=int, default=0, help="seed of weights, order of samples, captions, noise")
+        help="number of steps that may be skipped because their loss or gradient is not finite; "
+        "one more stops the training")  # fmt: skip
+    add("--seed", type=int, default=0,
+        help="seed of initial weights, order of samples, captions, noise")  # fmt: skip
 
 
 def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
@@ -329,15 +335,15 @@ def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
     add("--log-samples", action="store_true",
         help="write the ids of each step's samples to samples-RANK.jsonl")  # fmt: skip
     add("--validation-prompts", nargs="+", default=[], metavar="PROMPT", type=text_argument,
-        help="prompts to draw pictures of during training")  # fmt: skip
+        help="prompts to generate pictures from at each validation")  # fmt: skip
     add("--validation-guidance-scale", type=float,
-        help="guidance scale of the pictures of --validation-prompts; by default that of the "
-        "folder of --transformer, 7 for a new transformer, and none with --method "
-        "distil")  # fmt: skip
+        help="guidance scale of the pictures of --validation-prompts; by default, the one in the "
+        "folder of --transformer, or 7 for a new transformer; not for --method distil, whose "
+        "student is not guided")  # fmt: skip
     add("--validation-samples", type=int, default=0,
-        help="number of samples to hold out of training, to measure the loss on them")  # fmt: skip
+        help="number of samples held out of training, on which the loss is measured")  # fmt: skip
     add("--validation-interval", type=int, default=defaults.validation_interval,
-        help="steps between validations, both pictures and losses")  # fmt: skip
+        help="steps between validations, which generate pictures and measure losses")  # fmt: skip
     add("--use-wandb", action="store_true", help="also log to Weights & Biases")
     add("--use-tensorboard", action="store_true", help="also log to TensorBoard")
 
@@ -380,12 +386,15 @@ def _check(args: argparse.Namespace) -> None:
     if args.transformer and not args.transformer.exists():
         raise ValueError(f"--transformer {args.transformer} does not exist")
     if args.method == "fine-tuning" and args.teacher is not None:
-        raise ValueError("--teacher is for --method knowledge-distillation and distil: give one")
+        raise ValueError(
+            "--teacher is for --method knowledge-distillation and distil: give one of these "
+            "methods, or leave --teacher out"
+        )
     if args.method != "fine-tuning" and args.teacher is None:
         raise ValueError(f"--method {args.method} and --teacher go together: give both")
     for name in DISTIL_OPTIONS:
         if args.method != DISTIL and getattr(args, name) is not None:
-            raise ValueError(f"{_flag(name)} is for --method {DISTIL}")
+            raise ValueError(f"{_flag(name)} is for --method {DISTIL}: leave it out")
     for name, default in LEARNING_OPTIONS.items():
         if args.method != "fine-tuning" and getattr(args, name) != default:
             raise ValueError(f"{_flag(name)} is for --method fine-tuning: leave it out")
@@ -418,8 +427,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--teacher {args.teacher} does not exist")
     if args.new_latents is not None and args.transformer is None:
         raise ValueError(
-            "--new-latents keeps the other weights of a transformer: name it with --transformer; a "
-            "new one has its patch size in --transformer-config"
+            "--new-latents adapts existing weights: name them with --transformer; the patch size "
+            "of a new transformer is set in --transformer-config"
         )
     _check_lora(args)
     for flag, package in (("use_wandb", "wandb"), ("use_tensorboard", "tensorboard")):
@@ -483,8 +492,8 @@ def _check_lora(args: argparse.Namespace) -> None:
         raise ValueError("--lora-rank adapts existing weights: name them with --transformer")
     if args.new_latents is not None:
         raise ValueError(
-            "--new-latents makes layers that must be trained, and --lora-rank freezes all: leave "
-            "out one of them"
+            "--new-latents makes layers that must be trained, and --lora-rank freezes all layers: "
+            "leave out one of them"
         )
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"--lora-rank needs peft: {EXTRAS}")

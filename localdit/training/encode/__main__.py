@@ -70,17 +70,17 @@ def _add_encoding_options(group: argparse._ArgumentGroup, defaults: Config) -> N
     add("--output", type=Path, required=True,
         help="folder to write to: new, empty, or started by the same command")  # fmt: skip
     add("--window-size", type=int, default=defaults.window_size,
-        help="side of the model's windows in tokens; buckets consist of whole windows if "
+        help="side of the model's windows in tokens; buckets consist of whole windows where "
         "possible")  # fmt: skip
     add("--patch-size", type=int, default=2,
         help="side of the model's tokens in latents; buckets consist of whole tokens")  # fmt: skip
-    add("--samples-per-shard", type=int, default=1000, help="samples per tar")
+    add("--samples-per-shard", type=int, default=1000, help="number of samples per tar file")
     add("--batch-size", type=int, default=8,
-        help="pictures per batch on each GPU; a CPU always takes 2, which is fastest")  # fmt: skip
+        help="pictures per batch on each GPU; a CPU always uses 2, which is fastest")  # fmt: skip
     add("--mixed-precision", choices=["no", "bf16"], default="no",
         help="precision of the VAE when pictures are encoded")  # fmt: skip
     add("--dry-run", action="store_true",
-        help="report what would be encoded and the disk space it needs, and stop")  # fmt: skip
+        help="report what would be encoded and the disk space it needs, and exit")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
