@@ -1,4 +1,4 @@
-"""Draw pictures from prompts: `python infer_t2i.py --help`."""
+"""Generate pictures from prompts: `python infer_t2i.py --help`."""
 
 import sys
 

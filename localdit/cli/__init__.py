@@ -36,7 +36,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command("draw pictures from prompts", "drawing", "generate_parser"),
+    "generate": Command("generate pictures from prompts", "drawing", "generate_parser"),
     "edit": Command("change a picture to follow a prompt", "drawing", "edit_parser"),
     "inpaint": Command(
         "repaint the white parts of a mask in a picture", "drawing", "inpaint_parser"
@@ -44,9 +44,9 @@ COMMANDS = {
     "info": Command("describe a checkpoint, a folder or a PNG, and this machine", "info"),
     "convert": Command("convert a checkpoint file to a Diffusers folder, or back", "convert"),
     "train": Command("train on captioned pictures, with Accelerate", "train", None),
-    "evaluate": Command("draw and score the pictures of a benchmark", "evaluate"),
-    "bench": Command("measure window attention on this machine", "bench"),
-    "demo": Command("serve a web page to draw with", "demo"),
+    "evaluate": Command("generate and score the pictures of a benchmark", "evaluate"),
+    "bench": Command("time window attention on this machine", "bench"),
+    "demo": Command("serve a web page for generating pictures", "demo"),
 }
 # Names of these commands in other programs.
 ALSO_CALLED = {
@@ -107,7 +107,7 @@ def overview() -> str:
     lines = [
         f"usage: {PROGRAM} COMMAND ...",
         "",
-        "Text to image, image to image and inpainting with windowed attention.",
+        "Text to image, image to image and inpainting with window attention.",
         "",
         "commands:",
         *(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),

@@ -88,8 +88,8 @@ def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     add_sampling(parser, size)
     add = parser.add_argument_group("pictures").add_argument
     add("-o", "--output", metavar="PATH", type=Path, default=Path("output"),
-        help="FILE.png for one picture, which makes FILE_000.png, FILE_001.png and so on for "
-        "several; or a folder, in which pictures are numbered (default: output)")  # fmt: skip
+        help="FILE.png, or a folder in which pictures are numbered; several pictures become "
+        "FILE_000.png, FILE_001.png and so on (default: output)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace FILE.png if it exists")
     add("--grid", action="store_true", help="also save one sheet with all pictures")
     add_model(parser)
@@ -104,20 +104,20 @@ def add_sampling(parser: argparse.ArgumentParser, size: str, num_images: int = 1
     add("--seed", metavar="N", type=int, default=0,
         help="seed of the first picture; the next has N + 1, and so on (default: 0)")  # fmt: skip
     add("--num-inference-steps", "--steps", metavar="N", type=int,
-        help="number of denoising steps (default: those that the model's folder names, else "
+        help="number of denoising steps (default: the number in the model's folder, else "
         "20)")  # fmt: skip
     add("--guidance-scale", metavar="G", type=float,
-        help="weight of the prompt; 1 or less turns guidance off (default: that of the model's "
-        "folder, else 7)")  # fmt: skip
+        help="weight of the prompt; 1 or less turns guidance off (default: the value in the "
+        "model's folder, else 7)")  # fmt: skip
     add("--sampler", metavar="NAME",
-        help=f"{', '.join(SAMPLERS)} (default: that of the model's folder)")  # fmt: skip
+        help=f"one of {', '.join(SAMPLERS)} (default: the model's own)")  # fmt: skip
     for side in ("height", "width"):
         add(f"--{side}", metavar="PIXELS", type=int,
             help=f"{side} in pixels, usually a multiple of 16 (default: {size})")  # fmt: skip
     add("--num-images", metavar="N", type=int, default=num_images,
         help=f"number of pictures per prompt (default: {num_images})")  # fmt: skip
     add("--batch-size", metavar="N", type=int,
-        help="number of pictures that are drawn at once (default: 1)")  # fmt: skip
+        help="number of pictures that are generated at once (default: 1)")  # fmt: skip
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -125,9 +125,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", metavar="PATH",
-        help="a checkpoint file, a Diffusers folder, 'box', the small model that comes with "
-        "LocalDiT, or 'box-few-steps', its student, which draws in 4 unguided steps (default: "
-        "output/LocalDiT-1024.pt if it exists, else box; of the page, box-few-steps)")  # fmt: skip
+        help="a checkpoint file, a Diffusers folder, 'box' for the small model that comes with "
+        "LocalDiT, or 'box-few-steps' for its student, which takes 4 unguided steps (default: "
+        "output/LocalDiT-1024.pt if it exists, else box, or box-few-steps for the "
+        "demo)")  # fmt: skip
     add("--lora", metavar="PATH", action="append", default=[],
         help="a LoRA for the model: a file, a folder or a hub name; may be repeated")  # fmt: skip
     add("--lora-scale", metavar="W", type=float, action="append", default=[],
@@ -138,7 +139,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--text-encoder-quantization", choices=["8bit", "4bit"],
         help="quantize the text encoder; needs bitsandbytes")  # fmt: skip
     add("--offload", choices=["model", "sequential"],
-        help="keep idle parts of the model in CPU memory, to save GPU memory")  # fmt: skip
+        help="keep idle parts of the model in CPU memory, which saves GPU memory")  # fmt: skip
     add_machine(group)
 
 

@@ -30,7 +30,7 @@ UNSTEADY = 1.5  # slowest over fastest turn, from which on the ratios say little
 BUSY = 0.5  # other processes per core, from which on the ratios say little
 PIXELS_PER_LATENT, PIXELS_PER_TOKEN = 8, 16  # of the models that are measured
 CAVEAT = """
-PyTorch chooses the attention kernel of each. A short measurement gives a rough picture; for figures
+PyTorch chooses the attention kernel of each. A short measurement gives a rough idea; for figures
 to quote, run `python -m benchmarks.denoiser` in the repository, which also measures memory,
 training and whole models."""
 
@@ -40,18 +40,18 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="localdit bench",
         usage="%(prog)s [options]",
-        description="Time one forward pass of three denoisers: with window attention, with the "
-        "same weights and full attention, and Diffusers' PixArt. They have the released model's "
-        "width, few blocks and random weights, and take turns. The default measurement takes less "
-        "than a minute on two cores.",
+        description="Time one forward pass of three denoisers: one with window attention, the same "
+        "weights with full attention, and Diffusers' PixArt. They have the width of the released "
+        "model, few blocks and random weights, and are timed in turns. The default measurement "
+        "takes less than a minute on two cores.",
     )
     add = parser.add_argument
     add("--pixels", metavar="N", type=int, nargs="+", default=[512],
         help="sides of the square pictures in pixels, multiples of 16 (default: 512)")  # fmt: skip
     add("--layers", metavar="N", type=int, default=4,
-        help="blocks per denoiser (default: 4, which use every shift of the windows)")  # fmt: skip
+        help="blocks per denoiser (default: 4, which covers every window shift)")  # fmt: skip
     add("--repeats", metavar="N", type=int, default=3,
-        help="timed turns, after one that is not counted (default: 3)")  # fmt: skip
+        help="number of timed turns, after one warm-up turn (default: 3)")  # fmt: skip
     arguments.add_facts(parser)
     parser.set_defaults(run=bench)
     return parser

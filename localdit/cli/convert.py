@@ -31,8 +31,9 @@ def build_parser(prog: str = "localdit convert") -> Parser:
     add("output", metavar="OUTPUT", type=Path, nargs="?",
         help="the folder or .safetensors file to write")  # fmt: skip
     add("--global-context", choices=["fold", "draw"], default="fold",
-        help="for the released kind of file, which lacks the global context: 'fold' replaces it by "
-        "its expected value, 'draw' draws it at random from --seed (default: fold)")  # fmt: skip
+        help="for files like the released one, which lack the global context: 'fold' replaces it "
+        "by its expected value, 'draw' initialises it at random from --seed (default: "
+        "fold)")  # fmt: skip
     add("--seed", metavar="N", type=int, help="seed for --global-context draw")
     add("--dtype", choices=["float32", "float16", "bfloat16"],
         help="dtype of the weights (default: that of INPUT)")  # fmt: skip

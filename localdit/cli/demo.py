@@ -1,4 +1,4 @@
-"""`localdit demo`: serve a web page to draw with."""
+"""`localdit demo`: serve a web page for generating pictures."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
         prog="localdit demo",
-        description="Serve a web page on which to draw, edit and inpaint pictures. One picture is "
-        "drawn at a time; further ones wait for their turn. Ctrl+C ends it.",
+        description="Serve a web page for generating, editing and inpainting pictures. One picture "
+        "is generated at a time; further requests wait for their turn. Ctrl+C stops the server.",
         epilog="example: localdit demo --output pictures",
     )
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets everyone in the network draw (default: 127.0.0.1, "
-        "only this machine)")  # fmt: skip
+        help="address to listen on; 0.0.0.0 opens the page to the whole network (default: "
+        "127.0.0.1, only this machine)")  # fmt: skip
     add("--port", metavar="N", type=int,
         help="port to listen on (default: the first free one from 7860)")  # fmt: skip
     add("-o", "--output", metavar="FOLDER", type=Path,
-        help="folder to keep the pictures in (default: they are deleted when the page "
-        "ends)")  # fmt: skip
+        help="folder to keep the pictures in (default: they are deleted when the server "
+        "stops)")  # fmt: skip
     arguments.add_model(parser)
     arguments.add_debug(parser)
     parser.set_defaults(run=demo)
@@ -86,7 +86,7 @@ def demo(args: argparse.Namespace) -> None:
         from ..demo.page import launch
 
         address = launch(page, args.host, port)
-        say(f"LocalDiT is at {address} (Ctrl+C ends it)")
+        say(f"LocalDiT is at {address} (Ctrl+C stops it)")
         try:
             wait_for_the_end()
         finally:
@@ -96,7 +96,7 @@ def demo(args: argparse.Namespace) -> None:
 def page_model(args: argparse.Namespace) -> Choice:
     """Return the model of the page, in the size that the page first shows.
 
-    Of the box, that is the student, which draws while one types; LoRAs are of its teacher.
+    In the box, that is the student, which draws while the visitor types; with LoRAs, its teacher.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as `choose_model` and `check_model`.
@@ -184,7 +184,9 @@ def free_port(host: str, port: int | None) -> int:
                     f"can't listen on --host {host}, port {candidate}: {error.strerror}"
                 ) from error
     if port is None:
-        raise OSError(f"the ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are taken; give --port")
+        raise OSError(
+            f"all ports from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are taken; give --port"
+        )
     raise OSError(
         f"port {port} is taken; give another --port, or leave it out to take the first free one"
     )

@@ -20,7 +20,7 @@ from .plan import Choice, Job, Task, plan
 if TYPE_CHECKING:
     from ..pipelines import LocalDiTPipeline
 
-CARRIES = "Every PNG carries the settings that made it."
+CARRIES = "Every PNG stores the settings that generated it."
 LIKE_THE_PICTURE = "the picture's proportions, with as many pixels as the model's own size"
 DRAWN = ("num_inference_steps", "guidance_scale", "height", "width")
 
@@ -30,7 +30,7 @@ DRAWN = ("num_inference_steps", "guidance_scale", "height", "width")
 
 def generate_parser() -> Parser:
     """Return the parser of `localdit generate`."""
-    parser = _parser("generate", "PROMPT ...", f"Draw pictures from prompts. {CARRIES}",
+    parser = _parser("generate", "PROMPT ...", f"Generate pictures from prompts. {CARRIES}",
         '"a large red circle at the top left on blue" -o circle.png')  # fmt: skip
     arguments.add_prompts(parser)
     arguments.add_drawing(parser, size="the model's own size")
@@ -52,8 +52,8 @@ def edit_parser() -> Parser:
 def inpaint_parser() -> Parser:
     """Return the parser of `localdit inpaint`."""
     parser = _parser("inpaint", "PICTURE MASK PROMPT ...",
-        "Repaint the white parts of a mask in a picture to follow a prompt. The picture keeps its "
-        "size, and its pixels where the mask is black.",
+        "Repaint the parts of a picture where a mask is white, to follow a prompt. The picture "
+        "keeps its size, and its pixels where the mask is black.",
         'street.png mask.png "a street with a red car"')  # fmt: skip
     add = parser.add_argument
     add("image", metavar="PICTURE", type=Path, help="the picture to repaint")
@@ -62,8 +62,8 @@ def inpaint_parser() -> Parser:
     arguments.add_prompts(parser)
     arguments.add_strength(parser, default=1.0)
     add("--padding-mask-crop", metavar="PIXELS", type=int,
-        help="draw only the mask and so many pixels around it, in full detail (default: draw the "
-        "whole picture)")  # fmt: skip
+        help="repaint only the area of the mask and this many pixels around it, in full detail "
+        "(default: the whole picture)")  # fmt: skip
     arguments.add_drawing(parser, size=LIKE_THE_PICTURE)
     return parser
 
@@ -91,16 +91,17 @@ def generate(args: argparse.Namespace) -> None:
 
 def script_parser(task: Task) -> Parser:
     """Return the parser of `infer_t2i.py` ("t2i") or `infer_i2i.py` ("i2i")."""
-    doing = "Draw pictures from prompts" if task == "t2i" else "Change a picture to follow prompts"
+    generating = "Generate pictures from prompts"
+    doing = generating if task == "t2i" else "Change a picture to follow prompts"
     parser = Parser(
-        description=f"{doing} with LocalDiT. Without options, default prompts are drawn.",
+        description=f"{doing} with LocalDiT. Without options, default prompts are used.",
         epilog="Settings without an option come from config.py, or from the model's folder. "
         + CARRIES,
     )
     arguments.add_prompt_options(parser)
     if task == "i2i":
         parser.add_argument("--image", type=Path,
-            help="the picture to start from (default: the first of infer_t2i.py)")  # fmt: skip
+            help="the picture to start from (default: the first one of infer_t2i.py)")  # fmt: skip
         arguments.add_strength(parser)
     arguments.add_drawing(parser, size="that of config.py, or the model's own size")
     return parser

@@ -57,28 +57,29 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="localdit evaluate",
         usage="%(prog)s PROMPTS [options]",
-        description="Draw the pictures of a benchmark in the folders that its scorer reads, and "
-        "score them as far as that needs no other program. A second start goes on where the first "
-        "one ended. `accelerate launch -m localdit evaluate ...` shares the work among processes "
-        "and draws the same pictures.",
+        description="Generate the pictures of a benchmark in the folders that its scorer reads, "
+        "and compute the scores that need no other program. Started again after an interruption, "
+        "the command generates only what is missing. `accelerate launch -m localdit evaluate ...` "
+        "shares the work among processes and generates the same pictures.",
         epilog="example: localdit evaluate evaluation_metadata.jsonl --model box -o output/geneval",
     )
     add = parser.add_argument
     add("prompts", metavar="PROMPTS", type=Path,
         help="GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a file with "
         'a line such as {"prompt": "a red circle"} for each prompt')  # fmt: skip
-    add("--max-prompts", metavar="N", type=int, help="take only the first N prompts")
+    add("--max-prompts", metavar="N", type=int, help="use only the first N prompts")
     add("-o", "--output", metavar="FOLDER", type=Path, default=Path("output/evaluation"),
-        help="folder of the pictures and scores (default: output/evaluation)")  # fmt: skip
+        help="folder for the pictures and scores (default: output/evaluation)")  # fmt: skip
     arguments.add_sampling(parser, size="the model's own size", num_images=4)
     add = parser.add_argument_group("scores").add_argument
     add("--clip", metavar="FOLDER", type=Path,
-        help="a CLIP model of Transformers, for the CLIP score")  # fmt: skip
+        help="folder of a CLIP model of Transformers, for the CLIP score")  # fmt: skip
     add("--reference", metavar="FOLDER", type=Path,
-        help="real pictures, for the Fréchet and kernel distances, precision and "
+        help="folder of real pictures, for the Fréchet and kernel distances, precision and "
         "recall")  # fmt: skip
     add("--feature-extractor", metavar="FOLDER", type=Path,
-        help="a vision model of Transformers, such as DINOv2, for --reference")  # fmt: skip
+        help="folder of a vision model of Transformers, such as DINOv2, for "
+        "--reference")  # fmt: skip
     arguments.add_model(parser)
     arguments.add_debug(parser)
     parser.set_defaults(run=evaluate)
@@ -284,4 +285,4 @@ def report(plan: Plan) -> None:
         with whole_file(folder / name) as file:
             file.write(f"{text}\n".encode())
     say(texts["scores.md"])
-    say(f"{folder / PICTURES} has the pictures, {folder / 'samples.png'} the first of them.")
+    say(f"{folder / PICTURES} has the pictures, {folder / 'samples.png'} shows the first ones.")
