@@ -140,8 +140,8 @@ class Config:
 def part_source(config: Config, name: str, checkpoint: Path) -> str | Path:
     """Return the folder of a part of a model, or its repository on the hub.
 
-    A pipeline's folder has all parts, and `config` replaces those that it names otherwise than its
-    class does by default. Of other checkpoints, `config` names all parts.
+    A pipeline's folder has all parts. `config` replaces a part if it names another one than its
+    class does by default. For other checkpoints, `config` names all parts.
 
     Args:
         config: the settings.

@@ -28,7 +28,7 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line that says what to do. It wants options in full.
+    """A parser whose errors take one line that says what to do. Options must be given in full.
 
     Attributes:
         hint: what errors add about unknown options.

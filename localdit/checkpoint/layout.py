@@ -145,7 +145,7 @@ def _refuse_foreign(names: Collection[str], where: str) -> None:
     blocks = [name for name in names if _BLOCK.match(name) and ".attn1." in name]
     if not blocks:
         raise ValueError(
-            f"{where} is no LocalDiT checkpoint: expected tensors named "
+            f"{where} is not a LocalDiT checkpoint: expected tensors named "
             f"'transformer_blocks.0.attn1.*', found {few(names)}."
         )
     if not any(".attn1.norm_q." in name or ".attn1.norm_k." in name for name in blocks):

@@ -190,7 +190,7 @@ def plan_loading(
     released = not file.config and not any(layout.layer_types)
     if drawn and not released:
         raise FieldValueError(
-            "{path} has 'attn1.processor.*' tensors or a configuration, which settle its "
+            "{path} has 'attn1.processor.*' tensors or a configuration, which determine its "
             "attention, so there is no global context to draw. Leave {field} out.",
             path=path,
             field=Field("global_context", "`global_context`"),
@@ -389,7 +389,7 @@ def require_savable(model: nn.Module) -> None:
     name = type(model).__name__
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(
-            f"The {name} has adapters, with which its folder would not load. Save them with "
+            f"The {name} has adapters, and its folder would not load with them. Save them with "
             "`save_lora_weights`, and remove them with `unload_lora_weights()`; after "
             "`fuse_lora()`, their effect stays in the weights that are saved."
         )
@@ -400,7 +400,7 @@ def require_savable(model: nn.Module) -> None:
     away = [n for n, t in state.items() if not isinstance(t, torch.Tensor) or t.is_meta]
     if away or any(getattr(group, "offload_to_disk_path", None) for group in groups):
         raise ValueError(
-            f"Weights of the {name} are elsewhere, for it is offloaded or quantized. Save it "
+            f"Some weights of the {name} are not in memory: it is offloaded or quantized. Save it "
             "before that, or after `remove_all_hooks()`, or load it again."
         )
     if isinstance(model, ConfigMixin):
@@ -410,7 +410,7 @@ def require_savable(model: nn.Module) -> None:
         if lost:
             raise ValueError(
                 f"The {name} lacks {few(lost)}: its layers were replaced, and its folder would "
-                "not load as this model. Save it before that."
+                "not load as this model. Save it before you replace them."
             )
 
 

@@ -192,7 +192,7 @@ def folder_files(folder: Path, variant: str | None = None) -> list[Path]:
             shards = read_json(index).get("weight_map")
             names = [*shards.values()] if isinstance(shards, dict) else [None]
             if any(not isinstance(one, str) or Path(one).name != one for one in names):
-                raise ValueError(f"{index}: 'weight_map' has to name files of this folder.")
+                raise ValueError(f"{index}: 'weight_map' must name files of this folder.")
             files = [folder / one for one in sorted({*map(str, names)})]
             if absent := [file.name for file in files if not file.is_file()]:
                 raise FileNotFoundError(f"{folder} lacks its weights {few(absent)}.")
@@ -226,8 +226,8 @@ def local_file(path: str | Path, local_files_only: bool = False) -> Path:
     )
     if address is None:
         raise ValueError(
-            f"{path} is no file of the Hugging Face hub, as in "
-            "https://huggingface.co/NAME/REPOSITORY/blob/main/FILE. Fetch it, and give the file."
+            f"{path} is not a file on the Hugging Face hub, such as "
+            "https://huggingface.co/NAME/REPOSITORY/blob/main/FILE. Download it, and give the file."
         )
     from huggingface_hub import hf_hub_download
 

@@ -39,17 +39,17 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="localdit info",
         usage="%(prog)s [PATH] [options]",
-        description="Describe a checkpoint file or a Diffusers folder: sizes, live and dead "
-        "parameters, what is missing. Then describe this machine: device, dtype, the "
-        "implementation of window attention and why it is chosen. Of a PNG, show the settings "
-        "that made it. With --verify, check a folder that training wrote instead.",
+        description="Describe a checkpoint file or a Diffusers folder: sizes, live (used) and dead "
+        "(unused) parameters, what is missing. Then describe this machine: device, dtype, the "
+        "implementation of window attention and why it is chosen. For a PNG, show the settings "
+        "that generated it. With --verify, only check a folder that training wrote.",
     )
     parser.add_argument("path", metavar="PATH", nargs="?",
         help="a checkpoint file, a Diffusers folder, a PNG, or 'box', the model that comes with "
         "LocalDiT")  # fmt: skip
     parser.add_argument("--verify", action="store_true",
-        help="only compare every file of a checkpoint of a training, or of its 'final', with the "
-        "SHA-256 sums in its manifest.json")  # fmt: skip
+        help="only compare the files of a training checkpoint, or of a run's folder 'final', with "
+        "the SHA-256 sums in its manifest.json")  # fmt: skip
     arguments.add_facts(parser)
     parser.set_defaults(run=info)
     return parser
@@ -75,7 +75,7 @@ def info(args: argparse.Namespace) -> None:
         from ..images import read_metadata
 
         found = read_metadata(path)
-        sections[str(path)] = found or {"settings": "none: LocalDiT did not make it, or it changed"}
+        sections[str(path)] = found or {"settings": "none: not made by LocalDiT, or changed later"}
     else:
         if path is not None:
             sections |= contents_of(path)
@@ -96,8 +96,8 @@ def verified(folder: Path | None) -> Facts:
 
     if folder is None or not (folder / MANIFEST).is_file():
         raise UsageError(
-            f"{folder or 'no PATH'} has no {MANIFEST}; --verify expects a checkpoint of a "
-            "training, or its folder 'final'"
+            f"{f'{folder} has no {MANIFEST}' if folder else 'PATH is missing'}; --verify expects "
+            "a training checkpoint, or a run's folder 'final'"
         )
     try:
         manifest = verify_checkpoint(folder)
@@ -137,7 +137,7 @@ def machine(args: argparse.Namespace, path: Path | None) -> Facts:
     return {
         "device": str(device),
         "name": device_name(device),
-        "chosen": "as asked for" if args.device else chosen[device.type],
+        "chosen": "as requested" if args.device else chosen[device.type],
         "dtype": str(dtype).removeprefix("torch."),
         "window attention": backend,
         "because": why,

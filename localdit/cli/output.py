@@ -108,4 +108,4 @@ def _check_name(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; choose another name")
     if not overwrite:
-        raise FileExistsError(f"{path} is there already; choose another name, or give --overwrite")
+        raise FileExistsError(f"{path} already exists; choose another name, or give --overwrite")

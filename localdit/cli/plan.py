@@ -345,7 +345,7 @@ def _prompts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
         raise ValueError("prompts and --prompt-file are both given; expected one of them")
     given = _read_prompts(args.prompt_file) if args.prompt_file else args.prompt
     if not given and not default:
-        raise ValueError('there is no prompt; give one in quotes, as "a red circle"')
+        raise ValueError('there is no prompt; give one in quotes, such as "a red circle"')
     return check_prompts(list(given or default))
 
 

@@ -303,8 +303,8 @@ def load_vae(where: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
     if kind is None:
         raise ValueError(
-            f"{where['pretrained_model_name_or_path']}: {name!r} is no autoencoder of Diffusers; "
-            "expected AutoencoderKL, AutoencoderDC or AutoencoderTiny."
+            f"{where['pretrained_model_name_or_path']}: {name!r} is not an autoencoder of "
+            "Diffusers; expected AutoencoderKL, AutoencoderDC or AutoencoderTiny."
         )
     return _loaded(kind, where, torch_dtype=dtype)
 

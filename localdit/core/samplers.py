@@ -93,7 +93,7 @@ def suitable_samplers(scheduler_config: Mapping[str, Any]) -> list[str]:
 
 
 def check_sampler(name: str, scheduler_config: Mapping[str, Any]) -> None:
-    """Refuse a sampler that there is not, or that can't take the model's prediction.
+    """Refuse a sampler that does not exist, or that can't take the model's prediction.
 
     Args:
         name: one of `SAMPLERS`.
@@ -105,7 +105,7 @@ def check_sampler(name: str, scheduler_config: Mapping[str, Any]) -> None:
     suitable, kind = suitable_samplers(scheduler_config), prediction_type_of(scheduler_config)
     if name not in suitable:
         raise FieldValueError(
-            "{field} is {name!r}, {reason}; those that suit this model: {suitable}",
+            "{field} is {name!r}, {reason}; samplers that suit this model: {suitable}",
             field=config_field("sampler"),
             name=name,
             reason=f"which can't sample a model that predicts {kind!r}"
@@ -171,13 +171,13 @@ def _warn_of_few_steps(name: str, before: str, now: str) -> None:
     few, chosen = before in FEW_STEP_SCHEDULERS, now in FEW_STEP_SCHEDULERS
     if few and not chosen:
         logger.warning(
-            "The model is made for few steps with %s; the sampler %r may draw it badly.",
+            "The model is made for few steps with %s; the sampler %r may give poor pictures.",
             before,
             name,
         )
     if chosen and not few:
         logger.warning(
-            "The sampler %r is for few-step models, and this model is none: with few steps, its "
-            "pictures will be wrong more often.",
+            "The sampler %r is for few-step models, and this is not one: with few steps, more of "
+            "its pictures will be wrong.",
             name,
         )

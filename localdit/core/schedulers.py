@@ -61,8 +61,8 @@ def check_prediction(scheduler: Any) -> None:
     if kind == "flow" or "prediction_type" in known:
         return
     message = (
-        f"{type(scheduler).__name__} has no prediction_type, so it may take the model's prediction "
-        "for something else and draw blotches. Use a scheduler that has one, such as "
+        f"{type(scheduler).__name__} has no prediction_type, so it may misinterpret the model's "
+        "prediction and give blotchy pictures. Use a scheduler that has one, such as "
         "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)."
     )
     if kind != "epsilon":
@@ -77,9 +77,9 @@ def warn_of_other_prediction(before: Any, now: Any) -> None:
     kinds = [prediction_type_of(config_of(one)) for one in (before, now)]
     if kinds[0] != kinds[1]:
         logger.warning(
-            "The new scheduler takes the model's prediction for %r, the one before for %r. Unless "
-            "the model is replaced too, make it with %s.from_config(pipe.scheduler.config), or "
-            "choose one that has this prediction type.",
+            "The new scheduler expects the model to predict %r, the previous one %r. Unless you "
+            "replace the model too, create it with %s.from_config(pipe.scheduler.config), or "
+            "choose a scheduler that supports the model's prediction type.",
             kinds[1],
             kinds[0],
             type(now).__name__,
@@ -150,7 +150,7 @@ def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
     elif steps > most:
         raise FieldValueError(
             "{field} is {steps}, but the {scheduler} of this model has {most} noise levels "
-            "(original_inference_steps); expected at most so many steps.",
+            "(original_inference_steps); expected at most that many steps.",
             field=Field("num_inference_steps"),
             steps=steps,
             scheduler=type(scheduler).__name__,
@@ -179,7 +179,7 @@ def check_schedule(scheduler: Any) -> None:
     if sound and steps > 2 and timesteps.is_floating_point() and timesteps[0] <= 2:
         logger.warning(
             "%s starts at timestep %.3g, but the model counts timesteps up to %s, so pictures will "
-            "be blotches. Use a scheduler that counts as the model does.",
+            "be blotchy. Use a scheduler that counts timesteps as the model does.",
             type(scheduler).__name__,
             float(timesteps[0]),
             steps,
@@ -187,7 +187,7 @@ def check_schedule(scheduler: Any) -> None:
     if not sound:
         raise ValueError(
             f"The {len(timesteps)} timesteps must each be lower than the one before, and at least "
-            "0: take fewer steps, or correct the timesteps or sigmas given."
+            "0: take fewer steps, or correct the given timesteps or sigmas."
         )
 
 

@@ -73,8 +73,8 @@ def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[
             raise TypeError(f"{which} must be a str, got {type(text).__name__}.")
         if wrong := NO_CHARACTER.search(text):
             raise ValueError(
-                f"{which} has {wrong[0]!a} at position {wrong.start()}, which is no character of a "
-                "text. Leave it out: it comes from zero bytes, or from bytes of another encoding."
+                f"{which} has {wrong[0]!a} at position {wrong.start()}, which is not a character "
+                "of text. Remove it: it comes from zero bytes, or from bytes of another encoding."
             )
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
@@ -85,11 +85,11 @@ def check_prompts(prompt: str | list[str] | None, name: str = "prompt") -> list[
 
 
 def unused_negative_prompt(prompt: str | list[str] | None, guided: bool) -> str:
-    """Return a warning of a negative prompt that is given without guidance, or ""."""
+    """Return a warning about a negative prompt that is given without guidance, or ""."""
     texts = prompt if isinstance(prompt, list) else [prompt or ""]
     if guided or not any(text.strip() for text in texts):
         return ""
-    return "The negative prompt has no effect without guidance, which needs a scale above 1."
+    return "The negative prompt has no effect: it needs a guidance scale above 1."
 
 
 def text_width(config: Mapping[str, Any]) -> int:
@@ -137,7 +137,7 @@ class TextSpace:
                 with fewer positions cuts earlier.
             warn: log warnings that quote what was cut, and pieces that the tokenizer does not know.
                 The latter are quoted once as long as the cache lives, and not with `whole_words`,
-                where `unknown` has more to tell.
+                where `unknown` reports more.
         """
         if not texts:
             return []
@@ -422,7 +422,7 @@ class TextCache:
             self._entries.popitem(last=False)
 
     def first_told(self, pieces: Mapping[str, int]) -> dict[str, int]:
-        """Return those of some pieces of text that this method was not asked about before."""
+        """Return the pieces of text that were not passed to this method before."""
         if len(self._told) > MAX_PROMPT_CHARACTERS:
             self._told.clear()
         new = {piece: count for piece, count in pieces.items() if piece not in self._told}

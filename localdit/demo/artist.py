@@ -79,7 +79,7 @@ class Settings:
             ValueError: the settings cannot work; the message uses the labels of the page.
         """
         if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError("The prompt is empty: say what the picture shows.")
+            raise ValueError("The prompt is empty: describe the picture.")
         if type(self.seed) is not int or not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"The seed must be a whole number from 0 to {MAX_SEED}.")
         names = ("num_inference_steps", "strength", "guidance_scale", "height", "width")
@@ -162,7 +162,7 @@ class Artist:
             worker.join()
 
     def ignored(self, settings: Settings) -> str:
-        """Return a warning of what the model ignores of the prompts, or ""."""
+        """Return a warning about what the model ignores in the prompts, or ""."""
         negative = settings.negative_prompt or ""
         unused = unused_negative_prompt(negative, guided=settings.guidance_scale > 1)
         with self._turn:  # a tokenizer has state

@@ -265,7 +265,7 @@ class Controls:
             buttons=["download", "fullscreen"],
             elem_id="picture",
         )
-        self.status = gr.HTML(note("Say what the picture shows, and press Draw."), elem_id="status")
+        self.status = gr.HTML(note("Describe the picture, and press Draw."), elem_id="status")
         with gr.Row(elem_id="actions"):
             self.edit = gr.Button("Edit this", size="sm", interactive=False)
             self.inpaint = gr.Button("Inpaint this", size="sm", interactive=False)

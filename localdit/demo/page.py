@@ -352,7 +352,7 @@ def _picture(source: Any) -> Image.Image:
 
 @contextmanager
 def _page_errors() -> Iterator[None]:
-    """Turn any error into a `gr.Error` with a message for the page, without paths of the server."""
+    """Turn any error into a `gr.Error` with a message for the page, without server paths."""
     try:
         yield
     except gr.Error:
@@ -362,7 +362,7 @@ def _page_errors() -> Iterator[None]:
     except Exception as error:
         logger.exception("Something in the page failed")
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise _error(f"The server failed: {reason}. Its terminal has more.") from error
+        raise _error(f"The server failed: {reason}. See its terminal.") from error
 
 
 def _error(message: str) -> gr.Error:
@@ -394,7 +394,7 @@ def guard(page: gr.Blocks, uploads: Path) -> None:
             raise
         except Exception as error:
             logger.exception("Something in the page failed")
-            raise _error("The server can't do that. Its terminal has more.") from error
+            raise _error("The server can't do that. See its terminal.") from error
 
     vars(page).update(preprocess_data=preprocess, process_api=process)
 

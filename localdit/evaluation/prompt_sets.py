@@ -2,7 +2,7 @@
 
 Two benchmarks have formats of their own: GenEval (Ghosh et al., 2023) a JSON file with an object
 per line, `evaluation_metadata.jsonl`, and DPG-Bench (Hu et al., 2024) a folder of text files, each
-with a prompt. One's own prompts are in the first format; only "prompt" is needed.
+with a prompt. Your own prompts use the first format; only "prompt" is needed.
 
 Single pictures are always where GenEval's scorer reads them, `<name>/samples/<number>.png` beside
 `<name>/metadata.jsonl`. DPG-Bench's scorer reads one sheet per prompt instead, `<name>.png`.
@@ -81,7 +81,7 @@ def _prompts_of_file(path: Path) -> Iterator[Prompt]:
 def _prompt(name: str, record: dict[str, Any], where: str) -> Prompt:
     text = record.get("prompt")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{where}: "prompt" is {text!r:.80}; expected a text that is not empty')
+        raise ValueError(f'{where}: "prompt" is {text!r:.80}; expected text that is not empty')
     if "scene" not in record:
         return Prompt(name, text, record)
     from ..scenes import Scene

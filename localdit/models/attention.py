@@ -59,7 +59,7 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
     ) -> None:
         super().__init__()
         if layer_type not in PROCESSORS:
-            raise ValueError(f"Layer type {layer_type!r} is none of {', '.join(PROCESSORS)}.")
+            raise ValueError(f"Layer type {layer_type!r} is not one of {', '.join(PROCESSORS)}.")
         if do_rope and head_dim % 4:
             raise ValueError(
                 f"`attention_head_dim` is {head_dim}: with `do_rope` it has to be a multiple of 4, "

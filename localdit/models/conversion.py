@@ -194,7 +194,7 @@ def refuse_taken_file(path: Path, overwrite: bool) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
     if path.is_dir() or (path.exists() and not overwrite):
-        raise _taken("{path} is there already. Choose another name, or {advice}.", path)
+        raise _taken("{path} already exists. Choose another name, or {advice}.", path)
 
 
 def refuse_taken_folder(folder: Path, overwrite: bool) -> None:

@@ -71,8 +71,9 @@ class LocalDiTBasePipeline(SavedPipeline):
         num_inference_steps, guidance_scale: the settings that suit the model, for calls that give
             none. They are saved with the pipeline; `pipe.register_to_config(guidance_scale=2.0)`
             changes one.
-        whole_words: the text encoder understands whole words alone, those that are one token each.
-            Calls then log a warning of all others. It is saved with the pipeline.
+        whole_words: whether the text encoder understands only whole words, each of which is one
+            token. Calls then log a warning that names all other words. It is saved with the
+            pipeline.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of range.
@@ -117,7 +118,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
         unless a `dtype` or `torch_dtype` is given. Both pipelines share the cache of encoded
         prompts and, if whole models are offloaded, the offloading. The number of steps and the
-        guidance scale that suit the model are kept, too, and whether it knows whole words alone.
+        guidance scale that suit the model, and `whole_words`, are kept too.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)
@@ -332,8 +333,8 @@ class LocalDiTBasePipeline(SavedPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Encode prompts, or prepare given embeddings, one row per picture.
 
-        `prompt_cache` keeps the states of encoded prompts for later calls. A pipeline of whole
-        words logs one warning that names the words it does not know.
+        `prompt_cache` keeps the states of encoded prompts for later calls. A pipeline with
+        `whole_words` logs one warning that names the words it does not know.
 
         Args:
             prompt: B prompts; None with `prompt_embeds`.

@@ -34,8 +34,8 @@ def read_images(image: Any, latent_channels: int) -> torch.Tensor:
         _check_range("image", images)
     elif _looks_like_a_picture(images):
         raise ValueError(
-            f"image has {images.shape[1]} channels, as latents have, but no negative value, as "
-            "pictures with alpha have: give a picture with 3 channels."
+            f"image has {images.shape[1]} channels, as latents have, but no negative value, so it "
+            "seems to be a picture with alpha: give a picture with 3 channels."
         )
     return images
 
@@ -66,8 +66,8 @@ def read_masks(mask_image: Any) -> torch.Tensor:
     masks = masks.mean(dim=1, keepdim=True)
     if (masks.amax(dim=(1, 2, 3)) < REPAINTED).any():
         raise ValueError(
-            f"mask_image has no value of {REPAINTED} or more, so that nothing would be repainted: "
-            "make it white where the picture is to change."
+            f"mask_image has no value of {REPAINTED} or more, so nothing would be repainted: make "
+            "it white where the picture should change."
         )
     return masks
 
@@ -116,7 +116,7 @@ def _read_all(
     sizes = sorted({(t.shape[3], t.shape[2], t.shape[1]) for t in tensors})
     if len(sizes) > 1:
         raise ValueError(
-            f"Those given as {name} differ in (width, height, channels): "
+            f"The inputs given as {name} differ in (width, height, channels): "
             f"{', '.join(map(str, sizes))}. Scale them to one size."
         )
     return torch.cat(tensors)

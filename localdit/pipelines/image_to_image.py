@@ -50,7 +50,7 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         if self.are_latents(images) and images.shape[2:] != size:
             raise ValueError(
                 f"The latents given as image are {tuple(images.shape[2:])}, but height and width "
-                f"need {size}. Latents cannot be scaled: leave height and width out."
+                f"require {size}. Latents cannot be scaled: leave height and width out."
             )
 
     def set_timesteps(self, request: Request) -> torch.Tensor:

@@ -53,8 +53,8 @@ _SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (lambda value: type(value) is int and value > 0, "a rank of at least 1"),
     "lora_alpha": (_is_number, "a number"),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number below 1"),
-    "rank_pattern": (_is_pattern, "numbers by the names of layers, no regular expressions"),
-    "alpha_pattern": (_is_pattern, "numbers by the names of layers, no regular expressions"),
+    "rank_pattern": (_is_pattern, "numbers by the names of layers, not regular expressions"),
+    "alpha_pattern": (_is_pattern, "numbers by the names of layers, not regular expressions"),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
     "lora_bias": (_is_flag, "true or false"),
@@ -132,7 +132,7 @@ def local_file(
         found = sorted(folder.glob("*.safetensors"))
         if len(found) > 1:
             raise ValueError(
-                f"{folder} holds {few(file.name for file in found)}: say which with `weight_name`."
+                f"{folder} holds {few(file.name for file in found)}: choose one with `weight_name`."
             )
     if not found:
         raise FileNotFoundError(f"{folder} holds no {weight_name or LORA_WEIGHT_NAME_SAFE}.")
@@ -170,7 +170,7 @@ def from_kohya(
         layer, _, kind = name.removeprefix(KOHYA).partition(".")
         if not name.startswith(KOHYA) or kind not in (*halves, "alpha"):
             raise ValueError(
-                f"This LoRA has {name!r} beside kohya's names; expected names such as "
+                f"This LoRA has {name!r} among kohya's names; expected names such as "
                 f"'{KOHYA}transformer_blocks_0_attn1_to_qkv.lora_down.weight', '.lora_up.weight' "
                 "and '.alpha', and nothing else."
             )
@@ -286,7 +286,7 @@ def require_adapter(tensors: Tensors, source: str) -> None:
     if any(name.startswith("transformer_blocks.") and "lora" in name for name in tensors):
         hint = " Load it with `pipe.transformer.load_lora_adapter(..., prefix=None)`."
     raise ValueError(
-        f"{source} is no LoRA of a LocalDiT: it holds {few(tensors)}, but names such as "
+        f"{source} is not a LoRA for LocalDiT: it holds {few(tensors)}, but names such as "
         f"'{PREFIX}transformer_blocks.0.attn1.to_qkv.lora_A.weight' were expected.{hint}"
     )
 
@@ -296,8 +296,8 @@ def require_no_text_encoder(tensors: Tensors) -> None:
     names = [name for name in tensors if name.startswith(TEXT_ENCODERS)]
     if names:
         raise ValueError(
-            f"This LoRA is one of a text encoder as well ({few(names, 1)}), which LocalDiT does "
-            f"not support. Pass a dict of the tensors whose names start with '{PREFIX}' to load "
+            f"This LoRA also adapts a text encoder ({few(names, 1)}), which LocalDiT does not "
+            f"support. Pass a dict of the tensors whose names start with '{PREFIX}' to load "
             "the rest."
         )
 
@@ -313,7 +313,7 @@ def require_fit(tensors: Tensors, transformer: LocalDiTTransformer2DModel) -> No
     )
     if strangers:
         raise ValueError(
-            f"This LoRA is one of another model: the transformer has no {few(strangers)}."
+            f"This LoRA was made for another model: the transformer has no {few(strangers)}."
         )
     ranks = _ranks(tensors)
     for name, tensor in own.items():
@@ -326,7 +326,7 @@ def require_fit(tensors: Tensors, transformer: LocalDiTTransformer2DModel) -> No
             given, rank = rank, given
         if given != width:
             raise ValueError(
-                f"This LoRA is one of a model of another size: {name} is {tuple(tensor.shape)}, "
+                f"This LoRA was made for a model of another size: {name} is {tuple(tensor.shape)}, "
                 f"but {target} is {width} wide."
             )
         if not rank or rank != ranks.get(target, rank):

@@ -16,11 +16,11 @@ PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity", "flow_prediction"
 CARD_TEXT = """
 # {title}
 
-Pictures from text with [LocalDiT]({url}), a diffusion transformer whose self-attention looks only
-at small shifted windows.
+Generates pictures from text with [LocalDiT]({url}), a diffusion transformer whose self-attention
+looks only at small shifted windows.
 
-*This card was written when the pipeline was saved. What is missing: what the model was trained on,
-what it can do, and where it fails.*
+*This card was written automatically when the pipeline was saved. Please add what the model was
+trained on, what it can do, and where it fails.*
 
 ## Use
 
@@ -83,9 +83,9 @@ def _facts(pipeline: Any) -> dict[str, str]:
     facts = {
         "parameters of the transformer": f"{sum(p.numel() for p in transformer.parameters()):,}",
         "blocks": str(config.num_layers),
-        "windows of attention": window + (", with global context" if config.use_global else ""),
-        "size of pictures, by default": f"{side} x {side} pixels",
-        "the transformer predicts": PREDICTIONS.get(kind, kind),
+        "attention windows": window + (", with global context" if config.use_global else ""),
+        "default picture size": f"{side} x {side} pixels",
+        "prediction of the transformer": PREDICTIONS.get(kind, kind),
         "scheduler": type(scheduler).__name__,
         "autoencoder": type(pipeline.vae).__name__,
     }

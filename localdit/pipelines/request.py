@@ -132,7 +132,7 @@ class Request:
         `can_encode(prompts, tokens)` returns whether prompts can be encoded at that length.
         """
         if (self.prompt is None) == (self.text.prompt_embeds is None):
-            raise ValueError("Give either prompt or prompt_embeds, one of the two.")
+            raise ValueError("Give either prompt or prompt_embeds: exactly one of them is needed.")
         if self.negative_prompt and self.text.negative_prompt_embeds is not None:
             raise ValueError("Give either negative_prompt or negative_prompt_embeds, not both.")
         if self.prompt is not None:
@@ -215,7 +215,7 @@ def check_generator(generator: Any, batch_size: int) -> None:
         return
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(
-            f"generator is a list of {len(generator)}, but {batch_size} pictures are to be made: "
+            f"generator is a list of {len(generator)}, but {batch_size} pictures are generated: "
             "give one generator for all, or a list with one for each picture."
         )
     for one in generator if isinstance(generator, list) else [generator]:
@@ -244,7 +244,7 @@ def check_one_of(name: str, values: Sequence[Any], available: Sequence[str]) -> 
     unknown = [value for value in values if value not in available]
     if unknown:
         raise ValueError(
-            f"{name}: {', '.join(map(repr, unknown))} is none of {', '.join(available)}."
+            f"{name}: {', '.join(map(repr, unknown))} is not one of {', '.join(available)}."
         )
 
 

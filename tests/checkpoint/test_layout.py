@@ -120,7 +120,7 @@ def edited(drop=(), **added):
     [
         (edited(drop=["norm_q", "norm_k"]), "is a PixArt checkpoint.*PixArtTransformer2DModel"),
         (edited(**{"blocks.0.lora_A": torch.ones(1)}), "LoRA weights"),
-        ({"down_blocks.0.resnets.0": torch.ones(1)}, "no LocalDiT.*found 'down_blocks.0"),
+        ({"down_blocks.0.resnets.0": torch.ones(1)}, "not a LocalDiT.*found 'down_blocks.0"),
         (edited(drop=["transformer_blocks.0"]), "'transformer_blocks.1', but none of.*0"),
         (edited(drop=["pos_embed.proj.weight"]), "lacks 'pos_embed.proj.weight'"),
         (edited(**{"pos_embed.proj.weight": torch.ones(2)}), "'pos_embed.*expected 4 axes"),

@@ -113,7 +113,7 @@ def test_a_picture_shows_its_settings(here, info):
 def test_the_machine(info, capsys):
     ((title, facts),) = info("--dtype", "bfloat16").items()
     assert title == "machine"
-    assert (facts["device"], facts["chosen"]) == ("cpu", "as asked for")
+    assert (facts["device"], facts["chosen"]) == ("cpu", "as requested")
     assert facts["name"].endswith(processor())
     assert facts["dtype"] == "bfloat16"
     assert facts["window attention"] == "torch" and "not on cpu" in facts["because"]
@@ -173,4 +173,4 @@ def test_verify_compares_a_folder_with_its_manifest(here, capsys, info):
     for wrong in (["vae"], [], ["final/transformer/weights"]):
         (here / "vae").mkdir(exist_ok=True)
         assert main(["info", "--verify", *wrong]) == 2
-        assert "manifest.json; --verify expects a checkpoint" in capsys.readouterr().err
+        assert "--verify expects a training checkpoint" in capsys.readouterr().err

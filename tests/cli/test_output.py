@@ -37,7 +37,7 @@ def test_several_pictures_are_numbered(here):
 ])  # fmt: skip
 def test_an_existing_file_is_kept_without_overwrite(here, count, grid, there):
     Path(there).write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=f"{there} is there already; .* --overwrite"):
+    with pytest.raises(FileExistsError, match=f"{there} already exists; .* --overwrite"):
         plan_output(Path("a.png"), "generate", count, grid=grid)
     assert Path(there).read_bytes() == b"mine"
     output = plan_output(Path("a.png"), "generate", count, grid=grid, overwrite=True)
@@ -140,7 +140,7 @@ def test_links_and_folders_in_the_way_are_refused_at_once(here):
         with pytest.raises(IsADirectoryError, match="a_001.png is a folder; choose another name"):
             plan_output(Path("a.png"), "edit", 2, overwrite=overwrite)
     Path("b.png").symlink_to("nowhere")
-    with pytest.raises(FileExistsError, match="b.png is there already"):
+    with pytest.raises(FileExistsError, match="b.png already exists"):
         plan_output(Path("b.png"), "edit", 1)
     save(plan_output(Path("b.png"), "edit", 1, overwrite=True))
     assert not Path("b.png").is_symlink()

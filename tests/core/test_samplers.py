@@ -151,12 +151,12 @@ def test_a_sampler_must_suit_the_prediction():
     assert prediction_type_of(flow) == "flow"
     with pytest.raises(
         ValueError,
-        match=r"^Config\.sampler is 'ddim', which can't sample a model that predicts 'flow'; those "
-        r"that suit this model: dpm\+\+2m, dpm\+\+2m-sde, unipc, euler, heun, lcm$",
+        match=r"^Config\.sampler is 'ddim', which can't sample a model that predicts 'flow'; "
+        r"samplers that suit this model: dpm\+\+2m, dpm\+\+2m-sde, unipc, euler, heun, lcm$",
     ):
         check_sampler("ddim", flow)
     with pytest.raises(
-        ValueError, match=r"'eular', and there is no sampler of that name; those .*"
+        ValueError, match=r"'eular', and there is no sampler of that name; samplers .*"
     ):
         make_sampler("eular", diffusers.DDIMScheduler())
     with pytest.raises(ValueError, match=r"predicts 'sample'.*: none"):
@@ -175,7 +175,7 @@ def test_a_noise_schedule_that_a_sampler_lacks_is_refused():
     [
         (diffusers.LCMScheduler, "euler", "made for few steps with LCMScheduler"),
         (diffusers.FlowMatchLCMScheduler, "euler", "made for few steps with FlowMatchLCM"),
-        (diffusers.DDIMScheduler, "lcm", "for few-step models, and this model is none"),
+        (diffusers.DDIMScheduler, "lcm", "for few-step models, and this is not one"),
         (diffusers.TCDScheduler, "lcm", ""),
         (diffusers.FlowMatchLCMScheduler, "lcm", ""),
         (diffusers.DDIMScheduler, "euler", ""),

@@ -18,7 +18,7 @@ from tests.tiny import tiny_components, tiny_pipeline, tiny_text_encoder, tiny_t
 
 @pytest.mark.parametrize("wrong", ["\0", "\ud83d", "\udd34", "\udcff"])
 def test_prompts_with_what_is_no_character_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"prompt\[1\] has '\\.*' at position 2, which is no char"):
+    with pytest.raises(ValueError, match=r"prompt\[1\] has '\\.*' at position 2, which is not a "):
         check_prompts(["a cat", f"a {wrong} cat"])
     assert check_prompts("a \x1b\t\ufffd\U0001f534") == ["a \x1b\t\ufffd\U0001f534"]
 

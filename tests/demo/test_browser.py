@@ -200,7 +200,7 @@ def test_leaving_the_page_ends_its_drawing(page):
 def test_the_page_reports_mistakes_and_draws_the_next_picture(page):
     page.locator("#prompt textarea").fill("")
     page.locator("#draw").click()
-    told = "The prompt is empty: say what the picture shows."
+    told = "The prompt is empty: describe the picture."
     sync_api.expect(page.locator("#status .problem")).to_have_text(told)
     page.locator("#prompt textarea").fill("a small green cross on white")
     assert draw(page).size == (256, 256)

@@ -97,7 +97,7 @@ def test_new_seeds_differ(client):
 @pytest.mark.parametrize(
     "asked_for, message",
     [
-        (arguments(prompt=" "), "The prompt is empty: say what the picture shows."),
+        (arguments(prompt=" "), "The prompt is empty: describe the picture."),
         (
             arguments(height=40),
             "Height must be a positive multiple of 16 pixels, got 40; the nearest that work",
@@ -336,7 +336,7 @@ def test_errors_of_the_server_have_no_paths(visitor, artist, monkeypatch):
         raise PermissionError(13, "Permission denied", "/srv/secret/picture.png")
 
     monkeypatch.setattr(artist.pipe.transformer, "forward", fails)
-    assert visitor.refusal() == "The server failed: Permission denied. Its terminal has more."
+    assert visitor.refusal() == "The server failed: Permission denied. See its terminal."
 
 
 def test_addresses_that_the_page_does_not_need_are_closed(address):

@@ -29,7 +29,7 @@ def test_files_of_dpg_bench_are_named_by_their_stems(tmp_path):
     "text, message",
     [
         ("", "has no prompts; expected lines such as"),
-        ('{"prompt": "a"}\n{"prompt": ""}\n', "line 2: \"prompt\" is ''; expected a text"),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', "line 2: \"prompt\" is ''; expected text"),
         ('{"text": "a"}\n', 'line 1: "prompt" is None'),
         ('{"prompt": ["a"]}\n', "line 1: \"prompt\" is \\['a'\\]"),
         ('{"prompt": "a"}\nnot JSON\n', "line 2"),

@@ -185,7 +185,7 @@ def test_bad_shapes_are_refused():
     with pytest.raises(ValueError, match="attention_head_dim.*10.*multiple of 4"):
         LocalDiTAttention(2, 10, 4)
     LocalDiTAttention(2, 10, 4, do_rope=False)
-    with pytest.raises(ValueError, match="'windowed' is none of local"):
+    with pytest.raises(ValueError, match="'windowed' is not one of local"):
         LocalDiTAttention(2, 8, 4, layer_type="windowed")
 
 

@@ -102,7 +102,7 @@ def test_existing_files_are_kept_without_overwrite(checkpoint, tmp_path):
     convert_to_single_file(folder, path)
     with pytest.raises(FileExistsError, match="is not empty"):
         convert_to_diffusers(checkpoint, folder)
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         convert_to_single_file(folder, path)
     (folder / "stale").touch()
     convert_to_diffusers(checkpoint, folder, overwrite=True)
@@ -324,7 +324,7 @@ def test_an_index_names_files_of_its_folder(tmp_path):
     index = tmp_path / "model/diffusion_pytorch_model.safetensors.index.json"
     for names in ({"a": "../b.safetensors"}, {"a": 1}, ["a"]):
         index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
-        with pytest.raises(ValueError, match="'weight_map' has to name files of this folder"):
+        with pytest.raises(ValueError, match="'weight_map' must name files of this folder"):
             LocalDiTTransformer2DModel.from_pretrained(tmp_path / "model")
 
 

@@ -263,7 +263,7 @@ def test_a_new_scheduler_with_another_prediction_is_warned_of(pipe, caplog):
     other.scheduler = DDPMScheduler.from_config(other.scheduler.config)
     assert not caplog.records
     other.scheduler = DDPMScheduler(prediction_type="v_prediction")
-    assert "'v_prediction', the one before for 'epsilon'" in caplog.text
+    assert "'v_prediction', the previous one 'epsilon'" in caplog.text
     assert other.config["scheduler"] == ("diffusers", "DDPMScheduler")
 
 

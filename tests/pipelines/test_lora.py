@@ -271,12 +271,12 @@ def of_no_adapter(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (of_another_model, "one of another model: .* no 'transformer_blocks.0.attn.to_q'"),
+        (of_another_model, "made for another model: .* no 'transformer_blocks.0.attn.to_q'"),
         (of_a_wider_model, r"another size: .*lora_A.weight is \(2, 48\), but .* is 24 wide"),
         (of_a_narrower_output, r"another size: .*lora_B.weight is .* is \d+ wide"),
-        (of_a_text_encoder_too, "one of a text encoder as well .* does not support"),
-        (of_the_model_alone, r"is no LoRA of a LocalDiT.*load_lora_adapter\(..., prefix=None\)"),
-        (of_no_adapter, "is no LoRA of a LocalDiT: it holds 'proj_out.weight'"),
+        (of_a_text_encoder_too, "also adapts a text encoder .* does not support"),
+        (of_the_model_alone, r"is not a LoRA for LocalDiT.*load_lora_adapter\(..., prefix=None\)"),
+        (of_no_adapter, "is not a LoRA for LocalDiT: it holds 'proj_out.weight'"),
     ],
 )
 def test_the_lora_of_something_else_is_refused_and_leaves_nothing(
@@ -326,7 +326,7 @@ def test_files_without_weights_are_refused(pipe, files, tmp_path):
         with pytest.raises(ValueError, match=message):
             pipe.load_lora_weights(tmp_path / name)
     assert not (tmp_path / "executed").exists()
-    with pytest.raises(ValueError, match="say which with `weight_name`"):
+    with pytest.raises(ValueError, match="choose one with `weight_name`"):
         pipe.load_lora_weights(tmp_path)
     (tmp_path / "none").mkdir()
     for path in (tmp_path / "none", tmp_path / "nowhere", "nowhere.safetensors"):
@@ -356,8 +356,8 @@ HOSTILE = {  # settings in the metadata of a file, and what the refusal says
     "dora": ({"use_dora": True}, "'use_dora' = True.*expected False, by its tensors"),
     "infinite": ({"lora_alpha": float("inf")}, "'lora_alpha' = inf.*expected a number"),
     "dropout": ({"lora_dropout": 7}, "'lora_dropout' = 7.*below 1"),
-    "slow": ({"alpha_pattern": {"(([a-z0-9_.])*)*$X": 1}}, "no regular expressions"),
-    "slow, too": ({"rank_pattern": {"(.|.)" * 40 + "X": 2}}, "no regular expressions"),
+    "slow": ({"alpha_pattern": {"(([a-z0-9_.])*)*$X": 1}}, "not regular expressions"),
+    "slow, too": ({"rank_pattern": {"(.|.)" * 40 + "X": 2}}, "not regular expressions"),
 }
 
 
@@ -453,10 +453,10 @@ def test_kohyas_names_are_converted(pipe, files, tmp_path, alpha, scale):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lora_unet_transformer_blocks_0_attn1_to_qkv.hada_w1_a", "'.*hada_w1_a' beside kohya's"),
-        ("lora_unet_transformer_blocks_0_attn1_to_qkv.dora_scale", "'.*dora_scale' beside"),
+        ("lora_unet_transformer_blocks_0_attn1_to_qkv.hada_w1_a", "'.*hada_w1_a' among kohya's"),
+        ("lora_unet_transformer_blocks_0_attn1_to_qkv.dora_scale", "'.*dora_scale' among"),
         ("lora_unet_down_blocks_0_conv1.lora_down.weight", "another model: .* 'down_blocks_0_conv"),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "one of a text encoder as well"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "also adapts a text encoder"),
     ],
 )
 def test_what_else_kohyas_files_hold_is_refused_by_name(pipe, files, tmp_path, name, message):

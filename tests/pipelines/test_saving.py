@@ -279,9 +279,9 @@ def test_the_card_describes_the_pipeline():
     for fact in (
         f"parameters of the transformer | {count:,} |",
         "blocks | 2 |",
-        "windows of attention | 2 x 2 tokens |",
+        "attention windows | 2 x 2 tokens |",
         "64 x 64 pixels",
-        "the transformer predicts | noise |",
+        "prediction of the transformer | noise |",
         "DPMSolverMultistepScheduler",
         "T5EncoderModel",
     ):
@@ -361,10 +361,10 @@ def on_the_disk(pipe, folder):
         (with_adapter("transformer"), "LocalDiTTransformer2DModel has adapters.*save_lora_weights"),
         (with_adapter("transformer", fuse=True), "after `fuse_lora\\(\\)`, their effect stays"),
         (with_adapter("text_encoder"), "T5EncoderModel has adapters"),
-        (quantized, "Weights of the T5EncoderModel are elsewhere.*quantized"),
+        (quantized, "weights of the T5EncoderModel are not in memory.*quantized"),
         (with_another_layer, "lacks 'transformer_blocks.0.*its layers were replaced"),
-        (on_the_meta_device, "Weights of the AutoencoderKL are elsewhere"),
-        (offloaded, "Weights of the LocalDiTTransformer2DModel are elsewhere.*remove_all_hooks"),
+        (on_the_meta_device, "weights of the AutoencoderKL are not in memory"),
+        (offloaded, "LocalDiTTransformer2DModel are not in memory.*remove_all_hooks"),
     ],
 )
 def test_what_would_not_load_again_is_not_saved(tmp_path, change, message):
@@ -381,7 +381,7 @@ def test_what_would_not_load_again_is_not_saved(tmp_path, change, message):
 def test_weights_that_are_offloaded_to_the_disk_are_not_saved(tmp_path):
     pipe = tiny_pipeline()
     on_the_disk(pipe, tmp_path / "weights")
-    with pytest.raises(ValueError, match="LocalDiTTransformer2DModel are elsewhere"):
+    with pytest.raises(ValueError, match="LocalDiTTransformer2DModel are not in memory"):
         pipe.save_pretrained(tmp_path / "folder")
 
 

@@ -103,5 +103,5 @@ def test_a_file_of_the_hub_is_downloaded(parts, tmp_path, monkeypatch):
     assert torch.equal(weights(model), weights(parts["transformer"]))
     options = {"revision": "v2", "local_files_only": True}
     assert asked == [("someone/boats", "weights/model.safetensors", options)]
-    with pytest.raises(ValueError, match="no file of the Hugging Face hub"):
+    with pytest.raises(ValueError, match="not a file on the Hugging Face hub"):
         LocalDiTTransformer2DModel.from_single_file("https://example.org/model.safetensors")

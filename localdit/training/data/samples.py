@@ -282,5 +282,5 @@ def _clean(text: object) -> str:
             "bad caption", f"it has {len(text):,} characters, more than {MAX_PROMPT_CHARACTERS:,}"
         )
     if wrong := NO_CHARACTER.search(text):
-        raise BrokenSample("bad caption", f"it has {wrong[0]!a}, which is no character of a text")
+        raise BrokenSample("bad caption", f"it has {wrong[0]!a}, which is not a character of text")
     return text
