@@ -113,7 +113,8 @@ def add_sampling(parser: argparse.ArgumentParser, size: str, num_images: int = 1
         help=f"one of {', '.join(SAMPLERS)} (default: the model's own)")  # fmt: skip
     for side in ("height", "width"):
         add(f"--{side}", metavar="PIXELS", type=int,
-            help=f"{side} in pixels, usually a multiple of 16 (default: {size})")  # fmt: skip
+            help=f"{side} in pixels, a multiple of the VAE's pixels per latent times the "
+            f"transformer's patch size, such as 16 or 32 (default: {size})")  # fmt: skip
     add("--num-images", metavar="N", type=int, default=num_images,
         help=f"number of pictures per prompt (default: {num_images})")  # fmt: skip
     add("--batch-size", metavar="N", type=int,
