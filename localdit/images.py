@@ -197,11 +197,38 @@ def lay_over(layer: Image.Image, colour: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, colour), layer).convert("RGB")
 
 
-def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
+def fit_image(
+    image: Image.Image,
+    height: int,
+    width: int,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
     """Scale to `height` x `width` pixels, keeping proportions and cropping two opposite edges."""
     if image.size == (width, height):
         return image
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, (width, height), resampling)
+
+
+def fit_mask(mask: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale a mask as `fit_image` scales its picture, so that thin lines stay marked.
+
+    A pixel that covers a white one is at least as white as it takes to be repainted.
+
+    Raises:
+        ValueError: if all white parts are cropped away.
+    """
+    import numpy as np
+
+    white = Image.fromarray((np.asarray(mask) >= WHITE).astype(np.float32))
+    marked = np.asarray(fit_image(white, height, width, Image.Resampling.BOX)) > 0
+    if not marked.any():
+        raise ValueError(
+            f"all that is white in the mask is cropped away when its picture of {mask.width} x "
+            f"{mask.height} pixels is fitted to {width} x {height}; choose a height and width with "
+            "its proportions"
+        )
+    fitted = np.asarray(fit_image(mask, height, width))
+    return Image.fromarray(np.maximum(fitted, np.where(marked, np.uint8(WHITE), np.uint8(0))))
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -11,7 +11,7 @@ from .config import config_field, inference_settings
 from .core.samplers import make_sampler
 from .core.settings import SamplingSettings
 from .core.text import check_prompts
-from .images import fit_image, load_image, load_mask
+from .images import fit_image, fit_mask, load_image, load_mask
 from .sizes import check_size
 
 __all__ = ["inference", "inference_batches"]
@@ -143,8 +143,9 @@ def inference_batches(
     elif padding_mask_crop is not None:
         raise ValueError("padding_mask_crop is given without a mask; expected the mask, too")
     if padding_mask_crop is None:  # with it, the pipeline scales the surroundings of the mask
-        for name in each.keys() & {"image", "mask_image"}:
-            each[name] = [fit_image(one, config.height, config.width) for one in each[name]]
+        for name, fit in {"image": fit_image, "mask_image": fit_mask}.items():
+            if name in each:
+                each[name] = [fit(one, config.height, config.width) for one in each[name]]
     if latents is not None:
         each["latents"] = _one_each("latents", list(latents), count)
     if seed is not None:

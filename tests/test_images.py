@@ -13,6 +13,7 @@ from PIL import Image, ImageCms
 from localdit import images
 from localdit.images import (
     fit_image,
+    fit_mask,
     image_grid,
     load_image,
     prepare_output_folder,
@@ -328,6 +329,18 @@ def test_fit_keeps_proportions_and_cuts_the_edges():
     assert fit_image(image, 4, 8) is image
     assert set(pixels(fit_image(image, 4, 4))) == {(0, 0, 255)}
     assert fit_image(image, 32, 16).size == (16, 32)
+
+
+def test_thin_lines_of_a_mask_stay_marked():
+    mask = Image.new("L", (512, 512))
+    mask.paste(255, (300, 0, 301, 512))
+    fitted = fit_mask(mask, 32, 32)
+    assert [x for x in range(32) if fitted.getpixel((x, 5)) >= 128] == [18]
+    assert fit_mask(mask, 512, 512).tobytes() == mask.tobytes()
+    soft = Image.linear_gradient("L")
+    assert fit_mask(soft, 256, 256).tobytes() == soft.tobytes()
+    with pytest.raises(ValueError, match="cropped away when its picture of 512 x 512 pixels"):
+        fit_mask(mask, 512, 64)
 
 
 def test_grid():

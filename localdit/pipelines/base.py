@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -36,7 +35,15 @@ from ..core.text import TextCache, TextSpace, check_prompts, unused_negative_pro
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import PIXELS_PER_LATENT
-from .request import CallState, Request, RunningCalls, TextEmbeddings, check_latent_channels
+from .request import (
+    CallState,
+    Request,
+    RunningCalls,
+    TextEmbeddings,
+    check_latent_channels,
+    check_returned,
+    check_text_width,
+)
 from .saving import SavedPipeline
 
 logger = logging.getLogger(__name__)
@@ -259,9 +266,12 @@ class LocalDiTBasePipeline(SavedPipeline):
         if self.vae is not None:
             channels = self.latent_space.format.channels
             check_latent_channels(channels, self.transformer.config.in_channels)
+        caption_channels = self.transformer.config.caption_channels
+        if self.text_encoder is not None and caption_channels is not None:
+            check_text_width(self.text_space.width, caption_channels)
         check_prediction(self.scheduler)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
-        request.check_embeddings(self.transformer.config.caption_channels)
+        request.check_embeddings(caption_channels)
         request.check_prompts(self.text_space.can_encode)
         request.check_noise(self._latents_shape(request))
 
@@ -446,9 +456,6 @@ class LocalDiTBasePipeline(SavedPipeline):
             The denoised latents, `(B, C, H, W)`.
         """
         callback = request.callback_on_step_end
-        callback_inputs = request.callback_on_step_end_tensor_inputs
-        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            callback_inputs = callback.tensor_inputs
         tensors = {"latents": latents.to(self.transformer.dtype), **text._asdict()}
         accepted = inspect.signature(self.scheduler.step).parameters
         options = {"eta": request.eta, "generator": request.generator}
@@ -470,14 +477,16 @@ class LocalDiTBasePipeline(SavedPipeline):
                 if after_step is not None:
                     tensors["latents"] = after_step(tensors["latents"], index)
                 if callback is not None:
-                    shown = {name: tensors[name] for name in callback_inputs}
+                    shown = {name: tensors[name] for name in request.callback_inputs}
                     returned = callback(self, index, timestep, shown) or {}
                     if not isinstance(returned, dict):
                         raise TypeError(
                             "callback_on_step_end must return a dict of tensors or None, got "
                             f"{type(returned).__name__}."
                         )
-                    tensors |= {name: returned[name] for name in tensors if name in returned}
+                    for name in tensors.keys() & returned.keys():
+                        check_returned(name, returned[name], tensors[name])
+                        tensors[name] = returned[name]
                 state.watch(
                     f"The scheduler, or a callback, at step {index + 1} of {steps}",
                     tensors["latents"],

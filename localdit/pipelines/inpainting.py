@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
 
 from ..core.schedulers import initial_scale
 from .image_inputs import REPAINTED, read_images, read_masks, scale_images
@@ -34,19 +35,12 @@ class Canvas:
     Attributes:
         images: `(N, 3, H, W)` in [0, 1].
         masks: `(M, 1, H, W)` in [0, 1], 1 = repaint.
-        boxes: the crop of each of the max(N, M) pairs; None for whole pictures.
+        boxes: the crop of each of the max(N, M) pairs; None to scale whole pictures.
     """
 
     images: torch.Tensor
     masks: torch.Tensor
     boxes: list[Box] | None = None
-
-    @classmethod
-    def scaled(cls, images: torch.Tensor, masks: torch.Tensor, height: int, width: int) -> Canvas:
-        """Return a canvas of whole pictures, scaled to `height` x `width`."""
-        return cls(
-            scale_images(images, height, width), scale_images(masks, height, width, "bilinear")
-        )
 
     @classmethod
     def around_masks(
@@ -56,41 +50,51 @@ class Canvas:
 
         A crop has the proportions of `height` to `width` if the picture is large enough.
         """
+        marked = (masks[:, 0] >= REPAINTED).to("cpu", torch.uint8).numpy() * 255
         regions = [
-            VaeImageProcessor.get_crop_region(mask, width, height, padding)
-            for mask in VaeImageProcessor.numpy_to_pil(
-                (masks >= REPAINTED).float().permute(0, 2, 3, 1).cpu().numpy()
-            )
+            VaeImageProcessor.get_crop_region(Image.fromarray(mask), width, height, padding)
+            for mask in marked
         ]
         count = max(len(images), len(masks))
         return cls(images, masks, [regions[i % len(regions)] for i in range(count)])
 
-    def part(self, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pictures and masks to work on, scaled to `height` x `width`."""
+    def pictures(self, height: int, width: int) -> torch.Tensor:
+        """Return the pictures or their crops, scaled to `height` x `width` pixels."""
+        return torch.cat([scale_images(crop, height, width) for crop in self._crops(self.images)])
+
+    def latents_to_repaint(self, height: int, width: int) -> torch.Tensor:
+        """Return `latents_to_repaint` of the masks or their crops, `(N, 1, height, width)`."""
+        return torch.cat(
+            [latents_to_repaint(crop, height, width) for crop in self._crops(self.masks)]
+        )
+
+    def _crops(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the crop of each row, or all rows whole."""
         if self.boxes is None:
-            return self.images, self.masks
-        count = len(self.boxes)
-        images, masks = [], []
-        for box, image, mask in zip(
-            self.boxes, _rows(self.images, count), _rows(self.masks, count), strict=True
-        ):
-            left, top, right, bottom = box
-            images.append(scale_images(image[None, :, top:bottom, left:right], height, width))
-            crop = mask[None, :, top:bottom, left:right]
-            masks.append(scale_images(crop, height, width, "bilinear"))
-        return torch.cat(images), torch.cat(masks)
+            return [tensor]
+        rows = _rows(tensor, len(self.boxes))[:, None]
+        return [
+            row[..., top:bottom, left:right]
+            for row, (left, top, right, bottom) in zip(rows, self.boxes, strict=True)
+        ]
 
     def put_back(self, pictures: torch.Tensor) -> torch.Tensor:
         """Blend repainted parts `(B, 3, height, width)` into the pictures, weighted by the masks.
 
         Returns:
-            `(B, 3, H, W)` in [0, 1], float32; where the mask is 0, the picture is unchanged.
+            `(B, 3, H, W)` in [0, 1], float32, or `(B, 3, height, width)` without boxes; where the
+            mask is 0, the picture is unchanged.
         """
         images, masks = (
             _rows(whole, len(pictures)).to(pictures.device) for whole in (self.images, self.masks)
         )
         if self.boxes is None:
-            return torch.lerp(images, pictures.float(), masks)
+            size = pictures.shape[-2:]
+            return torch.lerp(
+                scale_images(images, *size),
+                pictures.float(),
+                scale_images(masks, *size, "bilinear"),
+            )
         painted = images.clone()
         repeats = len(pictures) // len(self.boxes)
         for row, picture in enumerate(pictures.float()):
@@ -100,15 +104,16 @@ class Canvas:
         return torch.lerp(images, painted, masks)
 
 
-def latents_to_repaint(masks: torch.Tensor, scale: int, rows: int) -> torch.Tensor:
-    """Return True for each latent that has a pixel to repaint, `(rows, 1, H / scale, W / scale)`.
+def latents_to_repaint(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return True for each latent that covers a pixel to repaint, `(M, 1, height, width)`.
+
+    The masks are not scaled to the size of the drawing first, which would average thin lines away.
 
     Args:
         masks: `(M, 1, H, W)` in [0, 1].
-        scale: pixels along the side of a latent.
-        rows: number of pictures.
+        height, width: the size in latents.
     """
-    return _rows(F.max_pool2d(masks, scale) >= REPAINTED, rows)
+    return F.adaptive_max_pool2d(masks, (height, width)) >= REPAINTED
 
 
 def _rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
@@ -220,22 +225,22 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         self.check_images(images, request)
         self.check_masks(masks, images, padding_mask_crop, request)
         size = request.height, request.width
-        canvas = None
-        if not self.are_latents(images):
+        latent_size = self._latents_shape(request)[2:]
+        if self.are_latents(images):
+            canvas, repaint = None, latents_to_repaint(masks, *latent_size)
+        else:
             canvas = (
-                Canvas.scaled(images, masks, *size)
+                Canvas(images, masks)
                 if padding_mask_crop is None
                 else Canvas.around_masks(images, masks, *size, padding_mask_crop)
             )
-            images, masks = canvas.part(*size)
+            images, repaint = canvas.pictures(*size), canvas.latents_to_repaint(*latent_size)
         with self.running(request):
             schedule = self.set_timesteps(request)
             text = self.encode_request(request)
             encoded = self.encode_images(images, request)
             noise = self.prepare_noise(request)
-            repaint = latents_to_repaint(masks, self.vae_scale_factor, len(encoded)).to(
-                encoded.device
-            )
+            repaint = _rows(repaint, len(encoded)).to(encoded.device)
             start = self.add_noise(encoded, noise, schedule)
             if strength == 1:
                 start = torch.where(repaint, noise * initial_scale(self.scheduler), start)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..core.text import NO_ENCODER, check_prompts, cut_padding
 from ..errors import Field, FieldValueError, Setting
@@ -77,6 +78,14 @@ class Request:
         return self.num_prompts * self.num_images_per_prompt
 
     @property
+    def callback_inputs(self) -> Sequence[str]:
+        """Names of the tensors that the callback gets. Diffusers' own callbacks name theirs."""
+        callback = self.callback_on_step_end
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            return callback.tensor_inputs
+        return self.callback_on_step_end_tensor_inputs
+
+    @property
     def guided(self) -> bool:
         """Whether the negative prompt takes part in any step."""
         start, stop = self.guidance_interval
@@ -99,16 +108,23 @@ class Request:
         check_integer("num_images_per_prompt", self.num_images_per_prompt, 1)
         check_integer("max_sequence_length", self.max_sequence_length, 1)
         check_number("guidance_scale", self.guidance_scale)
+        check_number("eta", self.eta, 0, 1)
         check_interval("guidance_interval", self.guidance_interval)
         check_one_of("output_type", [self.output_type], OUTPUT_TYPES)
+        if not isinstance(self.cross_attention_kwargs, dict | None):
+            raise TypeError(
+                "cross_attention_kwargs must be a dict or None, got "
+                f"{type(self.cross_attention_kwargs).__name__}."
+            )
         for name, value in (self.cross_attention_kwargs or {}).items():
             check_one_of("cross_attention_kwargs", [name], ["scale"])
             check_number("the scale in cross_attention_kwargs", value)
-        check_one_of(
-            "callback_on_step_end_tensor_inputs",
-            self.callback_on_step_end_tensor_inputs,
-            callback_tensors,
-        )
+        if not (self.callback_on_step_end is None or callable(self.callback_on_step_end)):
+            raise TypeError(
+                "callback_on_step_end must be a function or None, got "
+                f"{type(self.callback_on_step_end).__name__}."
+            )
+        check_one_of("callback_on_step_end_tensor_inputs", self.callback_inputs, callback_tensors)
 
     def check_embeddings(self, channels: int) -> None:
         """Refuse embeddings without a mask, or of another shape than `(B, L, channels)`."""
@@ -209,6 +225,15 @@ def check_latent_channels(given: int, wanted: int) -> None:
         )
 
 
+def check_text_width(given: int, wanted: int) -> None:
+    """Raise `ValueError` if a text encoder's states are not as wide as a transformer takes them."""
+    if given != wanted:
+        raise ValueError(
+            f"The text encoder has states of {given} channels, but the transformer takes {wanted}: "
+            "use the text encoder that the transformer was trained with."
+        )
+
+
 def check_generator(generator: Any, batch_size: int) -> None:
     """Refuse anything but None, one `torch.Generator`, or a list with one per picture."""
     if generator is None:
@@ -225,8 +250,27 @@ def check_generator(generator: Any, batch_size: int) -> None:
             )
 
 
+def check_returned(name: str, tensor: Any, before: torch.Tensor | None) -> None:
+    """Refuse what a callback returns in place of `before` in another shape, except the length of
+    text. Without guidance, negative prompts may be None.
+    """
+    if before is None or (tensor is None and name.startswith("negative")):
+        return
+    shape: list[int | None] = list(before.shape)
+    if name != "latents":
+        shape[1] = None  # tokens
+    check_shape(f"The {name} that callback_on_step_end returns", tensor, shape)
+
+
 def check_tensor(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
     """Refuse anything but a tensor of finite values with this shape (None: any length)."""
+    check_shape(name, tensor, shape)
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} contains NaN or infinite values.")
+
+
+def check_shape(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
+    """Refuse anything but a tensor with this shape (None: any length)."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     fits = len(shape) == tensor.ndim and all(
@@ -235,8 +279,6 @@ def check_tensor(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}.")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} contains NaN or infinite values.")
 
 
 def check_one_of(name: str, values: Sequence[Any], available: Sequence[str]) -> None:

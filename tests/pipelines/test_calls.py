@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FirstBlockCacheConfig
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from localdit.core.text import TextCache
 from localdit.pipelines import (
@@ -232,6 +233,27 @@ def test_a_callback_may_return_other_names(pipe):
 def test_a_callback_returns_a_dict_or_none(pipe, returned):
     with pytest.raises(TypeError, match="must return a dict of tensors or None, got"):
         draw(pipe, callback_on_step_end=lambda *_: returned)
+
+
+@pytest.mark.parametrize(
+    ("name", "returned", "message"),
+    [
+        ("latents", torch.zeros(1, 4, 4, 4), r"latents .* must have shape \(1, 4, 8, 8\), got"),
+        ("latents", None, "latents .* must be a torch.Tensor, got NoneType"),
+        ("prompt_embeds", torch.zeros(2, 5, 16), r"prompt_embeds .* shape \(1, any, 16\), got"),
+    ],
+)
+def test_a_callback_returns_tensors_that_fit(pipe, name, returned, message):
+    error = TypeError if returned is None else ValueError
+    with pytest.raises(error, match=f"The {message}"):
+        draw(pipe, callback_on_step_end=lambda *_: {name: returned})
+
+
+def test_diffusers_cutoff_of_guidance_serves_one_picture_alone(pipe):
+    """It keeps the last row of the embeddings, which is another picture's prompt in a batch."""
+    callback = SDCFGCutoffCallback(cutoff_step_index=1, cutoff_step_ratio=None)
+    with pytest.raises(ValueError, match=r"prompt_embeds .* shape \(2, any, 16\), got \(1, "):
+        pipe(["a cat", "a dog"], num_inference_steps=4, callback_on_step_end=callback)
 
 
 # Schedulers

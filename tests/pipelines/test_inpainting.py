@@ -303,8 +303,8 @@ def box_mask(left, top, right, bottom, height=96, width=64):
 
 def test_only_the_masked_part_is_replaced(images):
     mask = box_mask(10, 20, 30, 50)
-    canvas = Canvas.scaled(images, mask, 96, 64)
-    assert torch.equal(torch.cat(canvas.part(96, 64), 1), torch.cat([images, mask], 1))
+    canvas = Canvas(images, mask)
+    assert torch.equal(canvas.pictures(96, 64), images)
     result = canvas.put_back(torch.full((2, 3, 96, 64), 0.25))
     inside = mask.bool().expand(2, 3, -1, -1)
     assert (result[inside] == 0.25).all()
@@ -312,27 +312,30 @@ def test_only_the_masked_part_is_replaced(images):
 
 
 def test_soft_masks_blend(images):
-    canvas = Canvas.scaled(images, torch.full((1, 1, 96, 64), 0.75), 96, 64)
+    canvas = Canvas(images, torch.full((1, 1, 96, 64), 0.75))
     result = canvas.put_back(torch.ones(1, 3, 96, 64))
     torch.testing.assert_close(result, 0.75 + 0.25 * images)
 
 
 def test_pictures_are_scaled_to_the_requested_size(images):
-    canvas = Canvas.scaled(images, box_mask(0, 0, 64, 48), 48, 32)
-    part, mask = canvas.part(48, 32)
-    assert part.shape == (1, 3, 48, 32)
-    assert mask[..., :23, :].min() > 0.5 > mask[..., 25:, :].max()
+    canvas = Canvas(images, box_mask(0, 0, 64, 48))
+    assert canvas.pictures(48, 32).shape == (1, 3, 48, 32)
+    result = canvas.put_back(torch.full((1, 3, 48, 32), 2.0))
+    assert result.shape == (1, 3, 48, 32)
+    assert result[..., :23, :].min() > 1.4
+    assert result[..., 25:, :].max() <= 1
 
 
 def test_the_crop_around_a_mask_is_cut_out_and_put_back(images):
     mask = box_mask(20, 40, 28, 48)
     canvas = Canvas.around_masks(images, mask, 64, 64, padding=4)
     assert canvas.boxes == [(16, 36, 32, 52)]
-    part, part_mask = canvas.part(64, 64)
+    part = canvas.pictures(64, 64)
     assert part.shape == (1, 3, 64, 64)
     torch.testing.assert_close(part.mean(), images[..., 36:52, 16:32].mean(), atol=1e-2, rtol=0)
-    assert part_mask[..., 20:44, 20:44].min() == 1
-    assert part_mask[..., :12, :].max() == 0
+    repaint = canvas.latents_to_repaint(8, 8)
+    assert repaint[..., 2:6, 2:6].all()
+    assert repaint.sum() == 16
     result = canvas.put_back(torch.full((1, 3, 64, 64), 0.25))
     inside = mask.bool().expand(1, 3, -1, -1)
     torch.testing.assert_close(result[inside], torch.full_like(result[inside], 0.25))
@@ -354,7 +357,7 @@ def test_faint_values_do_not_widen_the_crop(images):
 def test_pictures_use_the_mask_of_their_prompt(images):
     masks = torch.cat([box_mask(20, 40, 28, 48), box_mask(0, 0, 16, 16)])
     for canvas in (
-        Canvas.scaled(images, masks, 96, 64),
+        Canvas(images, masks),
         Canvas.around_masks(images, masks, 96, 64, 0),
     ):
         pictures = torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 96, 64) / 8
@@ -367,7 +370,28 @@ def test_pictures_use_the_mask_of_their_prompt(images):
 
 def test_a_latent_is_repainted_if_any_of_its_pixels_is():
     masks = torch.cat([box_mask(17, 40, 18, 41), 0.4 * box_mask(0, 0, 64, 96)])
-    repaint = latents_to_repaint(masks, 8, rows=4)
-    assert repaint.shape == (4, 1, 12, 8)
-    assert repaint.sum(dim=(1, 2, 3)).tolist() == [1, 1, 0, 0]
-    assert repaint[1, 0, 5, 2]
+    repaint = latents_to_repaint(masks, 12, 8)
+    assert repaint.shape == (2, 1, 12, 8)
+    assert repaint.sum(dim=(1, 2, 3)).tolist() == [1, 0]
+    assert repaint[0, 0, 5, 2]
+
+
+@pytest.mark.parametrize("padding", [None, 0, 100])
+def test_thin_lines_are_repainted_in_a_picture_that_is_scaled_down(inpaint, seeded, padding):
+    """Scaling averages a line of two pixels to a quarter of white, which marks nothing."""
+    image = torch.rand(3, 512, 512, generator=seeded())
+    mask = box_mask(250, 0, 252, 512, 512, 512)[0]
+    size = {"height": 64, "width": 64, "padding_mask_crop": padding}
+    cat, dog = (
+        repaint(inpaint, image, mask, prompt=prompt, **size)[0] for prompt in ("a cat", "a dog")
+    )
+    assert not torch.equal(cat, dog)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (1, 1)])
+@pytest.mark.parametrize("padding", [None, 4])
+def test_pictures_of_one_pixel_along_a_side(inpaint, shape, padding):
+    image, mask = torch.rand(3, *shape), torch.ones(1, *shape)
+    size = {"height": 64, "width": 64, "padding_mask_crop": padding}
+    result = repaint(inpaint, image, mask, **size)
+    assert result.shape == (1, 3, *((64, 64) if padding is None else shape))

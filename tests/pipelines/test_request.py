@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.callbacks import SDXLCFGCutoffCallback
+from transformers import T5Config, T5EncoderModel
 
+from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.request import (
     check_generator,
     check_integer,
@@ -28,6 +31,12 @@ NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
         ({"guidance_scale": "2"}, ValueError, "guidance_scale"),
         ({"output_type": "jpeg"}, ValueError, "output_type: 'jpeg' is not one of pil, np, pt, "),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "'noise' is not one of l"),
+        ({"callback_on_step_end": SDXLCFGCutoffCallback()}, ValueError, "'add_time_ids' is not"),
+        ({"callback_on_step_end": 5}, TypeError, "callback_on_step_end must be a function or None"),
+        ({"cross_attention_kwargs": [1]}, TypeError, "must be a dict or None, got list"),
+        ({"eta": 1.5}, ValueError, "eta must be a number from 0 to 1, got 1.5"),
+        ({"eta": float("nan")}, ValueError, "eta must be a number from 0 to 1"),
+        ({"eta": "0.5"}, ValueError, "eta must be a number from 0 to 1"),
         ({"prompt": None}, ValueError, "either prompt or prompt_embeds"),
         ({"prompt": []}, ValueError, "prompt is an empty list"),
         ({"prompt": 5}, TypeError, "prompt must be a str or a list"),
@@ -79,6 +88,13 @@ def test_bad_arguments_are_refused_before_any_work(
         pipe(**{"prompt": "a cat", **arguments})
     assert not calls
     assert not encodings
+
+
+def test_a_text_encoder_of_another_width_is_refused(pipe):
+    wide = T5EncoderModel(T5Config(d_model=24, d_kv=8, num_heads=2, num_layers=1, d_ff=16))
+    pipe = LocalDiTPipeline(**{**pipe.components, "text_encoder": wide})
+    with pytest.raises(ValueError, match="states of 24 channels, but the transformer takes 16"):
+        pipe("a cat")
 
 
 def test_prompts_need_a_text_encoder_or_embeddings(pipe):
