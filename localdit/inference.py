@@ -112,6 +112,8 @@ def inference_batches(
     The arguments are those of `inference`, and are checked in this call. `callback_on_step_end` is
     that of the pipelines.
     """
+    from .pipelines.request import check_generator, check_integer
+
     for side in ("height", "width"):
         multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
         check_size(config_field(side), getattr(config, side), multiple)
@@ -128,7 +130,7 @@ def inference_batches(
         each["negative_prompt"] = check_prompts(negatives, "neg_prompts")
     _warn_of_settings(SamplingSettings.of(pipe.config), settings)
     if config.sampler is not None:
-        made = make_sampler(config.sampler, pipe.scheduler)
+        made = make_sampler(config.sampler, pipe.scheduler, settings["num_inference_steps"])
         pipe = _sibling(pipe, type(pipe), scheduler=made)
     if image is not None:
         pipe = _of_task(pipe, "Img2Img" if mask is None else "Inpaint")
@@ -142,7 +144,9 @@ def inference_batches(
         settings["padding_mask_crop"] = padding_mask_crop
     elif padding_mask_crop is not None:
         raise ValueError("padding_mask_crop is given without a mask; expected the mask, too")
-    if padding_mask_crop is None:  # with it, the pipeline scales the surroundings of the mask
+    if padding_mask_crop is not None:
+        check_integer("padding_mask_crop", padding_mask_crop, 0)
+    else:  # with it, the pipeline scales the surroundings of the mask
         for name, fit in {"image": fit_image, "mask_image": fit_mask}.items():
             if name in each:
                 each[name] = [fit(one, config.height, config.width) for one in each[name]]
@@ -151,16 +155,27 @@ def inference_batches(
     if seed is not None:
         if generator is not None:
             raise ValueError("seed and generator are both given; expected one of them")
-        import torch
-
-        # On the CPU, a seed gives the same picture on every device.
-        each["generator"] = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
+        each["generator"] = _generators(seed, count)
     elif isinstance(generator, Sequence):
         each["generator"] = _one_each("generator", generator, count)
+        check_generator(each["generator"], count)
     else:
+        check_generator(generator, count)
         settings["generator"] = generator
     settings["callback_on_step_end"] = callback_on_step_end
     return _run(pipe, each, settings, config.batch_size, progress)
+
+
+def _generators(seed: int, count: int) -> list[torch.Generator]:
+    """Return a generator per picture. On the CPU, a seed gives the same picture on every device."""
+    import torch
+
+    from .pipelines.request import check_integer
+
+    check_integer("seed", seed, -(2**63))
+    if seed > 2**64 - count:
+        raise ValueError(f"seed is {seed}; expected seeds below 2**64 for all {count} pictures")
+    return [torch.Generator("cpu").manual_seed(int(seed) + i) for i in range(count)]
 
 
 def _run(

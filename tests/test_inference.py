@@ -89,7 +89,7 @@ def test_the_sampler_of_the_config_draws_and_the_pipeline_keeps_its_own(pipe, co
 
 
 def test_equals_the_pipeline(pipe, config):
-    images = inference(pipe, PROMPTS[:1], "bad", config, seed=5)
+    images = inference(pipe, PROMPTS[:1], "bad", config, seed=np.int64(5))
     expected = pipe(
         PROMPTS[0],
         negative_prompt="bad",
@@ -229,7 +229,16 @@ def test_bad_input_is_found_before_sampling(pipe, config, spy, tmp_path):
     small = Image.new("L", (8, 8), "white")
     refuses("the mask has 8 x 8 pixels; expected the picture's 48 x 64", image=image, mask=small)
     refuses("nothing in the mask is white", image=image, mask=image)
+    white = Image.new("L", image.size, "white")
+    pictures = {"image": image, "mask": white}
+    refuses("padding_mask_crop must be an integer of at least 0", **pictures, padding_mask_crop=-1)
+    left = masked((480, 64), (0, 0, 48, 64))
+    refuses("cropped away", image=Image.new("RGB", left.size), mask=left)
     refuses("seed and generator", seed=1, generator=torch.Generator())
+    for seed in (True, "7", 1.5, torch.tensor(3), -(2**63) - 1):
+        refuses("seed must be an integer of at least", seed=seed)
+    refuses(r"seed is .* expected seeds below 2\*\*64 for all 3 pictures", seed=2**64 - 1)
+    refuses("generator must be a torch.Generator", generator=5, error=TypeError)
     refuses(r"gone\.png", image=tmp_path / "gone.png", error=FileNotFoundError)
     (tmp_path / "text.png").write_text("text")
     refuses("is not an image", image=tmp_path / "text.png")

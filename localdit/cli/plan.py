@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -149,6 +150,9 @@ def plan(
             raise ValueError(f"--num-images is {args.num_images}; expected at least 1")
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**63")
+        padding = options.get("padding_mask_crop")
+        if padding is not None and padding < 0:
+            raise ValueError(f"--padding-mask-crop is {padding}; expected at least 0")
         image_size = _check_pictures(image, mask)
         count = len(prompts) * args.num_images
         output = plan_output(args.output, stem, count, grid=args.grid, overwrite=args.overwrite)
@@ -171,7 +175,7 @@ def plan(
         grid=args.grid,
         image=image,
         mask=mask,
-        padding_mask_crop=options.get("padding_mask_crop"),
+        padding_mask_crop=padding,
     )
 
 
@@ -273,7 +277,8 @@ def _check_files(config: Config) -> None:
     if config.sampler is not None:
         source = part_source(config, "scheduler", checkpoint)
         if not is_hub_name(source):
-            check_sampler(config.sampler, scheduler_config(locate(PARTS["scheduler"], source)))
+            found = scheduler_config(locate(PARTS["scheduler"], source))
+            check_sampler(config.sampler, found, inference_settings(config)["num_inference_steps"])
 
 
 def _loras(args: argparse.Namespace) -> dict[str, float]:
@@ -286,6 +291,9 @@ def _loras(args: argparse.Namespace) -> dict[str, float]:
             f"--lora-scale is given {len(scales)} times for {len(args.lora)} LoRAs; expected "
             "one per LoRA, or none"
         )
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise ValueError(f"--lora-scale is {scale}; expected a finite number")
     if importlib.util.find_spec("peft") is None:
         raise ImportError('--lora needs peft: pip install "localdit[lora]"')
     for name in args.lora:

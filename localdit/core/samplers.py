@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import config_field
-from ..errors import FieldValueError
+from ..errors import Field, FieldValueError
 
 __all__ = ["make_sampler", "suitable_samplers"]
 
 logger = logging.getLogger(__name__)
 
+LCM_LEVELS = 50  # noise levels of LCM's schedulers unless the model was trained on others
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 OF_MODEL = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
@@ -37,17 +38,20 @@ class Sampler:
         diffusion: scheduler of Diffusers for models that predict noise or velocity.
         flow: scheduler for models of flow matching; None if there is none.
         settings: arguments of the scheduler.
+        least_steps: the fewest steps that give pictures of a diffusion model.
     """
 
     diffusion: str
     flow: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    least_steps: int = 1
 
 
 _DPM = "DPMSolverMultistepScheduler"
-# Diffusers' defaults do not fit: latents exceed the range that a clipped sample is cut to, and
-# DDIM's steps are as long as those between evenly spaced timesteps.
-_EVEN = {"clip_sample": False, "timestep_spacing": "trailing"}
+# Diffusers' defaults do not fit: the first of few steps has to start at the noisiest timestep (Lin
+# et al., 2024, section 3.3), and latents exceed the range that a clipped sample is cut to.
+_TRAILING = {"timestep_spacing": "trailing"}
+_UNCLIPPED = {"clip_sample": False, **_TRAILING}
 # The first is that of the released model and of the model in the box. PNDM is left out: if it
 # starts from a picture, it ends before the noise is gone.
 SAMPLERS = {
@@ -55,11 +59,13 @@ SAMPLERS = {
     "dpm++2m-karras": Sampler(_DPM, settings={"use_karras_sigmas": True}),
     "dpm++2m-sde": Sampler(_DPM, _DPM, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": Sampler("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
-    "euler": Sampler("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
-    "euler-a": Sampler("EulerAncestralDiscreteScheduler"),
-    "heun": Sampler("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-    "ddim": Sampler("DDIMScheduler", settings=_EVEN),
-    "ddpm": Sampler("DDPMScheduler", settings=_EVEN),
+    "euler": Sampler("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", _TRAILING),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler", settings=_TRAILING),
+    "heun": Sampler(
+        "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", _TRAILING, least_steps=5
+    ),
+    "ddim": Sampler("DDIMScheduler", settings=_UNCLIPPED),
+    "ddpm": Sampler("DDPMScheduler", settings=_UNCLIPPED),
     "lcm": Sampler("LCMScheduler", "FlowMatchLCMScheduler"),
 }
 
@@ -92,12 +98,15 @@ def suitable_samplers(scheduler_config: Mapping[str, Any]) -> list[str]:
     return [name for name, sampler in SAMPLERS.items() if _class_name(sampler, kind)]
 
 
-def check_sampler(name: str, scheduler_config: Mapping[str, Any]) -> None:
-    """Refuse a sampler that does not exist, or that can't take the model's prediction.
+def check_sampler(
+    name: str, scheduler_config: Mapping[str, Any], num_inference_steps: int | None = None
+) -> None:
+    """Refuse a sampler that does not exist or does not suit the model, or too few steps.
 
     Args:
         name: one of `SAMPLERS`.
         scheduler_config: of the model's scheduler, as `scheduler_config.json` has it.
+        num_inference_steps: the number of steps, if it is known.
 
     Raises:
         ValueError: the message lists those that suit the model; a `FieldError`.
@@ -113,9 +122,19 @@ def check_sampler(name: str, scheduler_config: Mapping[str, Any]) -> None:
             else "and there is no sampler of that name",
             suitable=", ".join(suitable) or f"none, as its scheduler is for {kind!r}",
         )
+    least = SAMPLERS[name].least_steps if kind != "flow" else 1
+    if num_inference_steps is not None and num_inference_steps < least:
+        raise FieldValueError(
+            "{field} is {steps}, but the sampler {name!r} needs at least {least}; take more steps, "
+            "or another sampler, such as 'euler'",
+            field=Field("num_inference_steps"),
+            steps=num_inference_steps,
+            name=name,
+            least=least,
+        )
 
 
-def make_sampler(name: str, scheduler: Any) -> Any:
+def make_sampler(name: str, scheduler: Any, num_inference_steps: int | None = None) -> Any:
     """Return a scheduler of Diffusers by name, for the model of another scheduler.
 
     A warning is logged if only one of the two is for few-step models.
@@ -123,6 +142,7 @@ def make_sampler(name: str, scheduler: Any) -> Any:
     Args:
         name: one of `SAMPLERS`.
         scheduler: a scheduler of the model, such as `pipe.scheduler`.
+        num_inference_steps: the number of steps, if it is known.
 
     Raises:
         ValueError: as `check_sampler` does; or the sampler lacks a setting of the noise schedule.
@@ -130,7 +150,7 @@ def make_sampler(name: str, scheduler: Any) -> Any:
     import diffusers
 
     config = config_of(scheduler)
-    check_sampler(name, config)
+    check_sampler(name, config, num_inference_steps)
     kind, sampler = prediction_type_of(config), SAMPLERS[name]
     class_name = _class_name(sampler, kind)
     assert class_name is not None
@@ -143,7 +163,7 @@ def make_sampler(name: str, scheduler: Any) -> Any:
             field=config_field("sampler"),
             name=name,
         )
-    _warn_of_few_steps(name, config["_class_name"], class_name)
+    _warn_of_few_steps(name, config, class_name)
     if kind == "flow":
         shift = config.get("shift" if "FlowMatch" in config["_class_name"] else "flow_shift", 1.0)
         of_model = {
@@ -155,8 +175,12 @@ def make_sampler(name: str, scheduler: Any) -> Any:
         }
     else:
         of_model = {one: config[one] for one in OF_MODEL if one in config}
-    of_model = {one: value for one, value in of_model.items() if one in accepted}
-    return made(**of_model, **sampler.settings)
+    given = {one: value for one, value in (of_model | sampler.settings).items() if one in accepted}
+    result = made(**given)
+    levels = of_model.get("original_inference_steps", LCM_LEVELS)
+    if levels != LCM_LEVELS:  # kept for the next scheduler that is made from this one
+        result.register_to_config(original_inference_steps=levels)
+    return result
 
 
 def _class_name(sampler: Sampler, prediction_type: str) -> str | None:
@@ -166,13 +190,15 @@ def _class_name(sampler: Sampler, prediction_type: str) -> str | None:
     return sampler.diffusion if prediction_type in ("epsilon", "v_prediction") else None
 
 
-def _warn_of_few_steps(name: str, before: str, now: str) -> None:
-    """Log a warning if only one of two schedulers is for few-step models."""
-    few, chosen = before in FEW_STEP_SCHEDULERS, now in FEW_STEP_SCHEDULERS
+def _warn_of_few_steps(name: str, config: Mapping[str, Any], now: str) -> None:
+    """Log a warning if only one of model and sampler is for few steps."""
+    own_levels = config.get("original_inference_steps", LCM_LEVELS) != LCM_LEVELS
+    few = own_levels or config["_class_name"] in FEW_STEP_SCHEDULERS
+    chosen = now in FEW_STEP_SCHEDULERS
     if few and not chosen:
         logger.warning(
-            "The model is made for few steps with %s; the sampler %r may give poor pictures.",
-            before,
+            "The model is made for few steps with a sampler such as 'lcm'; the sampler %r may give "
+            "poor pictures.",
             name,
         )
     if chosen and not few:

@@ -116,7 +116,7 @@ def local_file(
             file.
         ValueError: if the folder holds several files and none was named.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():

@@ -16,7 +16,7 @@ from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils import USE_PEFT_BACKEND
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, create_repo
-from huggingface_hub.utils import EntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError, HFValidationError
 
 from ..checkpoint.loading import require_savable
 from ..checkpoint.reading import open_files
@@ -301,6 +301,12 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
                 )
             except RecursionError:
                 raise ValueError(f"{source}: its metadata is nested too deep.") from None
+            except (OSError, HFValidationError) as error:
+                raise OSError(
+                    f"The LoRA {source} could not be fetched from the Hugging Face hub "
+                    f"({type(error).__name__}: {error}). Give a local file or folder, or check the "
+                    "name and the connection."
+                ) from error
         if not isinstance(source, dict):  # for a dict, Diffusers warns about what it cannot use
             lora.require_adapter(tensors, str(source))
         lora.require_no_text_encoder(tensors)

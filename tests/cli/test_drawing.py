@@ -357,6 +357,8 @@ MISTAKES = [
     ("generate", ["a", "-o", "photo.png"], "photo.png already exists"),
     ("generate", ["a", "-o", "a.webp"], "pictures are saved as PNG: a.png"),
     ("generate", ["a", "--lora-scale", "1"], "--lora-scale is given 1 times for 0 LoRAs"),
+    ("generate", ["a", "--lora", "x/y", "--lora-scale", "nan"], "--lora-scale is nan; expected a"),
+    ("generate", ["a", "--sampler", "heun", "--steps", "4"], "the sampler 'heun' needs at least 5"),
     ("generate", ["a", "--lora", "gone.safetensors"], "--lora"),
     ("generate", ["a", "--model", "broken.safetensors"], "broken.safetensors"),
     ("edit", ["gone.png", "a"], "gone.png: there is no such image file"),
@@ -374,6 +376,11 @@ MISTAKES = [
     ("inpaint", ["photo.png", "small.png", "a"], "48 x 48 pixels; expected the picture's 96 x 48"),
     ("inpaint", ["photo.png", "black.png", "a"], "nothing in black.png is white"),
     ("inpaint", ["photo.png", "clear.png", "a"], "clear.png has transparency"),
+    (
+        "inpaint",
+        ["photo.png", "photo.png", "a", "--padding-mask-crop", "-5"],
+        "--padding-mask-crop is -5; expected at least 0",
+    ),
 ]
 
 

@@ -1,11 +1,14 @@
 """Samplers by name: what they are, what they keep of the model, and what they refuse."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
 
 from localdit.core.diffusion import NOISE_SCHEDULE, Objective
 from localdit.core.samplers import (
+    LCM_LEVELS,
     SAMPLERS,
     check_sampler,
     config_of,
@@ -17,17 +20,18 @@ from localdit.pipelines import LocalDiTImg2ImgPipeline
 from tests.core.test_diffusion import Oracle
 from tests.tiny import tiny_pipeline
 
-EVEN = {"clip_sample": False, "timestep_spacing": "trailing"}
+TRAILING = {"timestep_spacing": "trailing"}
+UNCLIPPED = {"clip_sample": False, **TRAILING}
 BY_HAND = {  # class and settings beside noise schedule and prediction type
     "dpm++2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
     "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpm++2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", EVEN),
-    "ddpm": ("DDPMScheduler", EVEN),
+    "euler": ("EulerDiscreteScheduler", TRAILING),
+    "euler-a": ("EulerAncestralDiscreteScheduler", TRAILING),
+    "heun": ("HeunDiscreteScheduler", TRAILING),
+    "ddim": ("DDIMScheduler", UNCLIPPED),
+    "ddpm": ("DDPMScheduler", UNCLIPPED),
     "lcm": ("LCMScheduler", {}),
 }
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -173,8 +177,8 @@ def test_a_noise_schedule_that_a_sampler_lacks_is_refused():
 @pytest.mark.parametrize(
     ("before", "name", "warning"),
     [
-        (diffusers.LCMScheduler, "euler", "made for few steps with LCMScheduler"),
-        (diffusers.FlowMatchLCMScheduler, "euler", "made for few steps with FlowMatchLCM"),
+        (diffusers.LCMScheduler, "euler", "made for few steps with a sampler such"),
+        (diffusers.FlowMatchLCMScheduler, "euler", "made for few steps with a sampler such"),
         (diffusers.DDIMScheduler, "lcm", "for few-step models, and this is not one"),
         (diffusers.TCDScheduler, "lcm", ""),
         (diffusers.FlowMatchLCMScheduler, "lcm", ""),
@@ -190,3 +194,16 @@ def test_few_step_models_and_samplers_are_warned_of(before, name, warning, caplo
 def test_lcm_keeps_the_timesteps_that_a_few_step_model_was_trained_on():
     trained = diffusers.LCMScheduler(original_inference_steps=8, prediction_type="v_prediction")
     assert make_sampler("lcm", trained).config.original_inference_steps == 8
+    for name in BY_HAND:
+        made = make_sampler("lcm", make_sampler(name, trained))
+        assert made.config.original_inference_steps == 8
+    parameters = inspect.signature(diffusers.LCMScheduler).parameters
+    assert parameters["original_inference_steps"].default == LCM_LEVELS
+
+
+def test_a_sampler_that_needs_steps_is_refused_with_fewer():
+    start = diffusers.DDIMScheduler()
+    make_sampler("heun", start, 5)
+    make_sampler("heun", diffusers.FlowMatchEulerDiscreteScheduler(), 2)
+    with pytest.raises(ValueError, match="num_inference_steps is 4, but the sampler 'heun' needs"):
+        make_sampler("heun", start, 4)

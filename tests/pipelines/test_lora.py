@@ -307,6 +307,13 @@ def test_diffusers_warns_about_missing_or_unknown_names_in_a_dict(pipe, files, m
     assert torch.equal(draw(pipe), bare)
 
 
+@pytest.mark.parametrize("name", ["nosuch/lora", "no such/lora"])
+def test_a_lora_that_cannot_be_fetched_is_named(pipe, name):
+    here = {"weight_name": "lora.safetensors", "local_files_only": True}
+    with pytest.raises(OSError, match=f"(?s)The LoRA {name} could not be fetched .* local file"):
+        pipe.load_lora_weights(name, **here)
+
+
 def test_files_without_weights_are_refused(pipe, files, tmp_path):
     class Evil:
         def __reduce__(self):
