@@ -147,9 +147,11 @@ def inference_batches(
     if padding_mask_crop is not None:
         check_integer("padding_mask_crop", padding_mask_crop, 0)
     else:  # with it, the pipeline scales the surroundings of the mask
-        for name, fit in {"image": fit_image, "mask_image": fit_mask}.items():
-            if name in each:
-                each[name] = [fit(one, config.height, config.width) for one in each[name]]
+        size = config.height, config.width
+        if image is not None:
+            each["image"] = [fit_image(one, *size) for one in each["image"]]
+        if mask is not None:
+            each["mask_image"] = [fit_mask(one, *size) for one in each["mask_image"]]
     if latents is not None:
         each["latents"] = _one_each("latents", list(latents), count)
     if seed is not None:

@@ -175,7 +175,8 @@ def make_sampler(name: str, scheduler: Any, num_inference_steps: int | None = No
         }
     else:
         of_model = {one: config[one] for one in OF_MODEL if one in config}
-    given = {one: value for one, value in (of_model | sampler.settings).items() if one in accepted}
+    settings = {**of_model, **sampler.settings}
+    given = {one: value for one, value in settings.items() if one in accepted}
     result = made(**given)
     levels = of_model.get("original_inference_steps", LCM_LEVELS)
     if levels != LCM_LEVELS:  # kept for the next scheduler that is made from this one

@@ -89,12 +89,10 @@ class Canvas:
             _rows(whole, len(pictures)).to(pictures.device) for whole in (self.images, self.masks)
         )
         if self.boxes is None:
-            size = pictures.shape[-2:]
-            return torch.lerp(
-                scale_images(images, *size),
-                pictures.float(),
-                scale_images(masks, *size, "bilinear"),
-            )
+            height, width = pictures.shape[-2:]
+            images = scale_images(images, height, width)
+            masks = scale_images(masks, height, width, "bilinear")
+            return torch.lerp(images, pictures.float(), masks)
         painted = images.clone()
         repeats = len(pictures) // len(self.boxes)
         for row, picture in enumerate(pictures.float()):
