@@ -300,7 +300,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
         (["--transformer-config", "wide.json"], "takes captions of 4096 channels"),
         (
             ["--output", str(ROOT / "tests")],
-            "is not empty. Resume the run in it",
+            "is not empty and holds no run. Choose another folder",
         ),
         (["--validation-samples", "8"], "held out for validation"),
         (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),

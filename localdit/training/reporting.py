@@ -20,7 +20,7 @@ from localdit.files import whole_file
 from localdit.training.data.buckets import describe_crops, left_out
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData, unknown_captions
-from localdit.training.run_folder import RunFolder
+from localdit.training.run_folder import BROKEN, METRICS, SAMPLES, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ class Reporter:
 
     def _draw_curves(self) -> None:
         """Draw `curves.png`, once a loss has been logged."""
-        metrics = self.run.path / "metrics.jsonl"
+        metrics = self.run.path / METRICS
 
         def draw() -> None:
             if metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
@@ -129,7 +129,7 @@ class Reporter:
 
     def samples(self, step: int, ids: Sequence[str], loss: float | None) -> None:
         """Log the samples of this process in a step, and the loss of the step."""
-        name = f"samples-{self.accelerator.process_index}.jsonl"
+        name = SAMPLES.format(rank=self.accelerator.process_index)
         line = {"step": step, "loss": loss, "samples": list(ids)}
         self._write(lambda: self.run.log(line, name))
 
@@ -137,7 +137,7 @@ class Reporter:
         """Log a sample that turned out to be broken when it was read."""
         if self.main:
             line = {"step": self.step + 1, **fault._asdict()}
-            self._write(lambda: self.run.log(line, "broken.jsonl"))
+            self._write(lambda: self.run.log(line, BROKEN))
 
     def pictures(self, images: Sequence[Image.Image], step: int) -> None:
         """Save validation pictures, and log them to the trackers."""

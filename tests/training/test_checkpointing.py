@@ -16,7 +16,6 @@ from localdit.training.checkpointing import (
     new_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
-    remove_unfinished,
     set_aside_after,
     verify_checkpoint,
 )
@@ -184,16 +183,6 @@ def test_damaged_checkpoints_never_displace_later_ones(tmp_path):
     assert sorted(os.listdir(tmp_path))[2:] == ["set-aside-200", "set-aside-300"]
     save(tmp_path, 200)
     assert len(set_aside_after(tmp_path, 120)) == 1  # a second time, in the place of the first
-
-
-def test_unfinished_files_and_folders_of_a_killed_run_are_removed(tmp_path):
-    save(tmp_path, 1)
-    (tmp_path / ".checkpoint-2.tmp").mkdir()
-    (tmp_path / ".checkpoint-1.old.tmp").mkdir()
-    (tmp_path / ".config.json.12ab34cd.tmp").write_text("{")
-    (tmp_path / ".mine").mkdir()
-    remove_unfinished(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".mine", "checkpoint-1"]
 
 
 def test_a_write_error_leaves_the_last_checkpoint_intact(tmp_path):
