@@ -419,6 +419,23 @@ def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp
     assert (written["num_inference_steps"], written["guidance_scale"]) == (20, 7.0)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_start_of_a_resumed_run_has_no_effect(adapters, train, workplace, tmp_path, capsys):
+    shutil.copytree(workplace / "pipeline", tmp_path / "guided")
+    index = tmp_path / "guided/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance_scale": 2.5}))
+    more = ["--lora-rank", "2"] if adapters else []
+    run = train("run", "--transformer", tmp_path / "guided/transformer", "--max-train-steps", "2",
+                *more)  # fmt: skip
+    train("run", "--resume", "auto", "--transformer", workplace / "pipeline/transformer", *more)
+    printed = capsys.readouterr().out
+    has_none = ", without effect: weights and settings are those of the checkpoint" in printed
+    assert "Changed since: transformer: " in printed and has_none == (not adapters)
+    if not adapters:
+        assert f"parameters are trained, from {run}/checkpoint-2/transformer" in printed
+        assert json.loads((run / "final/model_index.json").read_text())["guidance_scale"] == 2.5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

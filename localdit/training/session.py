@@ -88,7 +88,10 @@ class Session:
         self.saved = progress.step
         self.reporter.say(f"Resuming from {checkpoint}, after step {progress.step:,}.")
         for name, old, new in changes:
-            self.reporter.say(f"Changed since: {name}: {old} -> {new}")
+            text = f"Changed since: {name}: {old} -> {new}"
+            if name == "transformer" and self.args.lora_rank is None:
+                text += ", without effect: weights and settings are those of the checkpoint"
+            self.reporter.say(text)
         stage = stage_of_step(self.args.stages, progress.step)
         if progress.step > stage.first_step:
             global_batch = stage.global_batch(self.accelerator.num_processes)
@@ -259,7 +262,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     if args.resume:
         settle(checkpoint)
     set_seed(args.seed)  # the models start the same in every process
-    models = agreement.on_all(lambda: load_models(args, data, accelerator))
+    models = agreement.on_all(lambda: load_models(args, data, accelerator, checkpoint))
     method = models.method
     method.set_sample_size(args.stages[0].image_size // models.latents.pixels_per_latent)
     state = agreement.on_all(lambda: make_state(args, method, accelerator))
