@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline
 from localdit.training.checkpointing import read_manifest
+from localdit.training.methods import fine_tuning
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
 
@@ -234,6 +235,53 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(train, caps
     for folder in run.glob("checkpoint-*"):
         assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
     assert not (run / "final").exists()
+
+
+@pytest.fixture
+def not_finite_in(monkeypatch):
+    """Make the loss of some steps NaN."""
+    sound, calls = fine_tuning.denoising_errors, []
+
+    def make(steps):
+        def errors(prediction, target):
+            calls.append(1)
+            return sound(prediction, target) * (float("nan") if len(calls) in steps else 1.0)
+
+        calls.clear()
+        monkeypatch.setattr(fine_tuning, "denoising_errors", errors)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "kept", "status"),
+    [
+        (range(4, 99), 1, ["2", "3"], 1),  # diverged
+        ([2], 2, ["3", "4"], 0),  # a sample is bad: the checkpoint waits for the next step
+        ([5], 1, ["3", "4", "5"], 0),  # the last step is saved, and displaces no other
+    ],
+)
+def test_checkpoints_of_skipped_steps_displace_no_others(
+    steps, interval, kept, status, train, not_finite_in, capsys
+):
+    not_finite_in(steps)
+    last = 4 if interval == 2 else 5 if status == 0 else 20
+    run = train("run", "--save-interval", interval, "--max-train-steps", last, expect=status)
+    assert sorted(run.glob("checkpoint-*")) == [run / f"checkpoint-{step}" for step in kept]
+    if status:
+        not_finite_in([])
+        train("run", "--resume", "auto", "--learning-rate", "1e-4", "--max-train-steps", "6")
+        assert "checkpoint-3, after step 3." in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, capsys):
+    train("run", "--max-train-steps", "2", "--save-interval", "1")
+    more = ["--resume", "auto", "--weight-decay", "inf", "--max-train-steps", "3"]
+    run = train("run", *more, expect=1)
+    assert "The weights after step 3 are not finite" in capsys.readouterr().err
+    train("new", "--weight-decay", "inf", "--max-train-steps", "1", expect=1)
+    folders = [*run.parent.glob("new/*/"), *run.glob("checkpoint-*")]
+    assert sorted(folders) == [run / "checkpoint-1", run / "checkpoint-2"]
 
 
 def test_broken_pictures_are_skipped_and_listed(train, workplace, tmp_path):

@@ -6,12 +6,13 @@ import argparse
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from localdit.checkpoint.reading import is_finite
 from localdit.files import (
     LOCK,
     has_files,
@@ -39,6 +40,8 @@ from localdit.training.options import METHOD_OPTIONS
 from localdit.training.post_hoc_ema import SNAPSHOT, write_snapshot
 
 if TYPE_CHECKING:
+    import torch
+
     from localdit.training.results import ResultFolder
     from localdit.training.state import Snapshot
 
@@ -175,15 +178,22 @@ class RunFolder:
             _write_whole(file, secrets.token_hex(8))
         return file.read_text(encoding="utf-8")
 
-    def save_checkpoint(self, result: ResultFolder, snapshot: Snapshot, keep: int) -> None:
+    def save_checkpoint(self, result: ResultFolder, snapshot: Snapshot, keep: int | None) -> None:
         """Write a checkpoint, verify it, and only then delete the oldest ones.
 
         A snapshot for post-hoc EMA is written before it, and stays.
 
+        Args:
+            result: writes the averages.
+            snapshot: the state.
+            keep: how many checkpoints are kept, at least 2; None for all.
+
         Raises:
             OSError: if it can't be written; earlier checkpoints are untouched.
+            ValueError: if weights are not finite; nothing is written.
         """
         step = snapshot.values["progress"]["step"]
+        _require_finite(step, snapshot.weights())
         try:
             if snapshot.profiles and (updates := snapshot.values["ema_updates"]):
                 with verified_folder(self.path / f"{SNAPSHOT}-{step}", step) as folder:
@@ -196,17 +206,37 @@ class RunFolder:
                 f"The checkpoint of step {step} could not be written to {self.path}: {error}. "
                 "Earlier checkpoints are untouched: free some space, and resume with --resume auto."
             ) from error
-        remove_old_checkpoints(self.path, keep)
+        if keep is not None:
+            remove_old_checkpoints(self.path, keep)
 
     def save_pictures(self, images: Sequence[Image.Image], step: int) -> None:
         """Write `validation/N.png`, the pictures side by side."""
         (self.path / "validation").mkdir(exist_ok=True)
         save_image(image_grid(images), self.path / "validation" / f"{step:08d}.png")
 
-    def save_final(self, result: ResultFolder, averages: Mapping[str, Any], step: int) -> None:
-        """Write `final`, the folder of the pipeline or of the adapters, with its manifest."""
+    def save_final(
+        self, result: ResultFolder, averages: Mapping[str, torch.Tensor], step: int
+    ) -> None:
+        """Write `final`, the folder of the pipeline or of the adapters, with its manifest.
+
+        Raises:
+            OSError: if it can't be written.
+            ValueError: if weights are not finite; nothing is written.
+        """
+        _require_finite(step, averages.items())
         with verified_folder(self.path / "final", step) as folder:
             result.write(folder, averages)
+
+
+def _require_finite(step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError if weights after a step are not finite: the training diverged."""
+    for name, tensor in weights:
+        if not is_finite(tensor):
+            raise ValueError(
+                f"The weights after step {step} are not finite (first {name!r}), so they are not "
+                "saved: the training diverged. Resume from an earlier checkpoint with --resume "
+                "auto, or start again, with a lower --learning-rate or --weight-decay."
+            )
 
 
 def _step_of(line: str) -> float:

@@ -185,25 +185,26 @@ class Session:
             reduce=partial(self.accelerator.reduce, reduction="sum"),
         )
 
-    def save(self) -> None:
+    def save(self, sound: bool) -> None:
         """Write a checkpoint of the current step, unless it exists.
 
+        Args:
+            sound: whether the last step was taken. If it was skipped, training may have diverged,
+                so no older checkpoint is deleted.
+
         Raises:
-            TrainingStopped: in every process, if it can't be written.
+            TrainingStopped: in every process, if it can't be written, or weights are not finite.
         """
         if self.saved == self.state.progress.step:
             return
         snapshot = self.state.snapshot(self.agreement, options_of(self.args))
-        self.agreement.on_main(
-            lambda: self.run.save_checkpoint(
-                self.models.result, snapshot, self.args.keep_checkpoints
-            )
-        )
+        keep = self.args.keep_checkpoints if sound else None
+        self.agreement.on_main(lambda: self.run.save_checkpoint(self.models.result, snapshot, keep))
         self.saved = self.state.progress.step
 
-    def finish(self) -> None:
-        """Save the last step, and the finished pipeline or adapters."""
-        self.save()
+    def finish(self, sound: bool) -> None:
+        """Save the last step as `save` does, and the finished pipeline or adapters."""
+        self.save(sound)
         averages, step = self.state.models[TRANSFORMER].averaged_weights(), self.saved
         self.agreement.on_main(lambda: self.run.save_final(self.models.result, averages, step))
         self.reporter.close()
