@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -167,9 +168,20 @@ class RunFolder:
         return checkpoint
 
     def log(self, line: Mapping[str, Any], name: str = METRICS) -> None:
-        """Append a line, a JSON object with a `step`, to a file."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append a line, a JSON object with a `step`, to a file.
+
+        Raises:
+            OSError: if it can't be written; no part of it is left.
+        """
+        path, text = self.path / name, json.dumps(line) + "\n"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            if path.exists():
+                os.truncate(path, size)
+            raise
 
     def wandb_id(self) -> str:
         """Return the run's identifier at Weights & Biases, the same when it is resumed."""

@@ -202,6 +202,18 @@ def test_lines_after_the_checkpoint_are_dropped(run):
         assert steps == [1, 2]
 
 
+def test_a_line_that_cannot_be_written_leaves_no_part_of_it(full_disk, run):
+    run.open(resume=None)
+    run.log({"step": 1})
+    with full_disk(25), pytest.raises(OSError, match="File too large"):
+        run.log({"step": 2, "loss": 0.123456789})
+    run.log({"step": 3})
+    with full_disk(0), pytest.raises(OSError, match="File too large"):
+        run.log({"step": 3}, "samples-0.jsonl")
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert (run.path / "samples-0.jsonl").read_text() == ""
+
+
 def test_pictures_are_saved_side_by_side(run):
     run.open(resume=None)
     run.save_pictures([Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")], step=7)
