@@ -10,6 +10,7 @@ import codecs
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LOCK = ".lock"
+_UNFINISHED = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.tmp", re.DOTALL)  # the names of `_beside`
 
 
 def lock_folder(folder: Path, message: str) -> None:
@@ -93,6 +95,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
         flush_entries(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def has_files(folder: Path) -> bool:
+    """Return whether a folder exists and has files or folders; hidden ones do not count.
+
+    Raises:
+        OSError: if it is no folder, or can't be read.
+    """
+    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def unfinished_in(folder: Path) -> list[Path]:
+    """Return the files and folders that a killed process was writing into a folder."""
+    return [path for path in folder.glob(".*.tmp") if _UNFINISHED.fullmatch(path.name)]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete the files and folders that a killed process was writing into a folder."""
+    for path in unfinished_in(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,15 @@ import os
 
 import pytest
 
-from localdit.files import decode_text, remove_folder, text_encoding, whole_file, whole_folder
+from localdit.files import (
+    decode_text,
+    remove_folder,
+    remove_unfinished,
+    text_encoding,
+    unfinished_in,
+    whole_file,
+    whole_folder,
+)
 
 
 def fail(*args):
@@ -135,6 +143,19 @@ def test_removing_a_folder(tmp_path):
     (tmp_path / "run" / "deep").mkdir(parents=True)
     remove_folder(tmp_path / "run")
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_other_files_are_not(tmp_path):
+    kept = [".mine", ".note.tmp", ".note.1234.tmp", "config.json.12ab34cd.tmp"]
+    for name in kept:
+        (tmp_path / name).touch()
+    files = [whole_file(tmp_path / name) for name in ("a" * 251 + ".png", ".b", "config.json")]
+    writing = [*files, whole_folder(tmp_path / "checkpoint-4")]
+    for one in writing:
+        one.__enter__()
+    assert len(unfinished_in(tmp_path)) == 4 and not unfinished_in(tmp_path / "nowhere")
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == sorted(kept)
 
 
 TEXT = "a café\n日本 \U0001f534\n"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline
 from localdit.training.checkpointing import read_manifest
+from localdit.training.methods import fine_tuning
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
 
@@ -236,6 +237,53 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(train, caps
     assert not (run / "final").exists()
 
 
+@pytest.fixture
+def not_finite_in(monkeypatch):
+    """Make the loss of some steps NaN."""
+    sound, calls = fine_tuning.denoising_errors, []
+
+    def make(steps):
+        def errors(prediction, target):
+            calls.append(1)
+            return sound(prediction, target) * (float("nan") if len(calls) in steps else 1.0)
+
+        calls.clear()
+        monkeypatch.setattr(fine_tuning, "denoising_errors", errors)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "kept", "status"),
+    [
+        (range(4, 99), 1, ["2", "3"], 1),  # diverged
+        ([2], 2, ["3", "4"], 0),  # a sample is bad: the checkpoint waits for the next step
+        ([5], 1, ["3", "4", "5"], 0),  # the last step is saved, and displaces no other
+    ],
+)
+def test_checkpoints_of_skipped_steps_displace_no_others(
+    steps, interval, kept, status, train, not_finite_in, capsys
+):
+    not_finite_in(steps)
+    last = 4 if interval == 2 else 5 if status == 0 else 20
+    run = train("run", "--save-interval", interval, "--max-train-steps", last, expect=status)
+    assert sorted(run.glob("checkpoint-*")) == [run / f"checkpoint-{step}" for step in kept]
+    if status:
+        not_finite_in([])
+        train("run", "--resume", "auto", "--learning-rate", "1e-4", "--max-train-steps", "6")
+        assert "checkpoint-3, after step 3." in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, capsys):
+    train("run", "--max-train-steps", "2", "--save-interval", "1")
+    more = ["--resume", "auto", "--weight-decay", "inf", "--max-train-steps", "3"]
+    run = train("run", *more, expect=1)
+    assert "The weights after step 3 are not finite" in capsys.readouterr().err
+    train("new", "--weight-decay", "inf", "--max-train-steps", "1", expect=1)
+    folders = [*run.parent.glob("new/*/"), *run.glob("checkpoint-*")]
+    assert sorted(folders) == [run / "checkpoint-1", run / "checkpoint-2"]
+
+
 def test_broken_pictures_are_skipped_and_listed(train, workplace, tmp_path):
     shutil.copytree(workplace / "pictures", tmp_path / "data")
     whole = (tmp_path / "data/red.png").read_bytes()
@@ -300,7 +348,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
         (["--transformer-config", "wide.json"], "takes captions of 4096 channels"),
         (
             ["--output", str(ROOT / "tests")],
-            "is not empty. Resume the run in it",
+            "is not empty and holds no run. Choose another folder",
         ),
         (["--validation-samples", "8"], "held out for validation"),
         (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),
@@ -417,6 +465,23 @@ def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp
     written = json.loads((run / "final/model_index.json").read_text())
     # Trained on the noise, a few-step model does not stay one.
     assert (written["num_inference_steps"], written["guidance_scale"]) == (20, 7.0)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_start_of_a_resumed_run_has_no_effect(adapters, train, workplace, tmp_path, capsys):
+    shutil.copytree(workplace / "pipeline", tmp_path / "guided")
+    index = tmp_path / "guided/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance_scale": 2.5}))
+    more = ["--lora-rank", "2"] if adapters else []
+    run = train("run", "--transformer", tmp_path / "guided/transformer", "--max-train-steps", "2",
+                *more)  # fmt: skip
+    train("run", "--resume", "auto", "--transformer", workplace / "pipeline/transformer", *more)
+    printed = capsys.readouterr().out
+    has_none = ", without effect: weights and settings are those of the checkpoint" in printed
+    assert "Changed since: transformer: " in printed and has_none == (not adapters)
+    if not adapters:
+        assert f"parameters are trained, from {run}/checkpoint-2/transformer" in printed
+        assert json.loads((run / "final/model_index.json").read_text())["guidance_scale"] == 2.5
 
 
 @pytest.mark.parametrize(

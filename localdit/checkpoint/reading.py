@@ -260,9 +260,9 @@ def require_finite(
     Raises:
         ValueError: if a value is NaN or infinite; a `FieldError`.
     """
-    if _is_finite(tensor):
+    if is_finite(tensor):
         return
-    narrow = stored is not None and _is_finite(stored)
+    narrow = stored is not None and is_finite(stored)
     raise FieldValueError(
         "{where}: {name!r} has values that are not finite{as_dtype}. Expected finite ones: the "
         "file is damaged, or the training diverged"
@@ -274,7 +274,8 @@ def require_finite(
     )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no value is NaN or infinite; `require_finite` says what this costs."""
     if not tensor.numel() or tensor.is_meta:
         return True
     if tensor.dtype.itemsize == 1 and tensor.is_floating_point():  # PyTorch has no minimum of these

@@ -147,11 +147,13 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
         chosen = choose_model(args)
         model = check_model(replace(chosen, device=chosen.device or device))
         size = fit_size(model.config, Config(), (args.height, args.width))
+        layout = Layout(args.output, args.num_images, sheets=args.prompts.is_dir())
+        layout.require_own()
         prepare_output_folder(args.output)
     return Plan(
         model=replace(model, config=with_settings(model.config, size)),
         prompts=prompts,
-        layout=Layout(args.output, args.num_images, sheets=args.prompts.is_dir()),
+        layout=layout,
         negative_prompt=args.negative_prompt or "",
         seed=args.seed,
         scores=scores,

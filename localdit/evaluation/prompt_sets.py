@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import decode_text, parse_json, whole_file
+from ..files import decode_text, has_files, parse_json, whole_file
 
 if TYPE_CHECKING:
     from ..scenes import Scene
@@ -113,6 +113,14 @@ class Layout:
     folder: Path
     num_images: int
     sheets: bool
+
+    def require_own(self) -> None:
+        """Raise FileExistsError if the folder holds something else than an evaluation."""
+        if has_files(self.folder) and not any(self.folder.glob(f"{PICTURES}/*/samples")):
+            raise FileExistsError(
+                f"--output {self.folder} is not empty and holds no evaluation. Choose another "
+                "folder, or empty it."
+            )
 
     def pictures(self, prompt: Prompt) -> list[Path]:
         """Return the paths of a prompt's pictures."""

@@ -24,7 +24,6 @@ FORMAT = 2
 UNSEALED = 1  # the format of earlier versions, whose manifests hold no sum of their own entries
 SEAL = "sha256_of_entries"
 _NUMBERED = re.compile(r"(?:checkpoint|set-aside)-(\d+)")
-_UNFINISHED = re.compile(r"\..+\.tmp")
 _CHUNK = 4 * 2**20  # bytes
 
 
@@ -183,13 +182,6 @@ def remove_old_checkpoints(run: Path, keep: int) -> None:
     """
     for _, folder in checkpoints(run)[max(keep, 2) :]:
         remove_folder(folder)
-
-
-def remove_unfinished(run: Path) -> None:
-    """Delete the files and folders that a killed run was writing."""
-    for path in run.iterdir():
-        if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def files_in(folder: Path) -> list[str]:

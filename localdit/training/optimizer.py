@@ -26,8 +26,9 @@ from localdit.training.sharding import (
 
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 LearningRateSchedule = Literal["constant", "cosine"]
-# Settings that do not change the result; those of the present machine are kept.
-ENGINE_SETTINGS = frozenset({"fused", "foreach", "capturable", "differentiable"})
+# Settings that are not restored: those of the machine, which do not change the result, and an
+# option that may change when a run resumes. The learning rate is set anew before each step.
+PRESENT_SETTINGS = frozenset({"fused", "foreach", "capturable", "differentiable", "weight_decay"})
 
 
 def make_optimizer(
@@ -188,7 +189,7 @@ def load_optimizer_state(
     """Set the state that `optimizer_state` returned, on any number of processes.
 
     No step is taken. Learning rates and the other settings of the groups are also restored, except
-    for `ENGINE_SETTINGS`.
+    for `PRESENT_SETTINGS`.
 
     Args:
         model: the model, wrapped or not.
@@ -251,7 +252,7 @@ def _restored_settings(current: Mapping[str, Any], saved: Mapping[str, Any]) -> 
     """Return a group's settings from JSON, with the types of the present ones."""
     settings = {name: value for name, value in current.items() if name != "params"}
     for name, value in saved.items():
-        if name in ENGINE_SETTINGS:
+        if name in PRESENT_SETTINGS:
             continue
         present = settings.get(name)
         if isinstance(present, torch.Tensor):

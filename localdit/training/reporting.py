@@ -20,7 +20,7 @@ from localdit.files import whole_file
 from localdit.training.data.buckets import describe_crops, left_out
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData, unknown_captions
-from localdit.training.run_folder import RunFolder
+from localdit.training.run_folder import BROKEN, METRICS, SAMPLES, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,16 +84,16 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a message above the progress bar."""
         if self.main:
-            with tqdm.external_write_mode():
-                parsing.say(text)
+            _say(text)
 
     def line(self, line: dict[str, Any]) -> None:
         """Log a line of metrics."""
         step = int(line["step"])
-        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+        values = {name: value for name, value in line.items() if name != "step"}
+        self._try("log to the trackers", lambda: self.accelerator.log(values, step=step))
         if not self.main:
             return
-        self._write(lambda: self.run.log(line))
+        self._try("write to the log", lambda: self.run.log(line))
         if "loss" in line:
             shown = {
                 "loss": f"{line['loss']:.4f}",
@@ -111,39 +111,43 @@ class Reporter:
 
     def _draw_curves(self) -> None:
         """Draw `curves.png`, once a loss has been logged."""
-        metrics = self.run.path / "metrics.jsonl"
+        metrics = self.run.path / METRICS
 
         def draw() -> None:
             if metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
                 draw_curves(metrics, self.run.path / "curves.png")
 
         if self.can_draw:
-            self._write(draw)
+            self._try("draw curves.png", draw)
 
-    def _write(self, action: Callable[[], object]) -> None:
-        """Write a log, which training can do without: an error only causes a message."""
+    def _try(self, what: str, action: Callable[[], object]) -> None:
+        """Make a report, which training can do without: an error only causes a message."""
         try:
             action()
-        except OSError as error:
-            self.say(f"Could not write to the log: {error}")
+        except Exception as error:  # trackers and Matplotlib raise anything
+            _say(f"Could not {what}: {str(error) or repr(error)}")  # every process has its samples
 
     def samples(self, step: int, ids: Sequence[str], loss: float | None) -> None:
         """Log the samples of this process in a step, and the loss of the step."""
-        name = f"samples-{self.accelerator.process_index}.jsonl"
+        name = SAMPLES.format(rank=self.accelerator.process_index)
         line = {"step": step, "loss": loss, "samples": list(ids)}
-        self._write(lambda: self.run.log(line, name))
+        self._try("write to the log", lambda: self.run.log(line, name))
 
     def broken(self, fault: Fault) -> None:
         """Log a sample that turned out to be broken when it was read."""
         if self.main:
             line = {"step": self.step + 1, **fault._asdict()}
-            self._write(lambda: self.run.log(line, "broken.jsonl"))
+            self._try("write to the log", lambda: self.run.log(line, BROKEN))
 
     def pictures(self, images: Sequence[Image.Image], step: int) -> None:
         """Save validation pictures, and log them to the trackers."""
         if not self.main:
             return
-        self._write(lambda: self.run.save_pictures(images, step))
+        self._try("save pictures", lambda: self.run.save_pictures(images, step))
+        self._try("log to the trackers", lambda: self._track_pictures(images, step))
+
+    def _track_pictures(self, images: Sequence[Image.Image], step: int) -> None:
+        """Log validation pictures to the trackers."""
         for tracker in self.accelerator.trackers:
             named = dict(zip(self.args.validation_prompts, images, strict=True))
             if tracker.name == "wandb":
@@ -162,7 +166,12 @@ class Reporter:
         if self.main:
             self._draw_curves()
         self.bar.close()
-        self.accelerator.end_training()
+        self._try("end the trackers", self.accelerator.end_training)
+
+
+def _say(text: str) -> None:
+    with tqdm.external_write_mode():
+        parsing.say(text)
 
 
 def draw_curves(metrics_jsonl: Path, png: Path) -> None:

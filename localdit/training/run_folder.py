@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from localdit.files import LOCK, lock_folder, remove_folder, whole_file
+from localdit.checkpoint.reading import is_finite
+from localdit.files import (
+    LOCK,
+    has_files,
+    lock_folder,
+    read_json,
+    remove_folder,
+    remove_unfinished,
+    whole_file,
+)
 from localdit.images import image_grid, prepare_output_folder, save_image
 from localdit.parsing import say
 from localdit.training.checkpointing import (
+    MANIFEST,
     DamagedCheckpoint,
     checkpoints,
     new_checkpoint,
     newest_checkpoint,
     numbered,
     remove_old_checkpoints,
-    remove_unfinished,
     set_aside_after,
     verified_folder,
     verify_checkpoint,
@@ -30,6 +41,8 @@ from localdit.training.options import METHOD_OPTIONS
 from localdit.training.post_hoc_ema import SNAPSHOT, write_snapshot
 
 if TYPE_CHECKING:
+    import torch
+
     from localdit.training.results import ResultFolder
     from localdit.training.state import Snapshot
 
@@ -39,6 +52,8 @@ FIXED = (
     "lora_rank", "lora_alpha", "lora_target_modules",
 )  # fmt: skip
 IGNORED = ("resume", "output")
+METRICS, BROKEN, SAMPLES = "metrics.jsonl", "broken.jsonl", "samples-{rank}.jsonl"
+_LOG = re.compile(r"(metrics|broken|samples-\d+)\.jsonl")
 
 
 class RunFolder:
@@ -67,20 +82,20 @@ class RunFolder:
             The checkpoint, or None if training starts from the beginning.
 
         Raises:
-            FileExistsError: if the folder holds a run and `resume` is None.
+            FileExistsError: if the folder holds something else than the run to resume.
             ValueError: if another process is training in the folder, if the checkpoint is damaged,
                 or if "auto" finds only damaged ones.
             OSError: if the folder can't be written to.
         """
         if not (self.path / LOCK).is_file():  # leave a folder without a run as it is
-            self._require_unused(resume)
+            self._require_own(resume)
         prepare_output_folder(self.path)
         lock_folder(
             self.path,
             f"Another process is training into --output {self.path}. Wait for it or stop it, or "
             "choose another folder.",
         )
-        self._require_unused(resume)
+        self._require_own(resume)
         checkpoint = self._find(resume) if resume else None
         remove_unfinished(self.path)
         return checkpoint
@@ -96,23 +111,43 @@ class RunFolder:
         for number, folder in numbered(self.path, SNAPSHOT):
             if number > step:
                 remove_folder(folder)
-        for file in self.path.glob("*.jsonl"):
+        for file in [file for file in self.path.iterdir() if _LOG.fullmatch(file.name)]:
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             _write_whole(file, "".join(f"{line}\n" for line in kept))
         _write_whole(self.path / "config.json", json.dumps(options, indent=2) + "\n")
 
-    def _require_unused(self, resume: str | None) -> None:
-        """Raise FileExistsError if a new run would begin in a folder that holds something."""
-        if (
-            resume is None
-            and self.path.exists()
-            and any(file.name != LOCK for file in self.path.iterdir())
-        ):
+    def _require_own(self, resume: str | None) -> None:
+        """Raise FileExistsError if the folder holds something else than the run to resume."""
+        if not has_files(self.path):
+            return
+        if not self._holds_run():
+            raise FileExistsError(
+                f"--output {self.path} is not empty and holds no run. Choose another folder, or "
+                "empty it."
+            )
+        if resume is None:
             raise FileExistsError(
                 f"--output {self.path} is not empty. Resume the run in it with --resume auto, "
                 "choose another folder, or remove it."
             )
+        if resume != "auto" and Path(resume).absolute().parent.resolve() != self.path.resolve():
+            raise FileExistsError(
+                f"--output {self.path} holds another run than --resume {resume}. Resume the run "
+                "in it with --resume auto, or choose a new folder, or that of the checkpoint."
+            )
+
+    def _holds_run(self) -> bool:
+        """Return whether the folder has a run's options, or a checkpoint.
+
+        Every Diffusers folder has a `config.json`, and other programs also name checkpoints so.
+        """
+        if any((folder / MANIFEST).is_file() for _, folder in checkpoints(self.path)):
+            return True
+        try:
+            return read_json(self.path / "config.json").keys() >= {"data_root", "output"}
+        except (FileNotFoundError, ValueError):
+            return False
 
     def _find(self, resume: str) -> Path | None:
         """Return the checkpoint that `--resume` names, and print which ones were skipped."""
@@ -132,10 +167,21 @@ class RunFolder:
             )
         return checkpoint
 
-    def log(self, line: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
-        """Append a line, a JSON object with a `step`, to a file."""
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def log(self, line: Mapping[str, Any], name: str = METRICS) -> None:
+        """Append a line, a JSON object with a `step`, to a file.
+
+        Raises:
+            OSError: if it can't be written; no part of it is left.
+        """
+        path, text = self.path / name, json.dumps(line) + "\n"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            if path.exists():
+                os.truncate(path, size)
+            raise
 
     def wandb_id(self) -> str:
         """Return the run's identifier at Weights & Biases, the same when it is resumed."""
@@ -144,15 +190,22 @@ class RunFolder:
             _write_whole(file, secrets.token_hex(8))
         return file.read_text(encoding="utf-8")
 
-    def save_checkpoint(self, result: ResultFolder, snapshot: Snapshot, keep: int) -> None:
+    def save_checkpoint(self, result: ResultFolder, snapshot: Snapshot, keep: int | None) -> None:
         """Write a checkpoint, verify it, and only then delete the oldest ones.
 
         A snapshot for post-hoc EMA is written before it, and stays.
 
+        Args:
+            result: writes the averages.
+            snapshot: the state.
+            keep: how many checkpoints are kept, at least 2; None for all.
+
         Raises:
             OSError: if it can't be written; earlier checkpoints are untouched.
+            ValueError: if weights are not finite; nothing is written.
         """
         step = snapshot.values["progress"]["step"]
+        _require_finite(step, snapshot.weights())
         try:
             if snapshot.profiles and (updates := snapshot.values["ema_updates"]):
                 with verified_folder(self.path / f"{SNAPSHOT}-{step}", step) as folder:
@@ -165,17 +218,37 @@ class RunFolder:
                 f"The checkpoint of step {step} could not be written to {self.path}: {error}. "
                 "Earlier checkpoints are untouched: free some space, and resume with --resume auto."
             ) from error
-        remove_old_checkpoints(self.path, keep)
+        if keep is not None:
+            remove_old_checkpoints(self.path, keep)
 
     def save_pictures(self, images: Sequence[Image.Image], step: int) -> None:
         """Write `validation/N.png`, the pictures side by side."""
         (self.path / "validation").mkdir(exist_ok=True)
         save_image(image_grid(images), self.path / "validation" / f"{step:08d}.png")
 
-    def save_final(self, result: ResultFolder, averages: Mapping[str, Any], step: int) -> None:
-        """Write `final`, the folder of the pipeline or of the adapters, with its manifest."""
+    def save_final(
+        self, result: ResultFolder, averages: Mapping[str, torch.Tensor], step: int
+    ) -> None:
+        """Write `final`, the folder of the pipeline or of the adapters, with its manifest.
+
+        Raises:
+            OSError: if it can't be written.
+            ValueError: if weights are not finite; nothing is written.
+        """
+        _require_finite(step, averages.items())
         with verified_folder(self.path / "final", step) as folder:
             result.write(folder, averages)
+
+
+def _require_finite(step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raise ValueError if weights after a step are not finite: the training diverged."""
+    for name, tensor in weights:
+        if not is_finite(tensor):
+            raise ValueError(
+                f"The weights after step {step} are not finite (first {name!r}), so they are not "
+                "saved: the training diverged. Resume from an earlier checkpoint with --resume "
+                "auto, or start again, with a lower --learning-rate or --weight-decay."
+            )
 
 
 def _step_of(line: str) -> float:

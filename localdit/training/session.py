@@ -88,7 +88,10 @@ class Session:
         self.saved = progress.step
         self.reporter.say(f"Resuming from {checkpoint}, after step {progress.step:,}.")
         for name, old, new in changes:
-            self.reporter.say(f"Changed since: {name}: {old} -> {new}")
+            text = f"Changed since: {name}: {old} -> {new}"
+            if name == "transformer" and self.args.lora_rank is None:
+                text += ", without effect: weights and settings are those of the checkpoint"
+            self.reporter.say(text)
         stage = stage_of_step(self.args.stages, progress.step)
         if progress.step > stage.first_step:
             global_batch = stage.global_batch(self.accelerator.num_processes)
@@ -182,25 +185,26 @@ class Session:
             reduce=partial(self.accelerator.reduce, reduction="sum"),
         )
 
-    def save(self) -> None:
+    def save(self, sound: bool) -> None:
         """Write a checkpoint of the current step, unless it exists.
 
+        Args:
+            sound: whether the last step was taken. If it was skipped, training may have diverged,
+                so no older checkpoint is deleted.
+
         Raises:
-            TrainingStopped: in every process, if it can't be written.
+            TrainingStopped: in every process, if it can't be written, or weights are not finite.
         """
         if self.saved == self.state.progress.step:
             return
         snapshot = self.state.snapshot(self.agreement, options_of(self.args))
-        self.agreement.on_main(
-            lambda: self.run.save_checkpoint(
-                self.models.result, snapshot, self.args.keep_checkpoints
-            )
-        )
+        keep = self.args.keep_checkpoints if sound else None
+        self.agreement.on_main(lambda: self.run.save_checkpoint(self.models.result, snapshot, keep))
         self.saved = self.state.progress.step
 
-    def finish(self) -> None:
-        """Save the last step, and the finished pipeline or adapters."""
-        self.save()
+    def finish(self, sound: bool) -> None:
+        """Save the last step as `save` does, and the finished pipeline or adapters."""
+        self.save(sound)
         averages, step = self.state.models[TRANSFORMER].averaged_weights(), self.saved
         self.agreement.on_main(lambda: self.run.save_final(self.models.result, averages, step))
         self.reporter.close()
@@ -259,7 +263,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     if args.resume:
         settle(checkpoint)
     set_seed(args.seed)  # the models start the same in every process
-    models = agreement.on_all(lambda: load_models(args, data, accelerator))
+    models = agreement.on_all(lambda: load_models(args, data, accelerator, checkpoint))
     method = models.method
     method.set_sample_size(args.stages[0].image_size // models.latents.pixels_per_latent)
     state = agreement.on_all(lambda: make_state(args, method, accelerator))

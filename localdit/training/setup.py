@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -184,9 +185,19 @@ class Models:
 
 
 def load_models(
-    args: argparse.Namespace, data: list[StageData], accelerator: Accelerator
+    args: argparse.Namespace,
+    data: list[StageData],
+    accelerator: Accelerator,
+    checkpoint: Path | None = None,
 ) -> Models:
     """Load the models. Encoded data needs neither VAE nor text encoder.
+
+    Args:
+        args: the options.
+        data: the data of each stage.
+        accelerator: the processes.
+        checkpoint: the checkpoint to resume from, if any. Unless the run trains adapters, the
+            result has its weights instead of those of `--transformer`, and so its settings.
 
     Raises:
         ValueError, OSError: if models are missing or don't fit each other.
@@ -215,8 +226,11 @@ def load_models(
     transformer = initialization.load_transformer(args, text_width, latents)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     kind = method_class(args)
-    sampling = kind.sampling(args, objective)
-    result = _result_folder(args, transformer, sampling, sources)
+    start = args.transformer
+    if checkpoint is not None and args.lora_rank is None:
+        start = checkpoint / TRANSFORMER
+    sampling = kind.sampling(args, objective, start)
+    result = _result_folder(args, transformer, sampling, sources, start)
     transformer.to(device)
     features = None
     if args.repa_weight:
@@ -264,6 +278,7 @@ def _result_folder(
     transformer: LocalDiTTransformer2DModel,
     sampling: Sampling,
     sources: dict[str, str],
+    start: Path | None,
 ) -> ResultFolder:
     """Return the writer of the result. If that is adapters, add them to the transformer.
 
@@ -276,7 +291,7 @@ def _result_folder(
             sampling,
             encoder_folders(sources),
             encoder_classes(sources),
-            args.transformer,
+            start,
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
     add_adapters(transformer, args)

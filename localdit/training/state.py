@@ -271,6 +271,12 @@ class Snapshot:
     values: dict[str, Any]
     profiles: dict[float, Tensors] = field(default_factory=dict)
 
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors of all weights and averages."""
+        files = [t for name, t in self.tensors.items() if name.startswith(("model", "average"))]
+        for tensors in (*files, self.averages, *self.profiles.values()):
+            yield from tensors.items()
+
     def write(self, folder: Path) -> None:
         """Write everything except `averages`."""
         folder.mkdir()

@@ -40,20 +40,23 @@ class Outcome:
 def train(session: Session) -> None:
     """Train from the current step to the end of the last stage."""
     args, state, reporter = session.args, session.state, session.reporter
+    taken, due = True, False
     while state.progress.step < args.stages[-1].end:
         stage = session.begin_stage()
         for step, batches in session.batches(stage):
             rate = session.set_learning_rate(stage)
             outcome = take_step(session, batches)
             with state.metrics.watch("compute"):
-                update(session, outcome.finite)
+                taken = update(session, outcome.finite)
 
             state.progress.advance(step, outcome.broken, skipped=not outcome.finite)
             log_step(session, rate, batches, outcome)
             if state.progress.step % args.validation_interval == 0:
                 session.validate(stage)
-            if state.progress.step % args.save_interval == 0 or outcome.signal:
-                session.save()
+            due = due or state.progress.step % args.save_interval == 0
+            if (due and taken) or outcome.signal:  # after a skipped step, a checkpoint waits
+                session.save(sound=taken)
+                due = False
             if outcome.signal:
                 reporter.say(
                     f"{outcome.signal}: saved and stopped after step {state.progress.step}; "
@@ -63,7 +66,7 @@ def train(session: Session) -> None:
                 return
             if state.progress.step == stage.end:
                 break
-    session.finish()
+    session.finish(sound=taken)
 
 
 def take_step(session: Session, batches: list[Batch]) -> Outcome:
@@ -97,17 +100,24 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
     return _agree(session, batches, torch.stack(losses), norm, count, flops)
 
 
-def update(session: Session, finite: bool) -> None:
-    """Step the optimizers and move the averages, unless the gradient is not finite."""
+def update(session: Session, finite: bool) -> bool:
+    """Step the optimizers and move the averages, unless the gradient is not finite.
+
+    Returns:
+        Whether the step was taken.
+    """
     models = session.state.models.values()
+    taken = finite
     if finite:
         for model in models:
             model.optimizer.step()
-        if not session.accelerator.optimizer_step_was_skipped:
+        taken = not session.accelerator.optimizer_step_was_skipped
+        if taken:
             for model in models:
                 model.update_average()
     for model in models:
         model.optimizer.zero_grad()
+    return taken
 
 
 def log_step(session: Session, rate: float, batches: list[Batch], outcome: Outcome) -> None:

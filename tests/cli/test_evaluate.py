@@ -116,6 +116,15 @@ def test_pictures_of_other_settings_are_not_mixed(change, message, here, model, 
     assert same(before, drawn())
 
 
+@pytest.mark.parametrize("name", ["data.json", "pictures/a.png", "pictures/cats/a.png"])
+def test_a_folder_of_something_else_stays_as_it_is(name, here, model, prompts, capsys):
+    Path("out", name).parent.mkdir(parents=True)
+    Path("out", name).write_text("mine")
+    assert run(model, prompts, "-o", "out") == 2
+    assert "--output out is not empty and holds no evaluation" in capsys.readouterr().err
+    assert [path for path in Path("out").rglob("*") if path.is_file()] == [Path("out", name)]
+
+
 def test_pictures_of_other_weights_are_not_mixed(here, model, prompts, capsys):
     from tests.tiny import tiny_pipeline
 

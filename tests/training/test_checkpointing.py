@@ -1,7 +1,5 @@
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +14,6 @@ from localdit.training.checkpointing import (
     new_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
-    remove_unfinished,
     set_aside_after,
     verify_checkpoint,
 )
@@ -186,27 +183,10 @@ def test_damaged_checkpoints_never_displace_later_ones(tmp_path):
     assert len(set_aside_after(tmp_path, 120)) == 1  # a second time, in the place of the first
 
 
-def test_unfinished_files_and_folders_of_a_killed_run_are_removed(tmp_path):
+def test_a_write_error_leaves_the_last_checkpoint_intact(full_disk, tmp_path):
     save(tmp_path, 1)
-    (tmp_path / ".checkpoint-2.tmp").mkdir()
-    (tmp_path / ".checkpoint-1.old.tmp").mkdir()
-    (tmp_path / ".config.json.12ab34cd.tmp").write_text("{")
-    (tmp_path / ".mine").mkdir()
-    remove_unfinished(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".mine", "checkpoint-1"]
-
-
-def test_a_write_error_leaves_the_last_checkpoint_intact(tmp_path):
-    save(tmp_path, 1)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as if the disk were full
-    try:
-        with pytest.raises(OSError):
-            save(tmp_path, 2, content="x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(1000), pytest.raises(OSError):
+        save(tmp_path, 2, content="x" * 5000)
     assert os.listdir(tmp_path) == ["checkpoint-1"]
     verify_checkpoint(tmp_path / "checkpoint-1")
 

@@ -158,6 +158,31 @@ def test_settings_of_the_engine_are_kept():
     assert optimizer.param_groups[0]["fused"] is False
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
+def test_a_new_weight_decay_takes_effect_in_all_groups(name):
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("PyTorch is too old")
+
+    def made(decay):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"transformer_blocks": nn.Linear(3, 4), "head": nn.Linear(4, 2)})
+        model.forward = nn.Sequential(*model.values()).forward
+        return model, make_optimizer(model.named_parameters(), name, 1e-2, decay)
+
+    trained = {}
+    for before, after in ((0.0, 0.5), (0.5, 0.5), (0.0, 0.0)):
+        first, second = made(before), made(after)
+        take_steps(*first, 1)
+        load_optimizer_state(*second, *saved(*first))
+        take_steps(*second, 1)
+        trained[before, after] = second[0].state_dict()
+    for key, tensor in trained[0.0, 0.5].items():
+        assert torch.equal(tensor, trained[0.5, 0.5][key])
+        assert not torch.equal(tensor, trained[0.0, 0.0][key])
+
+
 def test_other_groups_are_refused():
     tensors, notes = saved(*model_and_optimizer(steps=1))
     model, _ = model_and_optimizer()

@@ -3,6 +3,7 @@ import sys
 import pytest
 from accelerate.state import AcceleratorState
 
+from localdit.training.run_folder import RunFolder
 from tests.training.workplace import load_main, make_workplace, options
 
 
@@ -68,6 +69,42 @@ def test_an_unwritable_log_does_not_end_the_run(run, monkeypatch, capsys):
     folder = run()
     assert "Could not write to the log: [Errno 28] No space left" in capsys.readouterr().out
     assert (folder / "final").is_dir()
+
+
+def test_reports_that_fail_do_not_end_the_run(run, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+
+    def fail(*args, **options):
+        raise RuntimeError("out of order")
+
+    for name in (
+        "localdit.training.reporting.draw_curves",
+        "localdit.training.run_folder.RunFolder.save_pictures",
+        "accelerate.tracking.TensorBoardTracker.log_images",
+        "accelerate.tracking.TensorBoardTracker.log",
+        "accelerate.tracking.TensorBoardTracker.finish",
+    ):
+        monkeypatch.setattr(name, fail)
+    folder = run("--use-tensorboard", *PICTURES)
+    assert (folder / "final").is_dir()
+    said = capsys.readouterr().out
+    for what in ("draw curves.png", "save pictures", "log to the trackers", "end the trackers"):
+        assert f"Could not {what}: out of order" in said
+
+
+def test_a_damaged_line_of_metrics_does_not_end_the_run(run, monkeypatch, capsys):
+    folder = run("--max-train-steps", "2")
+    begin = RunFolder.begin
+
+    def damage(self, options, step):
+        begin(self, options, step)
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"step": 2, "lo')
+
+    monkeypatch.setattr(RunFolder, "begin", damage)
+    run("--resume", "auto")
+    assert "Could not draw curves.png: " in capsys.readouterr().out
+    assert (folder / "checkpoint-4").is_dir()
 
 
 def test_without_matplotlib_a_message_replaces_the_curves(run, monkeypatch, capsys):

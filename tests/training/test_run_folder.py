@@ -18,6 +18,9 @@ from localdit.training.state import Snapshot
 ROOT = Path(__file__).parents[2]
 
 
+OPTIONS = {"data_root": "pictures", "output": "run", "seed": 3}
+
+
 def checkpoint(run, step):
     with new_checkpoint(run.path, step) as folder:
         (folder / "file").write_text("content")
@@ -31,8 +34,8 @@ def run(tmp_path):
 def test_options_are_written_and_a_used_folder_is_refused(run):
     assert run.open(resume=None) is None
     assert run.open(resume=None) is None  # no run was started
-    run.begin({"seed": 3}, 0)
-    assert json.loads((run.path / "config.json").read_text()) == {"seed": 3}
+    run.begin(OPTIONS, 0)
+    assert json.loads((run.path / "config.json").read_text()) == OPTIONS
     with pytest.raises(FileExistsError, match="not empty. Resume the run in it with --resume auto"):
         run.open(resume=None)
 
@@ -105,12 +108,59 @@ def test_the_lock_of_a_killed_process_is_taken_over(run):
     assert run.open(resume="auto") == run.path / "checkpoint-5"
 
 
-def test_a_folder_without_a_run_stays_as_it_is(run):
-    run.path.mkdir(parents=True)
-    (run.path / "letter.txt").write_text("dear")
-    with pytest.raises(FileExistsError, match="not empty"):
-        run.open(resume=None)
-    assert os.listdir(run.path) == ["letter.txt"]
+@pytest.mark.parametrize("resume", [None, "auto", "elsewhere/checkpoint-5"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prompts.jsonl", '{"prompt": "a cat"}'),
+        ("config.json", '{"_class_name": "AutoencoderKL"}'),
+        ("config.json", "damaged"),
+        ("checkpoint-5/trainer_state.json", "{}"),
+    ],
+)
+def test_a_folder_without_a_run_stays_as_it_is(name, text, resume, run):
+    (run.path / name).parent.mkdir(parents=True)
+    (run.path / name).write_text(text)
+    (run.path / ".note.tmp").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty and holds no run. Choose another folder"):
+        run.open(resume)
+    assert sorted(os.listdir(run.path)) == [".note.tmp", name.split("/")[0]]
+    assert (run.path / name).read_text() == text
+
+
+def test_a_run_that_was_killed_as_it_began_is_started_again(run):
+    run.open(resume=None)
+    (run.path / ".config.json.12ab34cd.tmp").write_text("{")
+    assert run.open(resume="auto") is None
+    assert os.listdir(run.path) == [".lock"]
+    run.begin(OPTIONS, 0)
+    assert run.open(resume="auto") is None
+
+
+def test_a_checkpoint_of_another_run_is_not_mixed_into_a_run(run, tmp_path, monkeypatch):
+    other = RunFolder(tmp_path / "other")
+    for one in (run, other):
+        one.open(resume=None)
+        one.begin(OPTIONS, 0)
+        checkpoint(one, 5)
+    path = str(other.path / "checkpoint-5")
+    with pytest.raises(FileExistsError, match="holds another run than --resume .*other/checkpoint"):
+        run.open(path)
+    assert RunFolder(tmp_path / "third").open(path) == other.path / "checkpoint-5"
+    (tmp_path / "link").symlink_to(other.path)
+    monkeypatch.chdir(other.path)
+    for same in ("checkpoint-5", "../link/checkpoint-5"):
+        assert other.open(same) == Path(same)
+
+
+def test_only_the_logs_of_the_run_lose_lines(run):
+    run.open(resume=None)
+    run.begin(OPTIONS, 0)
+    for name in ("prompts.jsonl", "samples-old.jsonl"):
+        (run.path / name).write_text('{"prompt": "a cat"}\n')
+    run.begin(OPTIONS, 0)
+    for name in ("prompts.jsonl", "samples-old.jsonl"):
+        assert (run.path / name).read_text() == '{"prompt": "a cat"}\n'
 
 
 def test_averages_are_read_from_the_files_of_the_manifest_only(run):
@@ -150,6 +200,18 @@ def test_lines_after_the_checkpoint_are_dropped(run):
     for name in ("metrics.jsonl", "samples-1.jsonl"):
         steps = [json.loads(line)["step"] for line in (run.path / name).read_text().splitlines()]
         assert steps == [1, 2]
+
+
+def test_a_line_that_cannot_be_written_leaves_no_part_of_it(full_disk, run):
+    run.open(resume=None)
+    run.log({"step": 1})
+    with full_disk(25), pytest.raises(OSError, match="File too large"):
+        run.log({"step": 2, "loss": 0.123456789})
+    run.log({"step": 3})
+    with full_disk(0), pytest.raises(OSError, match="File too large"):
+        run.log({"step": 3}, "samples-0.jsonl")
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert (run.path / "samples-0.jsonl").read_text() == ""
 
 
 def test_pictures_are_saved_side_by_side(run):

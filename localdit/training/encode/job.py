@@ -20,7 +20,13 @@ from tqdm import tqdm
 from localdit.core.encoders import Encoders, load_encoders, locate_encoder
 from localdit.core.latents import LatentFormat
 from localdit.core.parts import vae_config
-from localdit.files import lock_folder, whole_file
+from localdit.files import (
+    has_files,
+    lock_folder,
+    remove_unfinished,
+    unfinished_in,
+    whole_file,
+)
 from localdit.images import prepare_output_folder
 from localdit.training.data.buckets import describe_crops
 from localdit.training.data.encoded import (
@@ -47,8 +53,6 @@ from localdit.training.encode.shards import (
 )
 from localdit.training.initialization import encoder_sources
 from localdit.training.options import check_image_size
-
-UNFINISHED = ".*.tmp"
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def check_folder(folder: Path, manifest: Manifest) -> None:
             )
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is not a folder.")
-    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif has_files(folder):
         raise ValueError(
             f"--output {folder} is not empty and has no encoded data. Choose another folder, or "
             "empty it."
@@ -220,8 +224,7 @@ def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> l
         f"Another command is encoding into {folder}. To share the work between processes, start "
         "them together with accelerate launch or torchrun.",
     )
-    for path in folder.glob(UNFINISHED):
-        path.unlink()
+    remove_unfinished(folder)
     if not (folder / MANIFEST).is_file():
         with whole_file(folder / MANIFEST) as file:
             file.write((json.dumps(manifest.to_json(), indent=2) + "\n").encode())
@@ -234,7 +237,7 @@ def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> l
 def free_bytes(folder: Path) -> int:
     """Return the free space for a folder, existing or not. Its unfinished files count as free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    unfinished = sum(path.stat().st_size for path in folder.glob(UNFINISHED))
+    unfinished = sum(path.stat().st_size for path in unfinished_in(folder))
     return shutil.disk_usage(existing).free + unfinished
 
 

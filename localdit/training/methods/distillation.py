@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +114,9 @@ class FewStepDistillation(Distillation):
         }
 
     @classmethod
-    def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
+    def sampling(
+        cls, args: argparse.Namespace, objective: Objective, start: Path | None
+    ) -> Sampling:
         """Return the consistency model's scheduler, and `--student-steps` without guidance."""
         scheduler = objective.few_step_scheduler(args.teacher_steps)
         return Sampling(scheduler, SamplingSettings(args.student_steps, guidance_scale=1.0))

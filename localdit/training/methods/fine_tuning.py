@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -204,12 +205,19 @@ class FineTuning(Method):
         }
 
     @classmethod
-    def sampling(cls, args: argparse.Namespace, objective: Objective) -> Sampling:
+    def sampling(
+        cls, args: argparse.Namespace, objective: Objective, start: Path | None
+    ) -> Sampling:
         """Return the way to sample from the result: steps and guidance are those of the start.
 
         A few-step model does not stay one.
+
+        Args:
+            args: the options.
+            objective: defines the scheduler.
+            start: where the weights that training starts from are; None if they are new.
         """
-        start = args.transformer or args.teacher
+        start = start or args.teacher
         settings = read_settings(start.parent) if start else SamplingSettings()
         if settings.few_steps:
             settings = SamplingSettings()

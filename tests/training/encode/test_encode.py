@@ -146,7 +146,8 @@ def test_an_interrupted_job_resumes(workplace, tmp_path, capsys):
     expected = shards(workplace / "encoded")
     kept = (folder / "shard-00000.tar").stat().st_ino
     # As a kill leaves them: a shard half written, one without its index.
-    (folder / "shard-00001.tar").rename(folder / ".shard-00001.tar.tmp")
+    (folder / "shard-00001.tar").rename(folder / ".shard-00001.tar.0123abcd.tmp")
+    (folder / ".note.tmp").write_text("mine")
     (folder / "shard-00001.json").unlink()
     (folder / "shard-00003.json").unlink()
     capsys.readouterr()
@@ -157,7 +158,7 @@ def test_an_interrupted_job_resumes(workplace, tmp_path, capsys):
         if name.endswith(".tar"):
             assert data == expected[name]
     assert (folder / "shard-00000.tar").stat().st_ino == kept
-    assert not list(folder.glob(".*.tmp"))
+    assert [path.name for path in folder.glob(".*.tmp")] == [".note.tmp"]
 
 
 def test_a_set_is_not_mixed_with_another(workplace, tmp_path, capsys):
