@@ -100,7 +100,7 @@ def add_sampling(parser: argparse.ArgumentParser, size: str, num_images: int = 1
     """Add the settings of sampling; `size` is the default size, in words."""
     add = parser.add_argument_group("drawing").add_argument
     add("--negative-prompt", metavar="TEXT", type=text_argument,
-        help="what the pictures should not show")  # fmt: skip
+        help="what the pictures should not show (default: nothing)")  # fmt: skip
     add("--seed", metavar="N", type=int, default=0,
         help="seed of the first picture; the next has N + 1, and so on (default: 0)")  # fmt: skip
     add("--num-inference-steps", "--steps", metavar="N", type=int,

@@ -115,9 +115,7 @@ def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | 
     picture = scene() if model.preset is SCENES else None
     multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
     samplers = suitable_samplers(config_of(pipe.scheduler))
-    offer = Offer(
-        model.config, model.negative_prompt, model.preset.t2i, STRENGTH, picture, multiple, samplers
-    )
+    offer = Offer(model.config, model.preset.t2i, STRENGTH, picture, multiple, samplers)
     save = saving(pipe, model, folder, keep)
     return build_page(Artist(pipe, model.config), offer, about(pipe, model), save)
 
@@ -150,7 +148,7 @@ def saving(
 def about(pipe: LocalDiTPipeline, model: Choice) -> list[str]:
     """Return the facts in the head of the page: the model, its size, the device and the dtype."""
     count = sum(parameter.numel() for parameter in pipe.transformer.parameters())
-    name = model.name if model.preset is SCENES else model.checkpoint.name
+    name = model.name if model.boxed else Path(os.path.abspath(model.checkpoint)).name
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     return [name, f"{count / 1e6:,.1f}M parameters", f"{pipe._execution_device} in {dtype}"]
 

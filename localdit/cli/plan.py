@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..config import Config, config_field, inference_settings, part_source, with_settings
 from ..core.samplers import check_sampler
-from ..core.settings import SamplingSettings, read_settings
+from ..core.settings import SamplingSettings, read_settings, whole_words
 from ..files import decode_text
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
@@ -29,7 +29,6 @@ class Preset:
 
     t2i: list[str]
     i2i: list[str]
-    negative_prompt: str
 
 
 PHOTOGRAPHS = Preset(
@@ -39,7 +38,6 @@ PHOTOGRAPHS = Preset(
         "a street of old stone houses after the rain, warm lamps, evening, wide angle",
     ],
     i2i=["an oil painting of a boat on a lake, thick brush strokes, warm colours"],
-    negative_prompt="bad quality, worst quality, low resolution, blurry",
 )
 SCENES = Preset(
     t2i=[
@@ -53,7 +51,6 @@ SCENES = Preset(
         "a large yellow moon above a small purple house and a small red tree "
         "on white ground under a turquoise sky"
     ],
-    negative_prompt="",
 )
 
 
@@ -83,19 +80,16 @@ class Choice:
         return Path(self.config.ckpt_path).expanduser()
 
     @property
-    def negative_prompt(self) -> str:
-        """That of the preset; empty without guidance, where it would have no effect."""
-        return self.preset.negative_prompt if self.config.guidance_scale > 1 else ""
+    def boxed(self) -> str | None:
+        """What the model is in the box, "model" or "student"; None if it is elsewhere."""
+        from ..utils import BOX, FEW_STEPS
+
+        return {BOX: "model", BOX / FEW_STEPS: "student"}.get(self.checkpoint.resolve())
 
     @property
     def name(self) -> str:
         """The model's name in the settings that a picture carries."""
-        from ..utils import FEW_STEPS
-
-        if self.preset is not SCENES:
-            return str(self.config.ckpt_path)
-        student = self.checkpoint.name == FEW_STEPS
-        return "the student in the box" if student else "the model in the box"
+        return f"the {self.boxed} in the box" if self.boxed else str(self.config.ckpt_path)
 
 
 @dataclass(frozen=True)
@@ -161,11 +155,10 @@ def plan(
         )
         prepare_output_folder(output.folder)
     report_fallback(model)
-    negative_prompt = args.negative_prompt
     return Job(
         model=replace(model, config=with_settings(model.config, size)),
         prompts=[prompt for prompt in prompts for _ in range(args.num_images)],
-        negative_prompt=model.negative_prompt if negative_prompt is None else negative_prompt,
+        negative_prompt=args.negative_prompt or "",
         seed=args.seed,
         output=output,
         grid=args.grid,
@@ -194,7 +187,7 @@ def choose_model(
         ValueError: a setting is out of range, or the options contradict each other.
     """
     from ..core.parts import PARTS
-    from ..utils import BOX, FEW_STEPS, model_in_the_box
+    from ..utils import model_in_the_box
 
     config = config or Config()
     given = vars(args)
@@ -210,7 +203,7 @@ def choose_model(
         # The parts that the Config names are those of its own checkpoint.
         own = {part.field: getattr(type(config), part.field) for part in PARTS.values()}
         settings = own | settings
-    preset = SCENES if checkpoint.resolve() in (BOX, BOX / FEW_STEPS) else PHOTOGRAPHS
+    preset = SCENES if whole_words(checkpoint.expanduser()) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)
@@ -245,10 +238,10 @@ def check_model(choice: Choice, described: bool = False) -> Choice:
 
 def report_fallback(choice: Choice) -> None:
     """Say so if the model in the box is used because the released weights are missing."""
-    from ..utils import DOWNLOAD_COMMAND, FEW_STEPS
+    from ..utils import DOWNLOAD_COMMAND
 
     if not choice.named:
-        student = choice.checkpoint.name == FEW_STEPS
+        student = choice.boxed == "student"
         used = "the student of the small model" if student else "the small model"
         say(
             f"The released weights are not in {Config.ckpt_path} (to download them: "

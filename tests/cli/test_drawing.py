@@ -156,6 +156,17 @@ def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
     assert a["model"] == "the model in the box"
 
 
+def test_a_copy_of_a_model_draws_the_same_picture(here, model, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "BOX", model)
+    shutil.copytree(model, "copy")
+    for name in ("box", "copy"):
+        argv = ["a cat", "--guidance-scale", "7", "-o", f"{name}.png", *QUICK]
+        assert main(["generate", *argv, "--model", name]) == 0
+    assert load_image("box.png").tobytes() == load_image("copy.png").tobytes()
+    assert read_metadata("copy.png") == read_metadata("box.png") | {"model": "copy"}
+    assert read_metadata("copy.png")["negative_prompt"] == ""
+
+
 def test_the_student_in_the_box_needs_no_options(here, capsys):
     assert main(["generate", "a red circle", "--model", "box-few-steps", "-o", "a.png"]) == 0
     assert capsys.readouterr().err == ""
