@@ -61,6 +61,11 @@ def read_sizes(checkpoint: Path, config: Config) -> ModelSizes:
     )
 
 
+def pipeline_around(part: Path) -> Path:
+    """Return the folder that a part of a pipeline, or a checkpoint file, really lies in."""
+    return part.resolve().parent
+
+
 def folder_with_part(folder: Path, part: str) -> Path:
     """Return the folder that has a part of a pipeline: its own, or else its parent.
 
@@ -68,7 +73,7 @@ def folder_with_part(folder: Path, part: str) -> Path:
     that lies within the folder of its teacher takes text encoder and autoencoder from there.
     """
     shares = not (folder / part).is_dir() and _read_json(folder / "model_index.json")
-    return folder.absolute().parent if shares and shares.get("_shares_parts") is True else folder
+    return pipeline_around(folder) if shares and shares.get("_shares_parts") is True else folder
 
 
 def pixels_per_latent(folder: Path) -> int:

@@ -167,12 +167,16 @@ def test_a_copy_of_a_model_draws_the_same_picture(here, model, monkeypatch, caps
     assert read_metadata("copy.png")["negative_prompt"] == ""
 
 
-def test_the_student_in_the_box_needs_no_options(here, capsys):
+def test_the_student_in_the_box_needs_no_options(here, capsys, monkeypatch):
     assert main(["generate", "a red circle", "--model", "box-few-steps", "-o", "a.png"]) == 0
     assert capsys.readouterr().err == ""
     made = read_metadata("a.png")
     assert (made["num_inference_steps"], made["guidance_scale"]) == (4, 1.0)
     assert made["model"] == "the student in the box"
+    monkeypatch.chdir(utils.BOX / utils.FEW_STEPS)
+    argv = ["--model", ".", "-o", str(here / "b.png")]
+    assert main(["generate", "a red circle", *argv]) == 0
+    assert read_metadata(here / "b.png") == made
 
 
 def test_a_sampler_by_name(pictures, model):
