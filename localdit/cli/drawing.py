@@ -235,6 +235,7 @@ def picture_settings(
         **{name: drawn[name] for name in DRAWN},
         **({"sampler": config.sampler} if config.sampler else {}),
         "model": model.name,
+        **model.changes,
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "localdit": __version__,
     }

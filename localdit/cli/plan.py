@@ -91,6 +91,20 @@ class Choice:
         """The model's name in the settings that a picture carries."""
         return f"the {self.boxed} in the box" if self.boxed else str(self.config.ckpt_path)
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What a picture depends on beside the model's own parts, such as another VAE."""
+        config = self.config
+        found: dict[str, Any] = {}
+        for name in ("text_encoder", "vae", "scheduler"):
+            source = part_source(config, name, self.checkpoint)
+            if source not in (self.checkpoint, getattr(Config, name)):
+                found[name] = str(source)
+        for name in ("text_encoder_quantization", "max_length"):
+            if getattr(config, name) != getattr(Config, name):
+                found[name] = getattr(config, name)
+        return found
+
 
 @dataclass(frozen=True)
 class Job:

@@ -179,6 +179,25 @@ def test_the_student_in_the_box_needs_no_options(here, capsys, monkeypatch):
     assert read_metadata(here / "b.png") == made
 
 
+def test_a_picture_names_the_parts_that_are_not_the_models_own(here, model):
+    tiny_pipeline(1).save_pretrained("other")
+    convert_to_single_file(model, "own.safetensors")
+    parts = ("text_encoder", "vae", "scheduler")
+    options = [f"--{part.replace('_', '-')}=other" for part in parts]
+    for name, option in zip(parts, options, strict=True):
+        assert draw("generate", model, "a cat", option, "-o", f"{name}.png") == 0
+    assert draw("generate", "own.safetensors", "a cat", *options, "-o", "file.png") == 0
+    assert draw("generate", model, "a cat", "-o", "own.png") == 0
+    for name, expected in {"own": (), "file": parts, **{part: (part,) for part in parts}}.items():
+        made = read_metadata(f"{name}.png")
+        assert {part: made[part] for part in parts if part in made} == dict.fromkeys(
+            expected, "other"
+        )
+    config = Config(max_length=60, text_encoder_quantization="4bit", ckpt_path=model)
+    choice = plan.choose_model(generate_parser().parse_args([]), config)
+    assert choice.changes == {"max_length": 60, "text_encoder_quantization": "4bit"}
+
+
 def test_a_sampler_by_name(pictures, model):
     convert_to_single_file(model, "own.safetensors")
     parts = [f"--{part}={model}" for part in ("text-encoder", "vae", "scheduler")]
