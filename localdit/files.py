@@ -20,6 +20,11 @@ from typing import IO, Any
 LOCK = ".lock"
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave: a `~` at its beginning is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
 def lock_folder(folder: Path, message: str) -> None:
     """Lock a folder against other processes until this one ends, however it ends.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import part_source
 from .errors import Field, FieldValueError
-from .files import read_json
+from .files import read_json, user_path
 
 if TYPE_CHECKING:
     from .config import Config
@@ -53,7 +53,7 @@ def read_sizes(checkpoint: Path, config: Config) -> ModelSizes:
     """
     whole = (checkpoint / "model_index.json").is_file()
     found = _read_json((checkpoint / "transformer" if whole else checkpoint) / "config.json")
-    autoencoder = Path(part_source(config, "vae", checkpoint)).expanduser()
+    autoencoder = user_path(part_source(config, "vae", checkpoint))
     return ModelSizes(
         found.get("sample_size", config.sample_size),
         found.get("patch_size", config.patch_size),

@@ -18,6 +18,7 @@ from .core.parts import (
 )
 from .core.samplers import check_sampler, make_sampler
 from .errors import Field, FieldImportError, FieldNotFoundError, FieldValueError
+from .files import user_path
 
 __all__ = ["load_model", "model_in_the_box"]
 
@@ -204,7 +205,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: it is neither; the message has the command that downloads the weights.
     """
-    checkpoint = Path(path).expanduser()
+    checkpoint = user_path(path)
     if not checkpoint.exists():
         raise FieldNotFoundError(
             "{field}: there is no {checkpoint}. Name a checkpoint or a Diffusers folder, or "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..evaluation.prompt_sets import PICTURES, Layout, Prompt, read_prompts
-from ..parsing import Parser, one_line, say
+from ..parsing import Parser, one_line, path_argument, say
 from . import arguments
 from .arguments import usage_errors
 from .drawing import load, picture_settings
@@ -65,20 +65,20 @@ def build_parser() -> Parser:
         epilog="example: localdit evaluate evaluation_metadata.jsonl --model box -o output/geneval",
     )
     add = parser.add_argument
-    add("prompts", metavar="PROMPTS", type=Path,
+    add("prompts", metavar="PROMPTS", type=path_argument,
         help="GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a file with "
         'a line such as {"prompt": "a red circle"} for each prompt')  # fmt: skip
     add("--max-prompts", metavar="N", type=int, help="use only the first N prompts")
-    add("-o", "--output", metavar="FOLDER", type=Path, default=Path("output/evaluation"),
+    add("-o", "--output", metavar="FOLDER", type=path_argument, default=Path("output/evaluation"),
         help="folder for the pictures and scores (default: output/evaluation)")  # fmt: skip
     arguments.add_sampling(parser, size="the model's own size", num_images=4)
     add = parser.add_argument_group("scores").add_argument
-    add("--clip", metavar="FOLDER", type=Path,
+    add("--clip", metavar="FOLDER", type=path_argument,
         help="folder of a CLIP model of Transformers, for the CLIP score")  # fmt: skip
-    add("--reference", metavar="FOLDER", type=Path,
+    add("--reference", metavar="FOLDER", type=path_argument,
         help="folder of real pictures, for the Fréchet and kernel distances, precision and "
         "recall")  # fmt: skip
-    add("--feature-extractor", metavar="FOLDER", type=Path,
+    add("--feature-extractor", metavar="FOLDER", type=path_argument,
         help="folder of a vision model of Transformers, such as DINOv2, for "
         "--reference")  # fmt: skip
     arguments.add_model(parser)

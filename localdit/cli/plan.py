@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ..config import Config, config_field, inference_settings, part_source, with_settings
 from ..core.samplers import check_sampler
 from ..core.settings import SamplingSettings, read_settings, whole_words
-from ..files import decode_text
+from ..files import decode_text, user_path
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
 from .arguments import CONFIG_SETTINGS, named_model, usage_errors
@@ -77,7 +77,7 @@ class Choice:
     @property
     def checkpoint(self) -> Path:
         """The checkpoint file or folder."""
-        return Path(self.config.ckpt_path).expanduser()
+        return user_path(self.config.ckpt_path)
 
     @property
     def boxed(self) -> str | None:
@@ -212,12 +212,12 @@ def choose_model(
     elif config.ckpt_path == Config.ckpt_path and not Path(config.ckpt_path).exists():
         settings["ckpt_path"] = model_in_the_box(few_steps)
         named = False
-    checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
-    if "ckpt_path" in settings and (checkpoint.expanduser() / "model_index.json").is_file():
+    checkpoint = user_path(settings.get("ckpt_path", config.ckpt_path))
+    if "ckpt_path" in settings and (checkpoint / "model_index.json").is_file():
         # The parts that the Config names are those of its own checkpoint.
         own = {part.field: getattr(type(config), part.field) for part in PARTS.values()}
         settings = own | settings
-    preset = SCENES if whole_words(checkpoint.expanduser()) else PHOTOGRAPHS
+    preset = SCENES if whole_words(checkpoint) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)
@@ -225,7 +225,7 @@ def choose_model(
 
 def _untouched(config: Config, checkpoint: Path) -> dict[str, Any]:
     """Return the settings of a pipeline's folder that the Config leaves at their defaults."""
-    own, given = asdict(read_settings(checkpoint.expanduser())), inference_settings(config)
+    own, given = asdict(read_settings(checkpoint)), inference_settings(config)
     default = asdict(SamplingSettings())
     return {name: own[name] for name in own if given[name] == default[name]}
 
@@ -325,7 +325,7 @@ def fit_size(
     Raises:
         ValueError: a side is not a multiple of the model's pixels per token.
     """
-    sizes = read_sizes(Path(config.ckpt_path).expanduser(), config)
+    sizes = read_sizes(user_path(config.ckpt_path), config)
     described = sizes.sample_size == first.sample_size
     height, width = size
     if image_size is not None:

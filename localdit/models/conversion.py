@@ -27,6 +27,7 @@ from ..checkpoint.loading import (
 )
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
 from ..errors import FieldExistsError, FieldValueError, Setting
+from ..files import user_path
 from .transformer import LocalDiTTransformer2DModel
 
 
@@ -120,7 +121,7 @@ def convert_to_diffusers(
         FileNotFoundError, TypeError, ValueError: as for `load_transformer`.
         OSError: if the folder cannot be written.
     """
-    folder = Path(folder).absolute()
+    folder = user_path(folder).absolute()
     refuse_taken_folder(folder, overwrite)
     plan = plan_loading(
         LocalDiTTransformer2DModel,
@@ -169,14 +170,14 @@ def convert_to_single_file(
         OSError: if the file cannot be written.
     """
     require_float(torch_dtype)
-    path = Path(path).absolute()
+    path = user_path(path).absolute()
     refuse_taken_file(path, overwrite)
     if isinstance(source, LocalDiTTransformer2DModel):
         config, state = source.config, source.state_dict()
         dtypes = {name: tensor.dtype for name, tensor in state.items()}
         _require_storable("the model", dtypes, torch_dtype)
     else:
-        config, state = _read_folder(Path(source), torch_dtype)
+        config, state = _read_folder(user_path(source), torch_dtype)
     state = {
         flat_name(name): tensor.to("cpu", torch_dtype or tensor.dtype).contiguous()
         for name, tensor in state.items()

@@ -58,6 +58,21 @@ def test_generate_makes_a_picture(here, model, capsys):
     assert names(here) == ["circle.png"]
 
 
+def test_paths_may_start_with_the_home_folder(pictures, model, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.parent))
+    home = Path(model.parent)
+    (home / "prompt.txt").write_text("a cat")
+    shutil.copy("photo.png", home / "photo.png")
+    before = names(pictures)
+    name = f"~/{model.name}"
+    argv = ["--prompt-file", "~/prompt.txt", "--output=~/a.png", "--overwrite", f"--vae={name}"]
+    assert draw("generate", name, *argv) == 0
+    assert main(["edit", "~/photo.png", "a cat", "--model", name, "-o", "~/b.png", *QUICK]) == 0
+    assert main(["convert", name, "~/own.safetensors"]) == main(["info", "~/a.png"]) == 0
+    assert {"a.png", "b.png", "own.safetensors"} <= set(names(home))
+    assert names(pictures) == before
+
+
 def test_generate_makes_several(here, model):
     argv = ["a cat", "a dog", "--num-images", "2", "--grid", "--batch-size", "3"]
     assert draw("generate", model, *argv, "--width", "32") == 0

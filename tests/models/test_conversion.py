@@ -87,6 +87,15 @@ def test_models_pipeline_folders_and_shards_can_be_converted(tmp_path):
     assert same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
 
 
+def test_paths_may_start_with_the_home_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    convert_to_diffusers("~/w.pt", "~/folder")
+    report = convert_to_single_file("~/folder", "~/a.safetensors")
+    assert report == inspect_checkpoint("~/a.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"w.pt", "folder", "a.safetensors"}
+
+
 def test_conversion_can_change_the_dtype(checkpoint, tmp_path):
     convert_to_diffusers(checkpoint, tmp_path / "folder", torch_dtype=torch.float16)
     stored = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
