@@ -18,11 +18,30 @@ from pathlib import Path
 from typing import IO, Any
 
 LOCK = ".lock"
+OTHER_PICTURES = (
+    ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpeg", ".jpg",
+    ".jxl", ".pgm", ".ppm", ".svg", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+CHECKPOINTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
     """Return a path that a user gave: a `~` at its beginning is the home folder."""
     return Path(os.path.expanduser(path))
+
+
+def require_folder_name(path: Path) -> Path:
+    """Return the path of a folder, unless one would get the name of a picture or a checkpoint.
+
+    Raises:
+        ValueError: the message says so.
+    """
+    if path.suffix.lower() in (".png", *OTHER_PICTURES, *CHECKPOINTS) and not path.is_dir():
+        raise ValueError(
+            f"{path} is named like a file, but would be a folder; choose a name without "
+            f"{path.suffix}"
+        )
+    return path
 
 
 def lock_folder(folder: Path, message: str) -> None:

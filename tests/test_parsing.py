@@ -12,6 +12,7 @@ from localdit.errors import Field, FieldValueError, Vocabulary
 from localdit.parsing import (
     Parser,
     UsageError,
+    folder_argument,
     name_argument,
     one_line,
     path_argument,
@@ -43,6 +44,16 @@ def test_the_home_folder_is_meant_also_where_the_shell_leaves_it(monkeypatch):
     assert name_argument("~/a") == "/home/me/a"
     for name in ("google/flan-t5-xxl", "box", "-", "a~b", "~nobody_of_this_name/a"):
         assert name_argument(name) == str(path_argument(name)) == name
+
+
+def test_no_folder_is_named_like_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.JXL", "deep/a.heic", "a.pt", "a.ckpt", "a.safetensors"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{name} is named like a file, but"):
+            folder_argument(name)
+    Path("a.png").mkdir()
+    for name in ("a.png", "run.2", "v1.2", ".hidden", "a.pt/run"):
+        assert folder_argument(name) == Path(name)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..core.samplers import config_of, suitable_samplers
-from ..parsing import Parser, path_argument, run, say
+from ..parsing import Parser, folder_argument, run, say
 from . import arguments
 from .arguments import COMMAND_LINE, usage_errors
 from .drawing import load, picture_settings
@@ -49,7 +49,7 @@ def build_parser() -> Parser:
         "127.0.0.1, only this machine)")  # fmt: skip
     add("--port", metavar="N", type=int,
         help="port to listen on (default: the first free one from 7860)")  # fmt: skip
-    add("-o", "--output", metavar="FOLDER", type=path_argument,
+    add("-o", "--output", metavar="FOLDER", type=folder_argument,
         help="folder to keep the pictures in (default: they are deleted when the server "
         "stops)")  # fmt: skip
     arguments.add_model(parser)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..evaluation.prompt_sets import PICTURES, Layout, Prompt, read_prompts
-from ..parsing import Parser, one_line, path_argument, say
+from ..parsing import Parser, folder_argument, one_line, path_argument, say
 from . import arguments
 from .arguments import usage_errors
 from .drawing import load, picture_settings
@@ -69,7 +69,7 @@ def build_parser() -> Parser:
         help="GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a file with "
         'a line such as {"prompt": "a red circle"} for each prompt')  # fmt: skip
     add("--max-prompts", metavar="N", type=int, help="use only the first N prompts")
-    add("-o", "--output", metavar="FOLDER", type=path_argument, default=Path("output/evaluation"),
+    add("-o", "--output", metavar="FOLDER", type=folder_argument, default=Path("output/evaluation"),
         help="folder for the pictures and scores (default: output/evaluation)")  # fmt: skip
     arguments.add_sampling(parser, size="the model's own size", num_images=4)
     add = parser.add_argument_group("scores").add_argument

@@ -27,7 +27,7 @@ from ..checkpoint.loading import (
 )
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
 from ..errors import FieldExistsError, FieldValueError, Setting
-from ..files import user_path
+from ..files import require_folder_name, user_path
 from .transformer import LocalDiTTransformer2DModel
 
 
@@ -118,7 +118,8 @@ def convert_to_diffusers(
 
     Raises:
         FileExistsError: if `folder` is taken.
-        FileNotFoundError, TypeError, ValueError: as for `load_transformer`.
+        FileNotFoundError, TypeError, ValueError: as for `load_transformer`; the latter also if
+            `folder` is named like a file.
         OSError: if the folder cannot be written.
     """
     folder = user_path(folder).absolute()
@@ -207,10 +208,11 @@ def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that must not be replaced.
 
     Raises:
-        FileExistsError: as for `convert_to_diffusers`.
+        FileExistsError, ValueError: as for `convert_to_diffusers`.
     """
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; expected the name of a folder to make.")
+    require_folder_name(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:

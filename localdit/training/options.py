@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from localdit.config import Config
-from localdit.parsing import Parser, name_argument, path_argument, text_argument
+from localdit.parsing import Parser, folder_argument, name_argument, path_argument, text_argument
 from localdit.training.stages import STAGE_OPTIONS, Stage, read_stages
 
 DESCRIPTION = """Train a LocalDiT on captioned pictures.
@@ -324,7 +324,7 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
 
 def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
-    add("--output", type=path_argument, default=Path("runs/train"),
+    add("--output", type=folder_argument, default=Path("runs/train"),
         help="folder that the run writes to")  # fmt: skip
     add("--resume", metavar="CHECKPOINT", type=name_argument,
         help="folder of the checkpoint to resume from, or auto for the newest undamaged one in "

@@ -85,8 +85,11 @@ def test_folders_may_be_named_like_pictures(here):
 
 
 def test_other_kinds_of_pictures_are_refused(here):
-    with pytest.raises(ValueError, match=r"--output is a\.jpg; .* as PNG: a\.png"):
-        plan_output(Path("a.jpg"), "edit", 1)
+    for suffix in ("jpg", "avif", "heic", "jxl", "jp2", "TIFF"):
+        with pytest.raises(ValueError, match=rf"--output is a\.{suffix}; .* as PNG: a\.png"):
+            plan_output(Path(f"a.{suffix}"), "edit", 1)
+    with pytest.raises(ValueError, match="a.pt is named like a file, but would be a folder"):
+        plan_output(Path("a.pt"), "edit", 1)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(here):

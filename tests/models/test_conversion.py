@@ -96,6 +96,15 @@ def test_paths_may_start_with_the_home_folder(checkpoint, tmp_path, monkeypatch)
     assert {path.name for path in tmp_path.iterdir()} == {"w.pt", "folder", "a.safetensors"}
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "a.ckpt", "a.safetensors", "a.png"])
+def test_a_folder_is_not_named_like_a_file(checkpoint, tmp_path, capsys, name):
+    assert main([str(checkpoint), str(tmp_path / name)]) == 2
+    assert f"{name} is named like a file, but would be a folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="named like a file"):
+        convert_to_diffusers(checkpoint, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_conversion_can_change_the_dtype(checkpoint, tmp_path):
     convert_to_diffusers(checkpoint, tmp_path / "folder", torch_dtype=torch.float16)
     stored = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
