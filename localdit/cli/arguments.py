@@ -90,7 +90,7 @@ def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     add("-o", "--output", metavar="PATH", type=path_argument, default=Path("output"),
         help="FILE.png, or a folder in which pictures are numbered; several pictures become "
         "FILE_000.png, FILE_001.png and so on (default: output)")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace FILE.png if it exists")
+    add("--overwrite", action="store_true", help="replace FILE.png if it exists; not for folders")
     add("--grid", action="store_true", help="also save one sheet with all pictures")
     add_model(parser)
     add_debug(parser)

@@ -69,9 +69,16 @@ def info(args: argparse.Namespace) -> None:
             raise FileNotFoundError(
                 f"there is no {path}; expected a checkpoint, a Diffusers folder or a PNG"
             )
+    picture = path is not None and path.suffix.lower() == ".png" and path.is_file()
+    for name in ("device", "dtype"):
+        if getattr(args, name) is not None and (args.verify or picture):
+            raise UsageError(
+                f"--{name} is for the description of this machine, which is not shown "
+                f"{'with --verify' if args.verify else 'for a PNG'}; leave it out"
+            )
     if args.verify:
         sections[str(path)] = verified(path)
-    elif path is not None and path.suffix.lower() == ".png":
+    elif path is not None and picture:
         from ..images import read_metadata
 
         found = read_metadata(path)

@@ -75,7 +75,8 @@ def plan_output(
         overwrite: whether existing files may be replaced.
 
     Raises:
-        ValueError: the name is that of another kind of picture, or of a checkpoint.
+        ValueError: the name is that of another kind of picture, or of a checkpoint; or there is
+            nothing to overwrite.
         FileExistsError: a picture of that name exists.
         OSError: the name is too long, or the system allows no such name.
     """
@@ -85,6 +86,11 @@ def plan_output(
         if suffix in OTHER_PICTURES and not is_folder:
             raise ValueError(
                 f"--output is {given}; pictures are saved as PNG: {given.with_suffix('.png')}"
+            )
+        if overwrite:
+            raise ValueError(
+                f"--overwrite is given, but --output is the folder {given}, in which numbers "
+                "continue and nothing is replaced; leave it out, or name a file such as a.png"
             )
         return Output(require_folder_name(given), stem)
     names = [f"{given.stem}_{i:03d}.png" for i in range(count)] if count > 1 else [given.name]
