@@ -19,7 +19,31 @@ from pathlib import Path
 from typing import IO, Any
 
 LOCK = ".lock"
+OTHER_PICTURES = (
+    ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpeg", ".jpg",
+    ".jxl", ".pgm", ".ppm", ".svg", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+CHECKPOINTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 _UNFINISHED = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.tmp", re.DOTALL)  # the names of `_beside`
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave: a `~` at its beginning is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
+def require_folder_name(path: Path) -> Path:
+    """Return the path of a folder, unless one would get the name of a picture or a checkpoint.
+
+    Raises:
+        ValueError: the message says so.
+    """
+    if path.suffix.lower() in (".png", *OTHER_PICTURES, *CHECKPOINTS) and not path.is_dir():
+        raise ValueError(
+            f"{path} is named like a file, but would be a folder; choose a name without "
+            f"{path.suffix}"
+        )
+    return path
 
 
 def lock_folder(folder: Path, message: str) -> None:
@@ -62,18 +86,15 @@ def whole_file(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
         OSError: if it can't be written. Nothing of it is left, and an existing file is unchanged.
     """
     unfinished = _beside(path)
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-        flush_file(unfinished)
-        _rename(unfinished, path, overwrite)
-        flush_entries(path.parent)
-    except OSError as error:
-        if error.errno and error.filename is None:  # of writing, which knows no name
-            error.filename = str(path)
-        raise
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with _naming(path, unfinished):
+        try:
+            with open(unfinished, "wb") as file:
+                yield file
+            flush_file(unfinished)
+            _rename(unfinished, path, overwrite)
+            flush_entries(path.parent)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -87,14 +108,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
             unchanged.
     """
     unfinished = _beside(path)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        flush_folder(unfinished)
-        _replace_folder(unfinished, path)
-        flush_entries(path.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with _naming(path, unfinished):
+        try:
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            flush_folder(unfinished)
+            _replace_folder(unfinished, path)
+            flush_entries(path.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def has_files(folder: Path) -> bool:
@@ -187,6 +209,19 @@ def _beside(path: Path) -> Path:
     It has the beginning of the name, since a name of 255 bytes can't get longer.
     """
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def _naming(path: Path, unfinished: Path) -> Iterator[None]:
+    """Let the system's errors name the user's path, not the temporary one or none at all."""
+    try:
+        yield
+    except OSError as error:
+        about = str(error.filename or unfinished)
+        if error.errno and about.startswith(str(unfinished)):
+            named = about.replace(str(unfinished), str(path), 1)
+            raise OSError(error.errno, error.strerror, named) from error
+        raise
 
 
 def _rename(source: Path, target: Path, overwrite: bool) -> None:

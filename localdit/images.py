@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from localdit.files import whole_file
+from localdit.files import user_path, whole_file
 
 __all__ = ["fit_image", "image_grid", "load_image", "load_mask", "read_metadata", "save_image"]
 
@@ -98,7 +98,8 @@ def load_layer(source: str | Path | BinaryIO | Image.Image, name: object = None)
         return decode(source, name or "the image")
     if isinstance(source, (str, Path)):
         name = name or source
-        if not Path(source).is_file():
+        source = user_path(source)
+        if not source.is_file():
             raise FileNotFoundError(f"{name}: there is no such image file")
     name = name or "the image"
     with warnings.catch_warnings():
@@ -266,7 +267,7 @@ def save_image(
         FileExistsError: if the file exists and `overwrite` is False.
         OSError: if it can't be written; nothing is left behind.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: pictures are saved as PNG, so the name must end in .png")
     info = PngInfo()
@@ -286,7 +287,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if the file does not exist.
         ValueError: if it is not a PNG, or its settings are not JSON.
     """
-    if not Path(path).is_file():
+    path = user_path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such image file")
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -304,7 +306,7 @@ def prepare_output_folder(folder: str | Path) -> Path:
     Raises:
         OSError: if it can't be created or written to; the message names the folder and the reason.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Deleted in any case, even when the disk is full.

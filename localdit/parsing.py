@@ -13,11 +13,12 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, TextIO
 
 from .errors import PYTHON, Vocabulary, wording
-from .files import is_unicode
+from .files import is_unicode, require_folder_name, user_path
 
 # Characters that could forge lines of output, control a terminal, or reverse the text direction.
 CONTROLS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -84,6 +85,28 @@ def text_argument(word: str) -> str:
         return os.fsencode(word).decode()
     except UnicodeError:
         raise argparse.ArgumentTypeError(f"{word!a} is not UTF-8 text") from None
+
+
+def path_argument(word: str) -> Path:
+    """Return an argument that is a path, also where the shell leaves its `~`."""
+    return user_path(word)
+
+
+def folder_argument(word: str) -> Path:
+    """Return an argument that is a folder to write to.
+
+    Raises:
+        ArgumentTypeError: if it is named like a picture or a checkpoint file.
+    """
+    try:
+        return require_folder_name(path_argument(word))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def name_argument(word: str) -> str:
+    """Return an argument that is a path or another name, such as one of the hub."""
+    return os.path.expanduser(word)
 
 
 class Reporting:

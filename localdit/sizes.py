@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import part_source
 from .errors import Field, FieldValueError
-from .files import read_json
+from .files import read_json, user_path
 
 if TYPE_CHECKING:
     from .config import Config
@@ -53,12 +53,17 @@ def read_sizes(checkpoint: Path, config: Config) -> ModelSizes:
     """
     whole = (checkpoint / "model_index.json").is_file()
     found = _read_json((checkpoint / "transformer" if whole else checkpoint) / "config.json")
-    autoencoder = Path(part_source(config, "vae", checkpoint)).expanduser()
+    autoencoder = user_path(part_source(config, "vae", checkpoint))
     return ModelSizes(
         found.get("sample_size", config.sample_size),
         found.get("patch_size", config.patch_size),
         pixels_per_latent(autoencoder),
     )
+
+
+def pipeline_around(part: Path) -> Path:
+    """Return the folder that a part of a pipeline, or a checkpoint file, really lies in."""
+    return part.resolve().parent
 
 
 def folder_with_part(folder: Path, part: str) -> Path:
@@ -68,7 +73,7 @@ def folder_with_part(folder: Path, part: str) -> Path:
     that lies within the folder of its teacher takes text encoder and autoencoder from there.
     """
     shares = not (folder / part).is_dir() and _read_json(folder / "model_index.json")
-    return folder.absolute().parent if shares and shares.get("_shares_parts") is True else folder
+    return pipeline_around(folder) if shares and shares.get("_shares_parts") is True else folder
 
 
 def pixels_per_latent(folder: Path) -> int:

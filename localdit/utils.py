@@ -18,6 +18,7 @@ from .core.parts import (
 )
 from .core.samplers import check_sampler, make_sampler
 from .errors import Field, FieldImportError, FieldNotFoundError, FieldValueError
+from .files import user_path
 
 __all__ = ["load_model", "model_in_the_box"]
 
@@ -125,16 +126,23 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    resolved: torch.device | None
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except RuntimeError:
+        resolved = None
+    found = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if resolved is None or resolved.type not in found:
         raise FieldValueError(
             "{field} is {device!r}; expected 'cpu', 'cuda', 'cuda:1' or 'mps'",
             field=Field("device"),
-            device=device,
-        ) from error
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not found.get(resolved.type, True):
+            device=str(device),
+        )
+    if (resolved.index or 0) >= found[resolved.type]:
         raise FieldValueError(
             "{field} is {device!r}, but PyTorch finds no such device; try 'cpu'",
             field=Field("device"),
@@ -204,7 +212,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: it is neither; the message has the command that downloads the weights.
     """
-    checkpoint = Path(path).expanduser()
+    checkpoint = user_path(path)
     if not checkpoint.exists():
         raise FieldNotFoundError(
             "{field}: there is no {checkpoint}. Name a checkpoint or a Diffusers folder, or "

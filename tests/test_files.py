@@ -3,6 +3,7 @@
 import codecs
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,24 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, s
             fail()
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.bin"]
+
+
+def test_errors_name_the_path_that_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder").mkdir()
+    for name, kind in [("gone/x.png", FileNotFoundError), ("file/x.png", NotADirectoryError),
+                       ("folder", IsADirectoryError)]:  # fmt: skip
+        with pytest.raises(kind) as raised, whole_file(Path(name)):
+            pass
+        assert raised.value.filename == name and ".tmp" not in str(raised.value)
+    with pytest.raises(NotADirectoryError) as raised, whole_folder(Path("file/run")):
+        pass
+    assert raised.value.filename == "file/run"
+    with pytest.raises(FileNotFoundError) as raised, whole_folder(Path("run")) as folder:
+        (folder / "deep/a").write_text("")
+    assert raised.value.filename == "run/deep/a"
+    assert names(tmp_path) == ["file", "folder"]
 
 
 @pytest.mark.parametrize("links", [True, False])

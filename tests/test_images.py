@@ -365,6 +365,17 @@ def test_a_picture_carries_its_settings(tmp_path):
     assert read_metadata(save_image(Image.new("L", (1, 1)), tmp_path / "b.png")) == {}
 
 
+def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    assert prepare_output_folder("~/out") == tmp_path / "me/out"
+    picture = Image.new("RGB", (2, 2), "white")
+    assert save_image(picture, "~/out/a.png", {"seed": 1}) == tmp_path / "me/out/a.png"
+    assert load_image("~/out/a.png").size == images.load_mask("~/out/a.png").size == (2, 2)
+    assert read_metadata("~/out/a.png") == {"seed": 1}
+    assert os.listdir(tmp_path) == ["me"]
+
+
 def test_unreadable_settings(tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=r"a\.jpg"):

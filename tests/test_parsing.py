@@ -4,11 +4,21 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from localdit.errors import Field, FieldValueError, Vocabulary
-from localdit.parsing import Parser, UsageError, one_line, run, text_argument
+from localdit.parsing import (
+    Parser,
+    UsageError,
+    folder_argument,
+    name_argument,
+    one_line,
+    path_argument,
+    run,
+    text_argument,
+)
 
 
 @pytest.fixture
@@ -26,6 +36,24 @@ def test_options_may_stand_anywhere(parser):
     args = parser.parse_args(["a.png", "--seed", "3", "a cat", "--guidance-scale=2", "a dog"])
     assert (args.picture, args.prompt, args.seed) == ("a.png", ["a cat", "a dog"], 3)
     assert parser.parse_args(["--seed", "3", "a.png"]).prompt == []
+
+
+def test_the_home_folder_is_meant_also_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert path_argument("~/a.png") == Path("/home/me/a.png")
+    assert name_argument("~/a") == "/home/me/a"
+    for name in ("google/flan-t5-xxl", "box", "-", "a~b", "~nobody_of_this_name/a"):
+        assert name_argument(name) == str(path_argument(name)) == name
+
+
+def test_no_folder_is_named_like_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.JXL", "deep/a.heic", "a.pt", "a.ckpt", "a.safetensors"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{name} is named like a file, but"):
+            folder_argument(name)
+    Path("a.png").mkdir()
+    for name in ("a.png", "run.2", "v1.2", ".hidden", "a.pt/run"):
+        assert folder_argument(name) == Path(name)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 
 from localdit.config import Config
 from localdit.errors import Field
-from localdit.sizes import ModelSizes, check_size, proportional_size, read_sizes
+from localdit.sizes import (
+    ModelSizes,
+    check_size,
+    folder_with_part,
+    pixels_per_latent,
+    proportional_size,
+    read_sizes,
+)
 from localdit.utils import model_in_the_box
 
 
@@ -42,6 +50,18 @@ def test_an_autoencoder_of_the_hub_has_8_pixels_per_latent(tmp_path):
 
 def test_the_sizes_of_the_box():
     assert read_sizes(model_in_the_box(), Config()) == ModelSizes(16, 2, 16)
+
+
+def test_a_student_finds_the_folder_that_it_really_lies_in(tmp_path, monkeypatch):
+    write(tmp_path / "teacher/vae/config.json", block_out_channels=[4] * 6)
+    write(tmp_path / "teacher/student/model_index.json", _shares_parts=True)
+    write(tmp_path / "teacher/student/transformer/config.json")
+    (tmp_path / "link").symlink_to(tmp_path / "teacher/student")
+    for working, name in (("teacher/student/transformer", ".."), ("teacher/student", "."),
+                          (".", "link"), (".", "teacher/student")):  # fmt: skip
+        monkeypatch.chdir(tmp_path / working)
+        assert folder_with_part(Path(name), "vae") == tmp_path / "teacher"
+        assert pixels_per_latent(Path(name)) == 32
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_impossible_devices_dtypes_and_options_are_refused(hub, monkeypatch):
         device, dtype = changes.pop("device", "cpu"), changes.pop("dtype", None)
         load_model(local_config(hub, "transformer", **changes), device, dtype)
 
-    for device in ("cuda", "mps", "abacus"):
+    for device in ("cuda", "mps", "cpu:3", "abacus", "meta", "xpu", torch.device("meta")):
         with pytest.raises(ValueError, match=f"device is '{device}'"):
             monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
             monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -296,10 +296,13 @@ def test_impossible_devices_dtypes_and_options_are_refused(hub, monkeypatch):
 
 def test_sequential_offload_and_quantization_exclude_each_other(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     config = Config(offload="sequential", text_encoder_quantization="8bit")
     with pytest.raises(ValueError, match="can't move a quantized text encoder"):
         load_model(config, device="cuda")
+    with pytest.raises(ValueError, match="device is 'cuda:1', but PyTorch finds no such device"):
+        load_model(config, device="cuda:1")
 
 
 @pytest.mark.parametrize(("device", "bf16"), [("cuda", True), ("cuda", False), ("mps", None)])

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import Field, FieldValueError
-from ..files import parse_json, read_json
+from ..files import parse_json, read_json, user_path
 
 # Keys under which training programs store a state dict. Averaged weights come first: if a file has
 # both, they are the ones to sample with.
@@ -75,7 +75,7 @@ class CheckpointFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self.kind = _file_kind(self.path)
         self.wrapper: str | None = None
         self.metadata: dict[str, str] = {}
@@ -219,7 +219,7 @@ def local_file(path: str | Path, local_files_only: bool = False) -> Path:
         OSError: if it cannot be downloaded, or is not in the cache.
     """
     if not re.match("https?://", str(path)):
-        return Path(path).expanduser()
+        return user_path(path)
     address = re.fullmatch(
         r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(?:\?.*)?",
         str(path),

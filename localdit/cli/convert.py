@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..parsing import Parser, run
+from ..parsing import Parser, path_argument, run
 from . import arguments
 from .arguments import COMMAND_LINE, usage_errors
 
 if TYPE_CHECKING:
+    import torch
+
     from ..checkpoint import CheckpointReport
 
 
@@ -25,10 +27,10 @@ def build_parser(prog: str = "localdit convert") -> Parser:
         epilog=f"example: {prog} output/LocalDiT-1024.pt output/LocalDiT-1024",
     )
     add = parser.add_argument
-    add("input", metavar="INPUT", type=Path,
+    add("input", metavar="INPUT", type=path_argument,
         help="a checkpoint file (.safetensors, .pt), a Diffusers folder, or 'box', the model that "
         "comes with LocalDiT")  # fmt: skip
-    add("output", metavar="OUTPUT", type=Path, nargs="?",
+    add("output", metavar="OUTPUT", type=path_argument, nargs="?",
         help="the folder or .safetensors file to write")  # fmt: skip
     add("--global-context", choices=["fold", "draw"], default="fold",
         help="for files like the released one, which lack the global context: 'fold' replaces it "
@@ -65,9 +67,9 @@ def convert(args: argparse.Namespace) -> None:
 
     from ..checkpoint import convert_to_diffusers, convert_to_single_file
 
-    with usage_errors():
-        report = _check(source, args)
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    with usage_errors():
+        report = _check(source, args, dtype)
     if args.output is not None and source.is_dir():
         report = convert_to_single_file(
             source, args.output, torch_dtype=dtype, overwrite=args.overwrite
@@ -86,10 +88,12 @@ def convert(args: argparse.Namespace) -> None:
         print(f"Wrote {args.output}")
 
 
-def _check(source: Path, args: argparse.Namespace) -> CheckpointReport | None:
+def _check(
+    source: Path, args: argparse.Namespace, dtype: torch.dtype | None
+) -> CheckpointReport | None:
     """Refuse what can be refused before any weights are read; describe a checkpoint file."""
     from ..checkpoint import inspect_checkpoint
-    from ..models.conversion import refuse_taken_file, refuse_taken_folder, transformer_folder
+    from ..models.conversion import open_transformer, refuse_taken_file, refuse_taken_folder
 
     if not source.is_dir():
         report = inspect_checkpoint(source, global_context=args.global_context, seed=args.seed)
@@ -100,6 +104,6 @@ def _check(source: Path, args: argparse.Namespace) -> CheckpointReport | None:
         raise ValueError(f"{source} is a folder: name the .safetensors file to write.")
     if (args.global_context, args.seed) != ("fold", None):
         raise ValueError("--global-context and --seed are for checkpoint files, not folders.")
-    transformer_folder(source)
     refuse_taken_file(args.output, args.overwrite)
+    open_transformer(source, dtype)
     return None

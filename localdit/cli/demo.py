@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..core.samplers import config_of, suitable_samplers
-from ..parsing import Parser, run, say
+from ..parsing import Parser, folder_argument, run, say
 from . import arguments
 from .arguments import COMMAND_LINE, usage_errors
 from .drawing import load, picture_settings
@@ -49,7 +49,7 @@ def build_parser() -> Parser:
         "127.0.0.1, only this machine)")  # fmt: skip
     add("--port", metavar="N", type=int,
         help="port to listen on (default: the first free one from 7860)")  # fmt: skip
-    add("-o", "--output", metavar="FOLDER", type=Path,
+    add("-o", "--output", metavar="FOLDER", type=folder_argument,
         help="folder to keep the pictures in (default: they are deleted when the server "
         "stops)")  # fmt: skip
     arguments.add_model(parser)
@@ -115,9 +115,7 @@ def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | 
     picture = scene() if model.preset is SCENES else None
     multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
     samplers = suitable_samplers(config_of(pipe.scheduler))
-    offer = Offer(
-        model.config, model.negative_prompt, model.preset.t2i, STRENGTH, picture, multiple, samplers
-    )
+    offer = Offer(model.config, model.preset.t2i, STRENGTH, picture, multiple, samplers)
     save = saving(pipe, model, folder, keep)
     return build_page(Artist(pipe, model.config), offer, about(pipe, model), save)
 
@@ -150,7 +148,7 @@ def saving(
 def about(pipe: LocalDiTPipeline, model: Choice) -> list[str]:
     """Return the facts in the head of the page: the model, its size, the device and the dtype."""
     count = sum(parameter.numel() for parameter in pipe.transformer.parameters())
-    name = model.name if model.preset is SCENES else model.checkpoint.name
+    name = model.name if model.boxed else Path(os.path.abspath(model.checkpoint)).name
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     return [name, f"{count / 1e6:,.1f}M parameters", f"{pipe._execution_device} in {dtype}"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..evaluation.prompt_sets import PICTURES, Layout, Prompt, read_prompts
-from ..parsing import Parser, one_line, say
+from ..parsing import Parser, folder_argument, one_line, path_argument, say
 from . import arguments
 from .arguments import usage_errors
 from .drawing import load, picture_settings
@@ -64,20 +65,20 @@ def build_parser() -> Parser:
         epilog="example: localdit evaluate evaluation_metadata.jsonl --model box -o output/geneval",
     )
     add = parser.add_argument
-    add("prompts", metavar="PROMPTS", type=Path,
+    add("prompts", metavar="PROMPTS", type=path_argument,
         help="GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a file with "
         'a line such as {"prompt": "a red circle"} for each prompt')  # fmt: skip
     add("--max-prompts", metavar="N", type=int, help="use only the first N prompts")
-    add("-o", "--output", metavar="FOLDER", type=Path, default=Path("output/evaluation"),
+    add("-o", "--output", metavar="FOLDER", type=folder_argument, default=Path("output/evaluation"),
         help="folder for the pictures and scores (default: output/evaluation)")  # fmt: skip
     arguments.add_sampling(parser, size="the model's own size", num_images=4)
     add = parser.add_argument_group("scores").add_argument
-    add("--clip", metavar="FOLDER", type=Path,
+    add("--clip", metavar="FOLDER", type=path_argument,
         help="folder of a CLIP model of Transformers, for the CLIP score")  # fmt: skip
-    add("--reference", metavar="FOLDER", type=Path,
+    add("--reference", metavar="FOLDER", type=path_argument,
         help="folder of real pictures, for the Fréchet and kernel distances, precision and "
         "recall")  # fmt: skip
-    add("--feature-extractor", metavar="FOLDER", type=Path,
+    add("--feature-extractor", metavar="FOLDER", type=path_argument,
         help="folder of a vision model of Transformers, such as DINOv2, for "
         "--reference")  # fmt: skip
     arguments.add_model(parser)
@@ -198,11 +199,10 @@ def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> N
     Raises:
         ValueError: a picture in the folder was drawn with other settings.
     """
-    from ..core.encoders import weights_fingerprint
     from ..images import image_grid, load_image, save_image
     from ..inference import inference
 
-    weights = weights_fingerprint(pipe.transformer, pipe.transformer.dtype)[:16]
+    found = fingerprints(pipe)
     config, number = plan.model.config, plan.layout.num_images
     mine = range(rank, len(plan.prompts), count)
 
@@ -210,7 +210,7 @@ def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> N
         seed = plan.seed + index * number + place
         text = plan.prompts[index].text
         carried = picture_settings(plan.model, pipe, config, text, plan.negative_prompt, seed)
-        return carried | {"weights": weights}
+        return carried | found
 
     for index in mine:
         for place, path in enumerate(plan.layout.pictures(plan.prompts[index])):
@@ -241,11 +241,34 @@ def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> N
             say(one_line(f"{plan.layout.folder / PICTURES / prompt.name}: {prompt.text}"))
 
 
+def fingerprints(pipe: LocalDiTPipeline) -> dict[str, str]:
+    """Return the beginnings of the SHA-256 of all parts of a pipeline."""
+    from ..core.encoders import Encoders, weights_fingerprint
+    from ..core.samplers import config_of
+
+    weights = weights_fingerprint(pipe.transformer, pipe.transformer.dtype)
+    parts = Encoders(pipe.tokenizer, pipe.text_encoder, pipe.vae).fingerprints()
+    config = {
+        name: value
+        for name, value in config_of(pipe.scheduler).items()
+        if name == "_class_name" or not name.startswith("_")
+    }
+    text = json.dumps(config, sort_keys=True, default=str)
+    parts["scheduler"] = hashlib.sha256(text.encode()).hexdigest()
+    named = {f"{name}_fingerprint": value for name, value in parts.items()}
+    return {name: value[:16] for name, value in ({"weights": weights} | named).items()}
+
+
 def _require_same(path: Path, settings: dict[str, Any]) -> None:
     """Refuse a picture that was drawn with other settings."""
     from ..images import read_metadata
 
     found = read_metadata(path)
+    if any(name.endswith("_fingerprint") and name not in found for name in settings):
+        raise ValueError(
+            f"{path} does not say which VAE, text encoder and scheduler drew it: an earlier "
+            "version of LocalDiT wrote it. Give another --output."
+        )
     other = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
     if other:
         name = other[0]

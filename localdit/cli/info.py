@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..core.samplers import suitable_samplers
-from ..core.settings import read_settings
+from ..core.settings import read_settings, whole_words
 from ..files import read_json
-from ..parsing import Parser, UsageError, one_line
+from ..parsing import Parser, UsageError, name_argument, one_line
 from ..sizes import folder_with_part, pixels_per_latent
 from . import arguments
 from .arguments import usage_errors
@@ -44,7 +44,7 @@ def build_parser() -> Parser:
         "implementation of window attention and why it is chosen. For a PNG, show the settings "
         "that generated it. With --verify, only check a folder that training wrote.",
     )
-    parser.add_argument("path", metavar="PATH", nargs="?",
+    parser.add_argument("path", metavar="PATH", type=name_argument, nargs="?",
         help="a checkpoint file, a Diffusers folder, a PNG, or 'box', the model that comes with "
         "LocalDiT")  # fmt: skip
     parser.add_argument("--verify", action="store_true",
@@ -69,9 +69,16 @@ def info(args: argparse.Namespace) -> None:
             raise FileNotFoundError(
                 f"there is no {path}; expected a checkpoint, a Diffusers folder or a PNG"
             )
+    picture = path is not None and path.suffix.lower() == ".png" and path.is_file()
+    for name in ("device", "dtype"):
+        if getattr(args, name) is not None and (args.verify or picture):
+            raise UsageError(
+                f"--{name} is for the description of this machine, which is not shown "
+                f"{'with --verify' if args.verify else 'for a PNG'}; leave it out"
+            )
     if args.verify:
         sections[str(path)] = verified(path)
-    elif path is not None and path.suffix.lower() == ".png":
+    elif path is not None and picture:
         from ..images import read_metadata
 
         found = read_metadata(path)
@@ -251,7 +258,7 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
             "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "missing": absent or "nothing",
             **asdict(read_settings(folder)),
-            **({"vocabulary": WHOLE_WORDS} if index.get("whole_words") is True else {}),
+            **({"vocabulary": WHOLE_WORDS} if whole_words(folder) else {}),
         }
     }
     for name, (_, kind, *_) in sorted(parts.items()):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import OTHER_PICTURES, require_folder_name
+
 if TYPE_CHECKING:
     from PIL import Image
-
-OTHER_PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def plan_output(
         overwrite: whether existing files may be replaced.
 
     Raises:
-        ValueError: the name is that of another kind of picture.
+        ValueError: the name is that of another kind of picture, or of a checkpoint; or there is
+            nothing to overwrite.
         FileExistsError: a picture of that name exists.
         OSError: the name is too long, or the system allows no such name.
     """
@@ -86,7 +87,12 @@ def plan_output(
             raise ValueError(
                 f"--output is {given}; pictures are saved as PNG: {given.with_suffix('.png')}"
             )
-        return Output(given, stem)
+        if overwrite:
+            raise ValueError(
+                f"--overwrite is given, but --output is the folder {given}, in which numbers "
+                "continue and nothing is replaced; leave it out, or name a file such as a.png"
+            )
+        return Output(require_folder_name(given), stem)
     names = [f"{given.stem}_{i:03d}.png" for i in range(count)] if count > 1 else [given.name]
     folder = given.parent
     for name in [*names, *([f"{given.stem}_grid.png"] if grid else [])]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ..config import Config, config_field, inference_settings, part_source, with_settings
 from ..core.samplers import check_sampler
-from ..core.settings import SamplingSettings, read_settings
-from ..files import decode_text
+from ..core.settings import SamplingSettings, read_settings, whole_words
+from ..files import decode_text, user_path
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
 from .arguments import CONFIG_SETTINGS, named_model, usage_errors
@@ -30,7 +30,6 @@ class Preset:
 
     t2i: list[str]
     i2i: list[str]
-    negative_prompt: str
 
 
 PHOTOGRAPHS = Preset(
@@ -40,7 +39,6 @@ PHOTOGRAPHS = Preset(
         "a street of old stone houses after the rain, warm lamps, evening, wide angle",
     ],
     i2i=["an oil painting of a boat on a lake, thick brush strokes, warm colours"],
-    negative_prompt="bad quality, worst quality, low resolution, blurry",
 )
 SCENES = Preset(
     t2i=[
@@ -54,7 +52,6 @@ SCENES = Preset(
         "a large yellow moon above a small purple house and a small red tree "
         "on white ground under a turquoise sky"
     ],
-    negative_prompt="",
 )
 
 
@@ -81,22 +78,33 @@ class Choice:
     @property
     def checkpoint(self) -> Path:
         """The checkpoint file or folder."""
-        return Path(self.config.ckpt_path).expanduser()
+        return user_path(self.config.ckpt_path)
 
     @property
-    def negative_prompt(self) -> str:
-        """That of the preset; empty without guidance, where it would have no effect."""
-        return self.preset.negative_prompt if self.config.guidance_scale > 1 else ""
+    def boxed(self) -> str | None:
+        """What the model is in the box, "model" or "student"; None if it is elsewhere."""
+        from ..utils import BOX, FEW_STEPS
+
+        return {BOX: "model", BOX / FEW_STEPS: "student"}.get(self.checkpoint.resolve())
 
     @property
     def name(self) -> str:
         """The model's name in the settings that a picture carries."""
-        from ..utils import FEW_STEPS
+        return f"the {self.boxed} in the box" if self.boxed else str(self.config.ckpt_path)
 
-        if self.preset is not SCENES:
-            return str(self.config.ckpt_path)
-        student = self.checkpoint.name == FEW_STEPS
-        return "the student in the box" if student else "the model in the box"
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What a picture depends on beside the model's own parts, such as another VAE."""
+        config = self.config
+        found: dict[str, Any] = {}
+        for name in ("text_encoder", "vae", "scheduler"):
+            source = part_source(config, name, self.checkpoint)
+            if source not in (self.checkpoint, getattr(Config, name)):
+                found[name] = str(source)
+        for name in ("text_encoder_quantization", "max_length"):
+            if getattr(config, name) != getattr(Config, name):
+                found[name] = getattr(config, name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -165,11 +173,10 @@ def plan(
         )
         prepare_output_folder(output.folder)
     report_fallback(model)
-    negative_prompt = args.negative_prompt
     return Job(
         model=replace(model, config=with_settings(model.config, size)),
         prompts=[prompt for prompt in prompts for _ in range(args.num_images)],
-        negative_prompt=model.negative_prompt if negative_prompt is None else negative_prompt,
+        negative_prompt=args.negative_prompt or "",
         seed=args.seed,
         output=output,
         grid=args.grid,
@@ -198,7 +205,7 @@ def choose_model(
         ValueError: a setting is out of range, or the options contradict each other.
     """
     from ..core.parts import PARTS
-    from ..utils import BOX, FEW_STEPS, model_in_the_box
+    from ..utils import model_in_the_box
 
     config = config or Config()
     given = vars(args)
@@ -209,12 +216,12 @@ def choose_model(
     elif config.ckpt_path == Config.ckpt_path and not Path(config.ckpt_path).exists():
         settings["ckpt_path"] = model_in_the_box(few_steps)
         named = False
-    checkpoint = Path(settings.get("ckpt_path", config.ckpt_path))
-    if "ckpt_path" in settings and (checkpoint.expanduser() / "model_index.json").is_file():
+    checkpoint = user_path(settings.get("ckpt_path", config.ckpt_path))
+    if "ckpt_path" in settings and (checkpoint / "model_index.json").is_file():
         # The parts that the Config names are those of its own checkpoint.
         own = {part.field: getattr(type(config), part.field) for part in PARTS.values()}
         settings = own | settings
-    preset = SCENES if checkpoint.resolve() in (BOX, BOX / FEW_STEPS) else PHOTOGRAPHS
+    preset = SCENES if whole_words(checkpoint) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)
@@ -222,7 +229,7 @@ def choose_model(
 
 def _untouched(config: Config, checkpoint: Path) -> dict[str, Any]:
     """Return the settings of a pipeline's folder that the Config leaves at their defaults."""
-    own, given = asdict(read_settings(checkpoint.expanduser())), inference_settings(config)
+    own, given = asdict(read_settings(checkpoint)), inference_settings(config)
     default = asdict(SamplingSettings())
     return {name: own[name] for name in own if given[name] == default[name]}
 
@@ -249,10 +256,10 @@ def check_model(choice: Choice, described: bool = False) -> Choice:
 
 def report_fallback(choice: Choice) -> None:
     """Say so if the model in the box is used because the released weights are missing."""
-    from ..utils import DOWNLOAD_COMMAND, FEW_STEPS
+    from ..utils import DOWNLOAD_COMMAND
 
     if not choice.named:
-        student = choice.checkpoint.name == FEW_STEPS
+        student = choice.boxed == "student"
         used = "the student of the small model" if student else "the small model"
         say(
             f"The released weights are not in {Config.ckpt_path} (to download them: "
@@ -326,7 +333,7 @@ def fit_size(
     Raises:
         ValueError: a side is not a multiple of the model's pixels per token.
     """
-    sizes = read_sizes(Path(config.ckpt_path).expanduser(), config)
+    sizes = read_sizes(user_path(config.ckpt_path), config)
     described = sizes.sample_size == first.sample_size
     height, width = size
     if image_size is not None:

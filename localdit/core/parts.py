@@ -21,7 +21,7 @@ from ..errors import (
     FieldValueError,
     Setting,
 )
-from ..files import read_json
+from ..files import read_json, user_path
 from ..sizes import folder_with_part
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
         ValueError: a local configuration is unsound.
         OSError: a repository on the hub can't be reached; a `FieldError`.
     """
-    local = Path(source).expanduser()
+    local = user_path(source)
     if local.is_dir():
         local = folder_with_part(local, part.folders[0])
         for folder in part.folders:
@@ -143,7 +143,7 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
 def is_hub_name(source: str | Path) -> bool:
     """Return whether a source is a repository on the hub: named like one, and no local folder."""
     name = str(source)
-    exists = Path(source).expanduser().exists()
+    exists = user_path(source).exists()
     return not exists and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and name[0] not in ".~"
 
 
@@ -157,7 +157,7 @@ def fetching(part: Part, source: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if Path(source).expanduser().is_dir():
+        if user_path(source).is_dir():
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         folder = "/path/to/that/folder"

@@ -52,6 +52,16 @@ class SamplingSettings:
         return self.num_inference_steps <= MOST_FEW_STEPS and self.guidance_scale <= 1
 
 
+def whole_words(folder: Path) -> bool:
+    """Return whether a folder is that of a pipeline that knows only whole words.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    index = folder / INDEX
+    return index.is_file() and read_json(index).get("whole_words") is True
+
+
 def read_settings(folder: Path) -> SamplingSettings:
     """Return the settings that the folder of a pipeline names.
 

@@ -32,7 +32,6 @@ class Offer:
 
     Attributes:
         config: the first settings.
-        negative_prompt: the first negative prompt.
         prompts: examples; the first is in the page.
         strength: the first strength of each mode that has one.
         picture: a picture to try "edit" and "inpaint" with.
@@ -41,7 +40,6 @@ class Offer:
     """
 
     config: Config
-    negative_prompt: str
     prompts: Sequence[str]
     strength: Mapping[str, float]
     picture: Image.Image | None
@@ -228,7 +226,7 @@ class Controls:
         first = inference_settings(offer.config)
         with gr.Accordion("Settings", elem_id="settings"):
             self.negative_prompt = Text(
-                offer.negative_prompt,
+                "",
                 label="Negative prompt",
                 placeholder="What the picture should not show",
                 max_lines=4,

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from safetensors.torch import save_file
 
 from ..checkpoint.layout import flat_name
 from ..checkpoint.loading import (
+    FLOATS,
     CheckpointReport,
     plan_loading,
     read_folder,
     require_float,
 )
-from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, require_finite
-from ..errors import FieldExistsError, Setting
+from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
+from ..errors import FieldExistsError, FieldValueError, Setting
+from ..files import require_folder_name, user_path
 from .transformer import LocalDiTTransformer2DModel
 
 
@@ -115,10 +118,11 @@ def convert_to_diffusers(
 
     Raises:
         FileExistsError: if `folder` is taken.
-        FileNotFoundError, TypeError, ValueError: as for `load_transformer`.
+        FileNotFoundError, TypeError, ValueError: as for `load_transformer`; the latter also if
+            `folder` is named like a file.
         OSError: if the folder cannot be written.
     """
-    folder = Path(folder).absolute()
+    folder = user_path(folder).absolute()
     refuse_taken_folder(folder, overwrite)
     plan = plan_loading(
         LocalDiTTransformer2DModel,
@@ -162,27 +166,30 @@ def convert_to_single_file(
     Raises:
         FileExistsError: if `path` is taken.
         FileNotFoundError: if `source` has no transformer in it.
-        ValueError: if `path` is not named `*.safetensors`, or the folder's tensors do not match its
-            configuration.
+        ValueError: if `path` is not named `*.safetensors`, the folder's tensors do not match its
+            configuration, or a tensor has a dtype that such a file can't have.
         OSError: if the file cannot be written.
     """
     require_float(torch_dtype)
-    path = Path(path).absolute()
+    path = user_path(path).absolute()
     refuse_taken_file(path, overwrite)
     if isinstance(source, LocalDiTTransformer2DModel):
-        config, state = _public(source.config), source.state_dict()
+        config, state = source.config, source.state_dict()
+        dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        _require_storable("the model", dtypes, torch_dtype)
     else:
-        config, state = _read_folder(Path(source))
+        config, state = _read_folder(user_path(source), torch_dtype)
     state = {
         flat_name(name): tensor.to("cpu", torch_dtype or tensor.dtype).contiguous()
         for name, tensor in state.items()
     }
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config, sort_keys=True)}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(_public(config), sort_keys=True)}
     with _beside(path) as scratch:
         save_file(state, scratch / path.name, metadata=metadata)
+        report = replace(inspect_checkpoint(scratch / path.name), path=path)
         _sync(scratch / path.name)
         os.replace(scratch / path.name, path)
-    return inspect_checkpoint(path)
+    return report
 
 
 def refuse_taken_file(path: Path, overwrite: bool) -> None:
@@ -201,10 +208,11 @@ def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that must not be replaced.
 
     Raises:
-        FileExistsError: as for `convert_to_diffusers`.
+        FileExistsError, ValueError: as for `convert_to_diffusers`.
     """
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; expected the name of a folder to make.")
+    require_folder_name(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -240,18 +248,56 @@ def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     return folder, config
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return configuration and tensors of a Diffusers folder."""
+def open_transformer(
+    folder: Path, torch_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Any], dict[str, CheckpointFile]]:
+    """Return the configuration of a transformer, and the file of each tensor; no values are read.
+
+    Args:
+        folder: as for `transformer_folder`.
+        torch_dtype: dtype that the weights are to be stored in; None keeps theirs.
+
+    Raises:
+        FileNotFoundError, ValueError: as for `convert_to_single_file`.
+    """
     folder, _ = transformer_folder(folder)
     config, files = read_folder(LocalDiTTransformer2DModel, folder)
     if not files:
         raise FileNotFoundError(f"{folder} lacks its weights {WEIGHTS[0]!r}.")
+    dtypes = {name: file.infos[name].dtype for name, file in files.items()}
+    _require_storable(folder, dtypes, torch_dtype)
+    return config, files
+
+
+def _read_folder(
+    folder: Path, torch_dtype: torch.dtype | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return configuration and tensors of a Diffusers folder."""
+    config, files = open_transformer(folder, torch_dtype)
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(files.values()):
         for name, tensor in file.tensors(file.infos):
             require_finite(file.path, name, tensor)
             state[name] = tensor.clone()
-    return _public(config), state
+    return config, state
+
+
+def _require_storable(
+    where: Path | str, dtypes: Mapping[str, torch.dtype], torch_dtype: torch.dtype | None
+) -> None:
+    """Refuse weights that could not be read back, unless a conversion to `torch_dtype` helps."""
+    for name, dtype in dtypes.items():
+        if dtype in FLOATS or (torch_dtype and dtype.is_floating_point):
+            continue
+        raise FieldValueError(
+            "{where}: {name!r} is {dtype}; expected one of {known}"
+            + (": {advice}." if dtype.is_floating_point else "."),
+            where=where,
+            name=name,
+            dtype=dtype,
+            known=", ".join(map(str, FLOATS)),
+            advice=Setting("torch_dtype", "float16", "pass torch_dtype=torch.float16"),
+        )
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

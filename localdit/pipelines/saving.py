@@ -33,7 +33,7 @@ from ..core.parts import (
 from ..core.settings import INDEX, read_settings
 from ..files import read_json
 from ..models.transformer import LocalDiTTransformer2DModel
-from ..sizes import folder_with_part
+from ..sizes import folder_with_part, pipeline_around
 from . import lora
 from .lora import Tensors
 from .model_card import make_model_card
@@ -182,7 +182,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         others = {"transformer": None, "scheduler": None} | {
             name: None for name in ENCODERS if name not in shared
         }
-        parent = cls.from_pretrained(folder.absolute().parent, **kwargs | others)
+        parent = cls.from_pretrained(pipeline_around(folder), **kwargs | others)
         return {name: getattr(parent, name) for name in shared}
 
     @classmethod

@@ -19,6 +19,7 @@ from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
 from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
+from localdit.sizes import pipeline_around
 from localdit.training.options import PREDICTION_TYPES, check_objective
 from localdit.training.pixart import is_pixart, start_from_pixart
 from localdit.training.state import saved_options
@@ -239,7 +240,7 @@ def settle_prediction_type(args: argparse.Namespace, checkpoint: Path | None = N
 
 def _prediction_type_beside(transformer: Path) -> str | None:
     """Return the prediction type of the scheduler in the pipeline of a transformer, if it says."""
-    file = transformer / "../scheduler/scheduler_config.json"
+    file = pipeline_around(transformer) / "scheduler/scheduler_config.json"
     if not file.is_file():
         return None
     return prediction_type_of({"prediction_type": None} | _read_json(file, str(transformer)))

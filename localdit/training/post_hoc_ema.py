@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from localdit.files import whole_folder
-from localdit.parsing import Parser, say
+from localdit.parsing import Parser, folder_argument, path_argument, say
 from localdit.training.checkpointing import DamagedCheckpoint, files_in, numbered, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -172,11 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=Path, help="folder of a run with --post-hoc-ema")
+    add("run", type=path_argument, help="folder of a run with --post-hoc-ema")
     add("--sigma-rel", type=float, required=True,
         help=f"length of the average as a share of the run, above 0 and at most {LARGEST}: the "
         "standard deviation of its profile")  # fmt: skip
-    add("--output", type=Path, required=True, help="new folder for the pipeline or the adapters")
+    add("--output", type=folder_argument, required=True,
+        help="new folder for the pipeline or the adapters")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         distance = rebuild(args.run, args.sigma_rel, args.output)

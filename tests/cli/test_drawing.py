@@ -58,6 +58,21 @@ def test_generate_makes_a_picture(here, model, capsys):
     assert names(here) == ["circle.png"]
 
 
+def test_paths_may_start_with_the_home_folder(pictures, model, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.parent))
+    home = Path(model.parent)
+    (home / "prompt.txt").write_text("a cat")
+    shutil.copy("photo.png", home / "photo.png")
+    before = names(pictures)
+    name = f"~/{model.name}"
+    argv = ["--prompt-file", "~/prompt.txt", "--output=~/a.png", "--overwrite", f"--vae={name}"]
+    assert draw("generate", name, *argv) == 0
+    assert main(["edit", "~/photo.png", "a cat", "--model", name, "-o", "~/b.png", *QUICK]) == 0
+    assert main(["convert", name, "~/own.safetensors"]) == main(["info", "~/a.png"]) == 0
+    assert {"a.png", "b.png", "own.safetensors"} <= set(names(home))
+    assert names(pictures) == before
+
+
 def test_generate_makes_several(here, model):
     argv = ["a cat", "a dog", "--num-images", "2", "--grid", "--batch-size", "3"]
     assert draw("generate", model, *argv, "--width", "32") == 0
@@ -156,12 +171,46 @@ def test_box_is_the_model_in_the_box(here, model, monkeypatch, capsys):
     assert a["model"] == "the model in the box"
 
 
-def test_the_student_in_the_box_needs_no_options(here, capsys):
+def test_a_copy_of_a_model_draws_the_same_picture(here, model, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "BOX", model)
+    shutil.copytree(model, "copy")
+    for name in ("box", "copy"):
+        argv = ["a cat", "--guidance-scale", "7", "-o", f"{name}.png", *QUICK]
+        assert main(["generate", *argv, "--model", name]) == 0
+    assert load_image("box.png").tobytes() == load_image("copy.png").tobytes()
+    assert read_metadata("copy.png") == read_metadata("box.png") | {"model": "copy"}
+    assert read_metadata("copy.png")["negative_prompt"] == ""
+
+
+def test_the_student_in_the_box_needs_no_options(here, capsys, monkeypatch):
     assert main(["generate", "a red circle", "--model", "box-few-steps", "-o", "a.png"]) == 0
     assert capsys.readouterr().err == ""
     made = read_metadata("a.png")
     assert (made["num_inference_steps"], made["guidance_scale"]) == (4, 1.0)
     assert made["model"] == "the student in the box"
+    monkeypatch.chdir(utils.BOX / utils.FEW_STEPS)
+    argv = ["--model", ".", "-o", str(here / "b.png")]
+    assert main(["generate", "a red circle", *argv]) == 0
+    assert read_metadata(here / "b.png") == made
+
+
+def test_a_picture_names_the_parts_that_are_not_the_models_own(here, model):
+    tiny_pipeline(1).save_pretrained("other")
+    convert_to_single_file(model, "own.safetensors")
+    parts = ("text_encoder", "vae", "scheduler")
+    options = [f"--{part.replace('_', '-')}=other" for part in parts]
+    for name, option in zip(parts, options, strict=True):
+        assert draw("generate", model, "a cat", option, "-o", f"{name}.png") == 0
+    assert draw("generate", "own.safetensors", "a cat", *options, "-o", "file.png") == 0
+    assert draw("generate", model, "a cat", "-o", "own.png") == 0
+    for name, expected in {"own": (), "file": parts, **{part: (part,) for part in parts}}.items():
+        made = read_metadata(f"{name}.png")
+        assert {part: made[part] for part in parts if part in made} == dict.fromkeys(
+            expected, "other"
+        )
+    config = Config(max_length=60, text_encoder_quantization="4bit", ckpt_path=model)
+    choice = plan.choose_model(generate_parser().parse_args([]), config)
+    assert choice.changes == {"max_length": 60, "text_encoder_quantization": "4bit"}
 
 
 def test_a_sampler_by_name(pictures, model):
@@ -353,6 +402,9 @@ MISTAKES = [
     ("edit", ["photo.png", "a", "--sampler", "eular"], "samplers that suit this model: dpm++2m, "),
     ("generate", ["a", "--model", "gone.pt"], "--model: there is no gone.pt"),
     ("generate", ["a", "--device", "cuda:77"], "--device is 'cuda:77'"),
+    ("generate", ["a", "--device", "meta"], "--device is 'meta'; expected 'cpu', 'cuda'"),
+    ("generate", ["a", "--device", "xpu"], "--device is 'xpu'; expected 'cpu', 'cuda'"),
+    ("generate", ["a", "--overwrite"], "--overwrite is given, but --output is the folder output"),
     ("generate", ["a", "--offload", "model"], "--offload is 'model'"),
     ("generate", ["a", "-o", "photo.png"], "photo.png already exists"),
     ("generate", ["a", "-o", "a.webp"], "pictures are saved as PNG: a.png"),

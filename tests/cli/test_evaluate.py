@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from localdit.cli import evaluate, main
-from localdit.images import load_image, read_metadata
+from localdit.images import load_image, read_metadata, save_image
 from localdit.scenes import sample_scenes
+from tests.tiny import tiny_pipeline
 
 QUICK = ["--steps", "2", "--device", "cpu", "--width", "32", "--height", "32"]
 
@@ -126,13 +127,43 @@ def test_a_folder_of_something_else_stays_as_it_is(name, here, model, prompts, c
 
 
 def test_pictures_of_other_weights_are_not_mixed(here, model, prompts, capsys):
-    from tests.tiny import tiny_pipeline
-
     tiny_pipeline(1).save_pretrained("other")
     assert run("other", prompts, "--num-images", "1", "-o", "out") == 0
     tiny_pipeline(2).save_pretrained("other")
     assert run("other", prompts, "--num-images", "1", "-o", "out") == 1
     assert "was drawn with weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "scheduler"])
+def test_pictures_of_other_parts_are_not_mixed(part, here, model, prompts, capsys):
+    """Whether an option names another part, or the files of the same folder change."""
+    for number in range(2):
+        pipe = tiny_pipeline(number)
+        pipe.scheduler.register_to_config(solver_order=number + 1)
+        pipe.save_pretrained(f"parts{number}")
+    option, argv = f"--{part.replace('_', '-')}", ["--num-images", "1", "-o"]
+    assert run(model, prompts, *argv, "a") == 0
+    assert run(model, prompts, *argv, "a", option, "parts1") == 1
+    assert "a/pictures/00000/samples/0000.png was drawn with " in capsys.readouterr().err
+    assert run(model, prompts, *argv, "b", option, "parts0") == 0
+    assert json.loads(Path("b/scores.json").read_text())["settings"][part] == "parts0"
+    Path("parts0").rename("gone")
+    Path("parts1").rename("parts0")
+    before = drawn("b")
+    assert run(model, prompts, *argv, "b", option, "parts0") == 1
+    assert f"was drawn with {part}_fingerprint" in capsys.readouterr().err
+    assert same(before, drawn("b"))
+
+
+def test_pictures_that_do_not_say_their_parts_are_refused(here, model, prompts, capsys):
+    assert run(model, prompts, "--num-images", "1", "-o", "out") == 0
+    path = Path("out/pictures/00001/samples/0000.png")
+    made = read_metadata(path)
+    earlier = {name: made[name] for name in made if not name.endswith("_fingerprint")}
+    save_image(load_image(path), path, earlier)
+    assert run(model, prompts, "--num-images", "1", "-o", "out") == 1
+    said = capsys.readouterr().err
+    assert f"{path} does not say which VAE" in said and "Give another --output" in said
 
 
 @pytest.mark.slow

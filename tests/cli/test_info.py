@@ -21,7 +21,9 @@ def info(capsys):
     """The output of `localdit info --json`."""
 
     def run(*argv):
-        assert main(["info", "--json", "--device", "cpu", *map(str, argv)]) == 0
+        shows_machine = "--verify" not in argv and "a.png" not in argv
+        device = ["--device", "cpu"] if shows_machine else []
+        assert main(["info", "--json", *device, *map(str, argv)]) == 0
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -140,6 +142,9 @@ def test_the_reason_for_the_implementation():
     [
         (["gone.pt"], 2, "there is no gone.pt"),
         (["--device", "cuda:77"], 2, "--device is 'cuda:77'"),
+        (["picture.png", "--device", "cpu"], 2, "which is not shown for a PNG; leave"),
+        (["picture.png", "--dtype", "float32"], 2, "--dtype is for the description of this"),
+        ([".", "--verify", "--device", "cuda"], 2, "which is not shown with --verify; leave"),
         (["."], 1, "has no 'config.json'"),
         (["page.pt"], 1, "a web page"),
         (["deep"], 1, "model_index.json is no JSON object"),
@@ -149,6 +154,7 @@ def test_mistakes_and_damaged_files(here, capsys, argv, status, message):
     (here / "page.pt").write_text("<html>404</html>")
     (here / "deep").mkdir()
     (here / "deep/model_index.json").write_text('{"a": ' * 100_000)
+    (here / "picture.png").touch()
     assert main(["info", *argv]) == status
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1

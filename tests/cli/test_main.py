@@ -1,14 +1,20 @@
 """The program `localdit`: its help, its version, and unknown commands."""
 
+import importlib
 import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import localdit
 from localdit.cli import ALSO_CALLED, COMMANDS, main
+from localdit.cli.drawing import script_parser
+from localdit.parsing import folder_argument, name_argument, path_argument
+from localdit.training.encode.__main__ import make_parser as encode_parser
+from localdit.training.options import make_parser as train_parser
 
 HEAVY = ["torch", "diffusers", "transformers", "accelerate", "gradio", "numpy", "PIL"]
 
@@ -49,6 +55,33 @@ def test_an_unknown_command_gives_one_line(argv, message, capsys):
 
 def test_names_from_other_programs_lead_to_commands():
     assert set(ALSO_CALLED.values()) <= set(COMMANDS)
+
+
+def parsers():
+    for command in COMMANDS.values():
+        if command.parser:
+            module = importlib.import_module(f"localdit.cli.{command.module}")
+            yield getattr(module, command.parser)()
+    yield from (script_parser("t2i"), script_parser("i2i"), train_parser(), encode_parser())
+
+
+def test_every_path_may_start_with_the_home_folder():
+    paths = {
+        "PATH", "FILE", "FOLDER", "PICTURE", "MASK", "INPUT", "OUTPUT", "PROMPTS", "CHECKPOINT",
+        "--data-root", "--transformer", "--transformer-config", "--teacher", "--pretrained",
+        "--vae", "--text-encoder", "--tokenizer", "--stages", "--output", "--image",
+    }  # fmt: skip
+    found = 0
+    for parser in parsers():
+        for action in parser._actions:
+            if paths & {action.metavar, *action.option_strings}:
+                assert action.type in (path_argument, name_argument, folder_argument), (
+                    parser.prog,
+                    action.dest,
+                )
+                found += 1
+            assert action.type is not Path
+    assert found > 60
 
 
 def test_help_of_every_command_is_quick_since_it_imports_nothing_heavy():

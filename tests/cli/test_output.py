@@ -84,9 +84,19 @@ def test_folders_may_be_named_like_pictures(here):
     assert save(plan_output(Path("v1.2"), "edit", 1)) == ["v1.2/edit_000.png"]
 
 
+def test_there_is_nothing_to_overwrite_in_a_folder(here):
+    Path("there").mkdir()
+    for folder in ("new", "there"):
+        with pytest.raises(ValueError, match=f"--overwrite is given, but .* folder {folder},"):
+            plan_output(Path(folder), "edit", 1, overwrite=True)
+
+
 def test_other_kinds_of_pictures_are_refused(here):
-    with pytest.raises(ValueError, match=r"--output is a\.jpg; .* as PNG: a\.png"):
-        plan_output(Path("a.jpg"), "edit", 1)
+    for suffix in ("jpg", "avif", "heic", "jxl", "jp2", "TIFF"):
+        with pytest.raises(ValueError, match=rf"--output is a\.{suffix}; .* as PNG: a\.png"):
+            plan_output(Path(f"a.{suffix}"), "edit", 1)
+    with pytest.raises(ValueError, match="a.pt is named like a file, but would be a folder"):
+        plan_output(Path("a.pt"), "edit", 1)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(here):

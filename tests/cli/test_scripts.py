@@ -1,5 +1,6 @@
 """The two scripts: without options, with options, and with mistakes."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from localdit.cli.drawing import run_script, script_parser
 from localdit.cli.plan import SCENES
 from localdit.config import Config
 from localdit.images import load_image, read_metadata, save_image
+from localdit.pipelines import LocalDiTPipeline
 
 from .conftest import names
 
@@ -21,9 +23,11 @@ QUICK = ["--steps", "2", "--device", "cpu"]
 
 
 @pytest.fixture
-def boxed(here, monkeypatch, model):
-    """A working folder without weights, in which the tiny model is the one in the box."""
-    monkeypatch.setattr(utils, "BOX", model)
+def boxed(here, monkeypatch, model, tmp_path_factory):
+    """A working folder without weights, in which a tiny model of whole words is in the box."""
+    box = tmp_path_factory.mktemp("boxed") / "box"
+    LocalDiTPipeline.from_pretrained(model, whole_words=True).save_pretrained(box)
+    monkeypatch.setattr(utils, "BOX", box)
     return here
 
 
@@ -49,6 +53,17 @@ def test_text_to_image_without_options_uses_the_model_in_the_box(boxed, capsys):
         "dtype": "float32",
         "localdit": localdit.__version__,
     }
+
+
+def test_default_prompts_follow_the_model_and_not_its_place(boxed):
+    shutil.copytree(utils.BOX, "copy")
+    for number, name in enumerate(("box", "copy")):
+        argv = ["--model", name, "--steps", "1", "-o", f"{number}"]
+        assert run_script("t2i", Config(), argv) == 0
+    assert load_image("0/t2i_003.png").tobytes() == load_image("1/t2i_003.png").tobytes()
+    carried = [read_metadata(f"{number}/t2i_003.png") for number in range(2)]
+    assert carried[0]["prompt"] == SCENES.t2i[3] and carried[0]["model"] == "the model in the box"
+    assert carried[1] == carried[0] | {"model": "copy"}
 
 
 def test_image_to_image_without_options_draws_its_first_picture_and_reuses_it(boxed, capsys):

@@ -35,7 +35,7 @@ def address(artist, config, tmp_path_factory):
         return save_image(picture, folder / f"{time.monotonic_ns()}.png", carried)
 
     offer = Offer(
-        config, "", ["a red circle"], {"edit": 0.8, "inpaint": 1.0}, None, 16, ["euler", "ddim"]
+        config, ["a red circle"], {"edit": 0.8, "inpaint": 1.0}, None, 16, ["euler", "ddim"]
     )
     page = build_page(artist, offer, ["a tiny model"], save)
     yield launch(page, "127.0.0.1", None)
@@ -399,7 +399,7 @@ def test_cancelling_stops_the_drawing_and_the_next_one_is_drawn(client):
 
 def test_the_sliders_start_at_the_settings_and_reach_them():
     config = Config(denoising_steps=200, guidance_scale=0.0)
-    offer = Offer(config, "", ["a red circle"], {"edit": 0.8}, None, 16)
+    offer = Offer(config, ["a red circle"], {"edit": 0.8}, None, 16)
     with gradio.Blocks():
         page = controls.Controls(offer)
     steps, guidance = page.num_inference_steps, page.guidance_scale
@@ -408,7 +408,7 @@ def test_the_sliders_start_at_the_settings_and_reach_them():
 
 
 def test_the_longest_side_is_twice_the_first_one():
-    offer = Offer(Config(height=768, width=1024), "", ["a"], {}, None, 32)
+    offer = Offer(Config(height=768, width=1024), ["a"], {}, None, 32)
     assert offer.sides == (32, 2048, 32)
 
 
@@ -419,14 +419,14 @@ def test_the_longest_side_is_twice_the_first_one():
 def test_only_a_quick_model_draws_while_one_types(steps, guidance_scale, quick):
     config = Config(denoising_steps=steps, guidance_scale=guidance_scale)
     with gradio.Blocks():
-        page = controls.Controls(Offer(config, "", ["a red circle"], {"edit": 0.8}, None, 16))
+        page = controls.Controls(Offer(config, ["a red circle"], {"edit": 0.8}, None, 16))
     assert page.while_typing.value == page.while_typing.visible == quick
     assert page.random_seed.value != quick  # or each letter would bring another picture
 
 
 @pytest.fixture
 def desk(artist, config):
-    offer = Offer(config, "", ["a red circle"], {"edit": 0.8}, None, 16)
+    offer = Offer(config, ["a red circle"], {"edit": 0.8}, None, 16)
     with gradio.Blocks():
         return Desk(artist, offer, controls.Controls(offer), save=None)
 

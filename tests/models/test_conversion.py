@@ -87,6 +87,24 @@ def test_models_pipeline_folders_and_shards_can_be_converted(tmp_path):
     assert same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
 
 
+def test_paths_may_start_with_the_home_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    convert_to_diffusers("~/w.pt", "~/folder")
+    report = convert_to_single_file("~/folder", "~/a.safetensors")
+    assert report == inspect_checkpoint("~/a.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"w.pt", "folder", "a.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "a.ckpt", "a.safetensors", "a.png"])
+def test_a_folder_is_not_named_like_a_file(checkpoint, tmp_path, capsys, name):
+    assert main([str(checkpoint), str(tmp_path / name)]) == 2
+    assert f"{name} is named like a file, but would be a folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="named like a file"):
+        convert_to_diffusers(checkpoint, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_conversion_can_change_the_dtype(checkpoint, tmp_path):
     convert_to_diffusers(checkpoint, tmp_path / "folder", torch_dtype=torch.float16)
     stored = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
@@ -151,6 +169,44 @@ def test_a_failed_conversion_keeps_the_old_files(checkpoint, tmp_path, monkeypat
     LocalDiTTransformer2DModel.from_pretrained(folder)
     assert path.read_bytes() == before
     assert {each.name for each in tmp_path.iterdir()} == {"folder", "w.safetensors", "w.pt"}
+
+
+def test_dtypes_that_cannot_be_read_back_are_not_written(tmp_path, capsys):
+    folder, path = tmp_path / "folder", tmp_path / "w.safetensors"
+    tiny_model().save_pretrained(folder)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file(state | {"proj_out.bias": state["proj_out.bias"].to(torch.float8_e4m3fn)}, weights)
+    model = tiny_model().to(torch.float8_e4m3fn)
+    for there in (False, True):
+        for source in (folder, model):
+            with pytest.raises(ValueError, match=r"is torch.float8_e4m3fn; .* pass torch_dtype="):
+                convert_to_single_file(source, path, overwrite=there)
+            assert path.exists() == there
+        assert main([str(folder), str(path), "--overwrite"]) == 2
+        assert f"{folder}: 'proj_out.bias' is" in (said := capsys.readouterr().err)
+        assert "give --dtype float16" in said
+        path.write_bytes(b"mine")
+    assert path.read_bytes() == b"mine"
+    assert main([str(folder), str(path), "--overwrite", "--dtype", "float16"]) == 0
+    save_file(state | {"proj_out.bias": state["proj_out.bias"].to(torch.int8)}, weights)
+    with pytest.raises(ValueError, match=r"'proj_out.bias' is torch.int8; .*float64\.$"):
+        convert_to_single_file(folder, path, torch_dtype=torch.float16, overwrite=True)
+
+
+def test_a_file_is_inspected_before_it_gets_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    report = convert_to_single_file(tiny_model(), path)
+    assert report == inspect_checkpoint(path) and report.path == path
+    before = path.read_bytes()
+
+    def refuse(where):
+        raise ValueError("unreadable")
+
+    monkeypatch.setattr("localdit.models.conversion.inspect_checkpoint", refuse)
+    with pytest.raises(ValueError, match="unreadable"):
+        convert_to_single_file(tiny_model(window_size=4), path, overwrite=True)
+    assert path.read_bytes() == before
 
 
 def test_incomplete_folders_are_refused(tmp_path):

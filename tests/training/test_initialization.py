@@ -4,12 +4,15 @@ import math
 import pytest
 import torch
 
+from localdit.core.diffusion import Objective
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.training.initialization import (
     encoder_sources,
     initialize_weights,
     settle_prediction_type,
 )
+from localdit.training.methods.distillation import LatentConsistency
+from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.options import parse_args
 
 
@@ -95,6 +98,23 @@ def test_the_scheduler_beside_the_weights_says_what_they_predict(tmp_path):
     assert settled(*distil, "--transformer", silent)[0] == "v_prediction"
     flow = says(tmp_path / "flow", "flow_prediction")
     assert settled("--transformer", flow, "--flow-shift", "3")[0] == "flow"
+
+
+def test_the_settings_beside_the_weights_do_not_depend_on_the_name_of_their_folder(
+    tmp_path, monkeypatch
+):
+    velocity = says(tmp_path / "v", "v_prediction")
+    (tmp_path / "v/model_index.json").write_text('{"guidance_scale": 2.0}')
+    (tmp_path / "link").symlink_to(velocity)
+    for working, name in ((velocity, "."), (tmp_path, "link"), (tmp_path, "v/transformer")):
+        monkeypatch.chdir(working)
+        assert settled("--transformer", name)[0] == "v_prediction"
+        args = parse_args(["--data-root", "x", "--transformer", name])
+        sampling = FineTuning.sampling(args, Objective("v_prediction"))
+        assert sampling.settings.guidance_scale == 2
+        distil = ["--method", "distil", "--teacher", name]
+        args = parse_args(["--data-root", "x", *distil])
+        assert LatentConsistency.settings(args, 2)["guidance_scale"] == 2
 
 
 def test_weights_and_options_that_contradict_each_other_are_refused(tmp_path):

@@ -13,11 +13,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localdit.config import Config
-from localdit.parsing import Parser, say
+from localdit.parsing import Parser, folder_argument, say
 from localdit.training.options import (
     HelpFormatter,
     add_data_options,
@@ -67,7 +66,7 @@ def make_parser() -> Parser:
 
 def _add_encoding_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add = group.add_argument
-    add("--output", type=Path, required=True,
+    add("--output", type=folder_argument, required=True,
         help="folder to write to: new, empty, or started by the same command")  # fmt: skip
     add("--window-size", type=int, default=defaults.window_size,
         help="side of the model's windows in tokens; buckets consist of whole windows where "

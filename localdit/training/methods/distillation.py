@@ -20,6 +20,7 @@ from localdit.core.diffusion import Objective, denoising_errors
 from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.flops import forward_flops
+from localdit.sizes import pipeline_around
 from localdit.training.initialization import load_frozen
 from localdit.training.methods import Inputs, Sampling, noised_prediction, predict
 from localdit.training.methods.fine_tuning import FineTuning
@@ -106,7 +107,7 @@ class FewStepDistillation(Distillation):
         """Return the guidance of the teacher, by default that of its folder, and both steps."""
         guidance_scale = args.teacher_guidance_scale
         if guidance_scale is None:
-            guidance_scale = read_settings(args.teacher.parent).guidance_scale
+            guidance_scale = read_settings(pipeline_around(args.teacher)).guidance_scale
         return {
             "guidance_scale": guidance_scale,
             "teacher_steps": args.teacher_steps,

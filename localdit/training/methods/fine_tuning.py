@@ -16,6 +16,7 @@ from localdit.core.diffusion import Objective, denoising_errors
 from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models.flops import forward_flops
 from localdit.models.windows import Route, WindowGrid, rectangle_size, rectangle_tokens
+from localdit.sizes import pipeline_around
 from localdit.training.methods import Inputs, Method, Sampling, noised_prediction
 from localdit.training.methods.repa import (
     FEATURES,
@@ -218,7 +219,7 @@ class FineTuning(Method):
             start: where the weights that training starts from are; None if they are new.
         """
         start = start or args.teacher
-        settings = read_settings(start.parent) if start else SamplingSettings()
+        settings = read_settings(pipeline_around(start)) if start else SamplingSettings()
         if settings.few_steps:
             settings = SamplingSettings()
         return Sampling(objective.sampling_scheduler(), settings)
