@@ -419,6 +419,30 @@ def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp
     assert (written["num_inference_steps"], written["guidance_scale"]) == (20, 7.0)
 
 
+def test_a_vocabulary_of_whole_words_stays_with_its_text_encoder(
+    train, workplace, tmp_path, caplog
+):
+    whole = LocalDiTPipeline.from_pretrained(workplace / "pipeline")
+    whole.register_to_config(whole_words=True)
+    whole.save_pretrained(tmp_path / "whole")
+    once = ["--max-train-steps", "1"]
+    of_box = [*once, "--pretrained", tmp_path / "whole"]
+    new = train("new", *of_box, "--post-hoc-ema", "--validation-prompts", "a cat", "a zebra",
+                "--validation-interval", "1")  # fmt: skip
+    assert "does not know this word and ignores it: zebra" in caplog.text
+    distil = ["--method", "distil", "--teacher", workplace / "pipeline/transformer"]
+    results = [
+        new / "final", new / "checkpoint-1", new / "ema-1/0.05",
+        train("student", *of_box, *distil) / "final",
+        train("again", *once, "--pretrained", new / "final") / "final",
+    ]  # fmt: skip
+    for folder in results:
+        assert LocalDiTPipeline.from_pretrained(folder).config.whole_words, folder
+    # The words belong to the text encoder, whatever the transformer comes from.
+    other = train("other", *once, "--transformer", tmp_path / "whole/transformer") / "final"
+    assert not LocalDiTPipeline.from_pretrained(other).config.whole_words
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

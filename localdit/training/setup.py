@@ -16,6 +16,7 @@ from localdit.core.encoders import (
     encoder_folders,
     load_encoders,
     locate_encoder,
+    text_encoder_whole_words,
     text_encoder_width,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -237,6 +238,7 @@ def load_models(
             args.max_caption_length,
             args.seed,
             sampling,
+            text_encoder_whole_words(sources),
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
@@ -277,6 +279,7 @@ def _result_folder(
             encoder_folders(sources),
             encoder_classes(sources),
             args.transformer,
+            text_encoder_whole_words(sources),
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
     add_adapters(transformer, args)
