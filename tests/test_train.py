@@ -251,6 +251,27 @@ def test_broken_pictures_are_skipped_and_listed(train, workplace, tmp_path):
     train("strict", *more, "--max-broken", "0.1", expect=1)
 
 
+def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, capsys):
+    validated = ["--data-root", tmp_path / "data", "--validation-samples", "2",
+                 "--validation-interval", "2"]  # fmt: skip
+    shutil.copytree(workplace / "pictures", tmp_path / "data")
+    run = train("whole", *validated)
+    trained = {name for line in lines(run, "samples-0.jsonl") for name in line["samples"]}
+    held_out = sorted({file.name for file in (tmp_path / "data").glob("*.png")} - trained)
+    for count, name in enumerate(held_out, start=1):
+        data = (tmp_path / "data" / name).read_bytes()
+        place = data.index(b"IDAT") + 8
+        (tmp_path / "data" / name).write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
+        capsys.readouterr()
+        run = train(f"broken-{count}", *validated)
+        assert [fault["id"] for fault in lines(run, "broken.jsonl")] == held_out[:count]
+        said = f"{count} of 2 held-out samples are broken"
+        assert capsys.readouterr().out.count(said) == 1
+        measured = [line for line in lines(run) if "loss" not in line]
+        assert len(measured) == (2 if count == 1 else 0)
+        assert all("validation/ema/loss" in line for line in measured)
+
+
 def test_resuming_another_run_is_refused(train, capsys):
     run = train("run", "--max-train-steps", "2")
     train("run", "--resume", "auto", "--seed", "9", expect=1)
