@@ -152,6 +152,7 @@ def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monke
     for more, message in [
         (["--image-size", "64"], "was encoded for 96 pixels, but --image-size is 64"),
         (["--max-caption-length", "9"], "captions cut at 120 tokens"),
+        (["--crop", "buckets"], "was encoded with --crop center, but --crop is buckets"),
         (
             ["--validation-prompts", "a", "--pretrained", tmp_path / "other"],
             "differ in text_encoder",

@@ -26,6 +26,7 @@ from localdit.training.data.stage_data import (
 from localdit.training.initialization import settle_prediction_type
 from localdit.training.methods import Method
 from localdit.training.optimizer import learning_rate
+from localdit.training.options import set_defaults
 from localdit.training.processes import Agreement
 from localdit.training.reporting import Reporter
 from localdit.training.results import with_weights
@@ -262,6 +263,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     if not args.resume:
         settle(None)
     data = agreement.on_main(lambda: find_data(args))
+    set_defaults(args)
     if args.dry_run:
         tokenizer = local_tokenizer(args)
         for stage, stage_data in zip(args.stages, data, strict=True):

@@ -34,7 +34,7 @@ from localdit.training.methods.fine_tuning import Alignment, FineTuning, Routing
 from localdit.training.methods.repa import Repa, image_encoder_config, load_latent_features
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import check_image_size
+from localdit.training.options import PICTURE_OPTIONS, check_image_size, given
 from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
@@ -105,11 +105,8 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             stage,
             window_size,
             pixels_per_token,
-            args.crop,
-            args.max_aspect_ratio,
-            args.max_upscale,
+            given(args, PICTURE_OPTIONS),
             args.validation_samples,
-            args.max_crop,
         )
         prepared.order(stage, 1, args.seed)  # refuses a stage without samples
         if routing:  # refuses maps that are too small

@@ -74,6 +74,13 @@ def test_wrong_options_end_the_program(capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_options_about_pictures_are_unknown_until_the_data_is_found():
+    args = parse_args(["--data-root", "x", "--max-crop", "1"])
+    assert options_module.given(args, options_module.PICTURE_OPTIONS) == {"max_crop": 1.0}
+    options_module.set_defaults(args)
+    assert (args.crop, args.max_crop, args.horizontal_flip) == ("buckets", 1.0, 0.0)
+
+
 def test_packages_that_are_missing_are_named(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for option, package in (("--use-wandb", "wandb"), ("--use-tensorboard", "tensorboard")):
