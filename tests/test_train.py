@@ -475,6 +475,11 @@ def test_a_vocabulary_of_whole_words_stays_with_its_text_encoder(
          "--teacher-steps is 3; expected at least --student-steps, which is 4"),
         (["--method", "distil", "--teacher", "TEACHER", "--validation-guidance-scale", "3"],
          "--validation-guidance-scale is not for --method distil"),
+        (["--method", "distil", "--teacher", "TEACHER", "--min-snr-gamma", "5"],
+         "--min-snr-gamma is not for --method distil, whose losses are not weighted: leave it out"),
+        (["--method", "distil", "--teacher", "TEACHER", "--distillation", "trajectory",
+          "--timestep-sampling", "logit_normal"],
+         "--timestep-sampling is not for --distillation trajectory, which trains at the steps"),
     ],
 )  # fmt: skip
 def test_options_of_distillation_are_checked(train, workplace, capsys, options, message):

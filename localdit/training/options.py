@@ -437,6 +437,16 @@ def _check(args: argparse.Namespace) -> None:
             "--validation-guidance-scale is not for --method distil, whose result is not guided: "
             "leave it out"
         )
+    if args.method == DISTIL and args.min_snr_gamma is not None:
+        raise ValueError(
+            "--min-snr-gamma is not for --method distil, whose losses are not weighted: leave it "
+            "out"
+        )
+    if args.distillation == "trajectory" and args.timestep_sampling != "uniform":
+        raise ValueError(
+            "--timestep-sampling is not for --distillation trajectory, which trains at the steps "
+            "of the student: leave it out"
+        )
     if args.method == DISTIL and args.teacher_steps < args.student_steps:
         raise ValueError(
             f"--teacher-steps is {args.teacher_steps}; expected at least --student-steps, which is "
