@@ -325,6 +325,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
             "is not empty. Resume the run in it",
         ),
         (["--validation-samples", "8"], "held out for validation"),
+        (["--mixed-precision", "fp16"], "needs a GPU, and this run is on a CPU: give --mixed-prec"),
         (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),
         (["--image-size", "512"], "holds no picture to train on: of 8 samples, 8 are too small"),
         (
@@ -349,6 +350,12 @@ def test_impossible_options_are_refused_in_a_line(train, workplace, more, messag
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_dry_run_may_plan_for_a_gpu(train, capsys):
+    run = train("dry", "--dry-run", "--mixed-precision", "fp16")
+    assert "Samples: 8 to train on" in capsys.readouterr().out
+    assert not run.exists()
 
 
 def test_a_dry_run_trains_nothing(train, capsys):

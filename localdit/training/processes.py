@@ -71,6 +71,19 @@ def make_accelerator(batch_size: int, gradient_clip: float, **options: Any) -> A
     return accelerator
 
 
+def require_precision(accelerator: Accelerator) -> None:
+    """Refuse float16 on a CPU, where Accelerate would compute in float32.
+
+    Raises:
+        ValueError: on a CPU, with a mixed precision of float16.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed-precision fp16, or the one in Accelerate's configuration, needs a GPU, and "
+            "this run is on a CPU: give --mixed-precision bf16 or no."
+        )
+
+
 def _has_accelerator() -> bool:
     """Return whether training may use a GPU or another accelerator."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):

@@ -60,11 +60,11 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
     """Start Accelerate with the trackers of the options.
 
     Raises:
-        TrainingStopped: if the processes can't work together.
+        TrainingStopped: if the processes can't work together, or not in this precision.
     """
     trackers = [name for name in ("wandb", "tensorboard") if getattr(args, f"use_{name}")]
     try:
-        return processes.make_accelerator(
+        accelerator = processes.make_accelerator(
             args.stages[0].batch_size,
             args.gradient_clip,
             mixed_precision=args.mixed_precision,
@@ -73,6 +73,9 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
                 project_dir=str(args.output), logging_dir=str(args.output / "tensorboard")
             ),
         )
+        if not args.dry_run:  # it may plan a run on another machine
+            processes.require_precision(accelerator)
+        return accelerator
     except (RuntimeError, ValueError) as error:
         raise TrainingStopped(str(error)) from error
 
