@@ -17,6 +17,8 @@ from localdit.training.checkpointing import read_manifest
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
 
+BOX = ROOT / "localdit/box"
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
@@ -325,6 +327,10 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
             "is not empty. Resume the run in it",
         ),
         (["--validation-samples", "8"], "held out for validation"),
+        (
+            ["--transformer", str(BOX / "transformer"), "--transformer-config", "tiny"],
+            f"this one starts from {BOX / 'transformer'}, which has its own shape: leave it out",
+        ),
         (["--mixed-precision", "fp16"], "needs a GPU, and this run is on a CPU: give --mixed-prec"),
         (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),
         (["--image-size", "512"], "holds no picture to train on: of 8 samples, 8 are too small"),

@@ -19,7 +19,7 @@ from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
 from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
-from localdit.training.options import PREDICTION_TYPES, check_objective
+from localdit.training.options import LATE_OPTIONS, PREDICTION_TYPES, check_objective
 from localdit.training.pixart import is_pixart, start_from_pixart
 from localdit.training.state import saved_options
 from localdit.training.transfer import (
@@ -67,6 +67,20 @@ def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
     else:
         shape = inspect_checkpoint(args.transformer).config
     return shape if args.new_latents is None else shape | {"patch_size": args.new_latents}
+
+
+def require_shape_used(args: argparse.Namespace) -> None:
+    """Refuse `--transformer-config` beside weights that have a shape.
+
+    Raises:
+        ValueError: if `--transformer`, or the teacher that a student starts as, is a LocalDiT.
+    """
+    start, shape = args.transformer, args.transformer_config
+    if shape is not None and start is not None and not is_pixart(start):
+        raise ValueError(
+            f"--transformer-config {shape} is for a transformer that is new or starts from a "
+            f"PixArt, but this one starts from {start}, which has its own shape: leave it out."
+        )
 
 
 def load_transformer(
@@ -160,8 +174,9 @@ def _loaded(source: Path) -> LocalDiTTransformer2DModel:
     return load(source, torch_dtype=torch.float32)
 
 
-def _shape(source: str) -> dict[str, Any]:
-    """Return the arguments in a preset or a JSON file."""
+def _shape(source: str | None) -> dict[str, Any]:
+    """Return the arguments in a preset or a JSON file; without one, those of the default."""
+    source = source or LATE_OPTIONS["transformer_config"]
     if source in PRESETS:
         return PRESETS[source]
     if not Path(source).is_file():

@@ -61,6 +61,8 @@ PICTURE_OPTIONS: dict[str, Any] = {
     "max_crop": 1.0,
     "horizontal_flip": 0.0,
 }
+# Options whose use depends on data or weights. They stay None until these are known.
+LATE_OPTIONS: dict[str, Any] = PICTURE_OPTIONS | {"transformer_config": "released"}
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
 LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "more than 0": (lambda value: value > 0, (
@@ -92,14 +94,14 @@ def parse_args(
     """Return the options; an invalid one ends the program with a message.
 
     `stages` becomes a list of `Stage`, a single one if no file of stages was named. Options of
-    `PICTURE_OPTIONS` that are not given stay None until `set_defaults`.
+    `LATE_OPTIONS` that are not given stay None until `set_defaults`.
 
     Args:
         argv: the words of the command line, by default those of the process.
         parser: the result of `make_parser`.
     """
     parser = parser or make_parser()
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(PICTURE_OPTIONS)))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(LATE_OPTIONS)))
     if not (args.transformer or args.teacher or args.resume):  # no weights say another one
         args.prediction_type = args.prediction_type or "epsilon"
     if args.method == DISTIL:
@@ -125,8 +127,8 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def set_defaults(args: argparse.Namespace) -> None:
-    """Give their defaults to the options that `parse_args` leaves to be checked with the data."""
-    vars(args).update(PICTURE_OPTIONS | given(args, PICTURE_OPTIONS))
+    """Give their defaults to the options of `LATE_OPTIONS` that are not given."""
+    vars(args).update(LATE_OPTIONS | given(args, LATE_OPTIONS))
 
 
 def make_parser(prog: str | None = None) -> Parser:
@@ -208,7 +210,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--transformer", type=Path,
         help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from; without "
         "it, a new transformer is trained")  # fmt: skip
-    add("--transformer-config", default="released",
+    add("--transformer-config", default=LATE_OPTIONS["transformer_config"],
         help="shape of a transformer that is new or starts from a PixArt: released; released-f32 "
         "or released-f16, for VAEs with 32 or 16 pixels per latent; tiny; or a JSON "
         "file")  # fmt: skip
@@ -436,6 +438,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--validation-guidance-scale is not for --method distil, whose result is not guided: "
             "leave it out"
+        )
+    if args.validation_guidance_scale is not None and not args.validation_prompts:
+        raise ValueError(
+            "--validation-guidance-scale is for the pictures of --validation-prompts: give both"
         )
     if args.method == DISTIL and args.min_snr_gamma is not None:
         raise ValueError(

@@ -84,8 +84,9 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
     """Find the data of all stages before training begins. Each root is searched once.
 
     Raises:
-        ValueError, OSError: if a stage has nothing to train on.
+        ValueError, OSError: if a stage has nothing to train on, or an option has no effect.
     """
+    initialization.require_shape_used(args)
     shape = initialization.transformer_config(args)
     num_layers, window_size = shape.get("num_layers", 18), shape.get("window_size", 4)
     Alignment.from_options(args, num_layers)  # refuses blocks that it lacks

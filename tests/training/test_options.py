@@ -65,6 +65,7 @@ def test_defaults_are_those_of_config():
             ["--contrastive-weight", "0.1", "--method", "knowledge-distillation", "--teacher", "x"],
             "--contrastive-weight is for --method fine-tuning",
         ),
+        (["--validation-guidance-scale", "3"], "is for the pictures of --validation-prompts: give"),
         (["--validation-prompts", "a", "b\udcff"], "--validation-prompts: 'b\\udcff' is not"),
     ],
 )  # fmt: skip
@@ -74,11 +75,12 @@ def test_wrong_options_end_the_program(capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_options_about_pictures_are_unknown_until_the_data_is_found():
+def test_options_about_data_and_weights_have_their_defaults_late():
     args = parse_args(["--data-root", "x", "--max-crop", "1"])
-    assert options_module.given(args, options_module.PICTURE_OPTIONS) == {"max_crop": 1.0}
+    assert options_module.given(args, options_module.LATE_OPTIONS) == {"max_crop": 1.0}
     options_module.set_defaults(args)
     assert (args.crop, args.max_crop, args.horizontal_flip) == ("buckets", 1.0, 0.0)
+    assert args.transformer_config == "released"
 
 
 def test_packages_that_are_missing_are_named(capsys, monkeypatch):
