@@ -321,6 +321,11 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
     [
         (["--data-root", "nowhere"], "nowhere"),
         (["--transformer-config", "huge"], "--transformer-config huge is neither"),
+        (
+            ["--transformer-config", "unknown.json"],
+            "unknown.json has 'num_layer', which the transformer does not take. It takes num_att",
+        ),
+        (["--transformer-config", "text.json"], "text.json: `patch_size` is '2'; it has to be at"),
         (["--transformer-config", "wide.json"], "takes captions of 4096 channels"),
         (
             ["--output", str(ROOT / "tests")],
@@ -352,7 +357,9 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
 def test_impossible_options_are_refused_in_a_line(train, workplace, more, message, capsys):
     shape = json.loads((workplace / "shape.json").read_text())
     (workplace / "wide.json").write_text(json.dumps(shape | {"caption_channels": 4096}))
-    train("run", *(workplace / one if one == "wide.json" else one for one in more), expect=1)
+    (workplace / "text.json").write_text(json.dumps(shape | {"patch_size": "2"}))
+    (workplace / "unknown.json").write_text('{"num_layer": 2}')
+    train("run", *(workplace / one if one.endswith("json") else one for one in more), expect=1)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -439,7 +446,7 @@ def test_a_few_step_lora_comes_with_its_scheduler(train, workplace):
     pipe("a red square", num_inference_steps=4, guidance_scale=1.0, output_type="latent")
 
 
-def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp_path):
+def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp_path, capsys):
     shutil.copytree(workplace / "pipeline", tmp_path / "guided")
     index = tmp_path / "guided/model_index.json"
     values = json.loads(index.read_text()) | {"num_inference_steps": 12, "guidance_scale": 2.5}
@@ -452,6 +459,9 @@ def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp
     written = json.loads((run / "final/model_index.json").read_text())
     # Trained on the noise, a few-step model does not stay one.
     assert (written["num_inference_steps"], written["guidance_scale"]) == (20, 7.0)
+    index.write_text(json.dumps(values | {"guidance_scale": "2"}))
+    train("text", "--transformer", tmp_path / "guided/transformer", "--image-size", "64", expect=1)
+    assert f"{index}: guidance_scale is '2' of type str; expected" in capsys.readouterr().err
 
 
 def test_a_vocabulary_of_whole_words_stays_with_its_text_encoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 
 from localdit.checkpoint import inspect_checkpoint
+from localdit.checkpoint.reading import few
 from localdit.config import Config
 from localdit.core.latents import LatentFormat
 from localdit.core.samplers import prediction_type_of
 from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
+from localdit.models.configuration import require_sound_arguments
 from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
 from localdit.training.options import LATE_OPTIONS, PREDICTION_TYPES, check_objective
@@ -57,8 +60,8 @@ def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the transformer in the options. No weights are read.
 
     Raises:
-        ValueError: if `--transformer-config` is neither a preset nor a JSON file, or
-            `--transformer` is not a checkpoint.
+        ValueError: if `--transformer-config` is neither a preset nor a JSON file with arguments of
+            the transformer, or `--transformer` is not a checkpoint.
     """
     if args.transformer is None or is_pixart(args.transformer):
         shape = _shape(args.transformer_config)
@@ -183,7 +186,19 @@ def _shape(source: str | None) -> dict[str, Any]:
         raise ValueError(
             f"--transformer-config {source} is neither a file nor one of {', '.join(PRESETS)}."
         )
-    return _public(_read_json(Path(source), "--transformer-config"))
+    shape = _public(_read_json(Path(source), "--transformer-config"))
+    signature = inspect.signature(LocalDiTTransformer2DModel.__init__)
+    known = [*signature.parameters][1:]
+    if unknown := [name for name in shape if name not in known]:
+        raise ValueError(
+            f"--transformer-config {source} has {few(unknown)}, which the transformer does not "
+            f"take. It takes {', '.join(known)}."
+        )
+    try:
+        require_sound_arguments(shape, signature)
+    except ValueError as error:
+        raise ValueError(f"--transformer-config {source}: {error}") from None
+    return shape
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

@@ -73,8 +73,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "teacher_steps", "student_steps",
     )),
     "at least 0": (lambda value: value >= 0, (
-        "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
-        "max_skipped_steps", "teacher_guidance_scale", "alignment_weight", "repa_weight",
+        "num_workers", "warmup_steps", "weight_decay", "validation_samples", "max_skipped_steps",
+        "teacher_guidance_scale", "alignment_weight", "repa_weight",
     )),
     "at least 0 and less than 1": (lambda value: 0 <= value < 1, (
         "contrastive_weight", "token_routing",
@@ -82,6 +82,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "0 to 1": (lambda value: 0 <= value <= 1, (
         "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
     )),
+    # NumPy takes seeds below 2**32, and each process adds its number.
+    "0 to 4,000,000,000": (lambda value: 0 <= value <= 4_000_000_000, ("seed",)),
     "1 or more": (lambda value: value >= 1, ("max_aspect_ratio",)),
     "at least 2": (lambda value: value >= 2, ("keep_checkpoints",)),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
 
+from localdit.errors import FieldError
 from localdit.training.shutdown import TrainingStopped
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -163,7 +164,7 @@ class Agreement:
         """Run `action` on the main process, and return its result on all of them.
 
         Raises:
-            TrainingStopped: in every process, if it fails with an OSError or a ValueError.
+            TrainingStopped: in every process, if it fails with an error that a user can mend.
         """
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
@@ -179,7 +180,7 @@ class Agreement:
         """Run `action` on every process. If it fails on one, all stop.
 
         Raises:
-            TrainingStopped: in every process, if one fails with an OSError or a ValueError.
+            TrainingStopped: in every process, if one fails with an error that a user can mend.
         """
         result, problem = _attempt(action)
         problems = [text for text in self.gathered([problem]) if text is not None]
@@ -192,5 +193,5 @@ def _attempt(action: Callable[[], Result]) -> tuple[Any, str | None]:
     """Return the result and None, or None and a message for the user."""
     try:
         return action(), None
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (FieldError, OSError, ValueError, ModuleNotFoundError) as error:
         return None, str(error)

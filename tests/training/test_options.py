@@ -41,6 +41,8 @@ def test_defaults_are_those_of_config():
         (["--prediction-type", "x0"], "invalid choice"),
         (["--keep-checkpoints", "1"], "--keep-checkpoints is 1; expected at least 2"),
         (["--max-aspect-ratio", "0.5"], "--max-aspect-ratio is 0.5; expected 1 or more"),
+        (["--seed", "4294967296"], "--seed is 4294967296; expected 0 to 4,000,000,000"),
+        (["--seed", "-1"], "--seed is -1; expected 0 to 4,000,000,000"),
         (["--max-broken", "2"], "--max-broken is 2.0; expected 0 to 1"),
         (["--horizontal-flip", "-1"], "--horizontal-flip is -1.0; expected 0 to 1"),
         (["--max-skipped-steps", "-1"], "--max-skipped-steps is -1; expected at least 0"),
