@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "validation_samples", "max_skipped_steps",
         "teacher_guidance_scale", "alignment_weight", "repa_weight",
+        "validation_guidance_scale",
     )),
     "at least 0 and less than 1": (lambda value: 0 <= value < 1, (
         "contrastive_weight", "token_routing",
@@ -87,6 +89,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "1 or more": (lambda value: value >= 1, ("max_aspect_ratio",)),
     "at least 2": (lambda value: value >= 2, ("keep_checkpoints",)),
 }  # fmt: skip
+# The options for which infinity means no limit. All other numbers are finite.
+UNLIMITED = ("gradient_clip", "max_upscale", "max_aspect_ratio", "min_snr_gamma")
 EXTRAS = "pip install -r requirements-train.txt"
 
 
@@ -541,8 +545,12 @@ def check_limits(options: Mapping[str, Any]) -> None:
     for expected, (holds, names) in LIMITS.items():
         for name in names:
             value = options.get(name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{flag(name)} is {value}; expected {expected}")
+            if value is None:
+                continue
+            finite = isinstance(value, int) or math.isfinite(value) or name in UNLIMITED
+            if not (finite and holds(value)):
+                more = "" if finite else " and finite"
+                raise ValueError(f"{flag(name)} is {value}; expected {expected}{more}")
     if options["pretrained"] and not options["pretrained"].is_dir():
         raise ValueError(f"--pretrained {options['pretrained']} is not a folder")
 
