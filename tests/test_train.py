@@ -18,6 +18,8 @@ from localdit.training.methods import fine_tuning
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
 
+BOX = ROOT / "localdit/box"
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
@@ -153,6 +155,7 @@ def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monke
     for more, message in [
         (["--image-size", "64"], "was encoded for 96 pixels, but --image-size is 64"),
         (["--max-caption-length", "9"], "captions cut at 120 tokens"),
+        (["--crop", "buckets"], "was encoded with --crop center, but --crop is buckets"),
         (
             ["--validation-prompts", "a", "--pretrained", tmp_path / "other"],
             "differ in text_encoder",
@@ -299,6 +302,27 @@ def test_broken_pictures_are_skipped_and_listed(train, workplace, tmp_path):
     train("strict", *more, "--max-broken", "0.1", expect=1)
 
 
+def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, capsys):
+    validated = ["--data-root", tmp_path / "data", "--validation-samples", "2",
+                 "--validation-interval", "2"]  # fmt: skip
+    shutil.copytree(workplace / "pictures", tmp_path / "data")
+    run = train("whole", *validated)
+    trained = {name for line in lines(run, "samples-0.jsonl") for name in line["samples"]}
+    held_out = sorted({file.name for file in (tmp_path / "data").glob("*.png")} - trained)
+    for count, name in enumerate(held_out, start=1):
+        data = (tmp_path / "data" / name).read_bytes()
+        place = data.index(b"IDAT") + 8
+        (tmp_path / "data" / name).write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
+        capsys.readouterr()
+        run = train(f"broken-{count}", *validated)
+        assert [fault["id"] for fault in lines(run, "broken.jsonl")] == held_out[:count]
+        said = f"{count} of 2 held-out samples are broken"
+        assert capsys.readouterr().out.count(said) == 1
+        measured = [line for line in lines(run) if "loss" not in line]
+        assert len(measured) == (2 if count == 1 else 0)
+        assert all("validation/ema/loss" in line for line in measured)
+
+
 def test_resuming_another_run_is_refused(train, capsys):
     run = train("run", "--max-train-steps", "2")
     train("run", "--resume", "auto", "--seed", "9", expect=1)
@@ -345,12 +369,22 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
     [
         (["--data-root", "nowhere"], "nowhere"),
         (["--transformer-config", "huge"], "--transformer-config huge is neither"),
+        (
+            ["--transformer-config", "unknown.json"],
+            "unknown.json has 'num_layer', which the transformer does not take. It takes num_att",
+        ),
+        (["--transformer-config", "text.json"], "text.json: `patch_size` is '2'; it has to be at"),
         (["--transformer-config", "wide.json"], "takes captions of 4096 channels"),
         (
             ["--output", str(ROOT / "tests")],
             "is not empty and holds no run. Choose another folder",
         ),
         (["--validation-samples", "8"], "held out for validation"),
+        (
+            ["--transformer", str(BOX / "transformer"), "--transformer-config", "tiny"],
+            f"this one starts from {BOX / 'transformer'}, which has its own shape: leave it out",
+        ),
+        (["--mixed-precision", "fp16"], "needs a GPU, and this run is on a CPU: give --mixed-prec"),
         (["--image-size", "100"], "is 100; expected a multiple of 16, the nearest is 96"),
         (["--image-size", "512"], "holds no picture to train on: of 8 samples, 8 are too small"),
         (
@@ -371,10 +405,18 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(train, capsys)
 def test_impossible_options_are_refused_in_a_line(train, workplace, more, message, capsys):
     shape = json.loads((workplace / "shape.json").read_text())
     (workplace / "wide.json").write_text(json.dumps(shape | {"caption_channels": 4096}))
-    train("run", *(workplace / one if one == "wide.json" else one for one in more), expect=1)
+    (workplace / "text.json").write_text(json.dumps(shape | {"patch_size": "2"}))
+    (workplace / "unknown.json").write_text('{"num_layer": 2}')
+    train("run", *(workplace / one if one.endswith("json") else one for one in more), expect=1)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_dry_run_may_plan_for_a_gpu(train, capsys):
+    run = train("dry", "--dry-run", "--mixed-precision", "fp16")
+    assert "Samples: 8 to train on" in capsys.readouterr().out
+    assert not run.exists()
 
 
 def test_a_dry_run_trains_nothing(train, capsys):
@@ -452,7 +494,7 @@ def test_a_few_step_lora_comes_with_its_scheduler(train, workplace):
     pipe("a red square", num_inference_steps=4, guidance_scale=1.0, output_type="latent")
 
 
-def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp_path):
+def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp_path, capsys):
     shutil.copytree(workplace / "pipeline", tmp_path / "guided")
     index = tmp_path / "guided/model_index.json"
     values = json.loads(index.read_text()) | {"num_inference_steps": 12, "guidance_scale": 2.5}
@@ -465,6 +507,33 @@ def test_the_settings_of_the_start_are_those_of_the_result(train, workplace, tmp
     written = json.loads((run / "final/model_index.json").read_text())
     # Trained on the noise, a few-step model does not stay one.
     assert (written["num_inference_steps"], written["guidance_scale"]) == (20, 7.0)
+    index.write_text(json.dumps(values | {"guidance_scale": "2"}))
+    train("text", "--transformer", tmp_path / "guided/transformer", "--image-size", "64", expect=1)
+    assert f"{index}: guidance_scale is '2' of type str; expected" in capsys.readouterr().err
+
+
+def test_a_vocabulary_of_whole_words_stays_with_its_text_encoder(
+    train, workplace, tmp_path, caplog
+):
+    whole = LocalDiTPipeline.from_pretrained(workplace / "pipeline")
+    whole.register_to_config(whole_words=True)
+    whole.save_pretrained(tmp_path / "whole")
+    once = ["--max-train-steps", "1"]
+    of_box = [*once, "--pretrained", tmp_path / "whole"]
+    new = train("new", *of_box, "--post-hoc-ema", "--validation-prompts", "a cat", "a zebra",
+                "--validation-interval", "1")  # fmt: skip
+    assert "does not know this word and ignores it: zebra" in caplog.text
+    distil = ["--method", "distil", "--teacher", workplace / "pipeline/transformer"]
+    results = [
+        new / "final", new / "checkpoint-1", new / "ema-1/0.05",
+        train("student", *of_box, *distil) / "final",
+        train("again", *once, "--pretrained", new / "final") / "final",
+    ]  # fmt: skip
+    for folder in results:
+        assert LocalDiTPipeline.from_pretrained(folder).config.whole_words, folder
+    # The words belong to the text encoder, whatever the transformer comes from.
+    other = train("other", *once, "--transformer", tmp_path / "whole/transformer") / "final"
+    assert not LocalDiTPipeline.from_pretrained(other).config.whole_words
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -494,6 +563,11 @@ def test_the_start_of_a_resumed_run_has_no_effect(adapters, train, workplace, tm
          "--teacher-steps is 3; expected at least --student-steps, which is 4"),
         (["--method", "distil", "--teacher", "TEACHER", "--validation-guidance-scale", "3"],
          "--validation-guidance-scale is not for --method distil"),
+        (["--method", "distil", "--teacher", "TEACHER", "--min-snr-gamma", "5"],
+         "--min-snr-gamma is not for --method distil, whose losses are not weighted: leave it out"),
+        (["--method", "distil", "--teacher", "TEACHER", "--distillation", "trajectory",
+          "--timestep-sampling", "logit_normal"],
+         "--timestep-sampling is not for --distillation trajectory, which trains at the steps"),
     ],
 )  # fmt: skip
 def test_options_of_distillation_are_checked(train, workplace, capsys, options, message):

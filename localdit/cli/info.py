@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..core.samplers import suitable_samplers
-from ..core.settings import read_settings, whole_words
+from ..core.settings import read_settings, read_whole_words
 from ..files import read_json
 from ..parsing import Parser, UsageError, name_argument, one_line
 from ..sizes import folder_with_part, pixels_per_latent
@@ -258,7 +258,7 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
             "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "missing": absent or "nothing",
             **asdict(read_settings(folder)),
-            **({"vocabulary": WHOLE_WORDS} if whole_words(folder) else {}),
+            **({"vocabulary": WHOLE_WORDS} if read_whole_words(folder) else {}),
         }
     }
     for name, (_, kind, *_) in sorted(parts.items()):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..config import Config, config_field, inference_settings, part_source, with_settings
 from ..core.samplers import check_sampler
-from ..core.settings import SamplingSettings, read_settings, whole_words
+from ..core.settings import SamplingSettings, read_settings, read_whole_words
 from ..files import decode_text, user_path
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
@@ -221,7 +221,7 @@ def choose_model(
         # The parts that the Config names are those of its own checkpoint.
         own = {part.field: getattr(type(config), part.field) for part in PARTS.values()}
         settings = own | settings
-    preset = SCENES if whole_words(checkpoint) else PHOTOGRAPHS
+    preset = SCENES if read_whole_words(checkpoint) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)

@@ -20,6 +20,7 @@ from .parts import (
     text_encoder_class,
     vae_config,
 )
+from .settings import read_whole_words
 from .text import TextSpace, text_width
 
 if TYPE_CHECKING:
@@ -125,6 +126,20 @@ def encoder_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
         "text_encoder": ["transformers", text_encoder_class(where["text_encoder"]).__name__],
         "vae": ["diffusers", vae_config(where["vae"]).get("_class_name", "AutoencoderKL")],
     }
+
+
+def text_encoder_whole_words(sources: Mapping[str, str]) -> bool:
+    """Return whether the pipeline that a text encoder is from says that it knows whole words alone.
+
+    The encoders of a trained pipeline are links: where it says nothing, their own pipeline counts.
+
+    Raises:
+        TypeError, ValueError: the index of the pipeline is damaged.
+    """
+    where = locate_encoder("text_encoder", sources["text_encoder"])
+    folder = Path(where["pretrained_model_name_or_path"], where["subfolder"])
+    said = read_whole_words(folder.absolute().parent)
+    return bool(read_whole_words(folder.resolve().parent) if said is None else said)
 
 
 def text_encoder_width(where: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""The steps and the guidance that suit a model, as its pipeline folder names them.
+"""The steps, the guidance and the words that suit a model, as its pipeline folder names them.
 
 Nothing heavy is imported here, so that commands read a folder at no cost.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, with_settings
-from ..errors import FieldError, Vocabulary
+from ..errors import FieldError, FieldTypeError, Vocabulary
 from ..files import read_json
 
 INDEX = "model_index.json"
@@ -52,16 +52,6 @@ class SamplingSettings:
         return self.num_inference_steps <= MOST_FEW_STEPS and self.guidance_scale <= 1
 
 
-def whole_words(folder: Path) -> bool:
-    """Return whether a folder is that of a pipeline that knows only whole words.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
-    index = folder / INDEX
-    return index.is_file() and read_json(index).get("whole_words") is True
-
-
 def read_settings(folder: Path) -> SamplingSettings:
     """Return the settings that the folder of a pipeline names.
 
@@ -77,3 +67,16 @@ def read_settings(folder: Path) -> SamplingSettings:
         return SamplingSettings.of(read_json(index))
     except FieldError as error:
         raise type(error)(f"{index}: {error}") from None
+
+
+def read_whole_words(folder: Path) -> bool | None:
+    """Return `whole_words` of the folder of a pipeline; None if it says nothing.
+
+    Raises:
+        TypeError, ValueError: the index is damaged, or names an unusable value.
+    """
+    index = folder / INDEX
+    value = read_json(index).get("whole_words") if index.is_file() else None
+    if not isinstance(value, bool | None):
+        raise FieldTypeError(f"{index}: whole_words is {value!r}; expected true or false.")
+    return value

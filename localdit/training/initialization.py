@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,17 @@ import torch
 from torch import nn
 
 from localdit.checkpoint import inspect_checkpoint
+from localdit.checkpoint.reading import few
 from localdit.config import Config
 from localdit.core.latents import LatentFormat
 from localdit.core.samplers import prediction_type_of
 from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
+from localdit.models.configuration import require_sound_arguments
 from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
 from localdit.sizes import pipeline_around
-from localdit.training.options import PREDICTION_TYPES, check_objective
+from localdit.training.options import LATE_OPTIONS, PREDICTION_TYPES, check_objective
 from localdit.training.pixart import is_pixart, start_from_pixart
 from localdit.training.state import saved_options
 from localdit.training.transfer import (
@@ -58,8 +61,8 @@ def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of the transformer in the options. No weights are read.
 
     Raises:
-        ValueError: if `--transformer-config` is neither a preset nor a JSON file, or
-            `--transformer` is not a checkpoint.
+        ValueError: if `--transformer-config` is neither a preset nor a JSON file with arguments of
+            the transformer, or `--transformer` is not a checkpoint.
     """
     if args.transformer is None or is_pixart(args.transformer):
         shape = _shape(args.transformer_config)
@@ -68,6 +71,20 @@ def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
     else:
         shape = inspect_checkpoint(args.transformer).config
     return shape if args.new_latents is None else shape | {"patch_size": args.new_latents}
+
+
+def require_shape_used(args: argparse.Namespace) -> None:
+    """Refuse `--transformer-config` beside weights that have a shape.
+
+    Raises:
+        ValueError: if `--transformer`, or the teacher that a student starts as, is a LocalDiT.
+    """
+    start, shape = args.transformer, args.transformer_config
+    if shape is not None and start is not None and not is_pixart(start):
+        raise ValueError(
+            f"--transformer-config {shape} is for a transformer that is new or starts from a "
+            f"PixArt, but this one starts from {start}, which has its own shape: leave it out."
+        )
 
 
 def load_transformer(
@@ -161,15 +178,28 @@ def _loaded(source: Path) -> LocalDiTTransformer2DModel:
     return load(source, torch_dtype=torch.float32)
 
 
-def _shape(source: str) -> dict[str, Any]:
-    """Return the arguments in a preset or a JSON file."""
+def _shape(source: str | None) -> dict[str, Any]:
+    """Return the arguments in a preset or a JSON file; without one, those of the default."""
+    source = source or LATE_OPTIONS["transformer_config"]
     if source in PRESETS:
         return PRESETS[source]
     if not Path(source).is_file():
         raise ValueError(
             f"--transformer-config {source} is neither a file nor one of {', '.join(PRESETS)}."
         )
-    return _public(_read_json(Path(source), "--transformer-config"))
+    shape = _public(_read_json(Path(source), "--transformer-config"))
+    signature = inspect.signature(LocalDiTTransformer2DModel.__init__)
+    known = [*signature.parameters][1:]
+    if unknown := [name for name in shape if name not in known]:
+        raise ValueError(
+            f"--transformer-config {source} has {few(unknown)}, which the transformer does not "
+            f"take. It takes {', '.join(known)}."
+        )
+    try:
+        require_sound_arguments(shape, signature)
+    except ValueError as error:
+        raise ValueError(f"--transformer-config {source}: {error}") from None
+    return shape
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:

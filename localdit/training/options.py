@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ LEARNING_OPTIONS = {
     "repa_encoder": None,
     "repa_block": None,
 }
+# The options about the pictures themselves, with their defaults. Encoded data has its own values.
+PICTURE_OPTIONS: dict[str, Any] = {
+    "crop": "buckets",
+    "max_aspect_ratio": 2.0,
+    "max_upscale": 1.5,
+    "max_crop": 1.0,
+    "horizontal_flip": 0.0,
+}
+# Options whose use depends on data or weights. They stay None until these are known.
+LATE_OPTIONS: dict[str, Any] = PICTURE_OPTIONS | {"transformer_config": "released"}
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
 LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "more than 0": (lambda value: value > 0, (
@@ -63,8 +74,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "teacher_steps", "student_steps",
     )),
     "at least 0": (lambda value: value >= 0, (
-        "num_workers", "warmup_steps", "weight_decay", "seed", "validation_samples",
-        "max_skipped_steps", "teacher_guidance_scale", "alignment_weight", "repa_weight",
+        "num_workers", "warmup_steps", "weight_decay", "validation_samples", "max_skipped_steps",
+        "teacher_guidance_scale", "alignment_weight", "repa_weight",
+        "validation_guidance_scale",
     )),
     "at least 0 and less than 1": (lambda value: 0 <= value < 1, (
         "contrastive_weight", "token_routing",
@@ -72,9 +84,13 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "0 to 1": (lambda value: 0 <= value <= 1, (
         "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
     )),
+    # NumPy takes seeds below 2**32, and each process adds its number.
+    "0 to 4,000,000,000": (lambda value: 0 <= value <= 4_000_000_000, ("seed",)),
     "1 or more": (lambda value: value >= 1, ("max_aspect_ratio",)),
     "at least 2": (lambda value: value >= 2, ("keep_checkpoints",)),
 }  # fmt: skip
+# The options for which infinity means no limit. All other numbers are finite.
+UNLIMITED = ("gradient_clip", "max_upscale", "max_aspect_ratio", "min_snr_gamma")
 EXTRAS = "pip install -r requirements-train.txt"
 
 
@@ -83,14 +99,15 @@ def parse_args(
 ) -> argparse.Namespace:
     """Return the options; an invalid one ends the program with a message.
 
-    `stages` becomes a list of `Stage`, a single one if no file of stages was named.
+    `stages` becomes a list of `Stage`, a single one if no file of stages was named. Options of
+    `LATE_OPTIONS` that are not given stay None until `set_defaults`.
 
     Args:
         argv: the words of the command line, by default those of the process.
         parser: the result of `make_parser`.
     """
     parser = parser or make_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(LATE_OPTIONS)))
     if not (args.transformer or args.teacher or args.resume):  # no weights say another one
         args.prediction_type = args.prediction_type or "epsilon"
     if args.method == DISTIL:
@@ -108,6 +125,16 @@ def parse_args(
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return the options that are given, of those that may be None, by name."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def set_defaults(args: argparse.Namespace) -> None:
+    """Give their defaults to the options of `LATE_OPTIONS` that are not given."""
+    vars(args).update(LATE_OPTIONS | given(args, LATE_OPTIONS))
 
 
 def make_parser(prog: str | None = None) -> Parser:
@@ -137,7 +164,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def add_data_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     """Add the options about the data and its sizes, which training and encoding share."""
-    add = group.add_argument
+    add, pictures = group.add_argument, PICTURE_OPTIONS
     add("--data-root", type=name_argument, required=True,
         help="folder of captioned pictures, WebDataset tars ('shards/{000..123}.tar'), a saved "
         "Hugging Face dataset, or encoded data")  # fmt: skip
@@ -146,16 +173,16 @@ def add_data_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     add("--image-size", type=int, default=512,
         help="side of a square picture in pixels, a multiple of the pixels per token: 16 with the "
         "released VAE")  # fmt: skip
-    add("--crop", choices=["buckets", "center"], default="buckets",
+    add("--crop", choices=["buckets", "center"], default=pictures["crop"],
         help="cropping method. buckets: fit each picture to the bucket of the nearest aspect "
         "ratio, which has about as many pixels as the square; center: crop all pictures to the "
         "square")  # fmt: skip
-    add("--max-aspect-ratio", type=float, default=2.0,
+    add("--max-aspect-ratio", type=float, default=pictures["max_aspect_ratio"],
         help="largest ratio of the longer side of a bucket to the shorter")  # fmt: skip
-    add("--max-upscale", type=float, default=1.5,
+    add("--max-upscale", type=float, default=pictures["max_upscale"],
         help="largest factor by which a picture may be enlarged; smaller pictures are left "
         "out")  # fmt: skip
-    add("--max-crop", type=float, default=1.0,
+    add("--max-crop", type=float, default=pictures["max_crop"],
         help="largest share of a picture that may be cut away to fit its bucket; pictures that "
         "would lose more, such as panoramas, are left out")  # fmt: skip
     add("--max-broken", type=float, default=0.1,
@@ -175,7 +202,7 @@ def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None
     add("--token-dropout", type=float, default=defaults.token_dropout,
         help="share of captions replaced by the empty caption, which classifier-free guidance "
         "needs")  # fmt: skip
-    add("--horizontal-flip", type=float, default=0.0,
+    add("--horizontal-flip", type=float, default=PICTURE_OPTIONS["horizontal_flip"],
         help="share of pictures mirrored left to right")  # fmt: skip
     add("--stages", type=path_argument,
         help="JSON file with a list of stages, each an object that changes some of these options: "
@@ -189,7 +216,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--transformer", type=path_argument,
         help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from; without "
         "it, a new transformer is trained")  # fmt: skip
-    add("--transformer-config", type=name_argument, default="released",
+    add("--transformer-config", type=name_argument, default=LATE_OPTIONS["transformer_config"],
         help="shape of a transformer that is new or starts from a PixArt: released; released-f32 "
         "or released-f16, for VAEs with 32 or 16 pixels per latent; tiny; or a JSON "
         "file")  # fmt: skip
@@ -396,10 +423,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--method {args.method} and --teacher go together: give both")
     for name in DISTIL_OPTIONS:
         if args.method != DISTIL and getattr(args, name) is not None:
-            raise ValueError(f"{_flag(name)} is for --method {DISTIL}: leave it out")
+            raise ValueError(f"{flag(name)} is for --method {DISTIL}: leave it out")
     for name, default in LEARNING_OPTIONS.items():
         if args.method != "fine-tuning" and getattr(args, name) != default:
-            raise ValueError(f"{_flag(name)} is for --method fine-tuning: leave it out")
+            raise ValueError(f"{flag(name)} is for --method fine-tuning: leave it out")
     for detail, name in (
         ("alignment_blocks", "alignment_weight"),
         ("routing_blocks", "token_routing"),
@@ -407,7 +434,7 @@ def _check(args: argparse.Namespace) -> None:
         ("repa_block", "repa_weight"),
     ):
         if getattr(args, detail) is not None and not getattr(args, name):
-            raise ValueError(f"{_flag(detail)} is for {_flag(name)}: give both")
+            raise ValueError(f"{flag(detail)} is for {flag(name)}: give both")
     if args.repa_weight and args.repa_encoder is None:
         raise ValueError(
             "--repa-weight needs an image encoder, such as DINOv2: name its folder with "
@@ -419,6 +446,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--validation-guidance-scale is not for --method distil, whose result is not guided: "
             "leave it out"
+        )
+    if args.validation_guidance_scale is not None and not args.validation_prompts:
+        raise ValueError(
+            "--validation-guidance-scale is for the pictures of --validation-prompts: give both"
+        )
+    if args.method == DISTIL and args.min_snr_gamma is not None:
+        raise ValueError(
+            "--min-snr-gamma is not for --method distil, whose losses are not weighted: leave it "
+            "out"
+        )
+    if args.distillation == "trajectory" and args.timestep_sampling != "uniform":
+        raise ValueError(
+            "--timestep-sampling is not for --distillation trajectory, which trains at the steps "
+            "of the student: leave it out"
         )
     if args.method == DISTIL and args.teacher_steps < args.student_steps:
         raise ValueError(
@@ -433,9 +474,9 @@ def _check(args: argparse.Namespace) -> None:
             "of a new transformer is set in --transformer-config"
         )
     _check_lora(args)
-    for flag, package in (("use_wandb", "wandb"), ("use_tensorboard", "tensorboard")):
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{_flag(flag)} needs {package}: {EXTRAS}")
+    for name, package in (("use_wandb", "wandb"), ("use_tensorboard", "tensorboard")):
+        if getattr(args, name) and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag(name)} needs {package}: {EXTRAS}")
     if args.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
     if args.optimizer == "muon":
@@ -488,7 +529,7 @@ def _check_lora(args: argparse.Namespace) -> None:
     if args.lora_rank is None:
         for name in ("lora_alpha", "lora_target_modules", "lora_dropout"):
             if getattr(args, name):
-                raise ValueError(f"{_flag(name)} is for adapters: also give --lora-rank")
+                raise ValueError(f"{flag(name)} is for adapters: also give --lora-rank")
         return
     if args.transformer is None:
         raise ValueError("--lora-rank adapts existing weights: name them with --transformer")
@@ -506,8 +547,12 @@ def check_limits(options: Mapping[str, Any]) -> None:
     for expected, (holds, names) in LIMITS.items():
         for name in names:
             value = options.get(name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{_flag(name)} is {value}; expected {expected}")
+            if value is None:
+                continue
+            finite = isinstance(value, int) or math.isfinite(value) or name in UNLIMITED
+            if not (finite and holds(value)):
+                more = "" if finite else " and finite"
+                raise ValueError(f"{flag(name)} is {value}; expected {expected}{more}")
     if options["pretrained"] and not options["pretrained"].is_dir():
         raise ValueError(f"--pretrained {options['pretrained']} is not a folder")
 
@@ -521,5 +566,6 @@ def check_image_size(size: int, multiple: int) -> None:
         )
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the name of an option on the command line."""
     return "--" + name.replace("_", "-")

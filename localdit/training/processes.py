@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
 
+from localdit.errors import FieldError
 from localdit.training.shutdown import TrainingStopped
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,6 +70,19 @@ def make_accelerator(batch_size: int, gradient_clip: float, **options: Any) -> A
     elif _requested("FSDP") and world_size > 1:
         _configure_fsdp(accelerator)
     return accelerator
+
+
+def require_precision(accelerator: Accelerator) -> None:
+    """Refuse float16 on a CPU, where Accelerate would compute in float32.
+
+    Raises:
+        ValueError: on a CPU, with a mixed precision of float16.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed-precision fp16, or the one in Accelerate's configuration, needs a GPU, and "
+            "this run is on a CPU: give --mixed-precision bf16 or no."
+        )
 
 
 def _has_accelerator() -> bool:
@@ -150,7 +164,7 @@ class Agreement:
         """Run `action` on the main process, and return its result on all of them.
 
         Raises:
-            TrainingStopped: in every process, if it fails with an OSError or a ValueError.
+            TrainingStopped: in every process, if it fails with an error that a user can mend.
         """
         outcome: list[Any] = [None]
         if self.accelerator.is_main_process:
@@ -166,7 +180,7 @@ class Agreement:
         """Run `action` on every process. If it fails on one, all stop.
 
         Raises:
-            TrainingStopped: in every process, if one fails with an OSError or a ValueError.
+            TrainingStopped: in every process, if one fails with an error that a user can mend.
         """
         result, problem = _attempt(action)
         problems = [text for text in self.gathered([problem]) if text is not None]
@@ -179,5 +193,5 @@ def _attempt(action: Callable[[], Result]) -> tuple[Any, str | None]:
     """Return the result and None, or None and a message for the user."""
     try:
         return action(), None
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (FieldError, OSError, ValueError, ModuleNotFoundError) as error:
         return None, str(error)

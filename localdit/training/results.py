@@ -44,6 +44,7 @@ class PipelineFolder:
         encoders: folders of "tokenizer", "text_encoder" and "vae" on this machine.
         classes: library and class of each encoder.
         source: where the weights that training starts from are; None if they are new.
+        whole_words: whether the text encoder understands only whole words.
     """
 
     transformer: LocalDiTTransformer2DModel
@@ -51,6 +52,7 @@ class PipelineFolder:
     encoders: Mapping[str, Path]
     classes: Mapping[str, list[str]]
     source: Path | None
+    whole_words: bool = False
 
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write a folder that `LocalDiTPipeline.from_pretrained` loads.
@@ -70,6 +72,7 @@ class PipelineFolder:
             "transformer": TRANSFORMER,
             **self.classes,
             **asdict(self.sampling.settings),
+            "whole_words": self.whole_words,
         }
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model_index.json").write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from localdit.parsing import say
 from localdit.training.cost import cost_report
 from localdit.training.data.batches import Batch, Draws
 from localdit.training.data.order import Step
-from localdit.training.data.samples import require_few
+from localdit.training.data.samples import Fault, Faults, require_few
 from localdit.training.data.stage_data import (
     StageData,
     dry_run_report,
@@ -26,6 +26,7 @@ from localdit.training.data.stage_data import (
 from localdit.training.initialization import settle_prediction_type
 from localdit.training.methods import Method
 from localdit.training.optimizer import learning_rate
+from localdit.training.options import set_defaults
 from localdit.training.processes import Agreement
 from localdit.training.reporting import Reporter
 from localdit.training.results import with_weights
@@ -60,6 +61,7 @@ class Session:
         reporter: writes logs and messages.
         stop: the signal that asked the run to end.
         saved: step of the newest checkpoint.
+        broken_held_out: held-out samples that turned out to be broken.
     """
 
     args: argparse.Namespace
@@ -73,6 +75,7 @@ class Session:
     reporter: Reporter
     stop: StopRequest
     saved: int = -1
+    broken_held_out: set[Fault] = field(default_factory=set)
 
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint, and print the options that differ from those it was saved with.
@@ -150,19 +153,22 @@ class Session:
         averaged = with_weights(self.models.transformer, trained.averaged_weights())
         averaged = averaged.to(self.accelerator.device)
         if held_out:
-            line: dict[str, float] = {"step": self.state.progress.step}
+            losses: dict[str, float] = {}
+            faults: list[Fault] = []
             for name, model in (("model", trained.module), ("ema", averaged)):
-                line |= self._validation_losses(stage, model, name)
-            self.reporter.line(line)
+                losses |= self._validation_losses(stage, model, name, faults)
+            self._report_held_out(len(held_out), faults)
+            if losses:
+                self.reporter.line({"step": self.state.progress.step, **losses})
         if pictures is not None:
             drawn = pictures.draw(averaged, stage.image_size)
             by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
             self.reporter.pictures([image for _, image in by_prompt], self.state.progress.step)
 
     def _validation_losses(
-        self, stage: Stage, model: torch.nn.Module, name: str
+        self, stage: Stage, model: torch.nn.Module, name: str, faults: list[Fault]
     ) -> dict[str, float]:
-        """Return the losses of one model for the held-out samples."""
+        """Return the losses of one model for the held-out samples; add the broken to `faults`."""
         data, processes = self.data[stage.index], self.accelerator.num_processes
         batches = held_out_batches(
             self.models.dataset(data, stage, self.args, draws=Draws((self.args.seed,))),
@@ -172,17 +178,34 @@ class Session:
             stage.batch_size,
             self.args.num_workers,
         )
+
+        def encoded() -> Iterator[ValidationBatch]:
+            for b in batches:
+                faults.extend(b.faults)
+                yield ValidationBatch(b.size, b.ids, self.models.make_inputs(b), b.weights)
+
         return validation_losses(
             model,
             self.method.validation_errors,
-            (
-                ValidationBatch(b.size, b.ids, self.models.make_inputs(b), b.weights)
-                for b in batches
-            ),
+            encoded(),
             data.sizes,
             name,
             seed=self.args.seed,
             reduce=partial(self.accelerator.reduce, reduction="sum"),
+        )
+
+    def _report_held_out(self, count: int, faults: list[Fault]) -> None:
+        """Log and print which of the held-out samples are broken, each of them once in a run."""
+        broken = dict.fromkeys(self.agreement.gathered(faults))
+        if not broken.keys() - self.broken_held_out:
+            return
+        for fault in broken:
+            if fault not in self.broken_held_out:
+                self.reporter.broken(fault)
+        self.broken_held_out.update(broken)
+        left = "" if len(broken) < count else ": no sample is left to measure the loss on"
+        self.reporter.say(
+            f"{len(broken):,} of {count:,} held-out samples are broken{left}.\n{Faults(broken)}"
         )
 
     def save(self, sound: bool) -> None:
@@ -244,6 +267,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     if not args.resume:
         settle(None)
     data = agreement.on_main(lambda: find_data(args))
+    set_defaults(args)
     if args.dry_run:
         tokenizer = local_tokenizer(args)
         for stage, stage_data in zip(args.stages, data, strict=True):

@@ -17,6 +17,7 @@ from localdit.core.encoders import (
     encoder_folders,
     load_encoders,
     locate_encoder,
+    text_encoder_whole_words,
     text_encoder_width,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -34,7 +35,7 @@ from localdit.training.methods.fine_tuning import Alignment, FineTuning, Routing
 from localdit.training.methods.repa import Repa, image_encoder_config, load_latent_features
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import check_image_size
+from localdit.training.options import PICTURE_OPTIONS, check_image_size, given
 from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters
@@ -60,11 +61,11 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
     """Start Accelerate with the trackers of the options.
 
     Raises:
-        TrainingStopped: if the processes can't work together.
+        TrainingStopped: if the processes can't work together, or not in this precision.
     """
     trackers = [name for name in ("wandb", "tensorboard") if getattr(args, f"use_{name}")]
     try:
-        return processes.make_accelerator(
+        accelerator = processes.make_accelerator(
             args.stages[0].batch_size,
             args.gradient_clip,
             mixed_precision=args.mixed_precision,
@@ -73,6 +74,9 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
                 project_dir=str(args.output), logging_dir=str(args.output / "tensorboard")
             ),
         )
+        if not args.dry_run:  # it may plan a run on another machine
+            processes.require_precision(accelerator)
+        return accelerator
     except (RuntimeError, ValueError) as error:
         raise TrainingStopped(str(error)) from error
 
@@ -81,8 +85,9 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
     """Find the data of all stages before training begins. Each root is searched once.
 
     Raises:
-        ValueError, OSError: if a stage has nothing to train on.
+        ValueError, OSError: if a stage has nothing to train on, or an option has no effect.
     """
+    initialization.require_shape_used(args)
     shape = initialization.transformer_config(args)
     num_layers, window_size = shape.get("num_layers", 18), shape.get("window_size", 4)
     Alignment.from_options(args, num_layers)  # refuses blocks that it lacks
@@ -105,11 +110,8 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             stage,
             window_size,
             pixels_per_token,
-            args.crop,
-            args.max_aspect_ratio,
-            args.max_upscale,
+            given(args, PICTURE_OPTIONS),
             args.validation_samples,
-            args.max_crop,
         )
         prepared.order(stage, 1, args.seed)  # refuses a stage without samples
         if routing:  # refuses maps that are too small
@@ -251,6 +253,7 @@ def load_models(
             args.max_caption_length,
             args.seed,
             sampling,
+            text_encoder_whole_words(sources),
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
@@ -292,6 +295,7 @@ def _result_folder(
             encoder_folders(sources),
             encoder_classes(sources),
             start,
+            text_encoder_whole_words(sources),
         )
     fingerprint = weights_fingerprint(transformer, torch.float32)
     add_adapters(transformer, args)

@@ -142,6 +142,7 @@ class PromptPictures:
         max_length: number of text tokens after which prompts are cut.
         seed: picture i starts from noise of `seed + i`.
         sampling: the scheduler, and the settings of the pipeline.
+        whole_words: the text encoder understands only whole words; a warning names others.
         rank, num_processes: this process draws the prompts `rank`, `rank + num_processes`, ...
     """
 
@@ -152,6 +153,7 @@ class PromptPictures:
         max_length: int,
         seed: int,
         sampling: Sampling,
+        whole_words: bool = False,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -160,7 +162,12 @@ class PromptPictures:
         self.sampling = sampling
         self.vae = encoders.vae
         self.embeddings = []
-        pipeline = LocalDiTPipeline(*encoders, transformer=None, scheduler=None)  # type: ignore[arg-type]
+        pipeline = LocalDiTPipeline(
+            *encoders,
+            transformer=None,  # type: ignore[arg-type]
+            scheduler=None,
+            whole_words=whole_words,
+        )
         with torch.no_grad():
             for index in self.indices:
                 embeddings = pipeline.encode_prompt(

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from localdit.config import Config
+from localdit.core.encoders import text_encoder_whole_words
 from localdit.core.settings import SamplingSettings, read_settings
+from tests.tiny import tiny_pipeline
 
 
 def test_the_defaults_are_those_of_the_config():
@@ -43,3 +45,26 @@ def test_unusable_values_are_refused(tmp_path, entry, error, message):
 )
 def test_few_steps_are_at_most_eight_without_guidance(steps, scale, few):
     assert SamplingSettings(steps, scale).few_steps == few
+
+
+def test_the_index_beside_a_text_encoder_says_whether_it_knows_whole_words_alone(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "own")
+    (tmp_path / "result").mkdir()
+    link = tmp_path / "result/text_encoder"
+    link.symlink_to(tmp_path / "own/text_encoder")
+    index = tmp_path / "own/model_index.json"
+
+    def said(source):
+        return text_encoder_whole_words({"text_encoder": str(source)})
+
+    places = (tmp_path / "own", tmp_path / "own/text_encoder", link)
+    assert [said(place) for place in places] == [False] * 3
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"whole_words": True}))
+    assert [said(place) for place in places] == [True] * 3
+    (tmp_path / "result/model_index.json").write_text('{"whole_words": false}')
+    assert said(link) is False
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"whole_words": 1}))
+    with pytest.raises(TypeError, match=r"model_index\.json: whole_words is 1; expected true or"):
+        said(tmp_path / "own")
+    index.unlink()
+    assert said(tmp_path / "own/text_encoder") is False

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import subprocess
@@ -41,6 +42,15 @@ def test_defaults_are_those_of_config():
         (["--prediction-type", "x0"], "invalid choice"),
         (["--keep-checkpoints", "1"], "--keep-checkpoints is 1; expected at least 2"),
         (["--max-aspect-ratio", "0.5"], "--max-aspect-ratio is 0.5; expected 1 or more"),
+        (["--learning-rate", "inf"], "--learning-rate is inf; expected more than 0 and finite"),
+        (["--weight-decay", "inf"], "--weight-decay is inf; expected at least 0 and finite"),
+        (["--lora-alpha", "inf"], "--lora-alpha is inf; expected more than 0 and finite"),
+        (["--teacher-guidance-scale", "inf"], "is inf; expected at least 0 and finite"),
+        (["--flow-shift", "inf"], "--flow-shift is inf; expected more than 0 and finite"),
+        (["--validation-guidance-scale", "nan"], "is nan; expected at least 0 and finite"),
+        (["--gradient-clip", "nan"], "--gradient-clip is nan; expected more than 0"),
+        (["--seed", "4294967296"], "--seed is 4294967296; expected 0 to 4,000,000,000"),
+        (["--seed", "-1"], "--seed is -1; expected 0 to 4,000,000,000"),
         (["--max-broken", "2"], "--max-broken is 2.0; expected 0 to 1"),
         (["--horizontal-flip", "-1"], "--horizontal-flip is -1.0; expected 0 to 1"),
         (["--max-skipped-steps", "-1"], "--max-skipped-steps is -1; expected at least 0"),
@@ -65,6 +75,7 @@ def test_defaults_are_those_of_config():
             ["--contrastive-weight", "0.1", "--method", "knowledge-distillation", "--teacher", "x"],
             "--contrastive-weight is for --method fine-tuning",
         ),
+        (["--validation-guidance-scale", "3"], "is for the pictures of --validation-prompts: give"),
         (["--validation-prompts", "a", "b\udcff"], "--validation-prompts: 'b\\udcff' is not"),
     ],
 )  # fmt: skip
@@ -72,6 +83,20 @@ def test_wrong_options_end_the_program(capsys, options, message):
     with pytest.raises(SystemExit):
         parse_args(["--data-root", "x", *options])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", options_module.UNLIMITED)
+def test_infinity_means_no_limit(name):
+    args = parse_args(["--data-root", "x", options_module.flag(name), "inf"])
+    assert getattr(args, name) == math.inf
+
+
+def test_options_about_data_and_weights_have_their_defaults_late():
+    args = parse_args(["--data-root", "x", "--max-crop", "1"])
+    assert options_module.given(args, options_module.LATE_OPTIONS) == {"max_crop": 1.0}
+    options_module.set_defaults(args)
+    assert (args.crop, args.max_crop, args.horizontal_flip) == ("buckets", 1.0, 0.0)
+    assert args.transformer_config == "released"
 
 
 def test_packages_that_are_missing_are_named(capsys, monkeypatch):
@@ -187,6 +212,10 @@ def test_the_stage_of_a_step(tmp_path):
         ([{"image-size": "512"}], "stage 1: image-size is '512'; expected a value such as 512"),
         ([{"batch-size": True}], "stage 1: batch-size is True"),
         ([{"lr-schedule": "square"}], "stage 1: --lr-schedule is 'square'"),
+        (
+            '[{"learning-rate": Infinity}]',
+            "stage 1: --learning-rate is inf; expected more than 0 a",
+        ),
         ([{"max-train-steps": 0}], "stage 1: --max-train-steps is 0; expected more than 0"),
     ],
 )

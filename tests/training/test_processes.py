@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from localdit.errors import FieldTypeError
 from localdit.training.processes import Agreement
 from localdit.training.shutdown import TrainingStopped
 from tests.training.test_sharding import FSDP2, needs_fsdp2
@@ -26,7 +27,7 @@ def test_a_single_process_agrees_with_itself(agreement):
     assert agreement.on_main(lambda: 3) == agreement.on_all(lambda: 3) == 3
 
 
-@pytest.mark.parametrize("error", [OSError, ValueError, ModuleNotFoundError])
+@pytest.mark.parametrize("error", [OSError, ValueError, FieldTypeError, ModuleNotFoundError])
 def test_errors_that_a_user_can_mend_stop_training(agreement, error):
     def fail():
         raise error("the reason")

@@ -191,7 +191,8 @@ def test_training_starts_from_a_transformer_of_other_latents(train, workplace, s
 
 
 def test_training_starts_from_a_pixart_of_other_latents(train, workplace, capsys):
-    pixart = ["--transformer", workplace / "pixart"]
+    shape = ["--transformer-config", workplace / "shape.json"]
+    pixart = ["--transformer", workplace / "pixart", *shape]
     run = train("run", *pixart, "--new-latents", 1, "--learning-rate", "1e-12")
     out = capsys.readouterr().out
     assert "Started from PixArt" in out and "a token is 32 x 32 pixels" in out
@@ -268,7 +269,7 @@ def test_picture_sizes_are_multiples_of_the_new_tokens(train, workplace, capsys)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "name it with --transformer"),
+        ([], "name them with --transformer"),
         (["--transformer", ".", "--lora-rank", "4"], "leave out one of them"),
         (["--transformer", ".", "--new-latents", "0"], "--new-latents is 0; expected more than 0"),
     ],

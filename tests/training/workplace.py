@@ -60,10 +60,12 @@ def make_image_encoder(folder, kind="dinov2_with_registers", **settings):
 
 
 def options(workplace, output, *more):
-    """Return the options of a small run. Later options win."""
+    """Return the options of a small run. Later options win; weights bring their own shape."""
+    starts = {"--transformer", "distil"} & set(map(str, more))
+    shape = [] if starts else ["--transformer-config", f"{workplace}/shape.json"]
     return [
         "--data-root", f"{workplace}/pictures", "--pretrained", f"{workplace}/pipeline",
-        "--transformer-config", f"{workplace}/shape.json", "--output", str(output),
+        *shape, "--output", str(output),
         "--image-size", "96", "--batch-size", "2", "--num-workers", "0", "--log-interval", "1",
         "--max-train-steps", "4", "--learning-rate", "1e-3", "--gradient-clip", "1",
         "--log-samples", *map(str, more),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from localdit.training.data.buckets import (
     describe_crops,
     left_out,
 )
+from localdit.training.data.encoded import Manifest
 from localdit.training.data.finding import FORMATS, Found
 from localdit.training.data.order import (
     Order,
@@ -32,6 +33,7 @@ from localdit.training.data.order import (
     hold_out,
 )
 from localdit.training.data.samples import EXAMPLES, Sample
+from localdit.training.options import PICTURE_OPTIONS, flag
 from localdit.training.stages import Stage
 
 FREQUENT = 5  # resolutions that are listed
@@ -87,11 +89,8 @@ def prepare_data(
     stage: Stage,
     window_size: int,
     pixels_per_token: int,
-    crop: str,
-    max_aspect_ratio: float,
-    max_upscale: float,
+    pictures: Mapping[str, Any],
     validation_samples: int,
-    max_crop: float = 1.0,
 ) -> StageData:
     """Sort the samples into buckets, and hold some of them out.
 
@@ -102,11 +101,12 @@ def prepare_data(
         stage: the stage that trains on them.
         window_size: side of the model's windows, in tokens.
         pixels_per_token: pixels per latent times the patch size.
-        crop, max_aspect_ratio, max_upscale, validation_samples, max_crop: the options of these
-            names.
+        pictures: those of `PICTURE_OPTIONS` that are given; the others have their defaults.
+        validation_samples: the option of this name.
 
     Raises:
-        ValueError: if samples were encoded for another size or for other tokens.
+        ValueError: if samples were encoded for another size or for other tokens, or with other
+            options of `PICTURE_OPTIONS`.
     """
     shapes = [(sample.height, sample.width) for sample in found.samples]
     if found.encoded is not None:
@@ -116,6 +116,7 @@ def prepare_data(
                 f"{stage.data_root} was encoded for {encoded_size} pixels, but --image-size is "
                 f"{stage.image_size}. Make the two agree."
             )
+        _require_same_pictures(stage.data_root, found.encoded.manifest, pictures)
         sizes = list(found.encoded.manifest.sizes)
         uneven = [size for size in sizes if any(side % pixels_per_token for side in size)]
         if uneven:
@@ -127,12 +128,40 @@ def prepare_data(
         index = {tuple(size): number for number, size in enumerate(sizes)}
         buckets = np.array([index[shape] for shape in shapes], dtype=np.int64)
     else:
-        sizes = crop_sizes(crop, stage.image_size, window_size, pixels_per_token, max_aspect_ratio)
-        buckets = assign_buckets(shapes, sizes, max_upscale, max_crop)
+        chosen = {**PICTURE_OPTIONS, **pictures}
+        sizes = crop_sizes(
+            chosen["crop"],
+            stage.image_size,
+            window_size,
+            pixels_per_token,
+            chosen["max_aspect_ratio"],
+        )
+        buckets = assign_buckets(shapes, sizes, chosen["max_upscale"], chosen["max_crop"])
     usable = np.flatnonzero(buckets >= 0)
     ids = [found.samples[index].id for index in usable]
     held_out = [int(usable[index]) for index in hold_out(ids, validation_samples if ids else 0)]
     return StageData(found, sizes, buckets, sorted(held_out))
+
+
+def _require_same_pictures(root: str, manifest: Manifest, pictures: Mapping[str, Any]) -> None:
+    """Raise ValueError if options about pictures are not those that encoded data was made with."""
+    for name, value in pictures.items():
+        if name == "horizontal_flip" and value:
+            raise ValueError(
+                f"{flag(name)} is {value}, but {root} is encoded, and latents can't be mirrored: "
+                "leave it out, or train on the pictures."
+            )
+        if name == "max_crop":
+            raise ValueError(
+                f"{flag(name)} is {value}, but {root} is encoded already: give the option to the "
+                "command that encodes the pictures, and leave it out here."
+            )
+        encoded = getattr(manifest, name, value)
+        if encoded != value:
+            raise ValueError(
+                f"{root} was encoded with {flag(name)} {encoded}, but {flag(name)} is {value}. "
+                "Leave it out, or encode the pictures again."
+            )
 
 
 def stage_batches(

@@ -20,16 +20,14 @@ from localdit.training.stages import Stage
 from tests.training.manifests import some_manifest
 
 
-def prepared(found, image_size=64, pixels_per_token=16, crop="buckets", held_out=1):
+def prepared(found, image_size=64, pixels_per_token=16, held_out=1, **pictures):
     stage = Stage(0, 0, "data", image_size, 4, 1, 10, 1e-4, "constant", 0)
     return prepare_data(
         found,
         stage,
         window_size=1,
         pixels_per_token=pixels_per_token,
-        crop=crop,
-        max_aspect_ratio=2.0,
-        max_upscale=1.5,
+        pictures=pictures,
         validation_samples=held_out,
     )
 
@@ -74,6 +72,26 @@ def test_sets_for_another_size_or_other_tokens_are_refused():
         prepared(samples, image_size=128)
     with pytest.raises(ValueError, match=r"64 x 32, .* multiples of 64 pixels.* --patch-size"):
         prepared(samples, pixels_per_token=64)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        ({"crop": "buckets", "max_aspect_ratio": 2, "max_upscale": 1.5, "horizontal_flip": 0}, ""),
+        ({"crop": "center"}, "data was encoded with --crop buckets, but --crop is center. Leave"),
+        ({"max_aspect_ratio": 1.5}, "with --max-aspect-ratio 2.0, but --max-aspect-ratio is 1.5"),
+        ({"max_upscale": 3.0}, "with --max-upscale 1.5, but --max-upscale is 3.0. Leave it out"),
+        ({"max_crop": 0.5}, "--max-crop is 0.5, but data is encoded already: give the option to"),
+        ({"horizontal_flip": 0.5}, "--horizontal-flip is 0.5, but data .* can't be mirrored: le"),
+    ],
+)
+def test_options_that_contradict_encoded_data_are_refused(pictures, message):
+    samples = found((64, 32), (32, 64), encoded=encoded_set())
+    if not message:
+        assert prepared(samples, **pictures).sizes == prepared(samples).sizes
+        return
+    with pytest.raises(ValueError, match=message):
+        prepared(samples, **pictures)
 
 
 def sample(number, height, width, *captions):

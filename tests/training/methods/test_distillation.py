@@ -182,6 +182,23 @@ def test_the_student_answers_where_it_is_sampled(steps, student_steps, inputs):
     assert seen == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_depend_on_the_options_that_the_command_line_takes(kind, inputs):
+    """Check what `parse_args` says: weights for none, positions for all but trajectories."""
+
+    def found(objective, positions=(0.1, 0.5, 0.99)):
+        method = make(kind, objective, teacher_steps=4, student_steps=2)
+        return losses(method, inputs, positions=positions)
+
+    plain = found(Objective())
+    assert torch.equal(found(Objective(min_snr_gamma=0.1)), plain)
+    assert torch.equal(found(Objective(), (0.3, 0.6, 0.7)), plain) == (
+        kind is TrajectoryDistillation
+    )
+    flow = found(Objective("flow"))
+    assert not torch.equal(found(Objective("flow", flow_shift=3.0)), flow)
+
+
 def test_few_step_schedulers_are_those_of_the_grid():
     scheduler = Objective("v_prediction").few_step_scheduler(10)
     scheduler.set_timesteps(4)

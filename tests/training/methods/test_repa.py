@@ -25,6 +25,7 @@ from localdit.training.methods.repa import (
     load_latent_features,
     make_projection,
 )
+from localdit.training.options import parse_args
 from tests.tiny import TEXT_WIDTH, tiny_components, tiny_pipeline, tiny_vae
 from tests.training.workplace import (
     lines,
@@ -194,9 +195,15 @@ def test_a_run_trains_the_projection_and_leaves_it_out_of_the_pipeline(
         ("plain", [*repa, "--resume", "auto"], "of transformer, but this run trains repa-proj"),
         ("run", ["--resume", "auto"], "of repa-projection, transformer, but this run trains trans"),
         ("no", [*repa, "--vae", tmp_path / "other"], "differ in vae"),
-        ("no", [*repa, "--mixed-precision", "fp16"], "can't be trained together with DeepSpeed or"),
         ("no", [*repa, "--repa-block", "3", "--dry-run"], "--repa-block is 3; expected one of the"),
         ("no", ["--repa-weight", "1", "--repa-encoder", tmp_path, "--dry-run"], "no config.json"),
     ):
         train(name, *more, "--max-train-steps", "3", expect=1)
         assert message in capsys.readouterr().err
+
+
+def test_two_models_are_not_trained_in_float16():
+    method = Namespace(trained={"transformer": None, PROJECTION: None})
+    accelerator = Namespace(distributed_type="NO", mixed_precision="fp16")
+    with pytest.raises(ValueError, match="can't be trained together with DeepSpeed or in float16"):
+        setup.make_state(parse_args(["--data-root", "x"]), method, accelerator)
