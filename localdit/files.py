@@ -63,15 +63,12 @@ def whole_file(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
     """
     unfinished = _beside(path)
     try:
-        with open(unfinished, "wb") as file:
-            yield file
-        flush_file(unfinished)
-        _rename(unfinished, path, overwrite)
-        flush_entries(path.parent)
-    except OSError as error:
-        if error.errno and error.filename is None:  # of writing, which knows no name
-            error.filename = str(path)
-        raise
+        with write_errors(path):
+            with open(unfinished, "wb") as file:
+                yield file
+            flush_file(unfinished)
+            _rename(unfinished, path, overwrite)
+            flush_entries(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -89,12 +86,38 @@ def whole_folder(path: Path) -> Iterator[Path]:
     unfinished = _beside(path)
     unfinished.mkdir(parents=True)
     try:
-        yield unfinished
-        flush_folder(unfinished)
-        _replace_folder(unfinished, path)
-        flush_entries(path.parent)
+        with write_errors(path):
+            yield unfinished
+            flush_folder(unfinished)
+            _replace_folder(unfinished, path)
+            flush_entries(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(path: Path | None = None) -> Iterator[None]:
+    """Raise every error of writing files as an OSError of one line.
+
+    safetensors and tokenizers, written in Rust, raise their own errors; `copytree` raises a list.
+
+    Args:
+        path: the name that the message gives if the error has none, as on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of `copytree`
+            raise OSError(error.args[0][0][2]) from error
+        if error.errno and error.filename is None and path is not None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        known = re.search(r"\(os error (\d+)\)", str(error))
+        if known is None:
+            raise
+        number = int(known[1])
+        raise OSError(number, os.strerror(number), path and str(path)) from error
 
 
 def has_files(folder: Path) -> bool:

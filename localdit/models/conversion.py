@@ -25,6 +25,7 @@ from ..checkpoint.loading import (
 )
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, require_finite
 from ..errors import FieldExistsError, Setting
+from ..files import write_errors
 from .transformer import LocalDiTTransformer2DModel
 
 
@@ -262,7 +263,11 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(path: Path) -> Iterator[Path]:
     """Make a temporary folder on the same disk as `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:40]}.") as scratch:
+    prefix = f".{path.name[:40]}."
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as scratch,
+        write_errors(path),
+    ):
         yield Path(scratch)
 
 
