@@ -86,7 +86,7 @@ def whole_file(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
         OSError: if it can't be written. Nothing of it is left, and an existing file is unchanged.
     """
     unfinished = _beside(path)
-    with _naming(path, unfinished):
+    with write_errors(path, unfinished):
         try:
             with open(unfinished, "wb") as file:
                 yield file
@@ -108,7 +108,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             unchanged.
     """
     unfinished = _beside(path)
-    with _naming(path, unfinished):
+    with write_errors(path, unfinished):
         try:
             unfinished.mkdir(parents=True)
             yield unfinished
@@ -117,6 +117,35 @@ def whole_folder(path: Path) -> Iterator[Path]:
             flush_entries(path.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(path: Path | None = None, unfinished: Path | None = None) -> Iterator[None]:
+    """Raise every error of writing files as an OSError of one line that names a file.
+
+    safetensors and tokenizers, written in Rust, raise their own errors; `copytree` raises a list.
+
+    Args:
+        path: the name in the message if the error has none, as on a full disk.
+        unfinished: the temporary name of what is written, which `path` replaces in the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of `copytree`
+            raise OSError(error.args[0][0][2]) from error
+        name = str(error.filename or path)
+        if unfinished is not None and name.startswith(str(unfinished)):
+            name = name.replace(str(unfinished), str(path), 1)
+        if path is None or not error.errno or name == error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, name) from error
+    except Exception as error:
+        known = re.search(r"\(os error (\d+)\)", str(error))
+        if known is None:
+            raise
+        number = int(known[1])
+        raise OSError(number, os.strerror(number), path and str(path)) from error
 
 
 def has_files(folder: Path) -> bool:
@@ -209,19 +238,6 @@ def _beside(path: Path) -> Path:
     It has the beginning of the name, since a name of 255 bytes can't get longer.
     """
     return path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
-
-
-@contextmanager
-def _naming(path: Path, unfinished: Path) -> Iterator[None]:
-    """Let the system's errors name the user's path, not the temporary one or none at all."""
-    try:
-        yield
-    except OSError as error:
-        about = str(error.filename or unfinished)
-        if error.errno and about.startswith(str(unfinished)):
-            named = about.replace(str(unfinished), str(path), 1)
-            raise OSError(error.errno, error.strerror, named) from error
-        raise
 
 
 def _rename(source: Path, target: Path, overwrite: bool) -> None:

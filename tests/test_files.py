@@ -5,7 +5,10 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
 
 from localdit.files import (
     decode_text,
@@ -141,6 +144,18 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch,
             fail()
     assert names(path) == ["old"]
     assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("write", [whole_file, whole_folder])
+def test_safetensors_on_a_full_disk_is_an_error_of_the_system(tmp_path, full_disk, write):
+    path = tmp_path / "w"
+    weights = {"a": np.zeros(10_000)}
+    with full_disk(1000), pytest.raises(OSError, match="File too large: '.*/w'"), write(path) as it:
+        save_file(weights, it / "a" if isinstance(it, Path) else it.name)
+    assert names(tmp_path) == []
+    with pytest.raises(SafetensorError), write(path):
+        load(b"damaged")
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])

@@ -27,7 +27,7 @@ from ..checkpoint.loading import (
 )
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
 from ..errors import FieldExistsError, FieldValueError, Setting
-from ..files import require_folder_name, user_path
+from ..files import require_folder_name, user_path, write_errors
 from .transformer import LocalDiTTransformer2DModel
 
 
@@ -308,7 +308,11 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 def _beside(path: Path) -> Iterator[Path]:
     """Make a temporary folder on the same disk as `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:40]}.") as scratch:
+    prefix = f".{path.name[:40]}."
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as scratch,
+        write_errors(path),
+    ):
         yield Path(scratch)
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..checkpoint.loading import plan_loading, read_folder, require_savable
 from ..checkpoint.reading import few, local_file, require_finite
-from ..files import read_json
+from ..files import read_json, write_errors
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .block import LocalDiTBlock
@@ -215,6 +215,7 @@ class LocalDiTTransformer2DModel(
         separately. Arguments are those of Diffusers.
 
         Raises:
+            OSError: if a file can't be written.
             ValueError: if the model has adapters, or its weights are elsewhere or were replaced.
         """
         require_savable(self)
@@ -222,16 +223,17 @@ class LocalDiTTransformer2DModel(
         for attention in fused:
             attention.unfuse_projections()
         try:
-            super().save_pretrained(
-                save_directory,
-                is_main_process,
-                save_function,
-                safe_serialization,
-                variant,
-                max_shard_size,
-                push_to_hub,
-                **kwargs,
-            )
+            with write_errors():
+                super().save_pretrained(
+                    save_directory,
+                    is_main_process,
+                    save_function,
+                    safe_serialization,
+                    variant,
+                    max_shard_size,
+                    push_to_hub,
+                    **kwargs,
+                )
         finally:
             for attention in fused:
                 attention.fuse_projections()

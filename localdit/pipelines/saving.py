@@ -31,7 +31,7 @@ from ..core.parts import (
     unattended,
 )
 from ..core.settings import INDEX, read_settings
-from ..files import read_json
+from ..files import read_json, write_errors
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import folder_with_part, pipeline_around
 from . import lora
@@ -99,20 +99,22 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             **kwargs: as in Diffusers.
 
         Raises:
+            OSError: if a file can't be written.
             ValueError: if a part has adapters, or its weights are elsewhere or were replaced.
         """
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
                 require_savable(lora.bare(part))
         folder = Path(save_directory)
-        super().save_pretrained(
-            str(folder),
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **kwargs,
-        )
-        _write_index(folder, type(self).__name__, remote_code)
+        with write_errors(folder):
+            super().save_pretrained(
+                str(folder),
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                **kwargs,
+            )
+            _write_index(folder, type(self).__name__, remote_code)
         repo_id = repo_id or folder.absolute().name
         name = repo_id if push_to_hub else str(save_directory)
         new_card = not (folder / CARD).exists()
@@ -358,6 +360,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             adapter_name: which adapter to save, if the transformer has several.
 
         Raises:
+            OSError: if the file can't be written.
             ValueError: if the adapter is missing, or `save_directory` is a file.
         """
         layers, metadata = lora.bare(transformer_lora_layers), transformer_lora_adapter_metadata
@@ -365,15 +368,16 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             layers, metadata = lora.adapter_of(layers, adapter_name)
         if Path(save_directory).is_file():
             raise ValueError(f"{save_directory} is a file; expected a folder to write to.")
-        super().save_lora_weights(
-            save_directory,
-            layers,
-            is_main_process,
-            weight_name,
-            save_function,
-            safe_serialization,
-            lora.as_json(metadata) if metadata else None,
-        )
+        with write_errors():
+            super().save_lora_weights(
+                save_directory,
+                layers,
+                is_main_process,
+                weight_name,
+                save_function,
+                safe_serialization,
+                lora.as_json(metadata) if metadata else None,
+            )
 
 
 def _not_in(folder: Path, model: torch.nn.Module) -> list[str]:

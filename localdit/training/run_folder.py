@@ -7,7 +7,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,18 +207,13 @@ class RunFolder:
         """
         step = snapshot.values["progress"]["step"]
         _require_finite(step, snapshot.weights())
-        try:
+        with self._advice(f"The checkpoint of step {step}"):
             if snapshot.profiles and (updates := snapshot.values["ema_updates"]):
                 with verified_folder(self.path / f"{SNAPSHOT}-{step}", step) as folder:
                     write_snapshot(folder, snapshot.profiles, updates, result.write)
             with new_checkpoint(self.path, step) as folder:
                 result.write(folder, snapshot.averages)
                 snapshot.write(folder / "training")
-        except Exception as error:  # safetensors raises its own error for a full disk
-            raise OSError(
-                f"The checkpoint of step {step} could not be written to {self.path}: {error}. "
-                "Earlier checkpoints are untouched: free some space, and resume with --resume auto."
-            ) from error
         if keep is not None:
             remove_old_checkpoints(self.path, keep)
 
@@ -236,8 +232,22 @@ class RunFolder:
             ValueError: if weights are not finite; nothing is written.
         """
         _require_finite(step, averages.items())
-        with verified_folder(self.path / "final", step) as folder:
+        with (
+            self._advice(f"The result after step {step}"),
+            verified_folder(self.path / "final", step) as folder,
+        ):
             result.write(folder, averages)
+
+    @contextmanager
+    def _advice(self, what: str) -> Iterator[None]:
+        """Raise OSError with advice if something can't be written, or reads back differently."""
+        try:
+            yield
+        except (OSError, DamagedCheckpoint) as error:
+            raise OSError(
+                f"{what} could not be written to {self.path}: {error}. Earlier checkpoints are "
+                "untouched: free some space, and resume with --resume auto."
+            ) from error
 
 
 def _require_finite(step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

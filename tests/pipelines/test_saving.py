@@ -15,6 +15,7 @@ from huggingface_hub.utils import EntryNotFoundError
 
 from localdit.config import Config
 from localdit.models import FullAttnProcessor
+from localdit.models.conversion import convert_to_single_file
 from localdit.pipelines import (
     LocalDiTImg2ImgPipeline,
     LocalDiTInpaintPipeline,
@@ -376,6 +377,19 @@ def test_what_would_not_load_again_is_not_saved(tmp_path, change, message):
     if "Transformer2DModel" in message:
         with pytest.raises(ValueError, match=message):
             pipe.transformer.save_pretrained(tmp_path / "folder")
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, full_disk):
+    pipe, folder = tiny_pipeline(), tmp_path / "folder"
+    for size in (1000, 9000):  # of the tokenizer, of weights
+        with full_disk(size), pytest.raises(OSError, match="File too large: .*folder"):
+            pipe.save_pretrained(folder)
+    with full_disk(9000), pytest.raises(OSError, match="File too large"):
+        pipe.transformer.save_pretrained(folder)
+    with full_disk(9000), pytest.raises(OSError, match="File too large"):
+        pipe.save_lora_weights(folder, {"a": torch.zeros(10_000)})
+    with full_disk(9000), pytest.raises(OSError, match="File too large: .*w.safetensors"):
+        convert_to_single_file(pipe.transformer, folder / "w.safetensors")
 
 
 def test_weights_that_are_offloaded_to_the_disk_are_not_saved(tmp_path):

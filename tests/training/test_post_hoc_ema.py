@@ -190,6 +190,15 @@ def test_adapters_are_rebuilt(train, workplace, tmp_path):
         torch.testing.assert_close(found[key], tensor.float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.1, 1.1])  # copying fails, or writing the sum in float32
+def test_a_full_disk_gives_one_message(share, run, tmp_path, full_disk, capsys):
+    (size,) = (f.stat().st_size for f in run.glob("ema-8/0.1/transformer/*.safetensors"))
+    with full_disk(int(share * size)):
+        assert main([str(run), "--sigma-rel", "0.1", "--output", str(tmp_path / "new")]) == 1
+    assert "post_hoc_ema: error: [Errno 27] File too large: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_rebuilt_is_refused(train, run, tmp_path, capsys):
     with pytest.raises(ValueError, match="--sigma-rel is 0.3; expected more than 0 and at most"):
         rebuild(run, 0.3, tmp_path / "averaged")

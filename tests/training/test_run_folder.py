@@ -236,6 +236,30 @@ def test_a_checkpoint_that_cannot_be_written_gives_one_message(run):
     assert sorted(os.listdir(run.path)) == [".lock", "checkpoint-1"]
 
 
+class Weights:
+    """A folder of weights."""
+
+    def write(self, folder, averages):
+        save_file(averages, folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize("part", ["result", "state"])
+def test_a_full_disk_gives_one_message_whatever_is_written(part, run, full_disk):
+    run.open(resume=None)
+    averages = {"a": torch.ones(10_000)}
+    state = Snapshot({"optimizer": averages}, {}, {"progress": {"step": 2}})
+    with (
+        full_disk(1000),
+        pytest.raises(OSError, match="could not be written.*too large.*free some"),
+    ):
+        if part == "result":
+            run.save_final(Weights(), averages, 2)
+        else:
+            run.save_checkpoint(Weights(), state, keep=2)
+    assert os.listdir(run.path) == [".lock"]
+    run.save_final(Weights(), averages, 2)
+
+
 def test_folders_are_linked_or_copied_where_links_are_unsupported(tmp_path, monkeypatch):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text("{}")
