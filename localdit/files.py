@@ -183,12 +183,25 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     Raises:
         ValueError: if it is no JSON object, or is nested too deep to be read.
     """
+    return _parse_json(text, where, dict, "object")
+
+
+def parse_json_list(text: str | bytes, where: str) -> list[Any]:
+    """Return the JSON list that a text holds; see `parse_json`.
+
+    Objects in it are tuples of their names and values, so that no name hides an equal one.
+    """
+    return _parse_json(text, where, list, "list", object_pairs_hook=tuple)
+
+
+def _parse_json(text: str | bytes, where: str, kind: type, noun: str, **options: Any) -> Any:
     try:
-        found = json.loads(text)
+        found = json.loads(text, **options)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON object ({error}).") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} is no JSON object: it is a {type(found).__name__}.")
+        raise ValueError(f"{where} is no JSON {noun} ({error}).") from None
+    if not isinstance(found, kind):
+        what = "an object" if isinstance(found, tuple) else f"a {type(found).__name__}"
+        raise ValueError(f"{where} is no JSON {noun}: it is {what}.")
     return found
 
 

@@ -1,6 +1,8 @@
 """The recipes' own code, on the smallest inputs."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import sys
 import tarfile
@@ -143,6 +145,70 @@ def test_the_comparison_names_the_step_that_is_as_good():
     assert "| 30 | 50.0 % | – |" in page
     assert "From nothing: 50.0 % at best, at step 20. Transferred: step 10, 50 % of" in page
     assert "does not reach that" in compare.table(curves | {"transferred": {10: 0.2}})
+
+
+def test_a_comparison_scores_anew_with_other_settings(monkeypatch, tmp_path):
+    compare, box = load("compact/compare.py"), load("box/score.py")
+    calls = []
+
+    def run(command, **_):
+        options = dict(zip(command[2::2], command[3::2], strict=True))
+        folder = options.pop("--output")
+        argv = ["score.py", *itertools.chain(*options.items()), "--output", str(folder)]
+        monkeypatch.setattr(sys, "argv", argv)
+        known = vars(box.parse_args())
+        calls.append(known)
+        report = {"settings": known, "pictures": [{"score": {"all": True}}]}
+        (folder / "score.json").write_text(json.dumps(report, default=str))
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    settings = {"side": 256, "count": 200, "num_inference_steps": 20, "guidance_scale": 2.0}
+    (tmp_path / "score.json").write_text('{"count": 200, "pictures": []}')  # of older scripts
+    for changes in ({}, {}, {"guidance_scale": 3.0}, {"num_inference_steps": 4}, {"side": 64}):
+        args = Namespace(**settings | changes)
+        assert compare.score(tmp_path / "checkpoint-1", tmp_path, args) == 1
+    compare.score(tmp_path / "other/checkpoint-1", tmp_path, args)
+    assert [call["guidance_scale"] for call in calls] == [2, 3, 2, 2, 2]
+    assert calls[-1]["pipeline"] == tmp_path / "other/checkpoint-1"
+
+
+def test_scores_of_the_study_are_kept_for_their_settings_alone(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes/study"))
+    score = load("study/score.py")
+    monkeypatch.setattr(score, "report", lambda drawn, *_: {"right": {}, "distances": {}})
+    path = tmp_path / "scores/true-pictures-0.json"
+
+    def scored(*more):
+        argv = ["score.py", "--output", str(tmp_path), "--count", "2", *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        before = path.stat().st_mtime_ns if path.is_file() else None
+        with contextlib.suppress(SystemExit):
+            score.main()
+        return path.stat().st_mtime_ns != before
+
+    path.parent.mkdir()
+    path.write_text('{"steps": {}, "time": {}}')  # of older scripts
+    assert [scored(), scored()] == [True, False]
+    assert [scored("--guidance-scale", "3"), scored("--guidance-scale", "3")] == [True, False]
+    assert [scored("--real", "9"), scored("--real", "9")] == [True, False]
+
+
+def test_an_ablation_of_other_settings_is_refused(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes/study"))
+    monkeypatch.delitem(sys.modules, "score", raising=False)  # that of another recipe
+    ablation = load("study/ablation.py")
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--output", str(tmp_path)])
+    args = ablation.parse_args()
+    args.pictures = None
+    figures = dict.fromkeys(ablation.DIGITS, 1.0)
+    chosen = ablation.score.settings(args, "model", "steps", "batch_size", "learning_rate")
+    path = tmp_path / "ablation/AdamW-0.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"settings": chosen, **figures}))
+    assert ablation.measure("AdamW", 0, args) == figures
+    args.steps = 7
+    with pytest.raises(SystemExit, match="AdamW-0.json was measured with the settings .* Give the"):
+        ablation.measure("AdamW", 0, args)
 
 
 @pytest.fixture(scope="module")

@@ -215,6 +215,15 @@ def test_training_starts_from_weights(train):
     assert all(torch.allclose(a[name], b[name], atol=1e-7) for name in a)
 
 
+def test_the_folder_of_a_pipeline_names_its_transformer(train, workplace):
+    once, pipeline = ["--max-train-steps", "1"], workplace / "pipeline"
+    for start in (["--transformer"], ["--method", "distil", "--teacher"]):
+        part = train("part" + start[-1], *once, *start, pipeline / "transformer")
+        whole = train("whole" + start[-1], *once, *start, pipeline)
+        expected, found = weights(part / "final"), weights(whole / "final")
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
 def test_stages_change_the_size(train, tmp_path):
     stages = [{"image-size": 64, "max-train-steps": 3}, {"image-size": 96, "max-train-steps": 2}]
     (tmp_path / "stages.json").write_text(json.dumps(stages))

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PLAIN = ("seed",)  # numbers without separators
 PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
 OF_RELEASED = {"window_size": 4, "num_attention_heads": 16, "attention_head_dim": 72}
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # Diffusers' name
 WHOLE_WORDS = "whole words; others are ignored, and named in a warning"
 Facts = dict[str, Any]
 Headers = dict[str, tuple[str, int]]  # dtype and number of values of each tensor
@@ -198,6 +199,8 @@ def contents_of(path: Path) -> dict[str, Facts]:
         return {str(path): _of_file(path)}
     if (path / "model_index.json").is_file():
         return _of_pipeline(path)
+    if (adapters := path / LORA_WEIGHTS).is_file():
+        return {str(path): {"file": LORA_WEIGHTS, **_of_file(adapters)}}
     facts = {"kind": "transformer", **_of_transformer(path, Path(Config.vae))}
     return {str(path): facts | {"elsewhere": _elsewhere(_configuration(path))}}
 

@@ -243,6 +243,11 @@ def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
         folder = folder / "transformer"
     config, _ = read_folder(LocalDiTTransformer2DModel, folder, whole=False)
     name = LocalDiTTransformer2DModel.__name__
+    if "data_root" in config:  # the options of a run
+        raise ValueError(
+            f"{folder} is the folder of a training run. Name its result, {folder / 'final'}, or "
+            "one of its checkpoints."
+        )
     if config.get("_class_name") != name:
         raise ValueError(f"{folder} holds a {config.get('_class_name')!r}; expected {name!r}.")
     return folder, config

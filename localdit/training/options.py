@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from localdit.config import Config
+from localdit.core.settings import INDEX
 from localdit.parsing import Parser, folder_argument, name_argument, path_argument, text_argument
 from localdit.training.stages import STAGE_OPTIONS, Stage, read_stages
 
@@ -108,6 +109,7 @@ def parse_args(
     """
     parser = parser or make_parser()
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(LATE_OPTIONS)))
+    args.transformer, args.teacher = map(_transformer_in, (args.transformer, args.teacher))
     if not (args.transformer or args.teacher or args.resume):  # no weights say another one
         args.prediction_type = args.prediction_type or "epsilon"
     if args.method == DISTIL:
@@ -125,6 +127,13 @@ def parse_args(
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def _transformer_in(source: Path | None) -> Path | None:
+    """Return the folder of the transformer if `source` is that of a pipeline, else `source`."""
+    if source is not None and (source / INDEX).is_file():
+        return source / "transformer"
+    return source
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -214,8 +223,8 @@ def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--transformer", type=path_argument,
-        help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from; without "
-        "it, a new transformer is trained")  # fmt: skip
+        help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from, or the "
+        "folder of its pipeline; without it, a new transformer is trained")  # fmt: skip
     add("--transformer-config", type=name_argument, default=LATE_OPTIONS["transformer_config"],
         help="shape of a transformer that is new or starts from a PixArt: released; released-f32 "
         "or released-f16, for VAEs with 32 or 16 pixels per latent; tiny; or a JSON "
@@ -230,7 +239,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         "in a few steps what --teacher samples in many")  # fmt: skip
     add("--teacher", type=path_argument,
         help="Diffusers folder or checkpoint file of the frozen LocalDiT that --method "
-        "knowledge-distillation or distil learns from")  # fmt: skip
+        "knowledge-distillation or distil learns from, or the folder of its pipeline")  # fmt: skip
     add("--distillation", choices=DISTILLATIONS,
         help="loss of --method distil; latent-consistency if not given")  # fmt: skip
     add("--teacher-guidance-scale", type=float,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from localdit.files import parse_json_list
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,34 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     The file is a JSON list of objects such as `{"image-size": 256, "max-train-steps": 10000}`.
 
     Raises:
-        ValueError: if it is not such a list, or names another option.
+        ValueError: if it is not such a list, or names another option, or one twice.
     """
     try:
-        stages = json.loads(path.read_text(encoding="utf-8"))
+        stages = parse_json_list(path.read_bytes(), "the file")
     except (OSError, ValueError) as error:
-        raise ValueError(f"--stages {path} can't be read as JSON: {error}") from None
-    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+        raise ValueError(f"--stages {path} can't be read: {error}") from None
+    if not stages or not all(isinstance(stage, tuple) for stage in stages):
         raise ValueError(
             f'--stages {path}: expected a list such as [{{"image-size": 256}}, '
             '{"image-size": 512}]'
         )
-    named = [{name.replace("-", "_"): value for name, value in s.items()} for s in stages]
-    for number, stage in enumerate(named, start=1):
-        for name in stage:
+    changes: list[dict[str, Any]] = []
+    for number, stage in enumerate(stages, start=1):
+        changes.append({})
+        for given, value in stage:
+            name = given.replace("-", "_")
+            if name in changes[-1]:
+                raise ValueError(
+                    f"--stages {path}, stage {number}: {given!r} is given twice; keep one of them."
+                )
             if name not in STAGE_OPTIONS:
                 known = ", ".join(option.replace("_", "-") for option in STAGE_OPTIONS)
                 raise ValueError(
                     f"--stages {path}, stage {number}: {name!r} is not an option of a stage. "
                     f"The options are {known}."
                 )
-    return named
+            changes[-1][name] = value
+    return changes
 
 
 def stage_of_step(stages: list[Stage], step: int) -> Stage:

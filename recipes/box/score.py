@@ -250,6 +250,7 @@ def main() -> None:
     if args.open_captions and not args.vae:
         figures |= openness(pipe, args)
     report = {
+        "settings": {name: value for name, value in vars(args).items() if name != "output"},
         "mean": means,
         "figures": figures,
         "count": args.count,
@@ -259,7 +260,8 @@ def main() -> None:
             for text, scene, score in zip(texts, scenes, scores, strict=True)
         ],
     }
-    (args.output / "score.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    written = json.dumps(report, indent=1, default=str)
+    (args.output / "score.json").write_text(written + "\n", "utf-8")
     text = table(means, figures)
     (args.output / "score.md").write_text(text, "utf-8")
     image_grid(pictures[:48], columns=8).save(args.output / "samples.png")

@@ -6,16 +6,18 @@
 Each checkpoint draws the same held-out captions from the same noise with `recipes/box/score.py`.
 Writes `comparison.json` and `comparison.md`: the share of pictures in which everything is right,
 and the first step at which the transferred model is as good as the other one is at its best. What
-was scored before is not scored again.
+was scored before with the same settings is not scored again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 SCORE = Path(__file__).parents[1] / "box/score.py"
 RUNS = ("nothing", "transferred")
@@ -42,19 +44,32 @@ def checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def is_scored(report: Path, settings: dict[str, Any]) -> bool:
+    """Return whether a report of `recipes/box/score.py` is of these settings."""
+    if not report.is_file():
+        return False
+    known = json.loads(report.read_text("utf-8")).get("settings", {})
+    return known | settings == known
+
+
 def score(checkpoint: Path, folder: Path, args: argparse.Namespace) -> float:
     """Return the share of captions whose pictures are right in everything."""
     report = folder / "score.json"
-    if not report.is_file() or json.loads(report.read_text("utf-8"))["count"] != args.count:
+    settings = {
+        "pipeline": str(checkpoint),
+        "side": args.side,
+        "count": args.count,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "open_captions": 0,
+    }
+    if not is_scored(report, settings):
+        options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
         subprocess.run(
-            [
-                sys.executable, SCORE, "--pipeline", checkpoint, "--output", folder,
-                "--side", str(args.side), "--count", str(args.count),
-                "--num-inference-steps", str(args.num_inference_steps),
-                "--guidance-scale", str(args.guidance_scale), "--open-captions", "0",
-            ],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, SCORE, "--output", folder, *itertools.chain(*options)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     pictures = json.loads(report.read_text("utf-8"))["pictures"]
     return sum(picture["score"]["all"] for picture in pictures) / len(pictures)
 

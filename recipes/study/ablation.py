@@ -6,8 +6,9 @@ Each variant changes one thing in the first one. Needs what `build.sh` has writt
 `vae`, `encoded`, `extractor` and `variants`. All variants of a seed run before the next seed, and
 see the same drawings, noise and captions. `ablation/NAME-SEED.json` has the figures of a run, with
 the processor time of the whole program. Runs that have one are not repeated, so an interrupted
-comparison goes on. `ablation.json` and `ablation.md` compare the seeds that all variants have;
-with `--page`, the table also replaces what the page has between its two comments.
+comparison goes on; one with other settings is refused. `ablation.json` and `ablation.md` compare
+the seeds that all variants have; with `--page`, the table also replaces what the page has between
+its two comments.
 """
 
 from __future__ import annotations
@@ -83,11 +84,23 @@ def train(folder: Path, name: str, seed: int, args: argparse.Namespace) -> float
 
 
 def measure(name: str, seed: int, args: argparse.Namespace) -> Figures:
-    """Train and score one variant with one seed, unless that was done."""
+    """Train and score one variant with one seed, unless that was done.
+
+    Raises:
+        SystemExit: if it was done with other settings.
+    """
     stem = f"{name.replace(' ', '-')}-{seed}"
     path = args.output / "ablation" / f"{stem}.json"
+    now = score.settings(args, "model", "steps", "batch_size", "learning_rate")
     if path.is_file():
-        return json.loads(path.read_text("utf-8"))
+        figures = json.loads(path.read_text("utf-8"))
+        before = figures.pop("settings", None)
+        if before != now:
+            raise SystemExit(
+                f"{path} was measured with the settings {before}, not with {now}. Give the same "
+                "settings, or move the folder ablation away."
+            )
+        return figures
 
     from localdit.pipelines import LocalDiTPipeline
 
@@ -106,7 +119,7 @@ def measure(name: str, seed: int, args: argparse.Namespace) -> Figures:
     )
     figures = dict(zip(DIGITS, values, strict=True))
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(figures) + "\n", "utf-8")
+    unfinished.write_text(json.dumps({"settings": now, **figures}) + "\n", "utf-8")
     unfinished.replace(path)
     print(stem, json.dumps(figures), flush=True)
     return figures

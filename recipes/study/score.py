@@ -7,6 +7,7 @@ A run is named VARIANT-SEED. Captions and noise depend on the seed only. Reads `
 task are right, the distances to drawings that no run was trained on, and the loss on such drawings.
 Without `--run`, true drawings are scored: the best that a model can do. With `--pictures`, the
 held-out pictures of `pictures.py` take the place of drawings, and no picture is right or wrong.
+A run whose file has the same settings is not scored again.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-inference-steps", type=int, default=20, help="inference steps")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="weight of the caption")
     return parser.parse_args()
+
+
+def settings(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options of scoring, and others by name, as JSON values."""
+    of_all = ("count", "real", "num_inference_steps", "guidance_scale", "pictures")
+    found = {name: getattr(args, name) for name in (*of_all, *names)}
+    return json.loads(json.dumps(found, default=str))
 
 
 def examples(count: int, seed: int, folder: Path | None = None) -> list[Example]:
@@ -119,17 +127,18 @@ def main() -> None:
     args = parse_args()
     stem = args.run.name if args.run else TRUE
     path = args.output / "scores" / f"{stem}.json"
-    if path.is_file():
+    name, _, seed = stem.rpartition("-")
+    scored = {"steps": 0, "time": 0}
+    if args.run:
+        scored = json.loads((args.output / "costs.json").read_text("utf-8"))["scored"][name]
+    now = settings(args, "run") | {"scored": scored}
+    if path.is_file() and json.loads(path.read_text("utf-8")).get("settings") == now:
         sys.exit()
 
     from localdit.images import image_grid
     from localdit.pipelines import LocalDiTPipeline
 
-    name, _, seed = stem.rpartition("-")
     many = examples(args.count, CAPTIONS + int(seed), args.pictures)
-    scored = {"steps": 0, "time": 0}
-    if args.run:
-        scored = json.loads((args.output / "costs.json").read_text("utf-8"))["scored"][name]
     found: dict[int, dict[str, Any]] = {}
     for step in sorted(set(scored.values())):
         if args.run:
@@ -144,7 +153,8 @@ def main() -> None:
     large = [one.resize((64, 64), resample=0) for one in drawn[:40]]
     image_grid(large, columns=10).save(path.with_suffix(".png"))
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({at: found[step] for at, step in scored.items()}), "utf-8")
+    scores = {at: found[step] for at, step in scored.items()}
+    unfinished.write_text(json.dumps({"settings": now, **scores}), "utf-8")
     unfinished.replace(path)
     shares = {task: np.mean(own) for task, own in found[step]["right"].items()}
     figures = shares | found[step]["distances"]

@@ -70,6 +70,10 @@ def test_a_lora(here, info):
     facts = info("lora.safetensors")["lora.safetensors"]
     assert (facts["kind"], facts["rank"], facts["parameters"]) == ("LoRA", "4", 4 * 4 * 24)
     assert facts["changes"] == ["2 x transformer.transformer_blocks.*.attn1.to_qkv"]
+    (here / "final").mkdir()
+    (here / "lora.safetensors").rename(here / "final/pytorch_lora_weights.safetensors")
+    expected = {"file": "pytorch_lora_weights.safetensors", **facts}
+    assert info("final")["final"] == expected
 
 
 def test_a_pipeline(model, info):
@@ -146,12 +150,15 @@ def test_the_reason_for_the_implementation():
         (["picture.png", "--dtype", "float32"], 2, "--dtype is for the description of this"),
         ([".", "--verify", "--device", "cuda"], 2, "which is not shown with --verify; leave"),
         (["."], 1, "has no 'config.json'"),
+        (["run"], 1, "run is the folder of a training run. Name its result, run/final, or one of"),
         (["page.pt"], 1, "a web page"),
         (["deep"], 1, "model_index.json is no JSON object"),
     ],
 )
 def test_mistakes_and_damaged_files(here, capsys, argv, status, message):
     (here / "page.pt").write_text("<html>404</html>")
+    (here / "run").mkdir()
+    (here / "run/config.json").write_text('{"data_root": "pictures"}')
     (here / "deep").mkdir()
     (here / "deep/model_index.json").write_text('{"a": ' * 100_000)
     (here / "picture.png").touch()

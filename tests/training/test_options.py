@@ -182,6 +182,14 @@ def test_stages_follow_each_other_and_change_their_options(tmp_path):
     assert second.global_batch(num_processes=3) == 6
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_stages_may_have_a_byte_order_mark(tmp_path, encoding):
+    options = stages_file(tmp_path, "")
+    text = '[{"data-root": "\u00e9t\u00e9"}]'
+    (tmp_path / "stages.json").write_bytes(text.encode(encoding))
+    assert parse_args(options).stages[0].data_root == "\u00e9t\u00e9"
+
+
 def test_contrast_needs_two_samples_in_the_batches_of_each_stage(tmp_path, capsys):
     options = stages_file(tmp_path, [{"batch-size": 2}, {"batch-size": 3}])
     options = [*options, "--contrastive-weight", "0.05", "--batch-size", "1"]
@@ -201,8 +209,10 @@ def test_the_stage_of_a_step(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "can't be read as JSON"),
-        ({}, "expected a list such as"),
+        ("{", "stages.json can't be read: the file is no JSON list (Expecting property name"),
+        ({}, "the file is no JSON list: it is an object"),
+        ('[{"image-size": 64, "image_size": 32}]', "stage 1: 'image_size' is given twice; keep"),
+        ('[{}, {"image-size": 64, "image-size": 64}]', "stage 2: 'image-size' is given twice"),
         ([], "expected a list such as"),
         ([1], "expected a list such as"),
         (
