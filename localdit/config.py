@@ -6,11 +6,12 @@ command line reads its defaults at no cost.
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, SupportsFloat, get_args, get_origin
 
 from .errors import Field, FieldTypeError, FieldValueError
 
@@ -173,6 +174,14 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return replace(config, **{OWN_NAMES.get(name, name): settings[name] for name in settings})
 
 
+def is_finite(value: SupportsFloat) -> bool:
+    """Return whether a number is finite as a float, which whole numbers can be too large for."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _options(hint: Any) -> list[Any]:
     """Return the types and literal values that a type hint allows."""
     if get_origin(hint) is Literal:
@@ -218,13 +227,13 @@ def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     inside = (value > minimum if above else value >= minimum) and (
         value < maximum if below else value <= maximum
     )
-    if not (inside and math.isfinite(value)):
+    if not (inside and is_finite(value)):
         lower = f"more than {minimum}" if above else f"at least {minimum}"
         upper = f"less than {maximum}" if below else f"at most {maximum}"
         limits = f"{lower} and finite" if maximum == math.inf else f"{lower} and {upper}"
         raise FieldValueError(
-            "{field} is {value!r}; expected {limits}",
+            "{field} is {value}; expected {limits}",
             field=config_field(name),
-            value=value,
+            value=reprlib.repr(value),
             limits=limits,
         )

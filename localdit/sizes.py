@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import part_source
+from .config import is_finite, part_source
 from .errors import Field, FieldValueError
 from .files import read_json, user_path
 
@@ -113,8 +114,22 @@ def proportional_size(
         pixels: about how many pixels there are in all, if neither height nor width is given.
         multiple: pixels per token.
         height, width: a side that is fixed; it is returned unchanged.
+
+    Raises:
+        ValueError: if the shorter side would be less than a token; a `FieldError`.
     """
     ratio = size[0] / size[1]
+    if not (height or width) and math.sqrt(pixels * min(ratio, 1 / ratio)) < multiple:
+        raise FieldValueError(
+            "a picture of {size} pixels can't be drawn in its proportions with {pixels} pixels in "
+            "all, since a side would have less than {multiple}: crop it, or give {height} and "
+            "{width}",
+            size=f"{size[0]} x {size[1]}",
+            pixels=f"{pixels:,}",
+            multiple=multiple,
+            height=Field("height"),
+            width=Field("width"),
+        )
 
     def near(side: float) -> int:
         return max(multiple, multiple * round(side / multiple))
@@ -138,19 +153,19 @@ def check_size(field: Field, value: Any, multiple: int) -> None:
         ValueError: the message has the nearest sizes that work; a `FieldError`.
     """
     integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if integer and value > 0 and value % multiple == 0:
+    finite = isinstance(value, Real) and is_finite(value)
+    if finite and integer and value > 0 and value % multiple == 0:
         return
     nearest = ""
-    finite = isinstance(value, Real) and math.isfinite(value)
     if finite:
         below = int(value // multiple) * multiple
         sizes = [multiple] if below <= 0 else [below, below + multiple]
         nearest = f"; the nearest that work: {' or '.join(map(str, sizes))}"
     raise FieldValueError(
-        "{field} must be a positive multiple of {multiple} pixels, got {value!r}{nearest}.",
+        "{field} must be a positive multiple of {multiple} pixels, got {value}{nearest}.",
         field=field,
         multiple=multiple,
-        value=value,
+        value=reprlib.repr(value),
         nearest=nearest,
     )
 

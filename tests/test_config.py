@@ -99,6 +99,14 @@ def test_the_error_names_the_field_the_value_and_the_expectation(name, value, er
     assert getattr(config, name) == DEFAULTS[name]
 
 
+@pytest.mark.parametrize("name", ["guidance_scale", "height", "learning_rate", "batch_size"])
+def test_numbers_beyond_all_floats_are_refused(name):
+    with pytest.raises(
+        ValueError, match=rf"Config\.{name} is 1000.*\.\.\..*; expected .* and finite"
+    ):
+        Config(**{name: 10**400})
+
+
 def test_the_error_about_an_unknown_name_has_the_closest_one():
     with pytest.raises(TypeError, match="no field 'hieght'; the closest is 'height'"):
         Config(hieght=768)

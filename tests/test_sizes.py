@@ -64,6 +64,11 @@ def test_a_student_finds_the_folder_that_it_really_lies_in(tmp_path, monkeypatch
         assert pixels_per_latent(Path(name)) == 32
 
 
+def test_a_size_beyond_all_floats_is_refused():
+    with pytest.raises(ValueError, match=r"multiple of 16 pixels, got 16000.*0000\.$"):
+        check_size(Field("width"), 16 * 10**400, 16)
+
+
 @pytest.mark.parametrize(
     ("value", "nearest"),
     [(770, "768 or 784"), (1020, "1008 or 1024"), (0, "16"), (-16, "16"), (7.5, "16")],
@@ -114,8 +119,25 @@ def test_sizes_that_work_are_accepted():
         ((400, 300), 1, (96, None), (96, 128)),
         ((400, 300), 1, (None, 64), (48, 64)),
         ((400, 300), 1, (32, 64), (32, 64)),
-        ((5000, 10), 128 * 128, (None, None), (16, 2864)),
+        ((640, 10), 128 * 128, (None, None), (16, 1024)),
+        ((5000, 10), 1, (16, None), (16, 8000)),
     ],
 )
 def test_sizes_with_proportions(size, pixels, given, expected):
     assert proportional_size(size, pixels, 16, *given) == expected
+
+
+@pytest.mark.parametrize("size", [(5000, 10), (1, 3000)])
+def test_a_picture_too_narrow_for_its_proportions_is_refused(size):
+    """One token is its shortest side, which would give it several times as many pixels."""
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels can't .* crop it, or give"):
+        proportional_size(size, 128 * 128, 16)
+
+
+@given(st.integers(1, 10**5), st.integers(1, 10**5), st.integers(1, 10**7))
+def test_the_number_of_pixels_is_about_that_which_was_promised(width, height, pixels):
+    try:
+        drawn = proportional_size((width, height), pixels, 16)
+    except ValueError:
+        return
+    assert drawn[0] * drawn[1] <= 2.25 * pixels

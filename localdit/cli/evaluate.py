@@ -20,7 +20,7 @@ from ..parsing import Parser, folder_argument, one_line, path_argument, say
 from . import arguments
 from .arguments import usage_errors
 from .drawing import load, picture_settings
-from .plan import Choice, check_model, choose_model, fit_size, report_fallback
+from .plan import Choice, check_model, check_number, choose_model, fit_size, report_fallback
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..pipelines import LocalDiTPipeline
 
 INSTALL = 'pip install "localdit[evaluate]"'
+MAX_PICTURES = 1_000_000  # of all prompts
 SHEET = 48  # pictures on the contact sheet
 LONGEST_WAIT = timedelta(days=30)  # of a process for the others
 
@@ -134,12 +135,10 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
     from ..images import prepare_output_folder
 
     with usage_errors():
-        for name in ("num_images", "max_prompts"):
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} is {value}; expected at least 1")
+        if args.max_prompts is not None and args.max_prompts < 1:
+            raise ValueError(f"--max-prompts is {args.max_prompts}; expected at least 1")
         prompts = read_prompts(args.prompts)[: args.max_prompts]
+        check_number(args.num_images, len(prompts), MAX_PICTURES)
         check_prompts([prompt.text for prompt in prompts])
         check_prompts(args.negative_prompt or "", "--negative-prompt")
         if not 0 <= args.seed < 2**62:

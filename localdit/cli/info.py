@@ -366,7 +366,7 @@ def text(sections: dict[str, Facts]) -> str:
     for title, section in sections.items():
         lines += ["", title]
         for name, value in section.items():
-            values = value if isinstance(value, list) else [value]
+            values = (value or ["none"]) if isinstance(value, list) else [value]
             for number, one in enumerate(values):
                 lines.append(
                     f"  {name if number == 0 else '':{width}}  {_shown(name, one)}".rstrip()
@@ -377,4 +377,5 @@ def text(sections: dict[str, Facts]) -> str:
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {one}" for key, one in value.items())
-    return f"{value:,}" if isinstance(value, int) and name not in PLAIN else str(value)
+    counts = isinstance(value, int) and not isinstance(value, bool) and name not in PLAIN
+    return f"{value:,}" if counts else str(value)

@@ -22,6 +22,7 @@ from .output import Output, plan_output
 
 Task = Literal["t2i", "i2i"]
 MAX_PROMPT_FILE = 50_000_000  # bytes
+MAX_PICTURES = 100_000  # of a command that draws
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,7 @@ def plan(
         model = choose_model(args, config)
         preset = model.preset
         prompts = _prompts(args, getattr(preset, task) if task else [])
-        if args.num_images < 1:
-            raise ValueError(f"--num-images is {args.num_images}; expected at least 1")
+        check_number(args.num_images, len(prompts), MAX_PICTURES)
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**63")
         padding = options.get("padding_mask_crop")
@@ -362,6 +362,17 @@ def _prompts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     if not given and not default:
         raise ValueError('there is no prompt; give one in quotes, such as "a red circle"')
     return check_prompts(list(given or default))
+
+
+def check_number(num_images: int, prompts: int, most: int) -> None:
+    """Refuse a number of pictures per prompt that is less than 1, or too large for the prompts."""
+    if num_images < 1:
+        raise ValueError(f"--num-images is {num_images}; expected at least 1")
+    if (count := num_images * prompts) > most:
+        raise ValueError(
+            f"the prompts and --num-images ask for {count:,} pictures; expected at most {most:,}: "
+            "lower --num-images, or give fewer prompts"
+        )
 
 
 def _read_prompts(path: Path) -> list[str]:

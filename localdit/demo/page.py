@@ -303,7 +303,7 @@ class Desk:
         first, (_, longest, multiple) = self.offer.config, self.offer.sides
         with _page_errors():
             size = _picture(picture).size
-        height, width = proportional_size(size, first.height * first.width, multiple)
+            height, width = proportional_size(size, first.height * first.width, multiple)
         return {
             self.controls.height: min(height, longest),
             self.controls.width: min(width, longest),

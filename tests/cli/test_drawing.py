@@ -39,6 +39,7 @@ def pictures(here):
     Image.new("L", (96, 48)).save("black.png")
     Image.new("L", (48, 48), 255).save("small.png")
     Image.new("RGBA", (96, 48), (255, 255, 255, 0)).save("clear.png")
+    Image.new("RGB", (4, 3000)).save("thin.png")
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("zeros.txt").write_bytes("a cat".encode("utf-16-le"))
@@ -401,6 +402,13 @@ MISTAKES = [
     ("generate", ["a", "--sampler", "eular"], "--sampler is 'eular', and there is no sampler of"),
     ("edit", ["photo.png", "a", "--sampler", "eular"], "samplers that suit this model: dpm++2m, "),
     ("generate", ["a", "--model", "gone.pt"], "--model: there is no gone.pt"),
+    ("generate", ["a", "--height", "1" + 400 * "0"], "at least 1 and finite"),
+    (
+        "generate",
+        ["a", "--num-images", "1000000000"],
+        "ask for 1,000,000,000 pictures; expected at most 100,000: lower --num-images",
+    ),
+    ("edit", ["thin.png", "a"], "4 x 3000 pixels can't be drawn in its proportions"),
     ("generate", ["a", "--device", "cuda:77"], "--device is 'cuda:77'"),
     ("generate", ["a", "--device", "meta"], "--device is 'meta'; expected 'cpu', 'cuda'"),
     ("generate", ["a", "--device", "xpu"], "--device is 'xpu'; expected 'cpu', 'cuda'"),

@@ -202,6 +202,7 @@ def test_captions_of_scenes_are_scored(here, model):
     "argv, message",
     [
         (["--num-images", "0"], "--num-images is 0; expected at least 1"),
+        (["--num-images", "1000000000"], "3,000,000,000 pictures; expected at most 1,000,000"),
         (["--max-prompts", "0"], "--max-prompts is 0; expected at least 1"),
         (["--seed", "-1"], "--seed is -1"),
         (["--height", "33"], "33"),

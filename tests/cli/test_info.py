@@ -130,6 +130,10 @@ def test_the_text_output(here, capsys):
     save_image(Image.new("RGB", (4, 4)), "a.png", {"prompt": "a cat", "seed": 12345})
     assert main(["info", "a.png"]) == 0
     assert capsys.readouterr().out == "a.png\n  prompt  a cat\n  seed    12345\n"
+    save_image(Image.new("RGB", (4, 4)), "a.png", {"a": True, "b": [], "c": 1000, "d": [1, False]})
+    assert main(["info", "a.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines == ["  a  True", "  b  none", "  c  1,000", "  d  1", "     False"]
 
 
 def test_the_reason_for_the_implementation():
