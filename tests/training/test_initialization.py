@@ -110,7 +110,7 @@ def test_the_settings_beside_the_weights_do_not_depend_on_the_name_of_their_fold
         monkeypatch.chdir(working)
         assert settled("--transformer", name)[0] == "v_prediction"
         args = parse_args(["--data-root", "x", "--transformer", name])
-        sampling = FineTuning.sampling(args, Objective("v_prediction"))
+        sampling = FineTuning.sampling(args, Objective("v_prediction"), args.transformer)
         assert sampling.settings.guidance_scale == 2
         distil = ["--method", "distil", "--teacher", name]
         args = parse_args(["--data-root", "x", *distil])
