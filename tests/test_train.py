@@ -324,7 +324,9 @@ def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, ca
         (tmp_path / "data" / name).write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
         capsys.readouterr()
         run = train(f"broken-{count}", *validated)
-        assert [fault["id"] for fault in lines(run, "broken.jsonl")] == held_out[:count]
+        found = lines(run, "broken.jsonl")
+        assert [fault["id"] for fault in found] == held_out[:count]
+        assert {fault["step"] for fault in found} == {2}
         said = f"{count} of 2 held-out samples are broken"
         assert capsys.readouterr().out.count(said) == 1
         measured = [line for line in lines(run) if "loss" not in line]

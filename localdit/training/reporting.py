@@ -133,10 +133,10 @@ class Reporter:
         line = {"step": step, "loss": loss, "samples": list(ids)}
         self._try("write to the log", lambda: self.run.log(line, name))
 
-    def broken(self, fault: Fault) -> None:
-        """Log a sample that turned out to be broken when it was read."""
+    def broken(self, fault: Fault, step: int) -> None:
+        """Log a sample that turned out to be broken when it was read for a step, or after it."""
         if self.main:
-            line = {"step": self.step + 1, **fault._asdict()}
+            line = {"step": step, **fault._asdict()}
             self._try("write to the log", lambda: self.run.log(line, BROKEN))
 
     def pictures(self, images: Sequence[Image.Image], step: int) -> None:

@@ -201,7 +201,7 @@ class Session:
             return
         for fault in broken:
             if fault not in self.broken_held_out:
-                self.reporter.broken(fault)
+                self.reporter.broken(fault, self.state.progress.step)
         self.broken_held_out.update(broken)
         left = "" if len(broken) < count else ": no sample is left to measure the loss on"
         self.reporter.say(

@@ -159,7 +159,7 @@ def _agree(
     )
     if broken:
         for fault in session.agreement.gathered(faults):
-            session.reporter.broken(fault)
+            session.reporter.broken(fault, session.state.progress.step + 1)
         _require_few_broken(session, int(broken))
     if bad_ranks:
         _report_skip(session, batches, losses, grad_norm)
