@@ -38,7 +38,7 @@ once teacher $two_processes train.py --mixed-precision bf16 --optimizer muon \
 
 once decoder vae --pretrained "$out/vae" --freeze-encoder --full-resolution \
   --generated-by "$out/run/final" --generated $((count * 3 / 80)) --latent-noise 0.05 \
-  --edge-weight 20 --lr 3e-3 --steps "$vae_steps" --output "$out/decoder"
+  --edge-weight 12 --lr 3e-3 --steps "$vae_steps" --output "$out/decoder"
 once pack python recipes/box/pack.py --pipeline "$out/run/final" --vae "$out/decoder" \
   --output "$box"
 once score python recipes/box/score.py --pipeline "$box" --output "$out/score" --count "$captions"
