@@ -152,12 +152,16 @@ def text_encoder_width(where: Mapping[str, Any]) -> int:
 def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
     """Return the SHA-256 of all tensors: names, types, shapes and bytes.
 
-    Floating-point tensors are converted to `dtype` first.
+    Floating-point tensors are converted to `dtype` first. The model may be offloaded.
     """
     import torch
 
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:  # sequential offloading keeps the values in the hook of the module
+            path, _, leaf = name.rpartition(".")
+            hook: Any = model.get_submodule(path)._hf_hook
+            tensor = hook.weights_map[leaf]
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

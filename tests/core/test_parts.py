@@ -2,12 +2,13 @@ import copy
 import json
 import re
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from localdit import Config, load_model
-from localdit.core.encoders import Encoders, encoder_classes, load_encoders
+from localdit.core.encoders import Encoders, encoder_classes, load_encoders, weights_fingerprint
 from localdit.core.parts import ENCODERS
 from localdit.pipelines import LocalDiTPipeline
 from tests.tiny import tiny_components, tiny_pipeline, tiny_tokenizer
@@ -34,6 +35,15 @@ def test_where_and_how_encoders_are_kept_does_not_matter(encoders, tmp_path):
         )
     )
     assert encoders.fingerprints() == loaded.fingerprints() == expected
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
+def test_offloaded_weights_have_the_same_fingerprint(part):
+    model = tiny_components()[part]
+    expected = weights_fingerprint(model, torch.float32)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert weights_fingerprint(model, torch.float32) == expected
 
 
 @pytest.mark.parametrize("part", Encoders._fields)
