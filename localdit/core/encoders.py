@@ -158,16 +158,22 @@ def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype) -> str:
 
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:  # sequential offloading keeps the values in the hook of the module
-            path, _, leaf = name.rpartition(".")
-            hook: Any = model.get_submodule(path)._hf_hook
-            tensor = hook.weights_map[leaf]
+        if tensor.is_meta:
+            tensor = _offloaded(model, name)
         if tensor.is_floating_point():
             tensor = tensor.to(dtype)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         values = tensor.cpu().contiguous().flatten().view(torch.uint8)
         digest.update(values.numpy())
     return digest.hexdigest()
+
+
+def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Return a tensor that sequential offloading keeps in a hook of its module."""
+    path, _, leaf = name.rpartition(".")
+    hook: Any = model.get_submodule(path)._hf_hook
+    maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
+    return next(tensors[leaf] for tensors in maps if tensors is not None)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
