@@ -83,7 +83,7 @@ class Choice:
 
     @property
     def boxed(self) -> str | None:
-        """What the model is in the box, "model" or "student"; None if it is elsewhere."""
+        """The model in the box is "model", its student "student"; any other model is None."""
         from ..utils import BOX, FEW_STEPS
 
         return {BOX: "model", BOX / FEW_STEPS: "student"}.get(self.checkpoint.resolve())
@@ -95,7 +95,7 @@ class Choice:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What a picture depends on beside the model's own parts, such as another VAE."""
+        """The settings that replace a part of the model or change its text, such as another VAE."""
         config = self.config
         found: dict[str, Any] = {}
         for name in ("text_encoder", "vae", "scheduler"):

@@ -27,7 +27,7 @@ from localdit.training.sharding import (
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 LearningRateSchedule = Literal["constant", "cosine"]
 # Settings that are not restored: those of the machine, which do not change the result, and an
-# option that may change when a run resumes. The learning rate is set anew before each step.
+# option that may change when a run resumes. The learning rate is set before each step.
 PRESENT_SETTINGS = frozenset({"fused", "foreach", "capturable", "differentiable", "weight_decay"})
 
 
