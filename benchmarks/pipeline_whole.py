@@ -53,10 +53,20 @@ SANA_VAE = {  # dc-ae-f32c32-sana-1.0, besides the defaults of `AutoencoderDC`
     "downsample_block_type": "Conv",
     "scaling_factor": 0.41407,
 }
+SMALL_VAE = {  # the layers of `AutoencoderTiny`, with two more levels: 32 pixels per latent
+    "latent_channels": 32,
+    "encoder_block_out_channels": (64,) * 6,
+    "decoder_block_out_channels": (64,) * 6,
+    "num_encoder_blocks": (1, 3, 3, 3, 3, 3),
+    "num_decoder_blocks": (3, 3, 3, 3, 3, 1),
+}
 SETUPS = {
     "as released": Setup("released", 20, 4.5, "AutoencoderKL", SDXL_VAE),
     "few steps": Setup("released", 4, 1.0, "AutoencoderTiny", {}),
     "few steps, compact latents": Setup("released-f32", 4, 1.0, "AutoencoderDC", SANA_VAE),
+    "few steps, compact latents, small decoder": Setup(
+        "released-f32", 4, 1.0, "AutoencoderTiny", SMALL_VAE
+    ),
 }
 
 
