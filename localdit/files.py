@@ -148,6 +148,17 @@ def write_errors(path: Path | None = None, unfinished: Path | None = None) -> It
         raise OSError(number, os.strerror(number), path and str(path)) from error
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; see `whole_file`. Text is written in UTF-8."""
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
 def has_files(folder: Path) -> bool:
     """Return whether a folder exists and has files or folders; hidden ones do not count.
 

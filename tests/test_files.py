@@ -18,6 +18,8 @@ from localdit.files import (
     unfinished_in,
     whole_file,
     whole_folder,
+    write_json,
+    write_whole,
 )
 
 
@@ -36,6 +38,13 @@ def test_a_file_appears_once_it_is_complete(tmp_path):
         assert not path.exists()
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["a.bin"]
+
+
+def test_text_and_json_are_written_in_utf8(tmp_path):
+    write_whole(tmp_path / "a.txt", "ä\n")
+    assert (tmp_path / "a.txt").read_bytes() == "ä\n".encode()
+    write_json(tmp_path / "a.json", {"ä": [1]})
+    assert (tmp_path / "a.json").read_bytes() == b'{\n  "\\u00e4": [\n    1\n  ]\n}\n'
 
 
 def test_libraries_may_write_to_the_name_of_the_file(tmp_path):

@@ -12,7 +12,7 @@ import itertools
 import logging
 import re
 import reprlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -198,7 +198,7 @@ def plan_loading(
     stored = {name: value for name, value in file.config.items() if name in known}
     config = _resolve_config(layout, stored, overrides, drawn, str(path))
     try:
-        model: Any = empty_model(model_class, config)
+        model: Any = empty_model(model_class, **config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -367,7 +367,7 @@ def read_folder(
     files = {name: file for name, file in files.items() if name not in layout.dead}
     if whole:
         try:
-            expected = parameter_shapes(empty_model(model_class, arguments))
+            expected = parameter_shapes(empty_model(model_class, **arguments))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
         wrong = [n for n in {**expected, **files} if n not in files or n not in expected]
@@ -404,8 +404,7 @@ def require_savable(model: nn.Module) -> None:
             "before that, or after `remove_all_hooks()`, or load it again."
         )
     if isinstance(model, ConfigMixin):
-        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            fresh = type(model).from_config(model.config).state_dict()
+        fresh = empty_model(type(model).from_config, model.config).state_dict()
         lost = [n for n, t in fresh.items() if n not in state or t.shape != state[n].shape]
         if lost:
             raise ValueError(
@@ -425,10 +424,14 @@ def _part(tensor: torch.Tensor, part: tuple[int, int]) -> torch.Tensor:
     return tensor if count == 1 else tensor.chunk(count)[index]
 
 
-def empty_model(model_class: type[Model], config: dict[str, Any]) -> Model:
-    """Return a model with its parameters on the meta device, and its buffers computed."""
+def empty_model(make: Callable[..., Model], *args: Any, **options: Any) -> Model:
+    """Return the model that `make` makes of the arguments, without weights.
+
+    Its parameters are on the meta device, and its buffers are computed. No random numbers are used
+    up.
+    """
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        return model_class(**config)
+        return make(*args, **options)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:

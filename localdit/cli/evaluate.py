@@ -279,7 +279,7 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
 
 def report(plan: Plan) -> None:
     """Score all pictures; write `scores.json`, `scores.md` and `samples.png`, and print a table."""
-    from ..files import whole_file
+    from ..files import write_whole
     from ..images import image_grid, load_image, read_metadata, save_image
 
     folder = plan.layout.folder
@@ -306,7 +306,6 @@ def report(plan: Plan) -> None:
     texts = {"scores.json": json.dumps(found, indent=1, ensure_ascii=False),
              "scores.md": "\n".join(lines)}  # fmt: skip
     for name, text in texts.items():
-        with whole_file(folder / name) as file:
-            file.write(f"{text}\n".encode())
+        write_whole(folder / name, f"{text}\n")
     say(texts["scores.md"])
     say(f"{folder / PICTURES} has the pictures, {folder / 'samples.png'} shows the first ones.")

@@ -280,12 +280,12 @@ def _of_transformer(folder: Path, autoencoder: Path) -> Facts:
     from ..checkpoint.loading import empty_model, parameter_shapes
     from ..checkpoint.reading import few
     from ..models import LocalDiTTransformer2DModel
+    from ..models.configuration import public_arguments
     from ..models.conversion import transformer_folder
 
     folder, config = transformer_folder(folder)
     headers = _headers(folder)
-    known = {name: value for name, value in config.items() if not name.startswith("_")}
-    model = empty_model(LocalDiTTransformer2DModel, known)
+    model = empty_model(LocalDiTTransformer2DModel, **public_arguments(config))
     expected = parameter_shapes(model)
     dead = [name for name in headers if name not in expected]
     missing = [name for name in expected if name not in headers]

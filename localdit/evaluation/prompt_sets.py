@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import decode_text, has_files, parse_json, whole_file
+from ..files import decode_text, has_files, parse_json, write_whole
 
 if TYPE_CHECKING:
     from ..scenes import Scene
@@ -135,7 +135,7 @@ class Layout:
         """Create the folders of a prompt, with what the benchmark says of it."""
         folder = self.folder / PICTURES / prompt.name
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / "metadata.jsonl") as file:
-            file.write(json.dumps(prompt.record, ensure_ascii=False).encode() + b"\n")
+        record = json.dumps(prompt.record, ensure_ascii=False)
+        write_whole(folder / "metadata.jsonl", f"{record}\n")
         if self.sheets:
             (self.folder / SHEETS).mkdir(exist_ok=True)

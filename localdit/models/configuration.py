@@ -128,6 +128,11 @@ def require_sound_arguments(arguments: Mapping[str, Any], signature: Signature) 
             )
 
 
+def public_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments in a configuration, without entries such as `_class_name`."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 def resolve_layer_types(
     layer_types: str | list[str] | None, num_layers: int, use_global: bool
 ) -> list[str]:

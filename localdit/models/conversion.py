@@ -28,6 +28,7 @@ from ..checkpoint.loading import (
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
 from ..errors import FieldExistsError, FieldValueError, Setting
 from ..files import require_folder_name, user_path, write_errors
+from .configuration import public_arguments
 from .transformer import LocalDiTTransformer2DModel
 
 
@@ -183,7 +184,7 @@ def convert_to_single_file(
         flat_name(name): tensor.to("cpu", torch_dtype or tensor.dtype).contiguous()
         for name, tensor in state.items()
     }
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(_public(config), sort_keys=True)}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(public_arguments(config), sort_keys=True)}
     with _beside(path) as scratch:
         save_file(state, scratch / path.name, metadata=metadata)
         report = replace(inspect_checkpoint(scratch / path.name), path=path)
@@ -303,10 +304,6 @@ def _require_storable(
             known=", ".join(map(str, FLOATS)),
             advice=Setting("torch_dtype", "float16", "pass torch_dtype=torch.float16"),
         )
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from ..core.parts import (
     unattended,
 )
 from ..core.settings import INDEX, read_settings
-from ..files import read_json, write_errors
+from ..files import read_json, write_errors, write_json
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import folder_with_part, pipeline_around
 from . import lora
@@ -396,11 +395,11 @@ def _not_in(folder: Path, model: torch.nn.Module) -> list[str]:
 
 def _write_index(folder: Path, class_name: str, remote_code: bool) -> None:
     """Write the classes' names into the index, and the file that serves as remote code."""
-    index = json.loads((folder / INDEX).read_text("utf-8"))
+    index = read_json(folder / INDEX)
     index["_class_name"] = [CODE, class_name] if remote_code else class_name
     if index["transformer"][1] == TRANSFORMER[1]:
         index["transformer"] = TRANSFORMER
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    write_json(folder / INDEX, index)
     code = folder / f"{CODE}.py"
     if remote_code:
         code.write_text(CODE_TEXT, "utf-8")

@@ -19,7 +19,7 @@ from localdit.core.latents import LatentFormat
 from localdit.core.samplers import prediction_type_of
 from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
-from localdit.models.configuration import require_sound_arguments
+from localdit.models.configuration import public_arguments, require_sound_arguments
 from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
 from localdit.sizes import pipeline_around
@@ -67,7 +67,7 @@ def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
     if args.transformer is None or is_pixart(args.transformer):
         shape = _shape(args.transformer_config)
     elif args.transformer.is_dir():
-        shape = _public(transformer_folder(args.transformer)[1])
+        shape = public_arguments(transformer_folder(args.transformer)[1])
     else:
         shape = inspect_checkpoint(args.transformer).config
     return shape if args.new_latents is None else shape | {"patch_size": args.new_latents}
@@ -187,7 +187,7 @@ def _shape(source: str | None) -> dict[str, Any]:
         raise ValueError(
             f"--transformer-config {source} is neither a file nor one of {', '.join(PRESETS)}."
         )
-    shape = _public(_read_json(Path(source), "--transformer-config"))
+    shape = public_arguments(_read_json(Path(source), "--transformer-config"))
     signature = inspect.signature(LocalDiTTransformer2DModel.__init__)
     known = [*signature.parameters][1:]
     if unknown := [name for name in shape if name not in known]:
@@ -200,11 +200,6 @@ def _shape(source: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--transformer-config {source}: {error}") from None
     return shape
-
-
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments in a Diffusers config.json, without entries such as `_class_name`."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _read_json(path: Path, option: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ that profile as a share of t: how much of the run the average looks back on.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from localdit.files import whole_folder
+from localdit.files import read_json, whole_folder, write_json
 from localdit.parsing import Parser, folder_argument, path_argument, say
 from localdit.training.checkpointing import DamagedCheckpoint, files_in, numbered, verify_checkpoint
 
@@ -104,8 +103,7 @@ def write_snapshot(
     """
     for sigma_rel, tensors in averages.items():
         write(folder / str(sigma_rel), {name: tensor.half() for name, tensor in tensors.items()})
-    settings = {"updates": updates, "sigma_rels": list(averages)}
-    (folder / SETTINGS).write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    write_json(folder / SETTINGS, {"updates": updates, "sigma_rels": list(averages)})
 
 
 def rebuild(run: Path, sigma_rel: float, output: Path) -> float:
@@ -134,7 +132,7 @@ def rebuild(run: Path, sigma_rel: float, output: Path) -> float:
             verify_checkpoint(snapshot)
         except DamagedCheckpoint as error:
             raise ValueError(f"{snapshot}: {error}; move it away to do without it") from None
-        settings = json.loads((snapshot / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(snapshot / SETTINGS)
         for kept in settings["sigma_rels"]:
             folders.append(snapshot / str(kept))
             profiles.append(Profile(settings["updates"], kept))

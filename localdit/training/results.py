@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
+from localdit.checkpoint.loading import empty_model
 from localdit.checkpoint.reading import few, load_finite
-from localdit.models.configuration import resolve_layer_types
+from localdit.files import read_json, write_json
+from localdit.models.configuration import public_arguments, resolve_layer_types
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
 from localdit.training.checkpointing import read_manifest
@@ -74,8 +74,7 @@ class PipelineFolder:
             **asdict(self.sampling.settings),
             "whole_words": self.whole_words,
         }
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / "model_index.json").write_text(text, encoding="utf-8")
+        write_json(folder / "model_index.json", index)
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return the averages that `write` wrote, sharded or not; other files are not read.
@@ -83,7 +82,7 @@ class PipelineFolder:
         Raises:
             ValueError: if they are of a transformer of another shape, or not finite.
         """
-        saved = json.loads((folder / "transformer/config.json").read_text(encoding="utf-8"))
+        saved = read_json(folder / "transformer/config.json")
         there, here = _shape(_without_weights(self.transformer, saved)), _shape(self.transformer)
         differing = [
             f"{name} is {there[name]} there and {value} here"
@@ -137,7 +136,7 @@ def _shape(transformer: LocalDiTTransformer2DModel) -> dict[str, Any]:
         "layer_types": kinds,
         "use_additional_conditions": transformer.use_additional_conditions,
     }
-    public = {name: value for name, value in config.items() if not name.startswith("_")}
+    public = public_arguments(config)
     del public["sample_size"]
     return public | resolved
 
@@ -146,12 +145,14 @@ def _without_weights(
     transformer: LocalDiTTransformer2DModel, config: Mapping[str, Any] | None = None
 ) -> LocalDiTTransformer2DModel:
     """Return a transformer of the same adapters, and the same or another shape, without weights."""
-    # The constructor draws weights, which must not change the random numbers of training.
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+
+    def make() -> LocalDiTTransformer2DModel:
         second = type(transformer).from_config(config or transformer.config)
         for name, settings in getattr(transformer, "peft_config", {}).items():
             second.add_adapter(copy.deepcopy(settings), name)
-    return second
+        return second
+
+    return empty_model(make)
 
 
 def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespace) -> None:
@@ -232,8 +233,7 @@ class AdapterFolder:
         if self.sampling.settings.few_steps:
             base |= asdict(self.sampling.settings)
             self.sampling.scheduler.save_pretrained(folder / "scheduler")
-        text = json.dumps(base, indent=2) + "\n"
-        (folder / BASE).write_text(text, encoding="utf-8")
+        write_json(folder / BASE, base)
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return the averages that `write` wrote, by the names of the parameters.
@@ -241,7 +241,7 @@ class AdapterFolder:
         Raises:
             ValueError: if the adapters belong to another base or to other layers, or not finite.
         """
-        base: dict[str, Any] = json.loads((folder / BASE).read_text(encoding="utf-8"))
+        base = read_json(folder / BASE)
         if base["sha256"] != self.fingerprint:
             raise ValueError(
                 f"{folder} holds adapters of {base['transformer']}, whose weights are not those of "

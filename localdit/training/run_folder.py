@@ -22,7 +22,8 @@ from localdit.files import (
     read_json,
     remove_folder,
     remove_unfinished,
-    whole_file,
+    write_json,
+    write_whole,
 )
 from localdit.images import image_grid, prepare_output_folder, save_image
 from localdit.parsing import say
@@ -115,8 +116,8 @@ class RunFolder:
         for file in [file for file in self.path.iterdir() if _LOG.fullmatch(file.name)]:
             lines = file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            _write_whole(file, "".join(f"{line}\n" for line in kept))
-        _write_whole(self.path / "config.json", json.dumps(options, indent=2) + "\n")
+            write_whole(file, "".join(f"{line}\n" for line in kept))
+        write_json(self.path / "config.json", options)
 
     def _require_own(self, resume: str | None) -> None:
         """Raise FileExistsError if the folder holds something else than the run to resume."""
@@ -188,7 +189,7 @@ class RunFolder:
         """Return the run's identifier at Weights & Biases, the same when it is resumed."""
         file = self.path / "wandb-id.txt"
         if not file.is_file():
-            _write_whole(file, secrets.token_hex(8))
+            write_whole(file, secrets.token_hex(8))
         return file.read_text(encoding="utf-8")
 
     def save_checkpoint(self, result: ResultFolder, snapshot: Snapshot, keep: int | None) -> None:
@@ -267,11 +268,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (KeyError, TypeError, ValueError):
         return float("inf")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    with whole_file(path) as file:
-        file.write(text.encode())
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

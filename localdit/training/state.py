@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from localdit.checkpoint.reading import load_finite
+from localdit.files import read_json, write_json
 from localdit.training.data.order import Position, Step
 from localdit.training.metrics import Metrics
 from localdit.training.optimizer import load_optimizer_state, optimizer_state
@@ -36,6 +36,7 @@ Tensors = dict[str, torch.Tensor]
 # Name of the model that pipelines sample with. In a checkpoint its averages are the pipeline or the
 # adapters, and its files have no name, so that older checkpoints can be read.
 TRANSFORMER = "transformer"
+VALUES = "state.json"  # everything but tensors
 
 
 class ExponentialMovingAverage:
@@ -283,8 +284,7 @@ class Snapshot:
         profiles = {_profile(sigma_rel): kept for sigma_rel, kept in self.profiles.items()}
         for name, tensors in (self.tensors | profiles).items():
             save_file(tensors, folder / f"{name}.safetensors")
-        text = json.dumps(self.values, indent=2) + "\n"
-        (folder / "state.json").write_text(text, encoding="utf-8")
+        write_json(folder / VALUES, self.values)
 
 
 @dataclass
@@ -371,7 +371,7 @@ class TrainingState:
         Raises:
             ValueError: if it is the state of other models or optimizers.
         """
-        values = _values(folder)
+        values = read_json(folder / VALUES)
         notes = dict(values.get("models", {}))
         if "optimizer" in values:
             notes[TRANSFORMER] = values
@@ -425,11 +425,7 @@ def _load(folder: Path, kind: str, model: str) -> Tensors:
 
 def saved_options(folder: Path) -> dict[str, Any]:
     """Return the options of the run that wrote a state."""
-    return _values(folder)["options"]
-
-
-def _values(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return read_json(folder / VALUES)["options"]
 
 
 def random_state() -> Tensors:

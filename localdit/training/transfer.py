@@ -19,6 +19,7 @@ from localdit.checkpoint.loading import empty_model
 from localdit.checkpoint.reading import few
 from localdit.core.latents import LatentFormat
 from localdit.models import LocalDiTTransformer2DModel
+from localdit.models.configuration import public_arguments
 
 # The parameters that depend on the latents: patch embedding and output layer.
 LATENT_LAYERS = ("pos_embed.proj.", "proj_out.")
@@ -122,13 +123,13 @@ def start_from_other_latents(
     positions = trained.pos_embed.base_size / trained.pos_embed.interpolation_scale
     sample_size = image_size // latents.pixels_per_latent
     scale = sample_size // patch_size / positions
-    config = {name: value for name, value in trained.config.items() if not name.startswith("_")}
+    config = public_arguments(trained.config)
     config |= latent_shape(latents, patch_size) | {
         "sample_size": sample_size,
         "interpolation_scale": scale,
         "use_additional_conditions": trained.use_additional_conditions,
     }
-    transformer = empty_model(LocalDiTTransformer2DModel, config)
+    transformer = empty_model(LocalDiTTransformer2DModel, **config)
     for layer in (transformer.pos_embed.proj, transformer.proj_out):
         layer.to_empty(device="cpu")
     state = trained.state_dict()

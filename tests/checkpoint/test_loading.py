@@ -84,7 +84,7 @@ def test_the_released_file_has_the_published_counts(tmp_path):
     assert report.config == inspect_defaults()
     drawn = inspect_checkpoint(path, global_context="draw", seed=0)
     assert (
-        sum(p.numel() for p in empty_model(LocalDiTTransformer2DModel, drawn.config).parameters())
+        sum(p.numel() for p in empty_model(LocalDiTTransformer2DModel, **drawn.config).parameters())
         == 518_662_672
     )
 
@@ -97,7 +97,7 @@ def released_state_at_full_size():
 def inspect_defaults():
     config = {
         n: v
-        for n, v in empty_model(LocalDiTTransformer2DModel, {}).config.items()
+        for n, v in empty_model(LocalDiTTransformer2DModel).config.items()
         if not n.startswith("_")
     }
     return {**config, "cross_attention_dim": 1152, "use_additional_conditions": True}

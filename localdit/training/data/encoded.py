@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from localdit.core.latents import LatentFormat
+from localdit.files import parse_json
 from localdit.training.data.buckets import Size
 from localdit.training.data.samples import BrokenSample, Fault, Faults, Sample
 
@@ -142,7 +143,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} has no encoded data: it has no {MANIFEST}.")
-    values = read_json(path)
+    try:
+        values = parse_json(path.read_bytes(), "it")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     if values.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {values.get('format')!r}, this version of LocalDiT reads {FORMAT}: "
@@ -190,21 +194,6 @@ def require_latent_format(folder: Path, manifest: Manifest, expected: LatentForm
                 f"{value}, so the latents are wrong for this VAE.{old} Encode the data again, into "
                 "a new folder, or name the VAE that encoded it."
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it is not a JSON object.")
-    return values
 
 
 @dataclass(frozen=True)
@@ -296,7 +285,7 @@ def read_shard(
     tar, index = tar_path(folder, shard), index_path(folder, shard)
     again = f"Remove {index.name} and run again: {manifest.command}"
     try:
-        values = read_json(index)
+        values = parse_json(index.read_bytes(), "it")
         stored, size = values["set"], values["bytes"]
         samples = [
             Sample(

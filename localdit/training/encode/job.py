@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import tarfile
@@ -25,7 +24,8 @@ from localdit.files import (
     lock_folder,
     remove_unfinished,
     unfinished_in,
-    whole_file,
+    write_json,
+    write_whole,
 )
 from localdit.images import prepare_output_folder
 from localdit.training.data.buckets import describe_crops
@@ -226,11 +226,9 @@ def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> l
     )
     remove_unfinished(folder)
     if not (folder / MANIFEST).is_file():
-        with whole_file(folder / MANIFEST) as file:
-            file.write((json.dumps(manifest.to_json(), indent=2) + "\n").encode())
+        write_json(folder / MANIFEST, manifest.to_json())
     if not (folder / EMPTY_CAPTION).is_file():
-        with whole_file(folder / EMPTY_CAPTION) as file:
-            file.write(save({"text": empty_text}))
+        write_whole(folder / EMPTY_CAPTION, save({"text": empty_text}))
     return unwritten_shards(folder, manifest)
 
 

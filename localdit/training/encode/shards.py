@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localdit.core.encoders import Encoders
 from localdit.core.text import TextSpace
-from localdit.files import whole_file
+from localdit.files import whole_file, write_whole
 from localdit.training.data.buckets import (
     CUT_TOO_MUCH,
     Size,
@@ -276,8 +276,7 @@ class ShardEncoder:
             size = file.tell()
         index = {"format": FORMAT, "set": self.manifest.digest(), "bytes": size, "samples": entries,
                  "faults": faults}  # fmt: skip
-        with whole_file(index_path(self.folder, shard)) as file:
-            file.write(json.dumps(index).encode())
+        write_whole(index_path(self.folder, shard), json.dumps(index))
         return faults
 
     def _encode_pictures(
