@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,18 +22,55 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 Result = TypeVar("Result")
 
 
-def make_accelerator(batch_size: int, gradient_clip: float, **options: Any) -> Accelerator:
-    """Return an `Accelerator` for the engine that `accelerate launch` or torchrun chose.
+def connect(timeout: timedelta | None = None, **options: Any) -> Accelerator:
+    """Return an `Accelerator` that joins the processes of `accelerate launch` or torchrun, if any.
 
     It differs from Accelerate's defaults in these points:
 
-    - Without a GPU, several processes find each other (otherwise each would train alone), and
-      FSDP2 and DeepSpeed also work.
+    - Without a GPU, several processes find each other (otherwise each would work alone), also with
+      DeepSpeed.
     - DDP keeps the layout of its buckets. By default the layout changes after the first step of a
       process, and with it the last bits of a sum over three or more processes. So a resumed run
       would differ from an uninterrupted one.
-    - FSDP2 keeps inputs, weights and gradient sums in float32. `prepare` adds autocast, which the
-      other engines also use. FSDP2's own casts would also round timesteps and sizes.
+
+    Args:
+        timeout: how long the processes wait for each other; None for Accelerate's default.
+        **options: arguments of `Accelerator`.
+
+    Raises:
+        RuntimeError: if the processes don't find each other.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = world_size > 1 and not _has_accelerator()
+    through_gloo = on_cpu and _requested("DEEPSPEED")
+    if through_gloo:
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate leaves DeepSpeed out
+    handlers: list[Any] = [
+        # A sum over two processes is the same in any layout.
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False, find_unused_parameters=world_size > 2
+        ),
+        # "nccl" stands for what suits the machine.
+        InitProcessGroupKwargs(backend="gloo" if through_gloo else "nccl", timeout=timeout),
+    ]
+    accelerator = Accelerator(cpu=on_cpu and not through_gloo, kwargs_handlers=handlers, **options)
+    if accelerator.num_processes != world_size:
+        raise RuntimeError(
+            f"{world_size} processes were started, but this one sees {accelerator.num_processes}, "
+            "so each would work alone. Start them with `accelerate launch` or torchrun, with the "
+            "same environment everywhere."
+        )
+    return accelerator
+
+
+def make_accelerator(batch_size: int, gradient_clip: float, **options: Any) -> Accelerator:
+    """Return an `Accelerator` for the engine that `accelerate launch` or torchrun chose.
+
+    Beside those of `connect`, it has these differences from Accelerate's defaults:
+
+    - FSDP2 also works without a GPU. It keeps inputs, weights and gradient sums in float32.
+      `prepare` adds autocast, which the other engines also use. FSDP2's own casts would also round
+      timesteps and sizes.
     - DeepSpeed clips at `gradient_clip`, and skips a step whose gradient is not finite
       (`accelerator.optimizer_step_was_skipped`). It does not divide the loss by the number of
       accumulated batches: see `loss_divisor`.
@@ -46,28 +84,10 @@ def make_accelerator(batch_size: int, gradient_clip: float, **options: Any) -> A
         RuntimeError: if the processes don't find each other.
         ValueError: with FSDP's first version.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    on_cpu = world_size > 1 and not _has_accelerator()
-    deepspeed = _requested("DEEPSPEED")
-    handlers: list[Any] = [
-        # A sum over two processes is the same in any layout.
-        DistributedDataParallelKwargs(
-            broadcast_buffers=False, find_unused_parameters=world_size > 2
-        )
-    ]
-    if on_cpu and deepspeed:
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate leaves DeepSpeed out
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    accelerator = Accelerator(cpu=on_cpu and not deepspeed, kwargs_handlers=handlers, **options)
-    if accelerator.num_processes != world_size:
-        raise RuntimeError(
-            f"{world_size} processes were started, but this one sees {accelerator.num_processes}, "
-            "so each would train alone. Start them with `accelerate launch` or torchrun, with the "
-            "same environment everywhere."
-        )
-    if deepspeed:
+    accelerator = connect(**options)
+    if _requested("DEEPSPEED"):
         _configure_deepspeed(accelerator, batch_size, gradient_clip)
-    elif _requested("FSDP") and world_size > 1:
+    elif _requested("FSDP") and accelerator.num_processes > 1:
         _configure_fsdp(accelerator)
     return accelerator
 

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from localdit.config import Config
@@ -26,8 +27,6 @@ from localdit.training.options import (
 from localdit.training.shutdown import TrainingStopped, run_and_exit
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from localdit.training.processes import Agreement
 
 PROGRAM = "python -m localdit.training.encode"
@@ -93,10 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from localdit.machine import hide_loading_bars
     from localdit.training.encode.job import check_folder, encode, open_folder, prepare, report
-    from localdit.training.processes import Agreement
+    from localdit.training.processes import Agreement, connect
 
     hide_loading_bars()
-    accelerator = _start_processes()
+    try:
+        accelerator = connect(timedelta(days=1))  # the last shard of a process may take long
+    except RuntimeError as error:
+        sys.exit(f"{PROGRAM}: error: {error}")
     agreement, is_main = Agreement(accelerator), accelerator.is_main_process
     command = shlex.join([*PROGRAM.split(), *argv])
     try:
@@ -124,25 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         accelerator.end_training()
     return 0
-
-
-def _start_processes() -> Accelerator:
-    """Join the processes that `accelerate launch` or `torchrun` started, if any.
-
-    They wait for each other for up to a day, because the last shard of one may take long.
-    """
-    from datetime import timedelta
-
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        sys.exit(
-            f"{PROGRAM}: error: {started} processes were started, but they are not connected. "
-            "On CPUs, set ACCELERATE_USE_CPU=true."
-        )
-    return accelerator
 
 
 def _require_same(agreement: Agreement, digest: str) -> None:
