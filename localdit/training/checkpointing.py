@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,11 +47,6 @@ class Manifest(NamedTuple):
         entries = {"format": FORMAT, "step": self.step, "sha256": self.sums}
         seal = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
         return json.dumps(entries | {SEAL: seal}, indent=2) + "\n"
-
-
-def new_checkpoint(run: Path, step: int) -> AbstractContextManager[Path]:
-    """Make a folder that becomes `run/checkpoint-STEP`; see `verified_folder`."""
-    return verified_folder(run / f"checkpoint-{step}", step)
 
 
 @contextmanager

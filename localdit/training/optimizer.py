@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +24,6 @@ from localdit.training.sharding import (
     zero_optimizer_entries,
 )
 
-OptimizerName = Literal["adamw", "adamw8bit", "muon"]
-LearningRateSchedule = Literal["constant", "cosine"]
 # Settings that are not restored: those of the machine, which do not change the result, and an
 # option that may change when a run resumes. The learning rate is set before each step.
 PRESENT_SETTINGS = frozenset({"fused", "foreach", "capturable", "differentiable", "weight_decay"})
@@ -33,7 +31,7 @@ PRESENT_SETTINGS = frozenset({"fused", "foreach", "capturable", "differentiable"
 
 def make_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
-    name: OptimizerName,
+    name: str,
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -51,41 +49,21 @@ def make_optimizer(
         weight_decay: share of a weight, times the learning rate, that each step subtracts.
         betas: decay of the first and the second moment of AdamW.
         device: the device of the parameters.
-
-    Raises:
-        ValueError: for another name.
-        ModuleNotFoundError: if bitsandbytes is missing for "adamw8bit", or PyTorch is too old for
-            "muon".
     """
     fused = torch.device(device).type in ("cpu", "cuda")
     if name == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ModuleNotFoundError(
-                f"The optimizer muon needs PyTorch 2.9, this is {torch.__version__}: update it, or "
-                "choose adamw."
-            )
         from localdit.training.muon import MuonWithAdamW, matrices_in
 
         parameters = list(parameters)
         if any(matrices_in(*pair) for pair in parameters):
             return MuonWithAdamW(parameters, learning_rate, weight_decay, betas, fused)
-        name = "adamw"
     trained = [parameter for _, parameter in parameters]
-    if name == "adamw":
-        return torch.optim.AdamW(
-            trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused
-        )
-    if name != "adamw8bit":
-        raise ValueError(
-            f"The optimizer is {name!r}; expected {', '.join(get_args(OptimizerName))}."
-        )
-    try:
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
+    if name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes, or choose adamw."
-        ) from error
-    return AdamW8bit(trained, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+        return AdamW8bit(trained, **settings)
+    return torch.optim.AdamW(trained, fused=fused, **settings)
 
 
 def learning_rate(
@@ -93,7 +71,7 @@ def learning_rate(
     total_steps: int,
     peak: float,
     warmup_steps: int = 0,
-    schedule: LearningRateSchedule = "constant",
+    schedule: str = "constant",
 ) -> float:
     """Return the learning rate of one step.
 
@@ -106,16 +84,8 @@ def learning_rate(
         total_steps: steps of the run, or of its stage.
         peak: the highest learning rate.
         warmup_steps: steps of the rise from 0.
-        schedule: the rate after the warm-up.
-
-    Raises:
-        ValueError: for another schedule.
+        schedule: the rate after the warm-up, "constant" or "cosine".
     """
-    if schedule not in get_args(LearningRateSchedule):
-        raise ValueError(
-            f"The learning rate schedule is {schedule!r}; expected "
-            f"{' or '.join(get_args(LearningRateSchedule))}."
-        )
     if step < warmup_steps:
         return peak * step / warmup_steps
     if schedule == "constant":

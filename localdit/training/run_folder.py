@@ -31,7 +31,6 @@ from localdit.training.checkpointing import (
     MANIFEST,
     DamagedCheckpoint,
     checkpoints,
-    new_checkpoint,
     newest_checkpoint,
     numbered,
     remove_old_checkpoints,
@@ -212,7 +211,7 @@ class RunFolder:
             if snapshot.profiles and (updates := snapshot.values["ema_updates"]):
                 with verified_folder(self.path / f"{SNAPSHOT}-{step}", step) as folder:
                     write_snapshot(folder, snapshot.profiles, updates, result.write)
-            with new_checkpoint(self.path, step) as folder:
+            with verified_folder(self.path / f"checkpoint-{step}", step) as folder:
                 result.write(folder, snapshot.averages)
                 snapshot.write(folder / "training")
         if keep is not None:

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from localdit.parsing import say
 from localdit.training.cost import cost_report
 from localdit.training.data.batches import Batch, Draws
+from localdit.training.data.buckets import Size
 from localdit.training.data.order import Step
 from localdit.training.data.samples import Fault, Faults, require_few
 from localdit.training.data.stage_data import (
@@ -24,7 +25,7 @@ from localdit.training.data.stage_data import (
     stage_batches,
 )
 from localdit.training.initialization import settle_prediction_type
-from localdit.training.methods import Method
+from localdit.training.methods import Inputs, Method
 from localdit.training.optimizer import learning_rate
 from localdit.training.options import set_defaults
 from localdit.training.processes import Agreement
@@ -43,7 +44,7 @@ from localdit.training.setup import (
 from localdit.training.shutdown import StopRequest, keep_until_exit
 from localdit.training.stages import Stage, stage_of_step
 from localdit.training.state import TRANSFORMER, TrainingState, saved_options
-from localdit.training.validation import ValidationBatch, validation_losses
+from localdit.training.validation import validation_losses
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Session:
             stage.max_train_steps,
             stage.learning_rate,
             stage.warmup_steps,
-            stage.lr_schedule,  # type: ignore[arg-type]  # checked with the other options
+            stage.lr_schedule,
         )
         self.state.set_learning_rate(rate)
         return rate
@@ -179,10 +180,10 @@ class Session:
             self.args.num_workers,
         )
 
-        def encoded() -> Iterator[ValidationBatch]:
-            for b in batches:
-                faults.extend(b.faults)
-                yield ValidationBatch(b.size, b.ids, self.models.make_inputs(b), b.weights)
+        def encoded() -> Iterator[tuple[Size, list[str], Inputs]]:
+            for batch in batches:
+                faults.extend(batch.faults)
+                yield batch.size, batch.ids, self.models.make_inputs(batch)
 
         return validation_losses(
             model,

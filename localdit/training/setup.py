@@ -124,12 +124,9 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
 
 def local_tokenizer(args: argparse.Namespace) -> Any:
     """Return the tokenizer of the options; None if it is not on this machine: none is fetched."""
-    from transformers import AutoTokenizer
-
     source = initialization.encoder_sources(args)["tokenizer"]
     try:
-        where = locate(PARTS["tokenizer"], source, local_files_only=True)
-        return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        return load_tokenizer(locate(PARTS["tokenizer"], source, local_files_only=True))
     except (OSError, ValueError):
         return None
 

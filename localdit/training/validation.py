@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from PIL import Image
@@ -19,28 +19,11 @@ from localdit.training.methods import Inputs, Sampling
 Errors = Callable[[torch.nn.Module, Inputs, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass
-class ValidationBatch:
-    """Encoded samples of one size.
-
-    Attributes:
-        size: height and width of the pictures, in pixels.
-        ids: (B,) ids of the samples, which determine their noise.
-        inputs: latents, text and conditions.
-        weights: (B,) 1 for samples, 0 for placeholders.
-    """
-
-    size: Size
-    ids: Sequence[str]
-    inputs: Inputs
-    weights: torch.Tensor
-
-
 @torch.no_grad()
 def validation_losses(
     model: torch.nn.Module,
     errors: Errors,
-    batches: Iterable[ValidationBatch],
+    batches: Iterable[tuple[Size, Sequence[str], Inputs]],
     sizes: Sequence[Size],
     name: str = "model",
     num_bins: int = 4,
@@ -56,8 +39,9 @@ def validation_losses(
     Args:
         model: the model, or its average. It is in evaluation mode during the call.
         errors: the errors of a batch, such as `Method.validation_errors`.
-        batches: the held-out samples of this process, on the model's device. With sharded
-            parameters, each process must have the same number of batches.
+        batches: the held-out samples of this process, on the model's device: their size in
+            pixels, their ids, which determine their noise, and the inputs. With sharded parameters,
+            each process must have the same number of batches.
         sizes: all possible sizes, the same in every process.
         name: name of the model in the result, "model" or "ema".
         num_bins: number of bins.
@@ -75,12 +59,13 @@ def validation_losses(
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
-            row = sums[list(sizes).index(batch.size)]
-            weights = batch.weights.cpu()
+        for size, ids, inputs in batches:
+            row = sums[list(sizes).index(size)]
+            assert inputs.weights is not None
+            weights = inputs.weights.cpu()
             row[-1] += weights.sum()
             for number in range(num_bins):
-                found = _errors(model, errors, batch, number, num_bins, seed)
+                found = _errors(model, errors, ids, inputs, number, num_bins, seed)
                 row[number] += torch.where(weights > 0, found * weights, 0).sum()
     finally:
         model.train(was_training)
@@ -93,22 +78,23 @@ def validation_losses(
 def _errors(
     model: torch.nn.Module,
     errors: Errors,
-    batch: ValidationBatch,
+    ids: Sequence[str],
+    inputs: Inputs,
     number: int,
     num_bins: int,
     seed: int,
 ) -> torch.Tensor:
     """Return the errors of a batch in one bin, `(B,)` on the CPU."""
-    latents = batch.inputs.latents
+    latents = inputs.latents
     noise, positions = [], []
-    for sample in batch.ids:
+    for sample in ids:
         generator = torch.Generator().manual_seed(stable_hash(seed, number, sample))
         position = (number + torch.rand(1, generator=generator).item()) / num_bins
         positions.append(min(position, 1 - 2**-24))  # the highest below 1 in float32
         noise.append(torch.randn(latents.shape[1:], generator=generator))
     return errors(
         model,
-        batch.inputs,
+        inputs,
         torch.stack(noise).to(latents.device),
         torch.tensor(positions, device=latents.device),
     ).cpu()

@@ -96,15 +96,17 @@ def held_out_loss(pipe: LocalDiTPipeline, many: list[Example]) -> float:
     from localdit.training.data.buckets import Size
     from localdit.training.methods import Inputs
     from localdit.training.methods.fine_tuning import FineTuning
-    from localdit.training.validation import ValidationBatch, validation_losses
+    from localdit.training.validation import validation_losses
 
     pixels = torch.stack([torch.from_numpy(np.array(one.picture)) for one in many])
     latents = pipe.latent_space.encode_pixels(pixels.permute(0, 3, 1, 2))
     text, mask = pipe.text_space.encode_batch([one.caption for one in many], 120)
     size, names = Size(scenes.SIDE, scenes.SIDE), [str(index) for index in range(len(many))]
-    batch = ValidationBatch(size, names, Inputs(latents, text, mask, {}), torch.ones(len(many)))
+    inputs = Inputs(latents, text, mask, {}, weights=torch.ones(len(many)))
     method = FineTuning(pipe.transformer, Objective("flow"), adapters=False)
-    losses = validation_losses(pipe.transformer, method.validation_errors, [batch], [size])
+    losses = validation_losses(
+        pipe.transformer, method.validation_errors, [(size, names, inputs)], [size]
+    )
     return losses["validation/model/loss"]
 
 

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 SIDE = 16  # latents, which are pixels
 CAPTION = 128, 16  # channels and tokens of the text
@@ -57,9 +57,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def stepper(
-    config: dict[str, Any], batch_size: int, optimizer_name: Literal["adamw", "muon"]
-) -> Callable[[], None]:
+def stepper(config: dict[str, Any], batch_size: int, optimizer_name: str) -> Callable[[], None]:
     """Return a function that takes a step like `train.py`: loss, gradient, optimizer, average."""
     import torch
     from diffusers.training_utils import EMAModel

@@ -11,10 +11,10 @@ from localdit.training.checkpointing import (
     MANIFEST,
     DamagedCheckpoint,
     checkpoints,
-    new_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
     set_aside_after,
+    verified_folder,
     verify_checkpoint,
 )
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def save(run, step, content="weights"):
-    with new_checkpoint(run, step) as folder:
+    with verified_folder(run / f"checkpoint-{step}", step) as folder:
         (folder / "training").mkdir()
         (folder / "training/model").write_text(content)
         (folder / "other").write_text("other")
@@ -206,10 +206,10 @@ def test_a_checkpoint_that_reads_back_differently_is_not_kept(tmp_path, monkeypa
 SAVING = """
 import sys
 from pathlib import Path
-from localdit.training.checkpointing import new_checkpoint, remove_old_checkpoints
+from localdit.training.checkpointing import remove_old_checkpoints, verified_folder
 run = Path(sys.argv[1])
 for step in range(int(sys.argv[2]), 10**9):
-    with new_checkpoint(run, step) as folder:
+    with verified_folder(run / f"checkpoint-{step}", step) as folder:
         for part in range(3):
             (folder / str(part)).write_bytes(bytes([step % 256]) * 300_000)
     remove_old_checkpoints(run, 2)

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
-from localdit.training.checkpointing import new_checkpoint
+from localdit.training.checkpointing import verified_folder
 from localdit.training.results import PipelineFolder, link_or_copy
 from localdit.training.run_folder import RunFolder
 from localdit.training.state import Snapshot
@@ -22,7 +22,7 @@ OPTIONS = {"data_root": "pictures", "output": "run", "seed": 3}
 
 
 def checkpoint(run, step):
-    with new_checkpoint(run.path, step) as folder:
+    with verified_folder(run.path / f"checkpoint-{step}", step) as folder:
         (folder / "file").write_text("content")
 
 
@@ -84,7 +84,7 @@ def opening(run, *resume):
 
 def test_a_second_process_is_refused_and_leaves_the_folder_as_it_is(run):
     run.open(resume=None)
-    with new_checkpoint(run.path, 5) as folder:
+    with verified_folder(run.path / "checkpoint-5", 5) as folder:
         (folder / "model").write_text("half")
         for resume in ("auto",), ():
             second = opening(run, *resume)
@@ -167,7 +167,7 @@ def test_averages_are_read_from_the_files_of_the_manifest_only(run):
     with torch.device("meta"):
         transformer = LocalDiTTransformer2DModel(**PRESETS["tiny"])
     result = PipelineFolder(transformer, None, {}, {}, None)
-    with new_checkpoint(run.path, 5) as folder:
+    with verified_folder(run.path / "checkpoint-5", 5) as folder:
         transformer.save_config(folder / "transformer")
         save_file({"a": torch.ones(2)}, folder / "transformer/model.safetensors")
     added = run.path / "checkpoint-5/transformer/zz.safetensors"

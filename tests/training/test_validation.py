@@ -5,7 +5,7 @@ from localdit.core.diffusion import Objective
 from localdit.training.data.buckets import Size
 from localdit.training.methods import Inputs
 from localdit.training.methods.fine_tuning import FineTuning
-from localdit.training.validation import ValidationBatch, validation_losses
+from localdit.training.validation import validation_losses
 from tests.tiny import TEXT_WIDTH, tiny_components
 
 SQUARE, WIDE = Size(64, 64), Size(32, 96)
@@ -31,8 +31,8 @@ def make_batch(ids, size=SQUARE, weights=None):
     }
     mask = torch.ones(len(ids), 3)
     weights = torch.ones(len(ids)) if weights is None else torch.tensor(weights)
-    inputs = Inputs(torch.stack(latents), torch.stack(text), mask, conditions)
-    return ValidationBatch(size, ids, inputs, weights)
+    inputs = Inputs(torch.stack(latents), torch.stack(text), mask, conditions, weights=weights)
+    return size, ids, inputs
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +112,20 @@ def test_each_sample_is_evaluated_once_per_bin():
 
 
 def test_a_perfect_model_has_no_loss():
-    chosen, batch = Objective("flow"), make_batch("ab")
+    chosen, (size, ids, inputs) = Objective("flow"), make_batch("ab")
 
     class Perfect(Recorder):
         def forward(self, sample, timestep, **conditions):
-            return ((sample - batch.inputs.latents) / (timestep / 1000).view(-1, 1, 1, 1),)
+            return ((sample - inputs.latents) / (timestep / 1000).view(-1, 1, 1, 1),)
 
-    found = validation_losses(Perfect(), errors(chosen), [batch], SIZES)
+    found = validation_losses(Perfect(), errors(chosen), [(size, ids, inputs)], SIZES)
     assert found["validation/model/loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_placeholders_do_not_count(model):
     expected = validation_losses(model, errors(Objective()), [make_batch("a")], SIZES)
     padded = make_batch("ax", weights=[1.0, 0.0])
-    padded.inputs.latents[1] = torch.nan
+    padded[2].latents[1] = torch.nan
     assert close(validation_losses(model, errors(Objective()), [padded], SIZES), expected)
 
 

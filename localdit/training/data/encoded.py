@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +23,7 @@ from safetensors.torch import load
 from localdit.core.latents import LatentFormat
 from localdit.files import parse_json
 from localdit.training.data.buckets import Size
-from localdit.training.data.samples import BrokenSample, Fault, Faults, Sample
+from localdit.training.data.samples import Blob, BrokenSample, Fault, Faults, Sample
 
 FORMAT = 1
 MANIFEST = "encoded.json"
@@ -211,31 +210,6 @@ class EncodedSet:
     empty_text: torch.Tensor
 
 
-class Member(NamedTuple):
-    """A file in a tar, with the checksum of its bytes."""
-
-    path: str
-    offset: int
-    size: int
-    crc32: int
-
-    def read(self) -> bytes:
-        """Return its bytes.
-
-        Raises:
-            BrokenSample: "damaged", if they are not the bytes that were written.
-            OSError: if the tar can't be read.
-        """
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
-        if zlib.crc32(data) != self.crc32:
-            raise BrokenSample(
-                "damaged", f"the bytes in {self.path} are not those that were written"
-            )
-        return data
-
-
 def tar_path(folder: Path, shard: int) -> Path:
     """Return the path of a shard."""
     return folder / f"shard-{shard:05d}.tar"
@@ -290,7 +264,7 @@ def read_shard(
         samples = [
             Sample(
                 id=entry["id"],
-                image=Member(str(tar), entry["offset"], entry["size"], entry["crc32"]),
+                image=Blob(str(tar), entry["offset"], entry["size"], entry["crc32"]),
                 captions=tuple(entry["captions"]),
                 height=entry["height"],
                 width=entry["width"],

@@ -117,10 +117,6 @@ def find_samples(
         ValueError: if there is no data of a known format, or data of several formats, or it can't
             be used at all. Broken samples are no error: they are counted in the result.
     """
-    if data_format not in ("auto", *FORMATS):
-        raise ValueError(
-            f"--data-format is {data_format!r}, expected auto or one of {', '.join(FORMATS)}."
-        )
     if STREAM.match(str(data_root)):
         raise ValueError(
             f"--data-root {data_root}: commands and addresses are not read. Samples are visited in "

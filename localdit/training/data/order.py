@@ -107,9 +107,6 @@ class Order:
         buckets: (N,) bucket of each sample; -1 for samples that are never visited.
         global_batch: samples in an optimizer step.
         seed: numbers that the order depends on, among them the number of the stage.
-
-    Raises:
-        ValueError: if there is no sample to visit.
     """
 
     def __init__(self, buckets: np.ndarray, global_batch: int, seed: Sequence[int]) -> None:
@@ -117,8 +114,7 @@ class Order:
         self.global_batch = global_batch
         self.seed = list(seed)
         self.samples = np.flatnonzero(buckets >= 0)
-        if not len(self.samples):
-            raise ValueError("There is no sample to train on.")
+        assert len(self.samples)
 
     def steps(self, position: Position) -> Iterator[Step]:
         """Yield all steps after a position.
@@ -156,8 +152,8 @@ class Order:
         return int((-(-counts // self.global_batch)).sum())
 
 
-def hold_out(ids: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
-    """Choose the samples to hold out for validation: those with the lowest hash of seed and id.
+def hold_out(ids: Sequence[str], count: int) -> np.ndarray:
+    """Choose the samples to hold out for validation: those with the lowest hash of their id.
 
     The choice depends only on the ids, not on their order, and hardly changes when samples are
     added or removed.
@@ -173,7 +169,7 @@ def hold_out(ids: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
             f"{count:,} of {len(ids):,} samples are to be held out for validation. Hold out fewer "
             "than there are, and at least 0."
         )
-    hashes = [stable_hash(seed, sample) for sample in ids]
+    hashes = [stable_hash(0, sample) for sample in ids]
     chosen = sorted(range(len(ids)), key=lambda index: (hashes[index], index))[:count]
     return np.array(sorted(chosen), dtype=np.int64)
 

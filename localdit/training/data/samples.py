@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -60,12 +61,23 @@ class Blob(NamedTuple):
     path: str
     offset: int = 0
     size: int | None = None
+    crc32: int | None = None  # checksum of the bytes, if it is known
 
     def read(self) -> bytes:
-        """Return the bytes; fewer than `size` if the file ends before."""
+        """Return the bytes; fewer than `size` if the file ends before.
+
+        Raises:
+            BrokenSample: "damaged", if they have another checksum.
+            OSError: if they can't be read.
+        """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            return file.read() if self.size is None else file.read(self.size)
+            data = file.read() if self.size is None else file.read(self.size)
+        if self.crc32 is not None and zlib.crc32(data) != self.crc32:
+            raise BrokenSample(
+                "damaged", f"the bytes in {self.path} are not those that were written"
+            )
+        return data
 
 
 class Candidate(NamedTuple):
@@ -258,7 +270,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _read_file(file: CaptionFile) -> Any:
-    path, offset, size = file.blob
+    path, offset, size, _ = file.blob
     limit = MAX_FILE_BYTES + 1
     data = Blob(path, offset, limit if size is None else min(size, limit)).read()
     if len(data) == limit:

@@ -12,7 +12,6 @@ from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import (
     NOTES,
     Manifest,
-    Member,
     index_path,
     open_encoded,
     read_encoded,
@@ -115,7 +114,7 @@ def test_a_missing_tar_is_noticed(folder):
 )
 def test_other_files_in_a_tar_are_damaged_samples(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
-    member = Member(str(tmp_path / "a.tar"), 0, len(data), zlib.crc32(data))
+    member = Blob(str(tmp_path / "a.tar"), 0, len(data), zlib.crc32(data))
     with pytest.raises(BrokenSample) as broken:
         read_encoded(Sample("a", member, ("a caption",), 32, 64), 0)
     assert broken.value.kind == "damaged"

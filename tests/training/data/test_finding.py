@@ -194,8 +194,6 @@ def test_missing_and_empty_data_is_refused(tmp_path):
             find_samples(tmp_path / "nowhere", data_format)
     with pytest.raises(ValueError, match=r"a\.jpg, which is not a \.tar"):
         find_samples(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match="expected auto or one of folder, metadata"):
-        find_samples(tmp_path, "tars")
 
 
 @pytest.mark.parametrize(
