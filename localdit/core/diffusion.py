@@ -8,7 +8,6 @@ the noise.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,6 +21,7 @@ from diffusers import (
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal"]
+NUM_TIMESTEPS = 1000
 NOISE_SCHEDULE = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 
 
@@ -39,38 +39,23 @@ class Objective:
         min_snr_gamma: cap of the signal-to-noise ratio in the loss weights; None weighs all
             timesteps alike. Not for "flow".
         flow_shift: s in `s * sigma / (1 + (s - 1) * sigma)`, which moves the levels of "flow"
-            towards noise, in training and in sampling (Esser et al., 2024, section 5.3.2).
-        num_timesteps: of the schedule. In "flow", the timestep is `sigma * num_timesteps`.
+            towards noise, in training and in sampling (Esser et al., 2024, section 5.3.2). Only for
+            "flow".
 
     Raises:
-        ValueError: for a value out of range, or one that the prediction type has no use for.
+        ValueError: for another prediction type.
     """
 
     prediction_type: PredictionType = "epsilon"
     min_snr_gamma: float | None = None
     flow_shift: float = 1.0
-    num_timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the values, and that they go together."""
+        """Check the prediction type."""
         if self.prediction_type not in get_args(PredictionType):
             raise ValueError(
                 f"The prediction type is {self.prediction_type!r}; expected one of "
                 f"{', '.join(get_args(PredictionType))}."
-            )
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; expected more than 0.")
-        if self.min_snr_gamma is not None and self.is_flow:
-            raise ValueError(
-                "min-SNR weights are defined for noise and v-prediction. Leave min_snr_gamma out "
-                "for flow matching; logit-normal timesteps favour the middle of its range."
-            )
-        if not (self.flow_shift > 0 and math.isfinite(self.flow_shift)):
-            raise ValueError(f"flow_shift is {self.flow_shift}; expected a number above 0.")
-        if self.flow_shift != 1 and not self.is_flow:
-            raise ValueError(
-                f"flow_shift is {self.flow_shift}, but the prediction type is "
-                f"{self.prediction_type!r}: only flow matching can be shifted."
             )
 
     @property
@@ -81,13 +66,14 @@ class Objective:
     def timesteps(self, positions: torch.Tensor) -> torch.Tensor:
         """Return the timesteps `(B,)` at positions `(B,)` in [0, 1), from latents to noise.
 
-        int64 in 0 .. num_timesteps - 1; for "flow" float32 (the sampler passes the integer part).
+        int64 in 0 .. 999; for "flow" `1000 * sigma` in float32 (the sampler passes the integer
+        part).
         """
         if self.is_flow:
             sigmas = positions.to(torch.float32)
             shifted = self.flow_shift * sigmas / (1 + (self.flow_shift - 1) * sigmas)
-            return shifted * self.num_timesteps
-        return (positions * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+            return shifted * NUM_TIMESTEPS
+        return (positions * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
 
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
@@ -154,7 +140,7 @@ class Objective:
 
         Args:
             positions: `(B,)` in [0, 1).
-            steps: number of timesteps of the grid, at most `num_timesteps`.
+            steps: number of timesteps of the grid, at most `NUM_TIMESTEPS`.
 
         Returns:
             Two tensors `(B,)`, of the dtype of `timesteps`.
@@ -162,7 +148,7 @@ class Objective:
         lower = (positions * steps).long().clamp(max=steps - 1)
         if self.is_flow:
             return self.timesteps((lower + 1) / steps), self.timesteps(lower / steps)
-        stride = self.num_timesteps // steps
+        stride = NUM_TIMESTEPS // steps
         return (lower + 1) * stride - 1, lower * stride - 1
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -183,13 +169,13 @@ class Objective:
         """Return DPM-Solver++ 2M for this prediction, over the noise levels of the training."""
         if self.is_flow:
             return DPMSolverMultistepScheduler(
-                num_train_timesteps=self.num_timesteps,
+                num_train_timesteps=NUM_TIMESTEPS,
                 prediction_type="flow_prediction",
                 use_flow_sigmas=True,
                 flow_shift=self.flow_shift,
             )
         return DPMSolverMultistepScheduler(
-            num_train_timesteps=self.num_timesteps,
+            num_train_timesteps=NUM_TIMESTEPS,
             prediction_type=self.prediction_type,
             **NOISE_SCHEDULE,
         )
@@ -197,11 +183,9 @@ class Objective:
     def few_step_scheduler(self, steps: int) -> LCMScheduler | FlowMatchLCMScheduler:
         """Return the scheduler of a consistency model that was trained on a grid of `steps`."""
         if self.is_flow:
-            return FlowMatchLCMScheduler(
-                num_train_timesteps=self.num_timesteps, shift=self.flow_shift
-            )
+            return FlowMatchLCMScheduler(num_train_timesteps=NUM_TIMESTEPS, shift=self.flow_shift)
         return LCMScheduler(
-            num_train_timesteps=self.num_timesteps,
+            num_train_timesteps=NUM_TIMESTEPS,
             prediction_type=self.prediction_type,
             original_inference_steps=steps,
             clip_sample=False,
@@ -211,20 +195,20 @@ class Objective:
     def levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return alpha and sigma at timesteps `(B,)`, both `(B, 1, 1, 1)` float32."""
         if self.is_flow:
-            sigma = (timesteps / self.num_timesteps).view(-1, 1, 1, 1)
+            sigma = (timesteps / NUM_TIMESTEPS).view(-1, 1, 1, 1)
             return 1 - sigma, sigma
-        products = _alphas_cumprod(self.num_timesteps, timesteps.device)[timesteps + 1]
+        products = _alphas_cumprod(timesteps.device)[timesteps + 1]
         products = products.view(-1, 1, 1, 1)
         return products.sqrt(), (1 - products).sqrt()
 
 
 @functools.lru_cache(maxsize=8)
-def _alphas_cumprod(num_timesteps: int, device: torch.device) -> torch.Tensor:
-    """Return the products of DDPM's alphas, `(1 + num_timesteps,)` float32; cached per device.
+def _alphas_cumprod(device: torch.device) -> torch.Tensor:
+    """Return the products of DDPM's alphas, `(1 + NUM_TIMESTEPS,)` float32; cached per device.
 
     The first is 1, that of `Objective.clean_timestep`.
     """
-    scheduler = DDPMScheduler(num_train_timesteps=num_timesteps, **NOISE_SCHEDULE)
+    scheduler = DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS, **NOISE_SCHEDULE)
     return torch.cat([torch.ones(1), scheduler.alphas_cumprod]).to(device)
 
 

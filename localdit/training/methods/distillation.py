@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from localdit.core.diffusion import Objective, denoising_errors
+from localdit.core.diffusion import NUM_TIMESTEPS, Objective, denoising_errors
 from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.flops import forward_flops
@@ -293,7 +293,7 @@ class ContinuousConsistency(FewStepDistillation):
                 ).float()
                 for goal in (lower, upper)
             ]
-            share = ((upper - lower) / objective.num_timesteps).view(-1, 1, 1, 1)
+            share = ((upper - lower) / NUM_TIMESTEPS).view(-1, 1, 1, 1)
             tangent = objective.levels(timesteps)[0] * (answers[1] - answers[0]) / share
             size = tangent.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
             target = prediction + tangent / (size + TANGENT)
