@@ -142,8 +142,8 @@ class Plan(Generic[Model]):
         state = {target: torch.empty(shapes[target], dtype=self.dtype) for target in targets}
         for name, tensor in self.file.tensors(by_source):
             for route in by_source[name]:
-                rows = _part(state[route.target], route.target_part)
-                rows.copy_(_part(tensor, route.source_part))
+                rows = part_of(state[route.target], route.target_part)
+                rows.copy_(part_of(tensor, route.source_part))
                 require_finite(self.file.path, name, rows, stored=tensor)
         return state
 
@@ -154,7 +154,7 @@ class Plan(Generic[Model]):
             state[name] = torch.zeros(self.model.get_parameter(name).shape, dtype=self.dtype)
         for layer in self.report.folded_layers:
             for kind in ("weight", "bias"):
-                _part(state[f"transformer_blocks.{layer}.attn1.to_qkv.{kind}"], (2, 3)).mul_(0.5)
+                part_of(state[f"transformer_blocks.{layer}.attn1.to_qkv.{kind}"], (2, 3)).mul_(0.5)
         if self.seed is None:
             return
         with torch.random.fork_rng(devices=[]):
@@ -419,7 +419,8 @@ def _hooks(module: nn.Module) -> Collection[Any]:
     return registry.hooks.values() if registry else ()
 
 
-def _part(tensor: torch.Tensor, part: tuple[int, int]) -> torch.Tensor:
+def part_of(tensor: torch.Tensor, part: tuple[int, int]) -> torch.Tensor:
+    """Return a view of the part `(i, n)` of a tensor: part i of n equal parts of its rows."""
     index, count = part
     return tensor if count == 1 else tensor.chunk(count)[index]
 

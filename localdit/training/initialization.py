@@ -24,13 +24,14 @@ from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
 from localdit.sizes import pipeline_around
 from localdit.training.options import LATE_OPTIONS, PREDICTION_TYPES, check_objective
-from localdit.training.pixart import is_pixart, start_from_pixart
 from localdit.training.state import saved_options
 from localdit.training.transfer import (
     initialize_latent_layers,
+    is_pixart,
     latent_note,
     latent_shape,
     start_from_other_latents,
+    start_from_pixart,
 )
 
 RELEASED = {
