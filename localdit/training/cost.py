@@ -16,8 +16,7 @@ from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.configuration import resolve_layer_types
 from localdit.training import initialization
 from localdit.training.data.buckets import Size
-from localdit.training.methods import Inputs, predict
-from localdit.training.methods.fine_tuning import method_class
+from localdit.training.methods import Inputs, method_class, predict
 from localdit.training.methods.repa import FEATURES, LatentFeatures, image_encoder_config
 from localdit.training.optimizer import make_optimizer
 from localdit.training.post_hoc_ema import SIGMA_RELS

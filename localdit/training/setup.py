@@ -30,9 +30,8 @@ from localdit.training.data.batches import Draws, VisitDataset
 from localdit.training.data.encoded import EncodedSet, require_latent_format
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.stage_data import StageData, prepare_data
-from localdit.training.methods import InputMaker, Method, Sampling
-from localdit.training.methods.fine_tuning import Alignment, FineTuning, Routing, method_class
-from localdit.training.methods.repa import Repa, image_encoder_config, load_latent_features
+from localdit.training.methods import InputMaker, Method, Sampling, method_class
+from localdit.training.methods.repa import FEATURES, image_encoder_config, load_latent_features
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
 from localdit.training.options import PICTURE_OPTIONS, check_image_size, given
@@ -90,9 +89,8 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
     initialization.require_shape_used(args)
     shape = initialization.transformer_config(args)
     num_layers, window_size = shape.get("num_layers", 18), shape.get("window_size", 4)
-    Alignment.from_options(args, num_layers)  # refuses blocks that it lacks
-    routing = Routing.from_options(args, num_layers)
-    if Repa.from_options(args, num_layers):
+    settings = method_class(args).settings(args, num_layers)  # refuses blocks that it lacks
+    if args.repa_weight:
         image_encoder_config(args.repa_encoder)  # refuses folders without an image encoder
     found: dict[str, Found] = {}
     data = []
@@ -114,7 +112,7 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             args.validation_samples,
         )
         prepared.order(stage, 1, args.seed)  # refuses a stage without samples
-        if routing:  # refuses maps that are too small
+        if routing := settings.get("routing"):  # refuses maps that are too small
             for bucket in set(prepared.buckets[prepared.buckets >= 0].tolist()):
                 height, width = (side // pixels_per_token for side in prepared.sizes[bucket])
                 routing.rectangle(height, width, window_size)
@@ -157,7 +155,7 @@ class Models:
 
     transformer: LocalDiTTransformer2DModel
     objective: Objective
-    method: FineTuning
+    method: Method
     make_inputs: InputMaker
     latents: LatentFormat
     result: ResultFolder
@@ -231,10 +229,16 @@ def load_models(
     sampling = kind.sampling(args, objective, start)
     result = _result_folder(args, transformer, sampling, sources, start)
     transformer.to(device)
-    features = None
+    frozen = kind.frozen_models(args, transformer)
     if args.repa_weight:
-        features = load_latent_features(args.repa_encoder, vae, bf16)
-    method = kind.from_options(args, transformer, objective, device, features)
+        frozen[FEATURES] = load_latent_features(args.repa_encoder, vae, bf16)
+    method = kind(
+        transformer,
+        objective,
+        args.lora_rank is not None,
+        {name: model.to(device) for name, model in frozen.items()},
+        **kind.settings(args, transformer.config.num_layers),
+    )
     if args.compile:
         transformer.compile_repeated_blocks()
 

@@ -5,21 +5,32 @@ The loop, the state, checkpoints and processes know a method only by `Method`.
 
 from __future__ import annotations
 
+import argparse
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
 from localdit.core.conditions import size_conditions
-from localdit.core.diffusion import Objective
+from localdit.core.diffusion import Objective, denoising_errors
 from localdit.core.encoders import Encoders
-from localdit.core.settings import SamplingSettings
+from localdit.core.settings import SamplingSettings, read_settings
 from localdit.core.text import pad_states
+from localdit.models.flops import forward_flops
+from localdit.models.windows import Route
+from localdit.sizes import pipeline_around
 from localdit.training.data.batches import Batch
+from localdit.training.options import METHODS
+from localdit.training.state import TRANSFORMER
+
+if TYPE_CHECKING:
+    from localdit.models import LocalDiTTransformer2DModel
 
 
 class Inputs(NamedTuple):
@@ -130,24 +141,77 @@ class Sampling:
 
 
 class Method(ABC):
-    """Models by name, and the loss of a batch.
+    """The models of a training method, and the loss of a batch.
 
     Attributes:
-        trained: bare models. Their weights are trained if they require a gradient.
-        frozen: models on the training device that the loss needs and no step changes. They are not
-            part of the training state.
+        transformer: the transformer in training, bare.
+        objective: defines noised latents and targets.
+        adapters: whether adapters are trained and the transformer's own weights are frozen.
+        trained: bare models by name. Their weights are trained if they require a gradient.
+        frozen: models by name, on the training device, that the loss needs and no step changes.
+            They are not part of the training state.
         guided: whether the loss needs the empty caption.
     """
 
     guided = False
 
     def __init__(
-        self, trained: Mapping[str, nn.Module], frozen: Mapping[str, nn.Module] | None = None
+        self,
+        transformer: LocalDiTTransformer2DModel,
+        objective: Objective,
+        adapters: bool,
+        frozen: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        self.trained = dict(trained)
+        self.transformer, self.objective, self.adapters = transformer, objective, adapters
+        self.trained: dict[str, nn.Module] = {TRANSFORMER: transformer}
         self.frozen = dict(frozen or {})
         for model in self.frozen.values():
             model.requires_grad_(False).eval()
+        self._flops: dict[tuple[str, int, int, int], int] = {}
+
+    @classmethod
+    def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
+        """Return the arguments beside the models and the objective that the options give.
+
+        Raises:
+            ValueError: if the transformer of `num_layers` blocks lacks one that they name.
+        """
+        return {}
+
+    @classmethod
+    def frozen_models(
+        cls, args: argparse.Namespace, transformer: LocalDiTTransformer2DModel
+    ) -> dict[str, nn.Module]:
+        """Load the other transformers that the loss needs, by name.
+
+        Raises:
+            ValueError, OSError: if one is missing or does not fit.
+        """
+        return {}
+
+    @classmethod
+    def sampling(
+        cls, args: argparse.Namespace, objective: Objective, start: Path | None
+    ) -> Sampling:
+        """Return the way to sample from the result: steps and guidance are those of the start.
+
+        A few-step model does not stay one.
+
+        Args:
+            args: the options.
+            objective: defines the scheduler.
+            start: where the weights that training starts from are; None if they are new.
+        """
+        start = start or args.teacher
+        settings = read_settings(pipeline_around(start)) if start else SamplingSettings()
+        if settings.few_steps:
+            settings = SamplingSettings()
+        return Sampling(objective.sampling_scheduler(), settings)
+
+    @property
+    def repeats(self) -> int:
+        """The number of times that the pass with a gradient has the batch."""
+        return 1
 
     @abstractmethod
     def losses(
@@ -166,24 +230,53 @@ class Method(ABC):
             positions: (B,) in [0, 1), from the latents to the noise; see `Objective.timesteps`.
         """
 
-    @abstractmethod
     def validation_errors(
         self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Return the unweighted errors `(B,)` of held-out samples.
+        """Return the unweighted errors of held-out samples, `(B,)`: those of the predictions.
 
         Args:
             model: the transformer in training, or its average.
             inputs, noise, positions: as in `losses`.
         """
+        found = noised_prediction(model, self.objective, inputs, noise, positions)
+        return denoising_errors(found.prediction, found.target)
 
-    @abstractmethod
     def step_flops(self, inputs: Inputs) -> int:
-        """Return the floating-point operations of all models for a batch, forward and backward."""
+        """Return the floating-point operations of all models for a batch, forward and backward.
 
-    @abstractmethod
+        Frozen weights need no gradient, which saves a third. Adapters hardly count.
+        """
+        passes = (2 if self.adapters else 3) * self.repeats
+        return passes * len(inputs.latents) * self.forward_flops(TRANSFORMER, inputs)
+
+    def forward_flops(self, name: str, inputs: Inputs) -> int:
+        """Return the operations of a transformer's forward pass for one picture of a batch."""
+        height, width = inputs.latents.shape[2:]
+        key = (name, height, width, inputs.text.shape[1])
+        if key not in self._flops:  # counting takes a moment
+            model: Any = (self.trained | self.frozen)[name]
+            self._flops[key] = forward_flops(model.config, *key[1:], self.route(inputs))
+        return self._flops[key]
+
+    def route(self, inputs: Inputs) -> Route | None:
+        """Return the tokens of each picture that take all blocks; None if all do."""
+        return None
+
     def set_sample_size(self, size: int) -> None:
-        """Adapt the models to square pictures of `size` x `size` latents."""
+        """Scale the positions to square pictures of `size` x `size` latents.
+
+        Those of a frozen transformer stay: adapters are later used with it unchanged, at any size
+        of the pictures.
+        """
+        if not self.adapters:
+            self.transformer.set_sample_size(size)
+
+
+def method_class(args: argparse.Namespace) -> type[Method]:
+    """Return the class of the method that the options name."""
+    module, name = METHODS[args.distillation or args.method].split(".")
+    return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
 
 
 class NoisedPrediction(NamedTuple):

@@ -19,11 +19,9 @@ from torch import nn
 from localdit.core.diffusion import NUM_TIMESTEPS, Objective, denoising_errors
 from localdit.core.settings import SamplingSettings, read_settings
 from localdit.models import LocalDiTTransformer2DModel
-from localdit.models.flops import forward_flops
 from localdit.sizes import pipeline_around
 from localdit.training.initialization import load_frozen
-from localdit.training.methods import Inputs, Sampling, noised_prediction, predict
-from localdit.training.methods.fine_tuning import FineTuning
+from localdit.training.methods import Inputs, Method, Sampling, noised_prediction, predict
 from localdit.training.state import TRANSFORMER
 
 TEACHER = "teacher"
@@ -33,7 +31,7 @@ DIFFERENCE = 5  # timesteps to either side in finite differences
 TANGENT = 0.1  # c in the normalised tangent g / (|g| + c) (Lu & Song, 2024, section 4.1)
 
 
-class Distillation(FineTuning):
+class Distillation(Method):
     """The frozen teacher that `--teacher` names, beside the transformer in training."""
 
     passes = 0  # of the student without gradient
@@ -45,15 +43,16 @@ class Distillation(FineTuning):
         """Load the teacher."""
         return {TEACHER: load_frozen(args.teacher, transformer)}
 
+    @property
+    def teacher_passes(self) -> int:
+        """The number of the teacher's predictions for a batch."""
+        return 1
+
     def step_flops(self, inputs: Inputs) -> int:
         """Return the operations of the student's step and of the passes without gradient."""
-        rows, _, height, width = inputs.latents.shape
-        sizes = (height, width, inputs.text.shape[1])
-        teacher = self.frozen[TEACHER]
-        assert isinstance(teacher, LocalDiTTransformer2DModel)
-        passes = (1 + self.guided) * forward_flops(teacher.config, *sizes)
-        passes += self.passes * forward_flops(self.transformer.config, *sizes)
-        return super().step_flops(inputs) + rows * passes
+        passes = self.teacher_passes * (1 + self.guided) * self.forward_flops(TEACHER, inputs)
+        passes += self.passes * self.forward_flops(TRANSFORMER, inputs)
+        return super().step_flops(inputs) + len(inputs.latents) * passes
 
 
 class KnowledgeDistillation(Distillation):
@@ -208,6 +207,11 @@ class TrajectoryDistillation(FewStepDistillation):
         """The number of the student's steps, which it learns in one pass."""
         return self.student_steps
 
+    @property
+    def teacher_passes(self) -> int:
+        """The number of the teacher's steps."""
+        return self.teacher_steps
+
     def trajectory(
         self, teacher: nn.Module, inputs: Inputs, noise: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
@@ -250,12 +254,6 @@ class TrajectoryDistillation(FewStepDistillation):
         )
         distances = _huber(answers.float() - end.repeat(count, 1, 1, 1), TRAJECTORY_HUBER)
         return distances.view(count, -1).mean(dim=0)
-
-    def step_flops(self, inputs: Inputs) -> int:
-        """Return the operations of the teacher's steps, and of each of the student's."""
-        student = FineTuning.step_flops(self, inputs)
-        teacher = super().step_flops(inputs) - student
-        return self.teacher_steps * teacher + self.student_steps * student
 
 
 class ContinuousConsistency(FewStepDistillation):

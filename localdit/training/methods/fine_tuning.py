@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,11 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from localdit.core.diffusion import Objective, denoising_errors
-from localdit.core.settings import SamplingSettings, read_settings
-from localdit.models.flops import forward_flops
 from localdit.models.windows import Route, WindowGrid, rectangle_size, rectangle_tokens
-from localdit.sizes import pipeline_around
-from localdit.training.methods import Inputs, Method, Sampling, noised_prediction
+from localdit.training.methods import Inputs, Method, noised_prediction
 from localdit.training.methods.repa import (
     FEATURES,
     PROJECTION,
@@ -25,7 +20,6 @@ from localdit.training.methods.repa import (
     Repa,
     make_projection,
 )
-from localdit.training.options import METHODS
 from localdit.training.state import TRANSFORMER
 
 if TYPE_CHECKING:
@@ -130,9 +124,6 @@ class FineTuning(Method):
     """Trains a transformer from noise, from weights, or through adapters.
 
     Attributes:
-        transformer: the transformer in training, bare.
-        objective: defines the target.
-        adapters: whether adapters are trained and the transformer's own weights are frozen.
         contrastive_weight: weight of the distance from the target of another sample.
         alignment: the term between the features of two blocks, or None.
         routing: the tokens that skip blocks, or None.
@@ -151,90 +142,24 @@ class FineTuning(Method):
         routing: Routing | None = None,
         repa: Repa | None = None,
     ) -> None:
-        super().__init__({TRANSFORMER: transformer}, frozen)
+        super().__init__(transformer, objective, adapters, frozen)
         if repa:
             features = self.frozen[FEATURES]
             assert isinstance(features, LatentFeatures)
             projection = make_projection(transformer.inner_dim, features.width)
             self.trained[PROJECTION] = projection.to(transformer.device)
-        self.transformer, self.objective, self.adapters = transformer, objective, adapters
         self.contrastive_weight = contrastive_weight
         self.alignment, self.routing, self.repa = alignment, routing, repa
-        self._forward_flops: dict[tuple[int, int, int], int] = {}
-
-    @classmethod
-    def from_options(
-        cls,
-        args: argparse.Namespace,
-        transformer: LocalDiTTransformer2DModel,
-        objective: Objective,
-        device: torch.device,
-        features: LatentFeatures | None = None,
-    ) -> FineTuning:
-        """Make the method that the options ask for; load the frozen models that it needs.
-
-        Args:
-            args: the options.
-            transformer: the transformer in training, with its adapters.
-            objective: defines the target.
-            device: for frozen models.
-            features: the `LatentFeatures` of `--repa-weight`.
-
-        Raises:
-            ValueError, OSError: if a frozen model is missing or does not fit.
-        """
-        models = cls.frozen_models(args, transformer)
-        if features is not None:
-            models[FEATURES] = features
-        frozen = {name: model.to(device) for name, model in models.items()}
-        adapters = args.lora_rank is not None
-        settings = cls.settings(args, transformer.config.num_layers)
-        return cls(transformer, objective, adapters, frozen, **settings)
 
     @classmethod
     def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
-        """Return the arguments beside the models and the objective that the options give.
-
-        Raises:
-            ValueError: if the transformer of `num_layers` blocks lacks one that they name.
-        """
+        """Return the terms of the loss that the options ask for."""
         return {
             "contrastive_weight": args.contrastive_weight,
             "alignment": Alignment.from_options(args, num_layers),
             "routing": Routing.from_options(args, num_layers),
             "repa": Repa.from_options(args, num_layers),
         }
-
-    @classmethod
-    def sampling(
-        cls, args: argparse.Namespace, objective: Objective, start: Path | None
-    ) -> Sampling:
-        """Return the way to sample from the result: steps and guidance are those of the start.
-
-        A few-step model does not stay one.
-
-        Args:
-            args: the options.
-            objective: defines the scheduler.
-            start: where the weights that training starts from are; None if they are new.
-        """
-        start = start or args.teacher
-        settings = read_settings(pipeline_around(start)) if start else SamplingSettings()
-        if settings.few_steps:
-            settings = SamplingSettings()
-        return Sampling(objective.sampling_scheduler(), settings)
-
-    @classmethod
-    def frozen_models(
-        cls, args: argparse.Namespace, transformer: LocalDiTTransformer2DModel
-    ) -> dict[str, nn.Module]:
-        """Load the frozen models that the loss needs beside the transformer, by name."""
-        return {}
-
-    @property
-    def repeats(self) -> int:
-        """The number of times that the pass with a gradient has the batch."""
-        return 1
 
     def losses(
         self,
@@ -251,7 +176,7 @@ class FineTuning(Method):
         options: dict[str, Any] = {}
         if blocks := self._feature_blocks():
             options["feature_blocks"] = blocks
-        route = self._route(inputs)
+        route = self.route(inputs)
         if route is not None:
             options["route"] = route
         prediction, target, timesteps, outputs = noised_prediction(
@@ -286,8 +211,8 @@ class FineTuning(Method):
         patch = self.transformer.config.patch_size
         return height // patch, width // patch
 
-    def _route(self, inputs: Inputs) -> Route | None:
-        """Return the tokens of each picture that take all blocks; None if all do."""
+    def route(self, inputs: Inputs) -> Route | None:
+        """Return the rectangle of windows that takes all blocks, by the places of the inputs."""
         if not self.routing:
             return None
         assert inputs.places is not None
@@ -315,39 +240,6 @@ class FineTuning(Method):
         target = self.objective.target(inputs.latents[other], noise[other], timesteps)
         alone = other == torch.arange(len(other), device=other.device)
         return torch.where(alone, 0.0, -denoising_errors(prediction, target))
-
-    def validation_errors(
-        self, model: nn.Module, inputs: Inputs, noise: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the mean squared error of each sample's prediction, `(B,)`."""
-        found = noised_prediction(model, self.objective, inputs, noise, positions)
-        return denoising_errors(found.prediction, found.target)
-
-    def step_flops(self, inputs: Inputs) -> int:
-        """Return the operations of the transformer.
-
-        Frozen weights need no gradient, which saves a third. Adapters hardly count.
-        """
-        rows, _, height, width = inputs.latents.shape
-        sizes = (height, width, inputs.text.shape[1])
-        if sizes not in self._forward_flops:
-            route = self._route(inputs)
-            self._forward_flops[sizes] = forward_flops(self.transformer.config, *sizes, route)
-        return (2 if self.adapters else 3) * rows * self._forward_flops[sizes]
-
-    def set_sample_size(self, size: int) -> None:
-        """Scale the transformer's positions to the size, unless its own weights are frozen.
-
-        Adapters are later used with the unchanged transformer, at any size of the pictures.
-        """
-        if not self.adapters:
-            self.transformer.set_sample_size(size)
-
-
-def method_class(args: argparse.Namespace) -> type[FineTuning]:
-    """Return the class of the method that the options name."""
-    module, name = METHODS[args.distillation or args.method].split(".")
-    return getattr(importlib.import_module(f"localdit.training.methods.{module}"), name)
 
 
 def next_sample(weights: torch.Tensor) -> torch.Tensor:
