@@ -32,14 +32,10 @@ class DamagedCheckpoint(ValueError):
 
 
 class Manifest(NamedTuple):
-    """The step of a folder and the checksums of its files.
+    """The step of a folder and the checksums of its files."""
 
-    Attributes:
-        step: optimizer steps before it was written.
-        sums: SHA-256 of each file, by its path within the folder. Links are not listed.
-    """
-
-    step: int
+    step: int  # optimizer steps before it was written
+    # SHA-256 of each file, by its path within the folder. Links are not listed.
     sums: dict[str, str]
 
     def text(self) -> str:

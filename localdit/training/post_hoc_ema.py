@@ -49,14 +49,9 @@ def gamma(sigma_rel: float) -> float:
 
 
 class Profile(NamedTuple):
-    """The weighting of a run's weights by an average.
+    """The weighting of a run's weights by an average."""
 
-    Attributes:
-        updates: updates of the average, t.
-        sigma_rel: relative standard deviation.
-    """
-
-    updates: int
+    updates: int  # of the average, t
     sigma_rel: float
 
 

@@ -36,23 +36,14 @@ ADAPTER = "default"  # of the adapter, within the transformer
 
 @dataclass
 class PipelineFolder:
-    """Writes averaged weights as the folder of a pipeline, with the frozen parts linked.
+    """Writes averaged weights as the folder of a pipeline, with the frozen parts linked."""
 
-    Attributes:
-        transformer: the transformer in training; only its configuration is used.
-        sampling: the scheduler, and the steps and guidance that suit the model.
-        encoders: folders of "tokenizer", "text_encoder" and "vae" on this machine.
-        classes: library and class of each encoder.
-        source: where the weights that training starts from are; None if they are new.
-        whole_words: whether the text encoder understands only whole words.
-    """
-
-    transformer: LocalDiTTransformer2DModel
-    sampling: Sampling
-    encoders: Mapping[str, Path]
-    classes: Mapping[str, list[str]]
-    source: Path | None
-    whole_words: bool = False
+    transformer: LocalDiTTransformer2DModel  # in training; only its configuration is used
+    sampling: Sampling  # the scheduler, and the steps and guidance that suit the model
+    encoders: Mapping[str, Path]  # folders of "tokenizer", "text_encoder" and "vae" on this machine
+    classes: Mapping[str, list[str]]  # library and class of each encoder
+    source: Path | None  # where the weights that training starts from are; None if they are new
+    whole_words: bool = False  # whether the text encoder understands only whole words
 
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write a folder that `LocalDiTPipeline.from_pretrained` loads.
@@ -204,19 +195,12 @@ def _targets(transformer: nn.Module, names: Sequence[str] | None) -> list[str]:
 
 @dataclass
 class AdapterFolder:
-    """Writes averaged adapters as a folder that `load_lora_weights` reads.
+    """Writes averaged adapters as a folder that `load_lora_weights` reads."""
 
-    Attributes:
-        transformer: the transformer in training, with its adapters.
-        source: path of the frozen base.
-        fingerprint: SHA-256 of the weights of the base.
-        sampling: the steps and guidance that suit the result, and the scheduler for them.
-    """
-
-    transformer: LocalDiTTransformer2DModel
-    source: Path
-    fingerprint: str
-    sampling: Sampling
+    transformer: LocalDiTTransformer2DModel  # in training, with its adapters
+    source: Path  # the frozen base
+    fingerprint: str  # SHA-256 of the base's weights
+    sampling: Sampling  # the steps and guidance that suit the result, and the scheduler for them
 
     def write(self, folder: Path, averages: Mapping[str, torch.Tensor]) -> None:
         """Write the adapters and the fingerprint of their base, without the weights of the base.

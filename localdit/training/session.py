@@ -49,33 +49,19 @@ from localdit.training.validation import validation_losses
 
 @dataclass
 class Session:
-    """A run in progress.
-
-    Attributes:
-        args: the options.
-        accelerator, agreement: the processes, and their common decisions.
-        run: the folder of the run.
-        data: the data of each stage.
-        models: the transformer and the objects that use it.
-        method: the trained models and their loss.
-        state: everything that a step changes.
-        reporter: writes logs and messages.
-        stop: the signal that asked the run to end.
-        saved: step of the newest checkpoint.
-        broken_held_out: held-out samples that turned out to be broken.
-    """
+    """A run in progress."""
 
     args: argparse.Namespace
     accelerator: Accelerator
     agreement: Agreement
     run: RunFolder
-    data: list[StageData]
+    data: list[StageData]  # of each stage
     models: Models
     method: Method
-    state: TrainingState
+    state: TrainingState  # everything that a step changes
     reporter: Reporter
     stop: StopRequest
-    saved: int = -1
+    saved: int = -1  # step of the newest checkpoint
     broken_held_out: set[Fault] = field(default_factory=set)
 
     def resume(self, checkpoint: Path) -> None:

@@ -141,25 +141,15 @@ def pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
 
 @dataclass
 class Models:
-    """The models of a run, and the objects that use them.
+    """The models of a run, and the objects that use them."""
 
-    Attributes:
-        transformer: the transformer in training, bare.
-        objective: the training objective.
-        method: the trained and the frozen models, and their loss.
-        make_inputs: encodes batches.
-        latents: format of the latent space.
-        result: writes the result of the run, a pipeline or adapters.
-        pictures: draws the validation prompts, if there are any.
-    """
-
-    transformer: LocalDiTTransformer2DModel
+    transformer: LocalDiTTransformer2DModel  # in training, bare
     objective: Objective
     method: Method
     make_inputs: InputMaker
     latents: LatentFormat
     result: ResultFolder
-    pictures: PromptPictures | None
+    pictures: PromptPictures | None  # of the validation prompts, if there are any
 
     def dataset(
         self, data: StageData, stage: Stage, args: argparse.Namespace, draws: Draws | None = None

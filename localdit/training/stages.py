@@ -11,15 +11,10 @@ from localdit.files import parse_json_list
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run, with the options of the command line.
+    """A part of a run, with the options of the command line."""
 
-    Attributes:
-        index: number of the stage, from 0.
-        first_step: optimizer steps taken before it.
-    """
-
-    index: int
-    first_step: int
+    index: int  # from 0
+    first_step: int  # optimizer steps taken before it
     data_root: str
     image_size: int
     batch_size: int

@@ -123,18 +123,12 @@ class PowerFunctionAverage(ExponentialMovingAverage):
 
 @dataclass
 class TrainedModel:
-    """A model in training.
+    """A model in training."""
 
-    Attributes:
-        module: the model as Accelerate prepared it.
-        optimizer: its optimizer, as Accelerate prepared it.
-        average: the average of the trained weights; None if none is kept.
-        profiles: further averages for post-hoc EMA, by their `sigma_rel`.
-    """
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: ExponentialMovingAverage | None = None
+    module: nn.Module  # as Accelerate prepared it
+    optimizer: torch.optim.Optimizer  # as Accelerate prepared it
+    average: ExponentialMovingAverage | None = None  # of the trained weights, if it is kept
+    # Further averages for post-hoc EMA, by their `sigma_rel`.
     profiles: dict[float, PowerFunctionAverage] = field(default_factory=dict)
 
     def update_average(self) -> None:
@@ -197,21 +191,13 @@ class TrainedModel:
 
 @dataclass
 class Progress:
-    """The position of a run.
+    """The position of a run."""
 
-    Attributes:
-        step: optimizer steps taken, including those that were skipped.
-        position: position in the data of the current stage.
-        skipped: steps that were skipped because a loss or gradient was not finite.
-        broken: samples of the current epoch that turned out to be broken when they were read.
-        data: fingerprint of the data that `position` refers to.
-    """
-
-    step: int = 0
-    position: Position = field(default_factory=Position)
-    skipped: int = 0
-    broken: int = 0
-    data: str = ""
+    step: int = 0  # optimizer steps taken, including those that were skipped
+    position: Position = field(default_factory=Position)  # in the data of the current stage
+    skipped: int = 0  # steps that were skipped because a loss or gradient was not finite
+    broken: int = 0  # samples of the current epoch that turned out to be broken when they were read
+    data: str = ""  # fingerprint of the data that `position` refers to
 
     def begin(self, data: str) -> None:
         """Go to the beginning of a stage's data."""
@@ -258,18 +244,13 @@ class Progress:
 
 @dataclass
 class Snapshot:
-    """A full training state on the CPU, to be written to a checkpoint.
+    """A full training state on the CPU, to be written to a checkpoint."""
 
-    Attributes:
-        tensors: the tensors of each file, by its name.
-        averages: averages of the transformer, which a checkpoint stores as a pipeline or adapters.
-        values: everything else, ready for JSON.
-        profiles: the transformer's averages for post-hoc EMA, by `sigma_rel`.
-    """
-
-    tensors: dict[str, Tensors]
+    tensors: dict[str, Tensors]  # of each file, by its name
+    # Averages of the transformer, which a checkpoint stores as a pipeline or adapters.
     averages: Tensors
-    values: dict[str, Any]
+    values: dict[str, Any]  # everything else, ready for JSON
+    # The transformer's averages for post-hoc EMA, by `sigma_rel`.
     profiles: dict[float, Tensors] = field(default_factory=dict)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -295,17 +276,11 @@ class TrainingState:
     `ema-SIGMA_REL.safetensors` of each of its averages for post-hoc EMA,
     `model-NAME.safetensors`, `optimizer-NAME.safetensors` and `average-NAME.safetensors` of each
     other model, `random.safetensors`, and `state.json`.
-
-    Attributes:
-        models: the models in training, by name.
-        scaler: scales float16 gradients; None for other types.
-        metrics: measurements since the last line was logged.
-        progress: the position of the run.
     """
 
-    models: dict[str, TrainedModel]
-    scaler: torch.amp.GradScaler | None
-    metrics: Metrics
+    models: dict[str, TrainedModel]  # by name
+    scaler: torch.amp.GradScaler | None  # scales float16 gradients; None for other types
+    metrics: Metrics  # since the last line was logged
     progress: Progress
 
     @property

@@ -16,25 +16,15 @@ from localdit.training.stages import stage_of_step
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a step before the optimizer's update, the same on all processes.
+    """The result of a step before the optimizer's update, the same on all processes."""
 
-    Attributes:
-        loss: mean over the samples.
-        grad_norm: norm of the gradient before it was clipped.
-        count: number of sound samples.
-        broken: number of broken samples.
-        finite: whether the gradient may be used.
-        flops: operations of the models, forward and backward.
-        signal: the signal that asked one of the processes to stop, or None.
-    """
-
-    loss: float
-    grad_norm: float
-    count: int
-    broken: int
-    finite: bool
-    flops: int
-    signal: str | None
+    loss: float  # mean over the samples
+    grad_norm: float  # before the gradient was clipped
+    count: int  # sound samples
+    broken: int  # broken samples
+    finite: bool  # whether the gradient may be used
+    flops: int  # operations of the models, forward and backward
+    signal: str | None  # the signal that asked one of the processes to stop, or None
 
 
 def train(session: Session) -> None:

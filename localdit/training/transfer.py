@@ -59,27 +59,16 @@ BUFFERS = ("pos_embed.pos_embed", "caption_projection.y_embedding")
 
 @dataclass(frozen=True)
 class TransferReport:
-    """A report on the weights that a model started from.
+    """A report on the weights that a model started from."""
 
-    Attributes:
-        origin: kind of the other model, "PixArt" or "LocalDiT".
-        source: its file or folder.
-        copied: names of the parameters that were copied.
-        fresh: names of the other parameters of the new model.
-        unused: names of the tensors that were not copied, apart from unused blocks.
-        blocks: the block that each block was copied from, if their number differs.
-        num_source_blocks: number of blocks of the other model.
-        notes: further lines.
-    """
-
-    origin: str
-    source: Path
-    copied: tuple[str, ...]
-    fresh: tuple[str, ...]
-    unused: tuple[str, ...] = ()
-    blocks: tuple[int, ...] = ()
+    origin: str  # "PixArt" or "LocalDiT"
+    source: Path  # its file or folder
+    copied: tuple[str, ...]  # names of parameters
+    fresh: tuple[str, ...]  # names of the other parameters of the new model
+    unused: tuple[str, ...] = ()  # tensors that were not copied, apart from unused blocks
+    blocks: tuple[int, ...] = ()  # the one that each was copied from, if their number differs
     num_source_blocks: int = 0
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # further lines
 
     def __str__(self) -> str:
         """Return a few lines to print before training."""

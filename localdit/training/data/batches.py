@@ -45,48 +45,30 @@ class Item:
 
 @dataclass
 class Batch:
-    """The samples of one forward pass on one process.
+    """The samples of one forward pass on one process."""
 
-    Attributes:
-        size: height and width of the pictures, in pixels.
-        ids: ids of the samples, empty for placeholders.
-        weights: (B,) 1 for samples, 0 for placeholders.
-        noise: (B, C, h, w).
-        positions: (B,) positions of the timesteps, in [0, 1).
-        places: (B, 2) places of a part of each picture along its height and width, in [0, 1).
-        pixels, captions: (B, 3, H, W) uint8 and their texts; or
-        latents, text: (B, C, h, w) and the states of each caption, (tokens, channels).
-        faults: the samples that turned out to be broken.
-    """
-
-    size: Size
-    ids: list[str]
-    weights: torch.Tensor
-    noise: torch.Tensor
-    positions: torch.Tensor
-    places: torch.Tensor
-    pixels: torch.Tensor | None
+    size: Size  # height and width of the pictures, in pixels
+    ids: list[str]  # of the samples, empty for placeholders
+    weights: torch.Tensor  # (B,) 1 for samples, 0 for placeholders
+    noise: torch.Tensor  # (B, C, h, w)
+    positions: torch.Tensor  # (B,) of the timesteps, in [0, 1)
+    places: torch.Tensor  # (B, 2) of a part of each picture, down and across, in [0, 1)
+    pixels: torch.Tensor | None  # (B, 3, H, W) uint8, and their
     captions: list[str]
-    latents: torch.Tensor | None
-    text: list[torch.Tensor]
-    faults: list[Fault] = field(default_factory=list)
+    latents: torch.Tensor | None  # or (B, C, h, w), and the
+    text: list[torch.Tensor]  # states of each caption, (tokens, channels)
+    faults: list[Fault] = field(default_factory=list)  # the samples that turned out to be broken
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of visits.
+    """The random choices of visits."""
 
-    Attributes:
-        seed: numbers that all choices depend on, among them the number of the stage.
-        token_dropout: share of captions replaced by the empty caption, which teaches the
-            unconditional prediction of classifier-free guidance (Ho & Salimans, 2022, algorithm 1).
-        flip: share of pictures mirrored.
-        timestep_sampling: distribution of the timesteps.
-    """
-
-    seed: tuple[int, ...]
+    seed: tuple[int, ...]  # numbers that all choices depend on, among them the number of the stage
+    # Share of captions replaced by the empty caption, which teaches the unconditional prediction of
+    # classifier-free guidance (Ho & Salimans, 2022, algorithm 1).
     token_dropout: float = 0.0
-    flip: float = 0.0
+    flip: float = 0.0  # share of pictures mirrored
     timestep_sampling: TimestepSampling = "uniform"
 
     def choices(self, visit: Visit, num_captions: int) -> tuple[int | None, bool]:
@@ -111,23 +93,14 @@ class Draws:
 
 @dataclass(eq=False)
 class VisitDataset(Dataset[Item]):
-    """Samples by visit: pictures with captions, or encoded latents and text states.
-
-    Attributes:
-        samples: all samples.
-        sizes: sizes of the buckets, in pixels.
-        draws: the random choices.
-        latent_channels: channels of the VAE's latents.
-        pixels_per_latent: pixels per latent, along each side.
-        encoded: the set of encoded samples, otherwise None.
-    """
+    """Samples by visit: pictures with captions, or encoded latents and text states."""
 
     samples: Sequence[Sample]
-    sizes: Sequence[Size]
+    sizes: Sequence[Size]  # of the buckets, in pixels
     draws: Draws
     latent_channels: int
-    pixels_per_latent: int
-    encoded: EncodedSet | None = None
+    pixels_per_latent: int  # along each side
+    encoded: EncodedSet | None = None  # the set that encoded samples belong to
 
     def __getitem__(self, visit: Visit) -> Item:
         size = self.sizes[visit.bucket]

@@ -36,46 +36,31 @@ STATISTICS = ("shift_factor", "latents_mean", "latents_std")
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The data, the encoders and the options of an encoded set.
+    """The data, the encoders and the options of an encoded set."""
 
-    Attributes:
-        image_size, window_size, crop, max_aspect_ratio, max_upscale: the options of these names.
-        sizes: sizes of the buckets, in pixels.
-        max_caption_length: number of text tokens after which captions are cut.
-        mixed_precision: precision in which the pictures were encoded.
-        latent_channels, vae_scale, scaling_factor: channels of latents, pixels per latent, and the
-            scaling factor of the VAE.
-        text_width: channels of the text states.
-        fingerprints: SHA-256 of tokenizer, text encoder and VAE.
-        samples, shards, samples_per_shard: planned numbers.
-        samples_digest: SHA-256 of the ids, captions and sizes of the samples, in their order.
-        sources: tokenizer, text encoder and VAE, as they were named in the options.
-        command: the command that writes the set and resumes it.
-        too_small: number of pictures left out because they would have been enlarged too much.
-        shift_factor, latents_mean, latents_std: of the VAE, if it has them. Versions that did not
-            apply them did not write them; see `require_latent_format`.
-    """
-
+    # The options of these names.
     image_size: int
     window_size: int
     crop: str
     max_aspect_ratio: float
     max_upscale: float
-    sizes: tuple[Size, ...]
-    max_caption_length: int
-    mixed_precision: str
+    sizes: tuple[Size, ...]  # of the buckets, in pixels
+    max_caption_length: int  # text tokens after which captions are cut
+    mixed_precision: str  # in which the pictures were encoded
     latent_channels: int
-    vae_scale: int
+    vae_scale: int  # pixels per latent
     scaling_factor: float
-    text_width: int
-    fingerprints: dict[str, str]
-    samples: int
+    text_width: int  # channels
+    fingerprints: dict[str, str]  # SHA-256 of tokenizer, text encoder and VAE
+    samples: int  # planned, as the next two
     shards: int
     samples_per_shard: int
-    samples_digest: str
-    sources: dict[str, str]
-    command: str
-    too_small: int
+    samples_digest: str  # SHA-256 of the ids, captions and sizes of the samples, in their order
+    sources: dict[str, str]  # tokenizer, text encoder and VAE, as they were named in the options
+    command: str  # the command that writes the set and resumes it
+    too_small: int  # pictures left out because they would have been enlarged too much
+    # Of the VAE, if it has them. Versions that did not apply them did not write them; see
+    # `require_latent_format`.
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
@@ -197,17 +182,11 @@ def require_latent_format(folder: Path, manifest: Manifest, expected: LatentForm
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """An encoded set, without its samples.
-
-    Attributes:
-        folder: folder of the set.
-        manifest: the data, the encoders and the options.
-        empty_text: text states of the empty caption, (tokens, text width) bfloat16.
-    """
+    """An encoded set, without its samples."""
 
     folder: Path
     manifest: Manifest
-    empty_text: torch.Tensor
+    empty_text: torch.Tensor  # of the empty caption, (tokens, text width) bfloat16
 
 
 def tar_path(folder: Path, shard: int) -> Path:

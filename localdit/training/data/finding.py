@@ -53,23 +53,14 @@ MANY = 5000  # candidates from which on a progress bar is shown
 
 @dataclass
 class Found:
-    """The data to train on.
+    """The data to train on."""
 
-    Attributes:
-        format: one of `FORMATS`.
-        samples: the samples, in an order that is the same on every machine.
-        faults: the broken samples.
-        encoded: the set that encoded samples belong to, otherwise None.
-        other_splits: folders or names of the splits that are left out.
-        contents: description of the files in a folder.
-    """
-
-    format: str
-    samples: list[Sample]
+    format: str  # one of `FORMATS`
+    samples: list[Sample]  # in an order that is the same on every machine
     faults: Faults = field(default_factory=Faults)
-    encoded: EncodedSet | None = None
-    other_splits: list[str] = field(default_factory=list)
-    contents: str = ""
+    encoded: EncodedSet | None = None  # the set that encoded samples belong to
+    other_splits: list[str] = field(default_factory=list)  # those that are left out
+    contents: str = ""  # of a folder, described
 
     def splits(self) -> str:
         """Return a line about the splits; "" if the data is not split."""

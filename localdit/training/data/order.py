@@ -28,16 +28,11 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Position:
-    """The progress of training through its data.
+    """The progress of training through its data."""
 
-    Attributes:
-        epoch: the current one, from 0.
-        taken: the batches taken from it, as pairs of a global batch size and a number of batches.
-            There are several pairs if a run was resumed with another global batch size within an
-            epoch.
-    """
-
-    epoch: int = 0
+    epoch: int = 0  # the current one, from 0
+    # The batches taken from it, as pairs of a global batch size and a number of batches. There are
+    # several pairs if a run was resumed with another global batch size within an epoch.
     taken: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -51,19 +46,12 @@ class Position:
 
 
 class Step(NamedTuple):
-    """The samples of one optimizer step.
+    """The samples of one optimizer step."""
 
-    Attributes:
-        samples: (global batch,) int64 indices, `NOTHING` after the bucket ran out.
-        bucket: the bucket of all of them.
-        epoch: their epoch.
-        position: the position after the step.
-    """
-
-    samples: np.ndarray
-    bucket: int
+    samples: np.ndarray  # (global batch,) int64 indices, `NOTHING` after the bucket ran out
+    bucket: int  # of all of them
     epoch: int
-    position: Position
+    position: Position  # after the step
 
     def share(self, rank: int, num_processes: int, batch_size: int) -> Iterator[list[Visit]]:
         """Yield the batches of one process, one for each accumulation of gradients.

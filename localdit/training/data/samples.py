@@ -81,34 +81,21 @@ class Blob(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """An entry of a listing that may become a sample.
-
-    Attributes:
-        id: id of the sample.
-        image: the stored picture.
-        captions: anything that `read_captions` takes.
-    """
+    """An entry of a listing that may become a sample."""
 
     id: str
     image: Readable
-    captions: object
+    captions: object  # anything that `read_captions` takes
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture that exists, with at least one caption.
+    """A picture that exists, with at least one caption."""
 
-    Attributes:
-        id: name in reports: the path within the data, the same on every machine.
-        image: the stored picture.
-        captions: each visit draws one of them.
-        height, width: sides of the upright picture, in pixels.
-    """
-
-    id: str
+    id: str  # name in reports: the path within the data, the same on every machine
     image: Readable
-    captions: tuple[str, ...]
-    height: int
+    captions: tuple[str, ...]  # each visit draws one of them
+    height: int  # upright, in pixels
     width: int
 
 

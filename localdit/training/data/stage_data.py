@@ -42,19 +42,12 @@ CAPTION_CHARACTERS = 100  # of a caption that is quoted
 
 @dataclass
 class StageData:
-    """The data that a stage trains on.
-
-    Attributes:
-        found: the samples, and the broken ones.
-        sizes: sizes of the buckets, in pixels.
-        buckets: (N,) bucket of each sample; negative for samples that are left out.
-        held_out: indices of the samples held out of training for validation.
-    """
+    """The data that a stage trains on."""
 
     found: Found
-    sizes: list[Size]
-    buckets: np.ndarray
-    held_out: list[int]
+    sizes: list[Size]  # of the buckets, in pixels
+    buckets: np.ndarray  # (N,) of each sample; negative for samples that are left out
+    held_out: list[int]  # indices of the samples held out of training for validation
 
     @property
     def digest(self) -> str:

@@ -201,20 +201,14 @@ class TarMember(NamedTuple):
 
 @dataclass
 class TarIndex:
-    """The files in a tar, in their order.
+    """The files in a tar, in their order."""
 
-    Attributes:
-        members: the complete files.
-        damaged: positions without the expected header, or with one whose size can't be right;
-            reading continued at the next header.
-        ended: whether the tar has its end marker.
-        cut: name of the last file if it is incomplete; "" if a header is cut off.
-    """
-
-    members: list[TarMember] = field(default_factory=list)
+    members: list[TarMember] = field(default_factory=list)  # the complete files
+    # Positions without the expected header, or with one whose size can't be right; reading
+    # continued at the next header.
     damaged: list[int] = field(default_factory=list)
-    ended: bool = False
-    cut: str | None = None
+    ended: bool = False  # whether the tar has its end marker
+    cut: str | None = None  # name of the last file if it is incomplete; "" if a header is cut off
 
 
 class _Header(NamedTuple):

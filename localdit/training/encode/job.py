@@ -57,21 +57,13 @@ from localdit.training.options import check_image_size
 
 @dataclass(frozen=True)
 class Job:
-    """The samples that a command encodes, and the encoders.
-
-    Attributes:
-        plan: the samples.
-        found: the data, with the broken samples.
-        manifest: manifest of the set to write.
-        need: the disk space that the samples need.
-        encoders: the encoders on the device.
-    """
+    """The samples that a command encodes, and the encoders."""
 
     plan: Plan
-    found: Found
-    manifest: Manifest
+    found: Found  # with the broken samples
+    manifest: Manifest  # of the set to write
     need: DiskNeed
-    encoders: Encoders
+    encoders: Encoders  # on the device
 
     def empty_text(self) -> torch.Tensor:
         """Return the text states of the empty caption, (tokens, text width) bfloat16."""

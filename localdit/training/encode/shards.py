@@ -43,23 +43,14 @@ INDEX_ENTRY = 100  # bytes per sample in an index besides id and captions, appro
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples in the order of encoding: bucket by bucket, so that each batch has one size.
-
-    Attributes:
-        samples: the samples to encode.
-        buckets: (N,) bucket of each sample.
-        sizes: sizes of all buckets, in pixels.
-        samples_per_shard: samples per tar.
-        too_small: number of samples left out because they would have been enlarged too much.
-        cut_too_much: number of samples left out because too much would have been cut away.
-    """
+    """Samples in the order of encoding: bucket by bucket, so that each batch has one size."""
 
     samples: list[Sample]
-    buckets: np.ndarray
-    sizes: list[Size]
+    buckets: np.ndarray  # (N,) of each sample
+    sizes: list[Size]  # of all buckets, in pixels
     samples_per_shard: int
-    too_small: int = 0
-    cut_too_much: int = 0
+    too_small: int = 0  # samples left out because they would have been enlarged too much
+    cut_too_much: int = 0  # samples left out because too much would have been cut away
 
     @property
     def num_shards(self) -> int:
@@ -134,18 +125,12 @@ def make_plan(samples: Sequence[Sample], args: argparse.Namespace, pixels_per_to
 
 
 class DiskNeed(NamedTuple):
-    """Bytes that each sample needs, (N,) each.
+    """Bytes that each sample needs, (N,) each."""
 
-    Attributes:
-        latents, text: bytes of the values alone.
-        total: bytes of the values with their headers, in the tar and its index.
-        tokens_per_caption: mean number of text tokens.
-    """
-
-    latents: np.ndarray
-    text: np.ndarray
-    total: np.ndarray
-    tokens_per_caption: float
+    latents: np.ndarray  # the values alone
+    text: np.ndarray  # the values alone
+    total: np.ndarray  # the values with their headers, in the tar and its index
+    tokens_per_caption: float  # mean
 
 
 def disk_need(plan: Plan, text: TextSpace, manifest: Manifest) -> DiskNeed:
@@ -180,17 +165,11 @@ def _in_tar(size: np.ndarray) -> np.ndarray:
 
 
 class PictureBatch(NamedTuple):
-    """The healthy pictures of a batch, which have one size, and the broken ones.
+    """The healthy pictures of a batch, which have one size, and the broken ones."""
 
-    Attributes:
-        indices: indices of the healthy pictures.
-        pixels: (B, 3, H, W) uint8; None if all are broken.
-        faults: the broken pictures.
-    """
-
-    indices: list[int]
-    pixels: torch.Tensor | None
-    faults: list[Fault]
+    indices: list[int]  # of the healthy pictures
+    pixels: torch.Tensor | None  # (B, 3, H, W) uint8; None if all are broken
+    faults: list[Fault]  # the broken pictures
 
 
 class PlannedPictures(Dataset[tuple[int, torch.Tensor | Fault]]):
@@ -235,23 +214,14 @@ def _collate(items: list[tuple[int, torch.Tensor | Fault]]) -> PictureBatch:
 
 @dataclass
 class ShardEncoder:
-    """Writes shards.
+    """Writes shards."""
 
-    Attributes:
-        folder: folder of the set.
-        manifest: manifest of the set.
-        plan: the samples.
-        encoders: encoders of pictures and captions.
-        batch_size: pictures per batch.
-        progress: called after each batch with its number of samples.
-    """
-
-    folder: Path
+    folder: Path  # of the set
     manifest: Manifest
     plan: Plan
     encoders: Encoders
     batch_size: int
-    progress: Callable[[int], Any]
+    progress: Callable[[int], Any]  # called after each batch with its number of samples
 
     def write(self, shard: int, pictures: Iterator[PictureBatch]) -> list[Fault]:
         """Write the tar of a shard, then its index, which marks the tar as complete.

@@ -34,25 +34,17 @@ if TYPE_CHECKING:
 
 
 class Inputs(NamedTuple):
-    """Latents, text and conditions of a batch, on the training device.
+    """Latents, text and conditions of a batch, on the training device."""
 
-    Attributes:
-        latents: (B, C, h, w) float32, without noise.
-        text: (B, L, channels) float32.
-        text_mask: (B, L), 1 = token.
-        conditions: the transformer's `added_cond_kwargs`; see `size_conditions`.
-        empty_text: (L, channels) float32, the empty caption; None if the method does not need it.
-        weights: (B,) 1 for samples, 0 for placeholders.
-        places: (B, 2) in [0, 1), places of a part of each picture.
-    """
-
-    latents: torch.Tensor
-    text: torch.Tensor
-    text_mask: torch.Tensor
+    latents: torch.Tensor  # (B, C, h, w) float32, without noise
+    text: torch.Tensor  # (B, L, channels) float32
+    text_mask: torch.Tensor  # (B, L), 1 = token
+    # The transformer's `added_cond_kwargs`; see `size_conditions`
     conditions: dict[str, torch.Tensor | None]
+    # (L, channels) float32, the empty caption; None if the method does not need it
     empty_text: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
-    places: torch.Tensor | None = None
+    weights: torch.Tensor | None = None  # (B,) 1 for samples, 0 for placeholders
+    places: torch.Tensor | None = None  # (B, 2) in [0, 1), places of a part of each picture
 
     def repeated(self, times: int) -> Inputs:
         """Return the inputs with the whole batch repeated, `times * B` rows."""
@@ -129,15 +121,10 @@ class InputMaker:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The way to sample from the trained transformer.
-
-    Attributes:
-        scheduler: the scheduler.
-        settings: the steps and guidance that suit the model.
-    """
+    """The way to sample from the trained transformer."""
 
     scheduler: SchedulerMixin
-    settings: SamplingSettings
+    settings: SamplingSettings  # the steps and guidance that suit the model
 
 
 class Method(ABC):
@@ -280,17 +267,12 @@ def method_class(args: argparse.Namespace) -> type[Method]:
 
 
 class NoisedPrediction(NamedTuple):
-    """A model's prediction for noised latents, and its target.
+    """A model's prediction for noised latents, and its target."""
 
-    Attributes:
-        prediction, target: (B, C, h, w).
-        timesteps: (B,).
-        features: (B, N, channels) outputs of blocks that were asked for.
-    """
-
-    prediction: torch.Tensor
-    target: torch.Tensor
-    timesteps: torch.Tensor
+    prediction: torch.Tensor  # (B, C, h, w)
+    target: torch.Tensor  # (B, C, h, w)
+    timesteps: torch.Tensor  # (B,)
+    # (B, N, channels) outputs of the blocks that were asked for
     features: tuple[torch.Tensor, ...] = ()
 
 

@@ -27,15 +27,10 @@ if TYPE_CHECKING:
 
 
 class Alignment(NamedTuple):
-    """A term that pulls the features of a block towards those of a later one.
-
-    Attributes:
-        weight: weight of the term.
-        blocks: indices of the earlier and the later block.
-    """
+    """A term that pulls the features of a block towards those of a later one."""
 
     weight: float
-    blocks: tuple[int, int]
+    blocks: tuple[int, int]  # indices of the earlier and the later one
 
     @classmethod
     def from_options(cls, args: argparse.Namespace, num_layers: int) -> Alignment | None:
@@ -72,14 +67,10 @@ class Routing(NamedTuple):
 
     The paper draws tokens one by one. Here, those that stay are a rectangle of windows, at a random
     place in each picture, so that attention finds whole windows.
-
-    Attributes:
-        share: share of the tokens that skip the blocks, about.
-        blocks: indices of the blocks.
     """
 
-    share: float
-    blocks: range
+    share: float  # of the tokens, about
+    blocks: range  # indices of those that are skipped
 
     @classmethod
     def from_options(cls, args: argparse.Namespace, num_layers: int) -> Routing | None:

@@ -30,15 +30,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Repa(NamedTuple):
-    """A term that pulls the projected features of a block towards those of an image encoder.
-
-    Attributes:
-        weight: weight of the term.
-        block: index of the block.
-    """
+    """A term that pulls the projected features of a block towards those of an image encoder."""
 
     weight: float
-    block: int
+    block: int  # index
 
     @classmethod
     def from_options(cls, args: argparse.Namespace, num_layers: int) -> Repa | None:
