@@ -48,8 +48,6 @@ def cost_report(
     encoder, the activations of terms beside the transformer, and libraries.
 
     Args:
-        args: the options.
-        stage: the stage.
         size: height and width of its largest pictures, in pixels.
         pixels_per_latent: of the VAE.
         num_processes: processes of the run.

@@ -59,12 +59,7 @@ def encoder_sources(
 
 
 def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the transformer in the options. No weights are read.
-
-    Raises:
-        ValueError: if `--transformer-config` is neither a preset nor a JSON file with arguments of
-            the transformer, or `--transformer` is not a checkpoint.
-    """
+    """Return the arguments of the transformer in the options. No weights are read."""
     if args.transformer is None or is_pixart(args.transformer):
         shape = _shape(args.transformer_config)
     elif args.transformer.is_dir():
@@ -94,12 +89,8 @@ def load_transformer(
     """Return the transformer to train, in float32: new, or with the weights of `--transformer`.
 
     Args:
-        args: the options.
         text_width: channels of the text.
         latents: the latents to train on. A preset adapts to their channels and to `text_width`.
-
-    Raises:
-        ValueError: if the transformer can't be trained, or does not fit the encoders.
     """
     source, patch_size = args.transformer, args.new_latents
     if args.lora_rank is not None and is_pixart(source):
@@ -160,9 +151,6 @@ def load_frozen(source: Path, like: LocalDiTTransformer2DModel) -> LocalDiTTrans
     Args:
         source: a Diffusers folder or a checkpoint file.
         like: the transformer in training; both see the same text and latents.
-
-    Raises:
-        ValueError: if it does not fit the encoders.
     """
     frozen = _loaded(source)
     remedy = "name a teacher of these latents"
@@ -219,14 +207,10 @@ def settle_prediction_type(args: argparse.Namespace, checkpoint: Path | None = N
     beside theirs. New weights predict the noise, "epsilon".
 
     Args:
-        args: the options.
         checkpoint: the checkpoint that the run resumes from, if any.
 
     Returns:
         A message if the weights decided.
-
-    Raises:
-        ValueError: if the weights, or the weights and the options, contradict each other.
     """
     saved = saved_options(checkpoint / "training") if checkpoint is not None else {}
     named = {"--teacher": args.teacher}

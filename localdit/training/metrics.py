@@ -102,7 +102,6 @@ class Metrics:
         """Start with no steps.
 
         Args:
-            device: the device of this process.
             num_devices: number of devices of the run, which share the operations.
             peak: the peak of one device in operations per second, from `peak_flops`.
         """
@@ -121,7 +120,6 @@ class Metrics:
 
         Args:
             loss, grad_norm: values of the whole batch, over all processes.
-            learning_rate: the rate of the step.
             images: number of pictures in the whole batch.
             flops: operations of the model for all of them, forward and backward.
         """

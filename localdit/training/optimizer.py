@@ -48,7 +48,6 @@ def make_optimizer(
         learning_rate: the rate of the first step.
         weight_decay: share of a weight, times the learning rate, that each step subtracts.
         betas: decay of the first and the second moment of AdamW.
-        device: the device of the parameters.
     """
     fused = torch.device(device).type in ("cpu", "cuda")
     if name == "muon":
@@ -82,8 +81,6 @@ def learning_rate(
     Args:
         step: the coming step, counted from 0.
         total_steps: steps of the run, or of its stage.
-        peak: the highest learning rate.
-        warmup_steps: steps of the rise from 0.
         schedule: the rate after the warm-up, "constant" or "cosine".
     """
     if step < warmup_steps:
@@ -107,11 +104,6 @@ def optimizer_state(
         Tensors by parameter and entry (`proj_out.weight.exp_avg`), on the main process only; and
         the rest, ready for JSON: "groups", the parameters and settings of each group, and
         "values", `{parameter: {entry: value}}` for entries that are not tensors.
-
-    Raises:
-        ValueError: if the optimizer has parameters that the model lacks, or entries that can't be
-            put together from shards, such as those of 8-bit optimizers; under DeepSpeed with
-            another ZeRO stage than 1 or 2.
     """
     optimizer, groups = _named_groups(model, optimizer)
     saved = [
@@ -166,9 +158,6 @@ def load_optimizer_state(
         optimizer: the optimizer of its parameters, as Accelerate prepared it or bare.
         tensors: full tensors, the same on every process; read one at a time.
         notes: groups and values.
-
-    Raises:
-        ValueError: if groups, names or shapes differ.
     """
     optimizer, groups = _named_groups(model, optimizer)
     _require_same_groups(groups, notes["groups"])

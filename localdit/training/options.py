@@ -510,9 +510,6 @@ def _log_in_to_wandb() -> None:
     """Log in to Weights & Biases, which asks for a key if there is none and a terminal to ask on.
 
     In offline mode, nothing is asked and no network is needed.
-
-    Raises:
-        ValueError: if there is no key, or it can't be verified.
     """
     import wandb
 

@@ -93,7 +93,6 @@ def write_snapshot(
     Args:
         folder: an empty folder. Each average is in its folder `SIGMA_REL`.
         averages: the averages by `sigma_rel`.
-        updates: how many updates they have seen.
         write: writes weights into a folder as the result of the run.
     """
     for sigma_rel, tensors in averages.items():
@@ -111,10 +110,6 @@ def rebuild(run: Path, sigma_rel: float, output: Path) -> float:
 
     Returns:
         The distance of the profile from the one that was asked for; see `fit`.
-
-    Raises:
-        ValueError: for another length, if there are no snapshots, or if one is damaged.
-        FileExistsError: if `output` exists.
     """
     if not 0 < sigma_rel <= LARGEST:
         raise ValueError(f"--sigma-rel is {sigma_rel}; expected more than 0 and at most {LARGEST}")

@@ -93,11 +93,7 @@ def make_accelerator(batch_size: int, gradient_clip: float, **options: Any) -> A
 
 
 def require_precision(accelerator: Accelerator) -> None:
-    """Refuse float16 on a CPU, where Accelerate would compute in float32.
-
-    Raises:
-        ValueError: on a CPU, with a mixed precision of float16.
-    """
+    """Refuse float16 on a CPU, where Accelerate would compute in float32."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
             "--mixed-precision fp16, or the one in Accelerate's configuration, needs a GPU, and "

@@ -47,7 +47,6 @@ class Reporter:
         """Print the data of each stage, and start the trackers.
 
         Args:
-            data: the data of each stage.
             step: steps taken before.
             tokenizer: the tokenizer of the captions; None if all of them are encoded.
         """
@@ -184,12 +183,6 @@ def draw_curves(metrics_jsonl: Path, png: Path) -> None:
     Args:
         metrics_jsonl: file with a JSON object per line: `step` and any of `loss`, `learning_rate`,
             `validation/model/loss` and `validation/ema/loss`.
-        png: file to write.
-
-    Raises:
-        ModuleNotFoundError: without matplotlib.
-        OSError: if a file can't be read or written.
-        ValueError: if no line has a loss.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -224,9 +217,6 @@ def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
 
     A run that resumes from an earlier checkpoint repeats steps. So a line replaces all lines above
     it with later steps.
-
-    Raises:
-        ValueError: if another line is not a JSON object.
     """
     texts = metrics_jsonl.read_text(encoding="utf-8").splitlines()
     lines: list[dict[str, Any]] = []

@@ -68,11 +68,7 @@ class PipelineFolder:
         write_json(folder / "model_index.json", index)
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Return the averages that `write` wrote, sharded or not; other files are not read.
-
-        Raises:
-            ValueError: if they are of a transformer of another shape, or not finite.
-        """
+        """Return the averages that `write` wrote, sharded or not; other files are not read."""
         saved = read_json(folder / "transformer/config.json")
         there, here = _shape(_without_weights(self.transformer, saved)), _shape(self.transformer)
         differing = [
@@ -150,9 +146,6 @@ def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespa
     """Freeze a transformer and add the adapters that the options ask for.
 
     They start without effect, because one half of each is zero.
-
-    Raises:
-        ValueError: if a target can't have an adapter.
     """
     from peft import LoraConfig
 
@@ -167,11 +160,7 @@ def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespa
 
 
 def _targets(transformer: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """Return the ends of the names of the layers to adapt.
-
-    Raises:
-        ValueError: if a name is not the end of linear layers alone.
-    """
+    """Return the ends of the names of the layers to adapt."""
     layers: dict[str, nn.Module] = dict(transformer.named_modules())
     ends = {
         target: [m for name, m in layers.items() if f".{name}".endswith(f".{target}")]
@@ -220,11 +209,7 @@ class AdapterFolder:
         write_json(folder / BASE, base)
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
-        """Return the averages that `write` wrote, by the names of the parameters.
-
-        Raises:
-            ValueError: if the adapters belong to another base or to other layers, or not finite.
-        """
+        """Return the averages that `write` wrote, by the names of the parameters."""
         base = read_json(folder / BASE)
         if base["sha256"] != self.fingerprint:
             raise ValueError(

@@ -81,12 +81,6 @@ class RunFolder:
 
         Returns:
             The checkpoint, or None if training starts from the beginning.
-
-        Raises:
-            FileExistsError: if the folder holds something else than the run to resume.
-            ValueError: if another process is training in the folder, if the checkpoint is damaged,
-                or if "auto" finds only damaged ones.
-            OSError: if the folder can't be written to.
         """
         if not (self.path / LOCK).is_file():  # leave a folder without a run as it is
             self._require_own(resume)
@@ -279,11 +273,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 def changed_options(
     checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[tuple[str, Any, Any]]:
-    """Return name, old and new value of each option that differs from the saved run's.
-
-    Raises:
-        ValueError: if one of `FIXED` differs.
-    """
+    """Return name, old and new value of each option that differs from the saved run's."""
     before = {"method": "fine-tuning", **before}  # older runs had no --method
     names = sorted((before.keys() | now.keys()) - set(IGNORED))
     changes = [

@@ -65,11 +65,7 @@ class Session:
     broken_held_out: set[Fault] = field(default_factory=set)
 
     def resume(self, checkpoint: Path) -> None:
-        """Load a checkpoint, and print the options that differ from those it was saved with.
-
-        Raises:
-            ValueError: if it belongs to another run, model or optimizer.
-        """
+        """Load a checkpoint, and print the options that differ from those it was saved with."""
         folder = checkpoint / "training"
         changes = changed_options(checkpoint, saved_options(folder), options_of(self.args))
         averages = self.models.result.averages_in(checkpoint)

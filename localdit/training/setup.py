@@ -81,11 +81,7 @@ def start_processes(args: argparse.Namespace) -> Accelerator:
 
 
 def find_data(args: argparse.Namespace) -> list[StageData]:
-    """Find the data of all stages before training begins. Each root is searched once.
-
-    Raises:
-        ValueError, OSError: if a stage has nothing to train on, or an option has no effect.
-    """
+    """Find the data of all stages before training begins. Each root is searched once."""
     initialization.require_shape_used(args)
     shape = initialization.transformer_config(args)
     num_layers, window_size = shape.get("num_layers", 18), shape.get("window_size", 4)
@@ -180,14 +176,8 @@ def load_models(
     """Load the models. Encoded data needs neither VAE nor text encoder.
 
     Args:
-        args: the options.
-        data: the data of each stage.
-        accelerator: the processes.
         checkpoint: the checkpoint to resume from, if any. Unless the run trains adapters, the
             result has its weights instead of those of `--transformer`, and so its settings.
-
-    Raises:
-        ValueError, OSError: if models are missing or don't fit each other.
     """
     device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
     encoded = _encoded(args, data)
@@ -274,11 +264,7 @@ def _result_folder(
     sources: dict[str, str],
     start: Path | None,
 ) -> ResultFolder:
-    """Return the writer of the result. If that is adapters, add them to the transformer.
-
-    Raises:
-        ValueError, OSError: if encoders are missing, or the transformer can't have the adapters.
-    """
+    """Return the writer of the result. If that is adapters, add them to the transformer."""
     if args.lora_rank is None:
         return PipelineFolder(
             transformer,
@@ -294,11 +280,7 @@ def _result_folder(
 
 
 def _encoded(args: argparse.Namespace, data: list[StageData]) -> EncodedSet | None:
-    """Return the first encoded set of a run, None if there is none.
-
-    Raises:
-        ValueError: if sets have different encoders, or captions were cut at another length.
-    """
+    """Return the first encoded set of a run, if any; refuse sets of different encoders."""
     sets = [stage.found.encoded for stage in data if stage.found.encoded is not None]
     for encoded in sets:
         _require_same_encoders(sets[0].manifest.fingerprints, encoded.manifest.fingerprints)
@@ -316,9 +298,6 @@ def _vae_that_encoded(encoded: EncodedSet, sources: dict[str, str]) -> Any:
 
     The result will have the tokenizer and the text encoder of `sources`, too. The text encoder is
     large, so only its width is compared with that of the data, not its weights.
-
-    Raises:
-        ValueError, OSError: if encoders are missing, or are not those that encoded the data.
     """
     where = {name: locate_encoder(name, source) for name, source in sources.items()}
     vae = load_vae(where["vae"], torch.float32)
@@ -347,11 +326,7 @@ def _require_same_encoders(expected: dict[str, str], given: dict[str, str]) -> N
 
 
 def make_state(args: argparse.Namespace, method: Method, accelerator: Accelerator) -> TrainingState:
-    """Prepare the models of a method and their optimizers for the processes, and start averages.
-
-    Raises:
-        ValueError: if the processes can't train these models, or can't use this optimizer.
-    """
+    """Prepare the models of a method and their optimizers for the processes, and start averages."""
     engine, precision = accelerator.distributed_type, accelerator.mixed_precision
     if args.lora_rank is not None and engine == "DEEPSPEED":
         raise ValueError("--lora-rank is not supported with DeepSpeed: use DDP or FSDP2.")

@@ -70,9 +70,6 @@ def shard_like(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return a copy of a full tensor, split and placed like `parameter`, in the dtype of `full`.
 
     Every process passes the same `full`; nothing is sent.
-
-    Raises:
-        ValueError: as `shard_of` does.
     """
     return _as_sharded(shard_of(full, parameter).to(parameter.device, copy=True), parameter)
 
@@ -183,9 +180,6 @@ def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Returns:
         The state on the main process, nothing on the others.
-
-    Raises:
-        ValueError: under DeepSpeed with another ZeRO stage than 1 or 2.
     """
     masters = zero_masters(model) if is_deepspeed(model) else {}
     return collect(
@@ -224,11 +218,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 
 
 def zero_masters(engine: Any) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return the functions that gather float32 weights, by parameter name. Each is collective.
-
-    Raises:
-        ValueError: with another ZeRO stage than 1 or 2.
-    """
+    """Return the functions that gather float32 weights, by parameter name. Each is collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     zero_optimizer(engine)
@@ -289,15 +279,9 @@ def load_zero_optimizer_entries(
     """Load the optimizer's entries and the settings of its groups.
 
     Args:
-        engine: DeepSpeed's.
-        groups: the parameters of each group.
         tensors: full tensors.
         keys: key in `tensors`, parameter and entry of each tensor.
         values: `{parameter: {entry: value}}` of the entries that are not tensors.
-        settings: the settings of each group.
-
-    Raises:
-        ValueError: if an entry can't be split.
     """
     from deepspeed.utils import safe_set_full_optimizer_state
 

@@ -47,9 +47,6 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     """Read the options that each stage changes, by name.
 
     The file is a JSON list of objects such as `{"image-size": 256, "max-train-steps": 10000}`.
-
-    Raises:
-        ValueError: if it is not such a list, or names another option, or one twice.
     """
     try:
         stages = parse_json_list(path.read_bytes(), "the file")

@@ -177,11 +177,7 @@ class TrainedModel:
     def load_state(
         self, weights: Tensors, optimizer: Tensors, average: Tensors, notes: Mapping[str, Any]
     ) -> None:
-        """Load what `state` and `gathered_average` returned, on any number of processes.
-
-        Raises:
-            ValueError: if it is the state of another model or optimizer.
-        """
+        """Load what `state` and `gathered_average` returned, on any number of processes."""
         load_model_state(self.module, weights)
         load_optimizer_state(self.module, self.optimizer, optimizer, notes["optimizer"])
         if self.average is not None:
@@ -340,8 +336,6 @@ class TrainingState:
 
         Args:
             folder: the folder that `Snapshot.write` made.
-            averages: averages of the transformer.
-            rank: number of this process.
 
         Raises:
             ValueError: if it is the state of other models or optimizers.

@@ -134,11 +134,7 @@ def _agree(
     count: float,
     flops: int,
 ) -> Outcome:
-    """Combine the results of all processes: of their losses (accumulations, B) and operations.
-
-    Raises:
-        TrainingStopped: if too many steps were not finite, or too many samples are broken.
-    """
+    """Combine the results of all processes: of their losses (accumulations, B) and operations."""
     grad_norm = float(norm)
     # With scaled gradients (float16) an overflow is expected: the scaler skips the step.
     sound = math.isfinite(grad_norm) or session.accelerator.scaler is not None

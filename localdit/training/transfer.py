@@ -137,7 +137,6 @@ def start_from_other_latents(
     Args:
         trained: a LocalDiT of other latents, on the CPU. Its tensors are shared, not copied.
         source: its file or folder, for the report.
-        latents: the latents to train on.
         patch_size: side of the square of these latents that becomes a token.
         image_size: side in pixels, a multiple of the pixels per token.
     """
@@ -174,11 +173,7 @@ def start_from_other_latents(
 
 
 def is_pixart(source: Path) -> bool:
-    """Return whether a file or folder holds a PixArt transformer with Diffusers' names.
-
-    Raises:
-        ValueError: if a file is damaged.
-    """
+    """Return whether a file or folder holds a PixArt transformer with Diffusers' names."""
     paths = _weight_files(source)
     return bool(paths) and MARK in open_files(paths)
 
@@ -199,10 +194,6 @@ def start_from_pixart(
             file with Diffusers' names.
         new_latents: keep the patch embedding and the output layer of `transformer`, which is for
             other latents than the PixArt.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it is not a PixArt, or tensors are missing, unknown or of other shapes.
     """
     paths = _weight_files(source)
     if not paths:
@@ -320,11 +311,7 @@ def _unused(
     blocks: tuple[int, ...],
     source: Path,
 ) -> list[str]:
-    """Return the tensors without a destination, apart from unused blocks.
-
-    Raises:
-        ValueError: if one of them is unknown.
-    """
+    """Return the tensors without a destination, apart from unused blocks; refuse unknown ones."""
     rest = [name for name in files if name not in routes and _block_number(name) in (-1, *blocks)]
     known = (*BUFFERS, *LATENT_LAYERS)  # the latter are left out for other latents
     unknown = [n for n in rest if not n.startswith(known) and not _of_size_embedders(n)]

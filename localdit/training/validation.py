@@ -44,7 +44,6 @@ def validation_losses(
             each process must have the same number of batches.
         sizes: all possible sizes, the same in every process.
         name: name of the model in the result, "model" or "ema".
-        num_bins: number of bins.
         seed: seed of timesteps and noise.
         reduce: sums a tensor over all processes, for example
             `functools.partial(accelerator.reduce, reduction="sum")`; None for one process.

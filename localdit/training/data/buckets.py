@@ -73,7 +73,6 @@ def assign_buckets(
 
     Args:
         shapes: height and width of each picture, in pixels.
-        sizes: the buckets.
         max_upscale: largest factor by which a picture may be enlarged.
         max_crop: largest share of a picture that may be cut away.
 

@@ -119,11 +119,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an encoded set.
-
-    Raises:
-        ValueError: if the folder has none, or it is damaged or of another version.
-    """
+    """Read the manifest of an encoded set."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} has no encoded data: it has no {MANIFEST}.")
@@ -159,16 +155,7 @@ def latent_statistics(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_latent_format(folder: Path, manifest: Manifest, expected: LatentFormat) -> None:
-    """Refuse a set whose latents do not have the format of the VAE that is to decode them.
-
-    Args:
-        folder: folder of the set.
-        manifest: manifest of the set.
-        expected: format of the VAE's latents.
-
-    Raises:
-        ValueError: if the formats of the two differ.
-    """
+    """Refuse a set whose latents do not have the format of the VAE that is to decode them."""
     for field in fields(LatentFormat):
         given, value = (getattr(one, field.name) for one in (manifest.latent_format, expected))
         if given != value:
@@ -200,11 +187,7 @@ def index_path(folder: Path, shard: int) -> Path:
 
 
 def read_empty_text(folder: Path) -> torch.Tensor:
-    """Read the text states of the empty caption, (tokens, text width) bfloat16.
-
-    Raises:
-        ValueError: if they can't be read.
-    """
+    """Read the text states of the empty caption, (tokens, text width) bfloat16."""
     path = folder / EMPTY_CAPTION
     try:
         return load(path.read_bytes())["text"]
@@ -223,18 +206,7 @@ def unwritten_shards(folder: Path, manifest: Manifest) -> list[int]:
 def read_shard(
     folder: Path, shard: int, manifest: Manifest, digest: str
 ) -> tuple[list[Sample], list[Fault]]:
-    """Read the samples of a shard, and those that turned out to be broken during encoding.
-
-    Args:
-        folder: folder of the set.
-        shard: number of the shard.
-        manifest: manifest of the set.
-        digest: digest of the manifest.
-
-    Raises:
-        ValueError: if the index is damaged or of another set, or the tar has another size than
-            when it was written.
-    """
+    """Read the samples of a shard, and those that turned out to be broken during encoding."""
     tar, index = tar_path(folder, shard), index_path(folder, shard)
     again = f"Remove {index.name} and run again: {manifest.command}"
     try:
@@ -271,9 +243,6 @@ def open_encoded(folder: str | Path) -> tuple[list[Sample], Faults, EncodedSet]:
 
     Returns:
         Its samples, those that turned out to be broken during encoding, and the set.
-
-    Raises:
-        ValueError: if the folder has no encoded set, an unfinished one, or a damaged one.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

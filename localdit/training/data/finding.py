@@ -68,11 +68,7 @@ class Found:
         return f"Splits: train is used; left out: {others}" if others else ""
 
     def require_samples(self, data_root: str | Path) -> None:
-        """Refuse data without a sound sample, with the reason.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """Refuse data without a sound sample, with the reason."""
         if self.samples:
             return
         broken = f"all {self.faults.total:,} are broken:\n{self.faults}"

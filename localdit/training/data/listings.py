@@ -58,7 +58,6 @@ def list_files(root: Path, without: Path | None = None) -> list[str]:
     to it: under its own name if that is below `root`, otherwise under the first link.
 
     Args:
-        root: the folder.
         without: a folder that is skipped.
 
     Returns:
@@ -115,7 +114,6 @@ def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     has one. A file with a caption but an unknown suffix, such as `a.heic`, is a fault.
 
     Args:
-        root: the folder.
         files: the result of `list_files`.
     """
     suffixes: dict[str, list[str]] = {}
@@ -161,7 +159,6 @@ def list_metadata(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     faults. Names may have backslashes, or their accents composed in another way than the files.
 
     Args:
-        root: the folder of the data.
         files: the result of `list_files`.
 
     Raises:
@@ -373,12 +370,7 @@ class Cell(NamedTuple):
 
 
 def list_saved(root: Path) -> list[Candidate | Fault]:
-    """Return the rows of a saved dataset; of several splits, those of the first in `TRAIN_SPLITS`.
-
-    Raises:
-        ValueError: if it can't be opened, or has no such split or columns.
-        ImportError: if the datasets package is missing.
-    """
+    """Return the rows of a saved dataset; of splits, those of the first in `TRAIN_SPLITS`."""
     dataset, split = _open(str(root))
     image, captions = _columns(root, dataset)
     prefix = f"{split} row" if split else "row"

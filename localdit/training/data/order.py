@@ -148,9 +148,6 @@ def hold_out(ids: Sequence[str], count: int) -> np.ndarray:
 
     Returns:
         Their indices, ascending, (count,) int64.
-
-    Raises:
-        ValueError: if nothing would be left to train on.
     """
     if not 0 <= count < max(1, len(ids)):
         raise ValueError(

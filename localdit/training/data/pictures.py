@@ -82,7 +82,6 @@ def read_picture(image: Readable, size: Size, flip: bool = False) -> torch.Tenso
     """Decode a picture, scale it to cover `size`, and crop two opposite edges.
 
     Args:
-        image: the stored picture.
         size: height and width in pixels.
         flip: mirror it, left to right.
 

@@ -158,12 +158,8 @@ def require_few(faults: Faults, healthy: int, allowed: float) -> None:
     """Refuse data in which too large a share of the samples is broken.
 
     Args:
-        faults: the broken samples.
         healthy: number of samples that are not broken.
         allowed: share of all samples, 0 to 1.
-
-    Raises:
-        ValueError: with the counts by kind and examples.
     """
     total = faults.total + healthy
     if faults.total > allowed * total:

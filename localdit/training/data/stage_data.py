@@ -59,11 +59,7 @@ class StageData:
         return digest.hexdigest()
 
     def order(self, stage: Stage, global_batch: int, seed: int) -> Order:
-        """Return the order in which the samples are visited.
-
-        Raises:
-            ValueError: if there is no sample to visit.
-        """
+        """Return the order in which the samples are visited."""
         self.found.require_samples(stage.data_root)
         visited = self.buckets.copy()
         visited[self.held_out] = -1
@@ -90,16 +86,9 @@ def prepare_data(
     Encoded samples keep the buckets that they were encoded for.
 
     Args:
-        found: the samples.
-        stage: the stage that trains on them.
         window_size: side of the model's windows, in tokens.
         pixels_per_token: pixels per latent times the patch size.
         pictures: those of `PICTURE_OPTIONS` that are given; the others have their defaults.
-        validation_samples: the option of this name.
-
-    Raises:
-        ValueError: if samples were encoded for another size or for other tokens, or with other
-            options of `PICTURE_OPTIONS`.
     """
     shapes = [(sample.height, sample.width) for sample in found.samples]
     if found.encoded is not None:
@@ -204,7 +193,6 @@ def unknown_captions(samples: Sequence[Sample], tokenizer: Any) -> str:
     Each word is tokenised once. Captions are tokenised only if they may have unknown pieces.
 
     Args:
-        samples: samples with captions.
         tokenizer: a Transformers tokenizer.
     """
     words = {word for sample in samples for text in sample.captions for word in text.split()}
@@ -224,7 +212,6 @@ def dry_run_report(data: StageData, global_batch: int, tokenizer: Any = None) ->
     """Describe the data, its buckets and its batches in several lines of text.
 
     Args:
-        data: the data of a stage.
         global_batch: samples in an optimizer step.
         tokenizer: the tokenizer of the captions; None if it is not on this machine.
     """

@@ -54,10 +54,6 @@ def find_tars(pattern: str) -> list[str]:
     Args:
         pattern: path of a tar. `*`, `?` and `[...]` match existing files; every file that
             `{000..123}` or `{a,b}` names must exist.
-
-    Raises:
-        FileNotFoundError: if one of them is missing.
-        ValueError: if there are more than `MAX_TARS`.
     """
     if os.path.isfile(pattern):
         return [pattern]
@@ -75,11 +71,7 @@ def find_tars(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `{000..123}` and `{a,b}` in a pattern, in order, without duplicates.
-
-    Raises:
-        ValueError: if there are more than `MAX_TARS` results.
-    """
+    """Expand `{000..123}` and `{a,b}` in a pattern, in order, without duplicates."""
     braces = BRACES.search(pattern)
     if braces is None:
         return [pattern]
@@ -104,11 +96,7 @@ def list_tars(paths: Sequence[str], root: Path | None = None) -> list[Candidate 
     """Return the samples in tars.
 
     Args:
-        paths: paths of the tars.
         root: the folder that names in reports start from; by default the one that holds all tars.
-
-    Raises:
-        ValueError: if one is compressed.
     """
     if not paths:
         return []
@@ -137,7 +125,6 @@ def _list_tar(path: str, tar: str) -> list[Candidate | Fault]:
     """Return the samples in a tar, in its order.
 
     Args:
-        path: path of the tar.
         tar: name of the tar in reports.
     """
     try:

@@ -103,11 +103,7 @@ class Job:
         return "\n".join(lines)
 
     def require_space(self, folder: Path) -> None:
-        """Check that the remaining shards fit on the disk.
-
-        Raises:
-            ValueError: if they do not.
-        """
+        """Check that the remaining shards fit on the disk."""
         needed = self.bytes_of(unwritten_shards(folder, self.manifest))
         free = free_bytes(folder)
         if needed > free:
@@ -122,15 +118,8 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet:
     """Find the samples, load the encoders, and plan the work.
 
     Args:
-        args: the options.
         command: the whole command, which the manifest stores for resuming.
-        device: device of the encoders.
         quiet: hide the progress.
-
-    Raises:
-        OSError: if data or encoders are missing.
-        ValueError: if there is nothing to encode, too many samples are broken, or `--image-size`
-            is not a multiple of a token.
     """
     sources = encoder_sources(args)
     latents = LatentFormat.from_config(vae_config(locate_encoder("vae", sources["vae"])))
@@ -180,11 +169,7 @@ def _manifest(
 
 
 def check_folder(folder: Path, manifest: Manifest) -> None:
-    """Check that the shards of a set may be written to a folder.
-
-    Raises:
-        ValueError: if it has other files, or a set with other settings.
-    """
+    """Check that the shards of a set may be written to a folder."""
     if (folder / MANIFEST).is_file():
         existing = read_manifest(folder)
         if existing.fingerprints.get("vae") == manifest.fingerprints["vae"]:
@@ -204,12 +189,7 @@ def check_folder(folder: Path, manifest: Manifest) -> None:
 
 
 def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> list[int]:
-    """Prepare a folder for its shards, and return the numbers of the missing ones.
-
-    Raises:
-        OSError: if it can't be written to.
-        ValueError: if another command is writing to it.
-    """
+    """Prepare a folder for its shards, and return the numbers of the missing ones."""
     prepare_output_folder(folder)
     lock_folder(
         folder,
@@ -235,14 +215,8 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
     """Write shards one after the other. Each is safe once it is written.
 
     Args:
-        args: the options.
-        job: the samples and encoders.
         shards: the numbers of this process's shards.
         quiet: hide the progress.
-
-    Raises:
-        OSError: if they can't be written.
-        ValueError: if too many samples turn out to be broken.
     """
     plan = job.plan
     # The activations of few pictures fit the caches of a CPU; those of many do not.
@@ -262,11 +236,7 @@ def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: boo
 
 
 def report(args: argparse.Namespace, job: Job) -> str:
-    """Open the finished set and describe it.
-
-    Raises:
-        ValueError: if it can't be opened, or too many samples were broken.
-    """
+    """Open the finished set and describe it."""
     samples, faults, _ = open_encoded(args.output)
     tars = [tar_path(args.output, shard) for shard in range(job.plan.num_shards)]
     size = human_size(sum(path.stat().st_size for path in tars))

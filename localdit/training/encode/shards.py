@@ -90,11 +90,7 @@ class Plan:
 
 
 def make_plan(samples: Sequence[Sample], args: argparse.Namespace, pixels_per_token: int) -> Plan:
-    """Sort samples into the buckets of the options.
-
-    Raises:
-        ValueError: if all are too small.
-    """
+    """Sort samples into the buckets of the options."""
     sizes = crop_sizes(
         args.crop, args.image_size, args.window_size, pixels_per_token, args.max_aspect_ratio
     )
@@ -227,14 +223,10 @@ class ShardEncoder:
         """Write the tar of a shard, then its index, which marks the tar as complete.
 
         Args:
-            shard: number of the shard.
             pictures: iterator that yields the batches of the shard next.
 
         Returns:
             The samples that turned out to be broken.
-
-        Raises:
-            OSError: if a file can't be written. No incomplete file is left then.
         """
         entries, faults = [], []
         with whole_file(tar_path(self.folder, shard)) as file:

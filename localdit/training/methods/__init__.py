@@ -64,7 +64,6 @@ class InputMaker:
     """Encodes batches of pictures, and passes on batches of encoded data.
 
     Args:
-        device: device of the inputs.
         encoders: encoders of pictures and captions; None for encoded data.
         max_caption_length: number of text tokens after which captions are cut.
         models: models that take the inputs, conditioned on picture sizes or not.
@@ -158,22 +157,14 @@ class Method(ABC):
 
     @classmethod
     def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
-        """Return the arguments beside the models and the objective that the options give.
-
-        Raises:
-            ValueError: if the transformer of `num_layers` blocks lacks one that they name.
-        """
+        """Return the arguments beside the models and the objective that the options give."""
         return {}
 
     @classmethod
     def frozen_models(
         cls, args: argparse.Namespace, transformer: LocalDiTTransformer2DModel
     ) -> dict[str, nn.Module]:
-        """Load the other transformers that the loss needs, by name.
-
-        Raises:
-            ValueError, OSError: if one is missing or does not fit.
-        """
+        """Load the other transformers that the loss needs, by name."""
         return {}
 
     @classmethod
@@ -185,8 +176,6 @@ class Method(ABC):
         A few-step model does not stay one.
 
         Args:
-            args: the options.
-            objective: defines the scheduler.
             start: where the weights that training starts from are; None if they are new.
         """
         start = start or args.teacher
@@ -212,7 +201,6 @@ class Method(ABC):
 
         Args:
             models: the trained models as Accelerate prepared them, and the frozen ones, by name.
-            inputs: latents, text and conditions of the batch.
             noise: (B, C, h, w) float32.
             positions: (B,) in [0, 1), from the latents to the noise; see `Objective.timesteps`.
         """

@@ -37,9 +37,6 @@ class Alignment(NamedTuple):
         """Return what the options ask for; None if they leave the term out.
 
         Blocks are by default those after 8/28 and 16/28 of all.
-
-        Raises:
-            ValueError: if there are no such blocks.
         """
         if not args.alignment_weight:
             return None
@@ -77,9 +74,6 @@ class Routing(NamedTuple):
         """Return what the options ask for; None if all tokens take all blocks.
 
         By default 2/28 of the blocks come before and 4/28 after, at least one of each.
-
-        Raises:
-            ValueError: if there are no such blocks.
         """
         if not args.token_routing:
             return None
@@ -94,11 +88,7 @@ class Routing(NamedTuple):
         return cls(args.token_routing, range(first - 1, last))
 
     def rectangle(self, height: int, width: int, window_size: int) -> tuple[int, int]:
-        """Return the size of the rectangle that stays, in tokens, in maps of one size.
-
-        Raises:
-            ValueError: if the map has too few windows to choose from.
-        """
+        """Return the size of the rectangle that stays, in tokens, in maps of one size."""
         rows, columns = height // window_size, width // window_size
         size = rectangle_size(height, width, window_size, 1 - self.share)
         if min(rows, columns) < 2 or size == (rows * window_size, columns * window_size):

@@ -40,9 +40,6 @@ class Repa(NamedTuple):
         """Return what the options ask for; None if they leave the term out.
 
         The block is by default the one after 8/28 of all.
-
-        Raises:
-            ValueError: if there is no such block.
         """
         if not args.repa_weight:
             return None
@@ -136,11 +133,7 @@ class LatentFeatures(nn.Module):
 
 
 def image_encoder_config(folder: Path) -> Any:
-    """Return the configuration of the image encoder in a folder; no weights are read.
-
-    Raises:
-        ValueError, OSError: if there is none, or it does not cut pictures into patches.
-    """
+    """Return the configuration of the image encoder in a folder; no weights are read."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -158,12 +151,7 @@ def image_encoder_config(folder: Path) -> Any:
 
 
 def load_latent_features(folder: Path, vae: Any, bf16: bool = False) -> LatentFeatures:
-    """Return the features of the image encoder in a folder, for latents of an autoencoder.
-
-    Raises:
-        ValueError, OSError: if the encoder can't be loaded, or does not give a feature for each
-            patch of a picture of any size.
-    """
+    """Return the features of the image encoder in a folder, for latents of an autoencoder."""
     from transformers import AutoModel
 
     config, statistics = image_encoder_config(folder), _mean_and_std(folder)
@@ -194,11 +182,7 @@ def _no_patches(folder: Path, config: Any) -> ValueError:
 
 
 def _mean_and_std(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
-    """Return what the folder's preprocessor subtracts from pixels and divides them by.
-
-    Raises:
-        ValueError: if these are not three numbers each.
-    """
+    """Return what the folder's preprocessor subtracts from pixels and divides them by."""
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.is_file() else {}
     mean = settings.get("image_mean", IMAGENET_MEAN)
