@@ -15,7 +15,9 @@ from torch import nn
 from localdit.checkpoint import inspect_checkpoint
 from localdit.checkpoint.reading import few
 from localdit.config import Config
+from localdit.core.encoders import locate_encoder
 from localdit.core.latents import LatentFormat
+from localdit.core.parts import vae_config
 from localdit.core.samplers import prediction_type_of
 from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
@@ -56,6 +58,11 @@ def encoder_sources(
     return {
         part: str(source or args.pretrained or otherwise[part]) for part, source in named.items()
     }
+
+
+def latent_format(vae: str) -> LatentFormat:
+    """Return the format of the latents of an autoencoder; only its configuration is read."""
+    return LatentFormat.from_config(vae_config(locate_encoder("vae", vae)))
 
 
 def transformer_config(args: argparse.Namespace) -> dict[str, Any]:

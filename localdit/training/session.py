@@ -25,7 +25,7 @@ from localdit.training.data.stage_data import (
     stage_batches,
 )
 from localdit.training.initialization import settle_prediction_type
-from localdit.training.methods import Inputs, Method
+from localdit.training.methods import Inputs
 from localdit.training.optimizer import learning_rate
 from localdit.training.options import set_defaults
 from localdit.training.processes import Agreement
@@ -57,7 +57,6 @@ class Session:
     run: RunFolder
     data: list[StageData]  # of each stage
     models: Models
-    method: Method
     state: TrainingState  # everything that a step changes
     reporter: Reporter
     stop: StopRequest
@@ -91,7 +90,8 @@ class Session:
         stage = stage_of_step(stages, progress.step)
         if progress.step == stage.first_step:
             progress.begin(self.data[stage.index].digest)
-        self.method.set_sample_size(stage.image_size // self.models.latents.pixels_per_latent)
+        models = self.models
+        models.method.set_sample_size(stage.image_size // models.latents.pixels_per_latent)
         if len(stages) > 1:
             self.reporter.say(str(stage))
         return stage
@@ -133,7 +133,7 @@ class Session:
         if not held_out and pictures is None:
             return
         trained = self.state.models[TRANSFORMER]
-        averaged = with_weights(self.models.transformer, trained.averaged_weights())
+        averaged = with_weights(self.models.method.transformer, trained.averaged_weights())
         averaged = averaged.to(self.accelerator.device)
         if held_out:
             losses: dict[str, float] = {}
@@ -169,7 +169,7 @@ class Session:
 
         return validation_losses(
             model,
-            self.method.validation_errors,
+            self.models.method.validation_errors,
             encoded(),
             data.sizes,
             name,
@@ -284,7 +284,6 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         run,
         data,
         models,
-        method,
         state,
         Reporter(args, accelerator, run),
         stop,

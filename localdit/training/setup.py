@@ -23,7 +23,7 @@ from localdit.core.encoders import (
     weights_fingerprint,
 )
 from localdit.core.latents import LatentFormat
-from localdit.core.parts import PARTS, load_tokenizer, load_vae, locate, vae_config
+from localdit.core.parts import PARTS, load_tokenizer, load_vae, locate
 from localdit.sizes import PIXELS_PER_LATENT
 from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
@@ -132,15 +132,13 @@ def pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
     source = initialization.encoder_sources(args)["vae"]
     if source == str(Config.vae):  # its scale is known, so a dry run fetches nothing
         return PIXELS_PER_LATENT
-    return LatentFormat.from_config(vae_config(locate_encoder("vae", source))).pixels_per_latent
+    return initialization.latent_format(source).pixels_per_latent
 
 
 @dataclass
 class Models:
     """The models of a run, and the objects that use them."""
 
-    transformer: LocalDiTTransformer2DModel  # in training, bare
-    objective: Objective
     method: Method
     make_inputs: InputMaker
     latents: LatentFormat
@@ -185,8 +183,8 @@ def load_models(
     otherwise = initialization.RELEASED if encoded is None else encoded.manifest.sources
     sources = initialization.encoder_sources(args, otherwise)
     if encoded is not None:
-        config = vae_config(locate_encoder("vae", sources["vae"]))
-        require_latent_format(encoded.folder, encoded.manifest, LatentFormat.from_config(config))
+        expected = initialization.latent_format(sources["vae"])
+        require_latent_format(encoded.folder, encoded.manifest, expected)
     encoders = None
     if pictures_wait or args.validation_prompts:
         text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -239,8 +237,6 @@ def load_models(
             num_processes=accelerator.num_processes,
         )
     return Models(
-        transformer,
-        objective,
         method,
         InputMaker(
             device,

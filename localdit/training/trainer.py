@@ -65,7 +65,8 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
     Placeholders of broken samples have no weight. Every sample counts the same, however many
     processes and batches the samples are spread over.
     """
-    accelerator, device, method = session.accelerator, session.accelerator.device, session.method
+    accelerator, method = session.accelerator, session.models.method
+    device = accelerator.device
     watch = session.state.metrics.watch
     trained = session.state.modules
     models = trained | method.frozen

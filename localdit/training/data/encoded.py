@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,10 @@ class Manifest:
         known = {field.name: values[field.name] for field in fields(cls)
                  if field.name not in STATISTICS}  # fmt: skip
         known["sizes"] = tuple(Size(*size) for size in values["sizes"])
-        return cls(**known | latent_statistics(values))
+        for name in STATISTICS:
+            value = values.get(name)
+            known[name] = value if value is None or name == "shift_factor" else tuple(value)
+        return cls(**known)
 
     def differences(self, other: Manifest) -> list[str]:
         """Return the reasons why samples of the other set can't be added to this one."""
@@ -139,19 +141,6 @@ def read_manifest(folder: Path) -> Manifest:
         return manifest
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): encode the data again.") from None
-
-
-def latent_statistics(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `shift_factor`, `latents_mean` and `latents_std` of a VAE's configuration.
-
-    None stands for what has no effect: an absent value, or a shift of zero.
-    """
-    shift, mean, std = (config.get(name) for name in STATISTICS)
-    return {
-        "shift_factor": shift or None,
-        "latents_mean": None if mean is None else tuple(mean),
-        "latents_std": None if std is None else tuple(std),
-    }
 
 
 def require_latent_format(folder: Path, manifest: Manifest, expected: LatentFormat) -> None:

@@ -16,9 +16,7 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-from localdit.core.encoders import Encoders, load_encoders, locate_encoder
-from localdit.core.latents import LatentFormat
-from localdit.core.parts import vae_config
+from localdit.core.encoders import Encoders, load_encoders
 from localdit.files import (
     has_files,
     lock_folder,
@@ -33,7 +31,6 @@ from localdit.training.data.encoded import (
     EMPTY_CAPTION,
     MANIFEST,
     Manifest,
-    latent_statistics,
     open_encoded,
     read_manifest,
     require_latent_format,
@@ -51,7 +48,7 @@ from localdit.training.encode.shards import (
     make_plan,
     read_pictures,
 )
-from localdit.training.initialization import encoder_sources
+from localdit.training.initialization import encoder_sources, latent_format
 from localdit.training.options import check_image_size
 
 
@@ -122,8 +119,7 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet:
         quiet: hide the progress.
     """
     sources = encoder_sources(args)
-    latents = LatentFormat.from_config(vae_config(locate_encoder("vae", sources["vae"])))
-    pixels_per_token = latents.pixels_per_latent * args.patch_size
+    pixels_per_token = latent_format(sources["vae"]).pixels_per_latent * args.patch_size
     check_image_size(args.image_size, pixels_per_token)
     found = find_samples(args.data_root, args.data_format, not quiet, args.output)
     if found.encoded is not None:
@@ -164,7 +160,9 @@ def _manifest(
         sources=sources,
         command=command,
         too_small=plan.too_small,
-        **latent_statistics(encoders.vae.config),
+        shift_factor=latents.shift_factor or None,
+        latents_mean=latents.latents_mean,
+        latents_std=latents.latents_std,
     )
 
 
