@@ -1,10 +1,10 @@
 """Manifests of encoded data for tests."""
 
 from localdit.training.data.buckets import Size
-from localdit.training.data.encoded import Manifest
+from localdit.training.data.encoded import EncodedManifest
 
 
-def some_manifest(**changes) -> Manifest:
+def some_manifest(**changes) -> EncodedManifest:
     """Return a manifest with some values changed."""
     values = {
         "image_size": 64,
@@ -28,4 +28,4 @@ def some_manifest(**changes) -> Manifest:
         "command": "python -m the command",
         "too_small": 0,
     }
-    return Manifest(**values | changes)
+    return EncodedManifest(**values | changes)

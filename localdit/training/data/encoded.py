@@ -34,7 +34,7 @@ STATISTICS = ("shift_factor", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class EncodedManifest:
     """The data, the encoders and the options of an encoded set."""
 
     # The options of these names.
@@ -85,7 +85,7 @@ class Manifest:
         return json.loads(json.dumps(values))
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Manifest:
+    def from_json(cls, values: dict[str, Any]) -> EncodedManifest:
         """Invert `to_json`.
 
         Raises:
@@ -99,7 +99,7 @@ class Manifest:
             known[name] = value if value is None or name == "shift_factor" else tuple(value)
         return cls(**known)
 
-    def differences(self, other: Manifest) -> list[str]:
+    def differences(self, other: EncodedManifest) -> list[str]:
         """Return the reasons why samples of the other set can't be added to this one."""
         ours, theirs = self._settings(), other._settings()
         return [
@@ -120,7 +120,7 @@ class Manifest:
         return {name: value for name, value in self.to_json().items() if name not in NOTES}
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_encoded_manifest(folder: Path) -> EncodedManifest:
     """Read the manifest of an encoded set."""
     path = folder / MANIFEST
     if not path.is_file():
@@ -135,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest:
             "encode the data again, or use the version that encoded it."
         )
     try:
-        manifest = Manifest.from_json(values)
+        manifest = EncodedManifest.from_json(values)
         if not 0 <= manifest.shards <= MAX_SHARDS:
             raise TypeError(f"{manifest.shards} shards")
         return manifest
@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path} is damaged ({error!r}): encode the data again.") from None
 
 
-def require_latent_format(folder: Path, manifest: Manifest, expected: LatentFormat) -> None:
+def require_latent_format(folder: Path, manifest: EncodedManifest, expected: LatentFormat) -> None:
     """Refuse a set whose latents do not have the format of the VAE that is to decode them."""
     for field in fields(LatentFormat):
         given, value = (getattr(one, field.name) for one in (manifest.latent_format, expected))
@@ -161,7 +161,7 @@ class EncodedSet:
     """An encoded set, without its samples."""
 
     folder: Path
-    manifest: Manifest
+    manifest: EncodedManifest
     empty_text: torch.Tensor  # of the empty caption, (tokens, text width) bfloat16
 
 
@@ -187,13 +187,13 @@ def read_empty_text(folder: Path) -> torch.Tensor:
         ) from None
 
 
-def unwritten_shards(folder: Path, manifest: Manifest) -> list[int]:
+def unwritten_shards(folder: Path, manifest: EncodedManifest) -> list[int]:
     """Return the shards that are not yet encoded: those without an index."""
     return [shard for shard in range(manifest.shards) if not index_path(folder, shard).is_file()]
 
 
 def read_shard(
-    folder: Path, shard: int, manifest: Manifest, digest: str
+    folder: Path, shard: int, manifest: EncodedManifest, digest: str
 ) -> tuple[list[Sample], list[Fault]]:
     """Read the samples of a shard, and those that turned out to be broken during encoding."""
     tar, index = tar_path(folder, shard), index_path(folder, shard)
@@ -234,7 +234,7 @@ def open_encoded(folder: str | Path) -> tuple[list[Sample], Faults, EncodedSet]:
         Its samples, those that turned out to be broken during encoding, and the set.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_encoded_manifest(folder)
     if missing := unwritten_shards(folder, manifest):
         raise ValueError(
             f"{folder} is not complete: {len(missing):,} of {manifest.shards:,} shards are not yet "

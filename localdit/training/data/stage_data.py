@@ -22,7 +22,7 @@ from localdit.training.data.buckets import (
     describe_crops,
     left_out,
 )
-from localdit.training.data.encoded import Manifest
+from localdit.training.data.encoded import EncodedManifest
 from localdit.training.data.finding import FORMATS, Found
 from localdit.training.data.order import (
     Order,
@@ -125,7 +125,9 @@ def prepare_data(
     return StageData(found, sizes, buckets, sorted(held_out))
 
 
-def _require_same_pictures(root: str, manifest: Manifest, pictures: Mapping[str, Any]) -> None:
+def _require_same_pictures(
+    root: str, manifest: EncodedManifest, pictures: Mapping[str, Any]
+) -> None:
     """Raise ValueError if options about pictures are not those that encoded data was made with."""
     for name, value in pictures.items():
         if name == "horizontal_flip" and value:

@@ -30,9 +30,9 @@ from localdit.training.data.buckets import describe_crops
 from localdit.training.data.encoded import (
     EMPTY_CAPTION,
     MANIFEST,
-    Manifest,
+    EncodedManifest,
     open_encoded,
-    read_manifest,
+    read_encoded_manifest,
     require_latent_format,
     tar_path,
     unwritten_shards,
@@ -58,7 +58,7 @@ class Job:
 
     plan: Plan
     found: Found  # with the broken samples
-    manifest: Manifest  # of the set to write
+    manifest: EncodedManifest  # of the set to write
     need: DiskNeed
     encoders: Encoders  # on the device
 
@@ -136,10 +136,10 @@ def prepare(args: argparse.Namespace, command: str, device: torch.device, quiet:
 
 def _manifest(
     args: argparse.Namespace, command: str, plan: Plan, sources: dict[str, str], encoders: Encoders
-) -> Manifest:
+) -> EncodedManifest:
     """Return the manifest of the set to write."""
     latents = encoders.latents.format
-    return Manifest(
+    return EncodedManifest(
         image_size=args.image_size,
         window_size=args.window_size,
         crop=args.crop,
@@ -166,10 +166,10 @@ def _manifest(
     )
 
 
-def check_folder(folder: Path, manifest: Manifest) -> None:
+def check_folder(folder: Path, manifest: EncodedManifest) -> None:
     """Check that the shards of a set may be written to a folder."""
     if (folder / MANIFEST).is_file():
-        existing = read_manifest(folder)
+        existing = read_encoded_manifest(folder)
         if existing.fingerprints.get("vae") == manifest.fingerprints["vae"]:
             require_latent_format(folder, existing, manifest.latent_format)
         if differences := existing.differences(manifest):
@@ -186,7 +186,7 @@ def check_folder(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def open_folder(folder: Path, manifest: Manifest, empty_text: torch.Tensor) -> list[int]:
+def open_folder(folder: Path, manifest: EncodedManifest, empty_text: torch.Tensor) -> list[int]:
     """Prepare a folder for its shards, and return the numbers of the missing ones."""
     prepare_output_folder(folder)
     lock_folder(

@@ -30,7 +30,7 @@ from localdit.training.data.buckets import (
     crop_sizes,
     left_out,
 )
-from localdit.training.data.encoded import FORMAT, Manifest, index_path, tar_path
+from localdit.training.data.encoded import FORMAT, EncodedManifest, index_path, tar_path
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import BrokenSample, Fault, Sample
 from localdit.training.data.tars import BLOCK
@@ -129,7 +129,7 @@ class DiskNeed(NamedTuple):
     tokens_per_caption: float  # mean
 
 
-def disk_need(plan: Plan, text: TextSpace, manifest: Manifest) -> DiskNeed:
+def disk_need(plan: Plan, text: TextSpace, manifest: EncodedManifest) -> DiskNeed:
     """Estimate the disk space that encoding needs, if no sample turns out to be broken.
 
     The text of more than `COUNTED_CAPTIONS` captions is extrapolated from that many of them.
@@ -213,7 +213,7 @@ class ShardEncoder:
     """Writes shards."""
 
     folder: Path  # of the set
-    manifest: Manifest
+    manifest: EncodedManifest
     plan: Plan
     encoders: Encoders
     batch_size: int

@@ -11,11 +11,11 @@ from localdit.core.text import TextSpace
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import (
     NOTES,
-    Manifest,
+    EncodedManifest,
     index_path,
     open_encoded,
     read_encoded,
-    read_manifest,
+    read_encoded_manifest,
     require_latent_format,
     tar_path,
     unwritten_shards,
@@ -65,7 +65,7 @@ def test_encoded_samples_are_found(folder):
     assert found.samples[2].captions == ("a white picture", "white")
     assert found.faults.counts == {"empty": 1}
     assert found.faults.examples["empty"][0].id == "green.png"
-    assert found.encoded.manifest == read_manifest(folder)
+    assert found.encoded.manifest == read_encoded_manifest(folder)
     assert found.encoded.manifest.sizes == tuple(SIZES)
     assert torch.equal(found.encoded.empty_text, torch.ones(1, 16, dtype=torch.bfloat16))
 
@@ -122,7 +122,7 @@ def test_other_files_in_a_tar_are_damaged_samples(tmp_path, data):
 
 def test_an_unfinished_set_is_refused_with_the_command_to_resume(folder):
     index_path(folder, 1).unlink()
-    assert unwritten_shards(folder, read_manifest(folder)) == [1]
+    assert unwritten_shards(folder, read_encoded_manifest(folder)) == [1]
     with pytest.raises(ValueError, match="1 of 2 shards .* Resume with: python -m the command"):
         open_encoded(folder)
 
@@ -210,7 +210,7 @@ def test_a_manifest_without_latent_statistics_is_that_of_earlier_versions(tmp_pa
     manifest = some_manifest()
     assert manifest.digest() == EARLIER_DIGEST
     assert not {"shift_factor", "latents_mean", "latents_std"} & {*manifest.to_json()}
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert EncodedManifest.from_json(manifest.to_json()) == manifest
 
 
 STATISTICS = {"shift_factor": 0.5, "latents_mean": (0.1, -0.2), "latents_std": (1.5, 2.0)}
@@ -219,7 +219,7 @@ STATISTICS = {"shift_factor": 0.5, "latents_mean": (0.1, -0.2), "latents_std": (
 @pytest.mark.parametrize("name", STATISTICS)
 def test_latent_statistics_are_recorded_and_compared(tmp_path, name):
     manifest, changed = some_manifest(), some_manifest(**{name: STATISTICS[name]})
-    assert Manifest.from_json(json.loads(json.dumps(changed.to_json()))) == changed
+    assert EncodedManifest.from_json(json.loads(json.dumps(changed.to_json()))) == changed
     assert changed.digest() != manifest.digest()
     assert manifest.differences(changed)[0].startswith(f"{name} ")
     assert changed.differences(manifest)[0].endswith("None instead of " + (
