@@ -55,7 +55,6 @@ def cost_report(
         mixed_precision: "no", "fp16" or "bf16".
     """
     shape = initialization.transformer_config(args)
-    inputs = _inputs(args, stage, size, pixels_per_latent, shape)
     with META:
         transformer = LocalDiTTransformer2DModel(**shape)
         frozen: dict[str, torch.nn.Module] = {}
@@ -68,6 +67,7 @@ def cost_report(
 
             encoder = AutoModel.from_config(image_encoder_config(args.repa_encoder))
             frozen[FEATURES] = LatentFeatures(None, encoder)
+    inputs = _inputs(args, stage, size, pixels_per_latent, transformer)
     weights = _size(transformer)
     if args.lora_rank is not None:
         add_adapters(transformer, args)
@@ -205,11 +205,9 @@ def _inputs(
     stage: Stage,
     size: Size,
     pixels_per_latent: int,
-    shape: dict[str, Any],
+    transformer: LocalDiTTransformer2DModel,
 ) -> Inputs:
     """Return inputs without values, as large as a batch of the stage can be."""
-    with META:
-        transformer = LocalDiTTransformer2DModel(**shape)
     config, rows = transformer.config, stage.batch_size
     width = config.caption_channels or transformer.inner_dim
     height, across = (side // pixels_per_latent for side in size)

@@ -107,13 +107,7 @@ class PowerFunctionAverage(ExponentialMovingAverage):
         sigma_rel: float,
         device: torch.device | str | None = None,
     ) -> None:
-        """Start from the parameters as they are.
-
-        Args:
-            parameters: names and parameters, as `named_parameters` yields them.
-            sigma_rel: relative standard deviation of the profile; see `post_hoc_ema`.
-            device: device of the averages; None for that of the parameters.
-        """
+        """Start from the parameters as they are; for `sigma_rel`, see `post_hoc_ema`."""
         super().__init__(parameters, 1.0, device)
         self.gamma = gamma(sigma_rel)
 

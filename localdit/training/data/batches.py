@@ -21,6 +21,7 @@ from localdit.training.data.encoded import EncodedSet, read_encoded
 from localdit.training.data.order import NOTHING, Visit
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import BrokenSample, Fault, Sample
+from localdit.training.shutdown import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,6 @@ def load_batches(
 
 def _ignore_signals(worker: int) -> None:
     """Leave signals that reach the whole process group to the training process."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -134,11 +134,6 @@ class Order:
             left = np.setdiff1d(left, batches[:done])
         return done, batches
 
-    def batches_per_epoch(self) -> int:
-        """Return the number of steps in a whole epoch."""
-        counts = np.bincount(self.buckets[self.samples])
-        return int((-(-counts // self.global_batch)).sum())
-
 
 def hold_out(ids: Sequence[str], count: int) -> np.ndarray:
     """Choose the samples to hold out for validation: those with the lowest hash of their id.
