@@ -39,14 +39,14 @@ setup(
     entry_points={"console_scripts": ["localdit=localdit.cli:main"]},
     install_requires=[
         "torch>=2.6",  # before, `weights_only=True` could be bypassed
-        "diffusers>=0.36",
-        "transformers>=4.48",
+        "diffusers>=0.38",
+        "transformers>=4.51",
         "accelerate>=1.0",
         "einops>=0.6",
-        "safetensors>=0.4.3",
-        "pillow>=10.1",
+        "safetensors>=0.8",
+        "pillow>=11",
         "numpy>=1.24",
-        "tqdm>=4.65",
+        "tqdm>=4.66",
     ],
     extras_require={
         "train": TRAIN,

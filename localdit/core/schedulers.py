@@ -30,7 +30,7 @@ def default_settings() -> Iterator[None]:
     all threads share, is set again when the last one has left.
     """
     global _inside, _outer_dtype
-    device = torch.get_default_device()
+    device = torch.empty(0).device
     with _defaults:
         if not _inside:
             _outer_dtype = torch.get_default_dtype()

@@ -195,7 +195,7 @@ class LocalDiTTransformer2DModel(
         return (model, info) if with_info else model
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
         return read_json(Path(json_file))
 
     def save_pretrained(
@@ -414,7 +414,7 @@ class LocalDiTTransformer2DModel(
 
             features = []
             for index, block in enumerate(self.transformer_blocks):
-                map_size = grid[:2]
+                map_size = grid.height, grid.width
                 if route is not None and index in route.blocks:
                     map_size = route.height, route.width
                     if index == route.blocks.start:

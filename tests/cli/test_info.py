@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import metadata
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_the_machine(info, capsys):
     assert facts["name"].endswith(processor())
     assert facts["dtype"] == "bfloat16"
     assert facts["window attention"] == "torch" and "not on cpu" in facts["because"]
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == metadata.version("torch")
 
 
 def test_the_text_output(here, capsys):

@@ -163,7 +163,7 @@ def test_a_colour_near_one_of_the_background_does_not_show():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_have_shades_of_their_colour(shape):
     scene = single(shape, "red", BLUE, "large")
-    colours = Counter(draw_scene(scene, 128).get_flattened_data())
+    colours = Counter(map(tuple, np.asarray(draw_scene(scene, 128)).reshape(-1, 3).tolist()))
     shades = shades_of(PALETTE["red"])
     used = {shade for _, shade in parts_of(shape)} - {"hole"}
     assert all(colours[shades[shade]] > 10 for shade in used)
