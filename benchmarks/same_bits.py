@@ -110,17 +110,18 @@ def trainings(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     shape = folder / "shape.json"
     shape.write_text(json.dumps(SHAPE | {"in_channels": channels, "sample_size": 16}))
     new = ["--transformer-config", str(shape)]
+    pictures = ["--data-root", f"{folder}/pictures", "--horizontal-flip", "0.5"]
     cases = {
-        "folder": ["--data-root", f"{folder}/pictures", *new],
+        "folder": [*pictures, *new],
         "encoded": ["--data-root", f"{folder}/encoded", *new],
-        "lora": ["--data-root", f"{folder}/pictures", *adapters],
+        "lora": [*pictures, *adapters],
     }
     for name, options in cases.items():
         output = folder / f"run-{name}"
         run("train.py", *options, *data, "--pretrained", box, "--output", str(output),
             "--batch-size", "2", "--max-train-steps", str(STEPS), "--learning-rate", "1e-3",
-            "--gradient-clip", "1", "--log-interval", "1", "--horizontal-flip", "0.5",
-            "--validation-samples", "4", "--validation-interval", "25")  # fmt: skip
+            "--gradient-clip", "1", "--log-interval", "1", "--validation-samples", "4",
+            "--validation-interval", str(STEPS // 2))  # fmt: skip
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         yield f"losses, {name}", np.array([line["loss"] for line in lines if "loss" in line])
         measured = [
