@@ -119,6 +119,19 @@ def test_accumulation_equals_the_step_of_a_larger_batch(train):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_stages_may_change_the_accumulation(train, tmp_path):
+    """Check that each step is taken, and is that of a larger batch."""
+    runs = []
+    for name in ("gradient-accumulation-steps", "batch-size"):
+        one = {"batch-size": 1, "max-train-steps": 2}
+        stages = [one | {name: 1}, one | {name: 3}, one | {name: 2}]
+        (tmp_path / "stages.json").write_text(json.dumps(stages))
+        runs.append(train(name, "--stages", tmp_path / "stages.json", "--crop", "center"))
+    for a, b in zip(*map(lines, runs), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
 def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monkeypatch, capsys):
     from localdit.training import setup
     from localdit.training.encode.__main__ import main as encode
