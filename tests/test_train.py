@@ -585,6 +585,8 @@ def test_the_start_of_a_resumed_run_has_no_effect(adapters, train, workplace, tm
         (["--teacher-steps", "10"], "--teacher-steps is for --method distil"),
         (["--method", "distil", "--teacher", "TEACHER", "--teacher-steps", "3"],
          "--teacher-steps is 3; expected at least --student-steps, which is 4"),
+        (["--method", "distil", "--teacher", "TEACHER", "--teacher-steps", "2000"],
+         "--teacher-steps is 2000; expected 1 to 1,000"),
         (["--method", "distil", "--teacher", "TEACHER", "--validation-guidance-scale", "3"],
          "--validation-guidance-scale is not for --method distil"),
         (["--method", "distil", "--teacher", "TEACHER", "--min-snr-gamma", "5"],

@@ -22,6 +22,7 @@ from diffusers import (
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 NUM_TIMESTEPS = 1000
+LOWEST_GRID_END = 800  # of the timesteps that a grid of whole ones must cover
 NOISE_SCHEDULE = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 
 
@@ -151,6 +152,17 @@ class Objective:
         stride = NUM_TIMESTEPS // steps
         return (lower + 1) * stride - 1, lower * stride - 1
 
+    def require_grid(self, steps: int) -> None:
+        """Raise ValueError unless a grid of `steps` reaches far from the latents to the noise."""
+        if self.is_flow or _grid_end(steps) >= LOWEST_GRID_END:
+            return
+        good = [one for one in range(1, NUM_TIMESTEPS + 1) if _grid_end(one) >= LOWEST_GRID_END]
+        raise ValueError(
+            f"A grid of {steps} whole timesteps ends at {_grid_end(steps)} of {NUM_TIMESTEPS}, far "
+            f"from the noise; expected at least {LOWEST_GRID_END}, as with "
+            f"{min(good, key=lambda one: abs(one - steps))}"
+        )
+
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the weights of the errors at timesteps `(B,)`, `(B,)` (Hang et al., 2023).
 
@@ -200,6 +212,11 @@ class Objective:
         products = _alphas_cumprod(timesteps.device)[timesteps + 1]
         products = products.view(-1, 1, 1, 1)
         return products.sqrt(), (1 - products).sqrt()
+
+
+def _grid_end(steps: int) -> int:
+    """Return the timesteps that a grid of `steps` whole, even strides covers."""
+    return NUM_TIMESTEPS // steps * steps
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from torch import nn
 from localdit.checkpoint import inspect_checkpoint
 from localdit.checkpoint.reading import few
 from localdit.config import Config
+from localdit.core.diffusion import Objective
 from localdit.core.encoders import locate_encoder
 from localdit.core.latents import LatentFormat
 from localdit.core.parts import vae_config
@@ -247,6 +248,11 @@ def settle_prediction_type(args: argparse.Namespace, checkpoint: Path | None = N
             )
     args.prediction_type = given or next(iter(said.values()), "epsilon")
     check_objective(args)
+    if args.teacher_steps is not None:
+        try:
+            Objective(args.prediction_type).require_grid(args.teacher_steps)
+        except ValueError as error:
+            raise ValueError(f"--teacher-steps: {error}.") from None
     if given is None and said:
         return (
             f"The prediction type is {args.prediction_type}: {next(iter(said))} comes with a "

@@ -72,7 +72,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "learning_rate", "gradient_clip", "gradient_accumulation_steps", "save_interval",
         "log_interval", "validation_interval", "flow_shift", "min_snr_gamma", "lora_rank",
         "lora_alpha", "window_size", "patch_size", "samples_per_shard", "new_latents",
-        "teacher_steps", "student_steps",
+        "student_steps",
     )),
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "validation_samples", "max_skipped_steps",
@@ -87,6 +87,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     )),
     # NumPy takes seeds below 2**32, and each process adds its number.
     "0 to 4,000,000,000": (lambda value: 0 <= value <= 4_000_000_000, ("seed",)),
+    "1 to 1,000": (lambda value: 1 <= value <= 1000, ("teacher_steps",)),  # all timesteps
     "1 or more": (lambda value: value >= 1, ("max_aspect_ratio",)),
     "at least 2": (lambda value: value >= 2, ("keep_checkpoints",)),
 }  # fmt: skip

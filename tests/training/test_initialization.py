@@ -125,6 +125,8 @@ def test_weights_and_options_that_contradict_each_other_are_refused(tmp_path):
          f"is epsilon, but --transformer {velocity} comes with .* give --prediction-type v_pred"),
         ([*distil, "--prediction-type", "flow"], "is flow, but --teacher .* v_prediction"),
         ([*distil, "--transformer", noise], "The schedulers beside --teacher .* differ"),
+        (["--method", "distil", "--teacher", velocity, "--teacher-steps", "600"],
+         "--teacher-steps: A grid of 600 .* as with 500.$"),
         (["--transformer", says(tmp_path / "x", "sample")], "for sample, which can't be trained"),
         (["--transformer", velocity, "--flow-shift", "3"], "--flow-shift is for"),
     ]:  # fmt: skip
