@@ -8,8 +8,9 @@ the noise.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -18,6 +19,8 @@ from diffusers import (
     FlowMatchLCMScheduler,
     LCMScheduler,
 )
+
+from .samplers import prediction_type_of
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal"]
@@ -227,6 +230,21 @@ def _alphas_cumprod(device: torch.device) -> torch.Tensor:
     """
     scheduler = DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS, **NOISE_SCHEDULE)
     return torch.cat([torch.ones(1), scheduler.alphas_cumprod]).to(device)
+
+
+def other_noise_schedule(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a scheduler's configuration says of the noise that training does differently.
+
+    Settings that only matter for sampling, such as Karras' noise levels, are not part of it.
+    """
+    ours: dict[str, Any] = {"num_train_timesteps": NUM_TIMESTEPS}
+    if prediction_type_of(scheduler_config) != "flow":
+        ours |= NOISE_SCHEDULE | {"trained_betas": None, "rescale_betas_zero_snr": False}
+    return {
+        name: scheduler_config[name]
+        for name, value in ours.items()
+        if scheduler_config.get(name, value) != value
+    }
 
 
 def sample_position(generator: torch.Generator, sampling: TimestepSampling) -> float:

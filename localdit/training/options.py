@@ -292,8 +292,9 @@ def _add_objective_options(group: argparse._ArgumentGroup) -> None:
     add("--min-snr-gamma", type=float,
         help="cap of the signal-to-noise ratio in the weight of the loss; without it, the loss is "
         "not weighted")  # fmt: skip
-    add("--flow-shift", type=float, default=1.0,
-        help="shift of flow matching's timesteps towards noise; 3 suits 1024 pixels")  # fmt: skip
+    add("--flow-shift", type=float,
+        help="shift of flow matching's timesteps towards noise; 3 suits 1024 pixels; by default, "
+        "the shift of the scheduler beside --transformer or --teacher, or else 1")  # fmt: skip
 
 
 def _add_learning_options(group: argparse._ArgumentGroup) -> None:
@@ -527,7 +528,7 @@ def check_objective(args: argparse.Namespace) -> None:
     """Raise ValueError if an option about the objective is for another prediction type."""
     if args.prediction_type == "flow" and args.min_snr_gamma is not None:
         raise ValueError("--min-snr-gamma is for epsilon and v_prediction, not for flow")
-    if args.prediction_type != "flow" and args.flow_shift != 1:
+    if args.prediction_type != "flow" and args.flow_shift not in (None, 1):
         raise ValueError("--flow-shift is for --prediction-type flow")
 
 

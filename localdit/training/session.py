@@ -24,7 +24,7 @@ from localdit.training.data.stage_data import (
     held_out_batches,
     stage_batches,
 )
-from localdit.training.initialization import settle_prediction_type
+from localdit.training.initialization import settle_objective
 from localdit.training.methods import Inputs
 from localdit.training.optimizer import learning_rate
 from localdit.training.options import set_defaults
@@ -243,7 +243,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     agreement = Agreement(accelerator)
 
     def settle(checkpoint: Path | None) -> None:
-        message = agreement.on_all(partial(settle_prediction_type, args, checkpoint))
+        message = agreement.on_all(partial(settle_objective, args, checkpoint))
         if message and accelerator.is_local_main_process:
             say(message)
 
