@@ -248,6 +248,27 @@ def test_stages_change_the_size(train, tmp_path):
     assert sizes == [8, 12]
 
 
+def test_stages_of_other_lengths_begin_an_epoch_of_their_own_order(train, tmp_path, capsys):
+    """Check that a position in the order of one stage is not applied to that of another."""
+    stages, once = tmp_path / "stages.json", ["--batch-size", "1", "--max-train-steps", "14"]
+
+    def lengths(*steps):
+        stages.write_text(json.dumps([{"max-train-steps": count} for count in steps]))
+        return [*once, "--stages", stages]
+
+    run = train("run", *lengths(5))
+    train("run", *lengths(3, 11), "--resume", "auto")
+    assert "This step is in another stage now" in capsys.readouterr().out
+    seen = [line["samples"][0] for line in lines(run, "samples-0.jsonl")]
+    assert len(seen) == 14 and len(set(seen[5:13])) == 8
+    # The boundary of a stage needs no such epoch, nor does a longer stage.
+    run = train("longer", *lengths(5))
+    train("longer", *lengths(8, 6), "--resume", "auto")
+    assert "another stage" not in capsys.readouterr().out
+    seen = [line["samples"][0] for line in lines(run, "samples-0.jsonl")]
+    assert len(set(seen[:8])) == 8
+
+
 def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(train, capsys):
     run = train(
         "run", "--learning-rate", "1e30", "--max-train-steps", "20", "--gradient-clip", "1e9",

@@ -80,7 +80,7 @@ class Session:
         stage = stage_of_step(self.args.stages, progress.step)
         if progress.step > stage.first_step:
             global_batch = stage.global_batch(self.accelerator.num_processes)
-            message = progress.resume(self.data[stage.index].digest, global_batch)
+            message = progress.resume(self.data[stage.index].digest, stage.index, global_batch)
             if message:
                 self.reporter.say(message)
 
@@ -89,7 +89,7 @@ class Session:
         progress, stages = self.state.progress, self.args.stages
         stage = stage_of_step(stages, progress.step)
         if progress.step == stage.first_step:
-            progress.begin(self.data[stage.index].digest)
+            progress.begin(self.data[stage.index].digest, stage.index)
         models = self.models
         models.method.set_sample_size(stage.image_size // models.latents.pixels_per_latent)
         if len(stages) > 1:
