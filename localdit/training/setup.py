@@ -29,7 +29,7 @@ from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
 from localdit.training.data.encoded import EncodedSet, require_latent_format
 from localdit.training.data.finding import Found, find_samples
-from localdit.training.data.stage_data import StageData, prepare_data
+from localdit.training.data.stage_data import StageData, prepare_data, withhold
 from localdit.training.methods import InputMaker, Method, Sampling, method_class
 from localdit.training.methods.repa import FEATURES, image_encoder_config, load_latent_features
 from localdit.training.metrics import Metrics, peak_flops
@@ -107,12 +107,14 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             given(args, PICTURE_OPTIONS),
             args.validation_samples,
         )
-        prepared.order(stage, 1, args.seed)  # refuses a stage without samples
         if routing := settings.get("routing"):  # refuses maps that are too small
             for bucket in set(prepared.buckets[prepared.buckets >= 0].tolist()):
                 height, width = (side // pixels_per_token for side in prepared.sizes[bucket])
                 routing.rectangle(height, width, window_size)
         data.append(prepared)
+    withhold(data)
+    for stage, prepared in zip(args.stages, data, strict=True):
+        prepared.order(stage, 1, args.seed)  # refuses a stage without samples
     return data
 
 
