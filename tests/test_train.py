@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline
-from localdit.training.checkpointing import read_manifest
+from localdit.training.checkpointing import Manifest, read_manifest
 from localdit.training.methods import fine_tuning
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
@@ -43,6 +43,18 @@ def train(main, workplace, tmp_path, monkeypatch):
         return tmp_path / name
 
     return run
+
+
+def rewrite_options(checkpoint, **changes):
+    """Change the options in a checkpoint, or leave out those that become `...`."""
+    path = checkpoint / "training/state.json"
+    state = json.loads(path.read_text())
+    options = state["options"] | changes
+    state["options"] = {name: value for name, value in options.items() if value is not ...}
+    path.write_text(json.dumps(state))
+    step, sums = read_manifest(checkpoint)
+    sums["training/state.json"] = sha256(path.read_bytes()).hexdigest()
+    (checkpoint / "manifest.json").write_bytes(Manifest(step, sums).text().encode())
 
 
 def test_a_run_writes_pipelines_that_draw_pictures(train):
@@ -378,6 +390,32 @@ def test_resuming_another_run_is_refused(train, capsys):
     train("run", "--resume", "auto", "--learning-rate", "2e-3")
     assert "Changed since: learning_rate: 0.001 -> 0.002" in capsys.readouterr().out
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+
+
+def test_a_changed_file_of_a_single_stage_is_listed(train, tmp_path, capsys):
+    stages = ["--stages", tmp_path / "stages.json"]
+    stages[1].write_text('[{"learning-rate": 0.002, "max-train-steps": 2}]')
+    run = train("run", *stages)
+    saved = json.loads((run / "config.json").read_text())
+    assert (saved["learning_rate"], saved["max_train_steps"]) == (0.002, 2)
+    stages[1].write_text('[{"learning-rate": 0.003, "max-train-steps": 3}]')
+    train("run", *stages, "--resume", "auto")
+    printed = capsys.readouterr().out
+    assert "Changed since: learning_rate: 0.002 -> 0.003" in printed
+    assert "Changed since: max_train_steps: 2 -> 3" in printed
+
+
+def test_the_precision_of_accelerate_is_one_of_the_options(train, capsys, monkeypatch):
+    run = train("run", "--max-train-steps", "1")
+    assert json.loads((run / "config.json").read_text())["mixed_precision"] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train("run", "--max-train-steps", "2", "--resume", "auto")
+    assert "Changed since: mixed_precision: no -> bf16" in capsys.readouterr().out
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    # An earlier version saved only what was given.
+    rewrite_options(run / "checkpoint-2", mixed_precision=None)
+    train("run", "--max-train-steps", "3", "--resume", "auto")
+    assert "mixed_precision" not in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_skipped(train, capsys):

@@ -40,6 +40,7 @@ from localdit.training.checkpointing import (
 )
 from localdit.training.options import METHOD_OPTIONS
 from localdit.training.post_hoc_ema import SNAPSHOT, write_snapshot
+from localdit.training.stages import STAGE_OPTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,8 @@ FIXED = (
     "lora_rank", "lora_alpha", "lora_target_modules",
 )  # fmt: skip
 IGNORED = ("resume", "output")
+# Options whose values come from elsewhere unless given. Earlier versions did not save these values.
+RESOLVED = ("mixed_precision",)
 METRICS, BROKEN, SAMPLES = "metrics.jsonl", "broken.jsonl", "samples-{rank}.jsonl"
 _LOG = re.compile(r"(metrics|broken|samples-\d+)\.jsonl")
 
@@ -264,22 +267,28 @@ def _step_of(line: str) -> float:
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as plain values for JSON."""
-    stages = [vars(stage) for stage in args.stages] if len(args.stages) > 1 else None
-    plain = vars(args) | {"stages": stages}
+    """Return the options as plain values for JSON; those of a single stage are its own."""
+    stages = [vars(stage) for stage in args.stages]
+    if len(stages) == 1:
+        plain = vars(args) | {name: stages[0][name] for name in STAGE_OPTIONS} | {"stages": None}
+    else:
+        plain = vars(args) | {"stages": stages}
     return json.loads(json.dumps(plain, default=str))
 
 
 def changed_options(
     checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[tuple[str, Any, Any]]:
-    """Return name, old and new value of each option that differs from the saved run's."""
+    """Return name, old and new value of each option that differs from the saved run's.
+
+    Values that an earlier version left open are taken to be as they are now.
+    """
     before = {"method": "fine-tuning", **before}  # older runs had no --method
     names = sorted((before.keys() | now.keys()) - set(IGNORED))
     changes = [
         (name, before.get(name), now.get(name))
         for name in names
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and not (name in RESOLVED and before.get(name) is None)
     ]
     for name, old, new in changes:
         if name in FIXED:

@@ -240,6 +240,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         TrainingStopped: in every process, if something is missing or wrong.
     """
     accelerator = start_processes(args)
+    args.mixed_precision = accelerator.mixed_precision  # by default, that of its configuration
     agreement = Agreement(accelerator)
 
     def settle(checkpoint: Path | None) -> None:
