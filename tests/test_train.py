@@ -418,6 +418,24 @@ def test_the_precision_of_accelerate_is_one_of_the_options(train, capsys, monkey
     assert "mixed_precision" not in capsys.readouterr().out
 
 
+def test_a_default_that_is_given_is_no_change(train, workplace, capsys):
+    """Check values that come from elsewhere, also in checkpoints that do not name them."""
+    lora = ["--transformer", workplace / "pipeline", "--lora-rank", "2"]
+    distil = ["--method", "distil", "--teacher", workplace / "pipeline"]
+    for name, more, flag, value, other in (
+        ("lora", lora, "--lora-alpha", "2", "4"),
+        ("distil", distil, "--teacher-guidance-scale", "7", "3"),
+    ):
+        run = train(name, *more, "--max-train-steps", "1")
+        train(name, *more, flag, value, "--max-train-steps", "2", "--resume", "auto")
+        rewrite_options(run / "checkpoint-2", **{flag[2:].replace("-", "_"): None})
+        for given in ([flag, value], []):
+            train(name, *more, *given, "--max-train-steps", "2", "--resume", "auto")
+        assert flag[2:].replace("-", "_") not in capsys.readouterr().out
+        train(name, *more, flag, other, "--resume", "auto", expect=1)
+        assert f"not with {flag} {other}" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_skipped(train, capsys):
     run = train("run", "--save-interval", "2")
     expected = lines(run)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from localdit.config import Config
-from localdit.core.settings import INDEX
+from localdit.core.settings import INDEX, read_settings
+from localdit.errors import FieldError
 from localdit.parsing import Parser, folder_argument, name_argument, path_argument, text_argument
+from localdit.sizes import pipeline_around
 from localdit.training.stages import STAGE_OPTIONS, Stage, read_stages
 
 DESCRIPTION = """Train a LocalDiT on captioned pictures.
@@ -118,16 +120,25 @@ def parse_args(
         for name, default in DISTIL_OPTIONS.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
+    if args.lora_rank is not None and args.lora_alpha is None:
+        args.lora_alpha = args.lora_rank
     if args.num_workers is None:
         args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
     try:
         _check(args)
+        if args.method == DISTIL and args.teacher_guidance_scale is None:
+            args.teacher_guidance_scale = guidance_beside(args.teacher)
         args.stages = _stages(args)
         if args.use_wandb and not args.dry_run and os.environ.get("RANK", "0") == "0":
             _log_in_to_wandb()
-    except ValueError as error:
+    except (FieldError, ValueError) as error:
         parser.error(str(error))
     return args
+
+
+def guidance_beside(transformer: Path) -> float:
+    """Return the guidance scale that suits a transformer, as the folder of its pipeline says."""
+    return read_settings(pipeline_around(transformer)).guidance_scale
 
 
 def _transformer_in(source: Path | None) -> Path | None:

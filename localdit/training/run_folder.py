@@ -38,7 +38,7 @@ from localdit.training.checkpointing import (
     verified_folder,
     verify_checkpoint,
 )
-from localdit.training.options import METHOD_OPTIONS
+from localdit.training.options import DISTIL, METHOD_OPTIONS, guidance_beside
 from localdit.training.post_hoc_ema import SNAPSHOT, write_snapshot
 from localdit.training.stages import STAGE_OPTIONS
 
@@ -283,17 +283,28 @@ def changed_options(
 
     Values that an earlier version left open are taken to be as they are now.
     """
-    before = {"method": "fine-tuning", **before}  # older runs had no --method
+    before = _complete(before)
     names = sorted((before.keys() | now.keys()) - set(IGNORED))
     changes = [
         (name, before.get(name), now.get(name))
         for name in names
         if before.get(name) != now.get(name) and not (name in RESOLVED and before.get(name) is None)
     ]
-    for name, old, new in changes:
-        if name in FIXED:
-            raise ValueError(_another_run(checkpoint, name, old, new, before))
+    changed = {name: (old, new) for name, old, new in changes}
+    for name in FIXED:  # in this order, as some follow from others
+        if name in changed:
+            raise ValueError(_another_run(checkpoint, name, *changed[name], before))
     return changes
+
+
+def _complete(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved options with the values that earlier versions left to defaults."""
+    options = {"method": "fine-tuning", **saved}  # older runs had no --method
+    if options.get("lora_alpha") is None:
+        options["lora_alpha"] = options.get("lora_rank")
+    if options["method"] == DISTIL and options.get("teacher_guidance_scale") is None:
+        options["teacher_guidance_scale"] = guidance_beside(Path(options["teacher"]))
+    return options
 
 
 def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mapping[str, Any]) -> str:
