@@ -680,6 +680,48 @@ def test_options_of_distillation_are_checked(train, workplace, capsys, options, 
     assert re.search(message, capsys.readouterr().err)
 
 
+def changed_weights(folder):
+    """Change all weights in a folder in place, a little."""
+    for file in folder.glob("*.safetensors"):
+        save_file({name: t * 1.01 for name, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_frozen_models_count_by_their_weights_and_not_by_their_paths(
+    train, workplace, tmp_path, capsys
+):
+    for name in ("one", "two"):
+        shutil.copytree(workplace / "pipeline", tmp_path / name)
+
+    def resumed(folder, expect=0):
+        return train("run", "--method", "knowledge-distillation", "--teacher", tmp_path / folder,
+                     "--pretrained", tmp_path / folder, "--resume", "auto",
+                     "--max-train-steps", "1", expect=expect)  # fmt: skip
+
+    run = resumed("one")
+    capsys.readouterr()
+    resumed("two")  # the same weights elsewhere
+    printed = capsys.readouterr().out
+    assert "Changed since: teacher: " in printed and "sha256" not in printed
+    changed_weights(tmp_path / "two/vae")  # as with another --vae, the run goes on
+    resumed("two")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sha256" in line]
+    assert line.startswith("Changed since: vae_sha256: ")
+    changed_weights(tmp_path / "two/transformer")
+    resumed("two", expect=1)
+    assert "whose teacher had other weights than --teacher has now" in capsys.readouterr().err
+    # Checkpoints of earlier versions name only the path.
+    names = [name for name in json.loads((run / "config.json").read_text()) if "sha256" in name]
+    assert sorted(names) == [
+        f"{one}_sha256" for one in ("teacher", "text_encoder", "tokenizer", "vae")
+    ]
+    rewrite_options(run / "checkpoint-1", **dict.fromkeys(names, ...))
+    resumed("one")
+    capsys.readouterr()
+    rewrite_options(run / "checkpoint-1", **dict.fromkeys(names, ...))
+    resumed("two", expect=1)
+    assert "is of a run with --teacher" in capsys.readouterr().err
+
+
 def test_a_run_with_another_method_is_not_resumed(train, workplace, capsys):
     teacher = workplace / "pipeline/transformer"
     train("run", "--method", "knowledge-distillation", "--teacher", teacher)

@@ -48,14 +48,16 @@ if TYPE_CHECKING:
     from localdit.training.results import ResultFolder
     from localdit.training.state import Snapshot
 
+TEACHER_SHA256 = "teacher_sha256"
 # A run with another value of these options would be a different run.
 FIXED = (
-    *METHOD_OPTIONS, "prediction_type", "seed", "optimizer", "post_hoc_ema", "new_latents",
-    "lora_rank", "lora_alpha", "lora_target_modules",
+    *METHOD_OPTIONS, TEACHER_SHA256, "prediction_type", "seed", "optimizer", "post_hoc_ema",
+    "new_latents", "lora_rank", "lora_alpha", "lora_target_modules",
 )  # fmt: skip
 IGNORED = ("resume", "output")
-# Options whose values come from elsewhere unless given. Earlier versions did not save these values.
-RESOLVED = ("mixed_precision",)
+# Ends of the names of values that come from elsewhere unless given. Earlier versions did not save
+# them.
+RESOLVED = ("mixed_precision", "_sha256")
 METRICS, BROKEN, SAMPLES = "metrics.jsonl", "broken.jsonl", "samples-{rank}.jsonl"
 _LOG = re.compile(r"(metrics|broken|samples-\d+)\.jsonl")
 
@@ -266,14 +268,24 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as plain values for JSON; those of a single stage are its own."""
+def options_of(args: argparse.Namespace, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options as plain values for JSON; those of a single stage are its own.
+
+    Args:
+        fingerprints: SHA-256 of each frozen model, by its name; the options name only paths.
+    """
     stages = [vars(stage) for stage in args.stages]
     if len(stages) == 1:
         plain = vars(args) | {name: stages[0][name] for name in STAGE_OPTIONS} | {"stages": None}
     else:
         plain = vars(args) | {"stages": stages}
+    plain |= {_sha256(model): fingerprint for model, fingerprint in fingerprints.items()}
     return json.loads(json.dumps(plain, default=str))
+
+
+def _sha256(model: str) -> str:
+    """Return the name of a frozen model's fingerprint among the options."""
+    return f"{model.replace(' ', '_')}_sha256"
 
 
 def changed_options(
@@ -288,11 +300,13 @@ def changed_options(
     changes = [
         (name, before.get(name), now.get(name))
         for name in names
-        if before.get(name) != now.get(name) and not (name in RESOLVED and before.get(name) is None)
+        if before.get(name) != now.get(name)
+        and not (name.endswith(RESOLVED) and before.get(name) is None)
     ]
     changed = {name: (old, new) for name, old, new in changes}
     for name in FIXED:  # in this order, as some follow from others
-        if name in changed:
+        moved = name == "teacher" and TEACHER_SHA256 in before  # its weights count, not its path
+        if name in changed and not moved:
             raise ValueError(_another_run(checkpoint, name, *changed[name], before))
     return changes
 
@@ -309,6 +323,12 @@ def _complete(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mapping[str, Any]) -> str:
     """Return the message about an option that may not change."""
+    if name == TEACHER_SHA256:
+        return (
+            f"{checkpoint} is of a run whose teacher had other weights than --teacher has now "
+            f"(SHA-256 {old}, now {new}). Resume it with the same teacher, or start a new run in "
+            "another --output."
+        )
     flag = f"--{name.replace('_', '-')}"
     was, given = (
         f"without {flag}" if value is None else f"with {flag}" + f" {value}" * (value is not True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -63,10 +64,15 @@ class Session:
     saved: int = -1  # step of the newest checkpoint
     broken_held_out: set[Fault] = field(default_factory=set)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the run as they take effect, with the fingerprints of frozen models."""
+        return options_of(self.args, self.models.fingerprints)
+
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint, and print the options that differ from those it was saved with."""
         folder = checkpoint / "training"
-        changes = changed_options(checkpoint, saved_options(folder), options_of(self.args))
+        changes = changed_options(checkpoint, saved_options(folder), self.options)
         averages = self.models.result.averages_in(checkpoint)
         self.state.restore(folder, averages, self.accelerator.process_index)
         progress = self.state.progress
@@ -203,7 +209,7 @@ class Session:
         """
         if self.saved == self.state.progress.step:
             return
-        snapshot = self.state.snapshot(self.agreement, options_of(self.args))
+        snapshot = self.state.snapshot(self.agreement, self.options)
         keep = self.args.keep_checkpoints if sound else None
         self.agreement.on_main(lambda: self.run.save_checkpoint(self.models.result, snapshot, keep))
         self.saved = self.state.progress.step
@@ -291,7 +297,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     )
     if checkpoint is not None:
         agreement.on_all(partial(session.resume, checkpoint))
-    agreement.on_main(lambda: run.begin(options_of(args), state.progress.step))
+    agreement.on_main(lambda: run.begin(session.options, state.progress.step))
     encoders = models.make_inputs.encoders
     session.reporter.begin(data, state.progress.step, encoders and encoders.tokenizer)
     session.reporter.say(str(models.result))

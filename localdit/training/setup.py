@@ -145,6 +145,7 @@ class Models:
     make_inputs: InputMaker
     latents: LatentFormat
     result: ResultFolder
+    fingerprints: dict[str, str]  # SHA-256 of each frozen model in use, by its name
     pictures: PromptPictures | None  # of the validation prompts, if there are any
 
     def dataset(
@@ -191,13 +192,15 @@ def load_models(
     if pictures_wait or args.validation_prompts:
         text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         encoders = load_encoders(sources, text_dtype)
+        fingerprints = encoders.fingerprints()
         if encoded is not None:
-            _require_same_encoders(encoded.manifest.fingerprints, encoders.fingerprints())
+            _require_same_encoders(encoded.manifest.fingerprints, fingerprints)
         encoders.to(device)
         vae, text_width, latents = encoders.vae, encoders.text.width, encoders.latents.format
     else:
         assert encoded is not None
         vae = _vae_that_encoded(encoded, sources)
+        fingerprints = encoded.manifest.fingerprints
         text_width = encoded.manifest.text_width
         latents = encoded.manifest.latent_format
     transformer = initialization.load_transformer(args, text_width, latents)
@@ -219,6 +222,9 @@ def load_models(
         {name: model.to(device) for name, model in frozen.items()},
         **kind.settings(args, transformer.config.num_layers),
     )
+    fingerprints = fingerprints | {
+        name: weights_fingerprint(model, torch.float32) for name, model in method.frozen.items()
+    }
     if args.compile:
         transformer.compile_repeated_blocks()
 
@@ -251,6 +257,7 @@ def load_models(
         ),
         latents,
         result,
+        fingerprints,
         pictures,
     )
 
