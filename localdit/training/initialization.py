@@ -32,7 +32,7 @@ from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
 from localdit.sizes import pipeline_around
 from localdit.training.options import LATE_OPTIONS, PREDICTION_TYPES, check_objective
-from localdit.training.state import saved_options
+from localdit.training.state import TRANSFORMER, saved_options
 from localdit.training.transfer import (
     initialize_latent_layers,
     is_pixart,
@@ -97,13 +97,18 @@ def require_shape_used(args: argparse.Namespace) -> None:
 
 
 def load_transformer(
-    args: argparse.Namespace, text_width: int, latents: LatentFormat
+    args: argparse.Namespace,
+    text_width: int,
+    latents: LatentFormat,
+    checkpoint: Path | None = None,
 ) -> LocalDiTTransformer2DModel:
     """Return the transformer to train, in float32: new, or with the weights of `--transformer`.
 
     Args:
         text_width: channels of the text.
         latents: the latents to train on. A preset adapts to their channels and to `text_width`.
+        checkpoint: the checkpoint to resume from, if any; a scale of positions that was set for
+            other latents stays as it is there, whatever sizes the run has now.
     """
     source, patch_size = args.transformer, args.new_latents
     if args.lora_rank is not None and is_pixart(source):
@@ -123,8 +128,10 @@ def load_transformer(
         transformer = _loaded(source)
         if patch_size is not None:
             largest = max(stage.image_size for stage in args.stages)
+            kept = checkpoint and checkpoint / TRANSFORMER / "config.json"
+            scale = read_json(kept)["interpolation_scale"] if kept and kept.is_file() else None
             transformer, report = start_from_other_latents(
-                transformer, source, latents, patch_size, largest
+                transformer, source, latents, patch_size, largest, scale
             )
             say(str(report))
     remedy = "set in_channels in --transformer-config, or choose another --vae"

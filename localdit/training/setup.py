@@ -203,7 +203,7 @@ def load_models(
         fingerprints = encoded.manifest.fingerprints
         text_width = encoded.manifest.text_width
         latents = encoded.manifest.latent_format
-    transformer = initialization.load_transformer(args, text_width, latents)
+    transformer = initialization.load_transformer(args, text_width, latents, checkpoint)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     kind = method_class(args)
     start = args.transformer
