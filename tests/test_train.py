@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline
-from localdit.training.checkpointing import read_manifest
+from localdit.training.checkpointing import Manifest, read_manifest
 from localdit.training.methods import fine_tuning
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
@@ -43,6 +43,18 @@ def train(main, workplace, tmp_path, monkeypatch):
         return tmp_path / name
 
     return run
+
+
+def rewrite_options(checkpoint, **changes):
+    """Change the options in a checkpoint, or leave out those that become `...`."""
+    path = checkpoint / "training/state.json"
+    state = json.loads(path.read_text())
+    options = state["options"] | changes
+    state["options"] = {name: value for name, value in options.items() if value is not ...}
+    path.write_text(json.dumps(state))
+    step, sums = read_manifest(checkpoint)
+    sums["training/state.json"] = sha256(path.read_bytes()).hexdigest()
+    (checkpoint / "manifest.json").write_bytes(Manifest(step, sums).text().encode())
 
 
 def test_a_run_writes_pipelines_that_draw_pictures(train):
@@ -117,6 +129,19 @@ def test_accumulation_equals_the_step_of_a_larger_batch(train):
     for a, b in zip(lines(large), lines(small), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_stages_may_change_the_accumulation(train, tmp_path):
+    """Check that each step is taken, and is that of a larger batch."""
+    runs = []
+    for name in ("gradient-accumulation-steps", "batch-size"):
+        one = {"batch-size": 1, "max-train-steps": 2}
+        stages = [one | {name: 1}, one | {name: 3}, one | {name: 2}]
+        (tmp_path / "stages.json").write_text(json.dumps(stages))
+        runs.append(train(name, "--stages", tmp_path / "stages.json", "--crop", "center"))
+    for a, b in zip(*map(lines, runs), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
 
 def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monkeypatch, capsys):
@@ -235,6 +260,27 @@ def test_stages_change_the_size(train, tmp_path):
     assert sizes == [8, 12]
 
 
+def test_stages_of_other_lengths_begin_an_epoch_of_their_own_order(train, tmp_path, capsys):
+    """Check that a position in the order of one stage is not applied to that of another."""
+    stages, once = tmp_path / "stages.json", ["--batch-size", "1", "--max-train-steps", "14"]
+
+    def lengths(*steps):
+        stages.write_text(json.dumps([{"max-train-steps": count} for count in steps]))
+        return [*once, "--stages", stages]
+
+    run = train("run", *lengths(5))
+    train("run", *lengths(3, 11), "--resume", "auto")
+    assert "This step is in another stage now" in capsys.readouterr().out
+    seen = [line["samples"][0] for line in lines(run, "samples-0.jsonl")]
+    assert len(seen) == 14 and len(set(seen[5:13])) == 8
+    # The boundary of a stage needs no such epoch, nor does a longer stage.
+    run = train("longer", *lengths(5))
+    train("longer", *lengths(8, 6), "--resume", "auto")
+    assert "another stage" not in capsys.readouterr().out
+    seen = [line["samples"][0] for line in lines(run, "samples-0.jsonl")]
+    assert len(set(seen[:8])) == 8
+
+
 def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(train, capsys):
     run = train(
         "run", "--learning-rate", "1e30", "--max-train-steps", "20", "--gradient-clip", "1e9",
@@ -344,6 +390,50 @@ def test_resuming_another_run_is_refused(train, capsys):
     train("run", "--resume", "auto", "--learning-rate", "2e-3")
     assert "Changed since: learning_rate: 0.001 -> 0.002" in capsys.readouterr().out
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+
+
+def test_a_changed_file_of_a_single_stage_is_listed(train, tmp_path, capsys):
+    stages = ["--stages", tmp_path / "stages.json"]
+    stages[1].write_text('[{"learning-rate": 0.002, "max-train-steps": 2}]')
+    run = train("run", *stages)
+    saved = json.loads((run / "config.json").read_text())
+    assert (saved["learning_rate"], saved["max_train_steps"]) == (0.002, 2)
+    stages[1].write_text('[{"learning-rate": 0.003, "max-train-steps": 3}]')
+    train("run", *stages, "--resume", "auto")
+    printed = capsys.readouterr().out
+    assert "Changed since: learning_rate: 0.002 -> 0.003" in printed
+    assert "Changed since: max_train_steps: 2 -> 3" in printed
+
+
+def test_the_precision_of_accelerate_is_one_of_the_options(train, capsys, monkeypatch):
+    run = train("run", "--max-train-steps", "1")
+    assert json.loads((run / "config.json").read_text())["mixed_precision"] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train("run", "--max-train-steps", "2", "--resume", "auto")
+    assert "Changed since: mixed_precision: no -> bf16" in capsys.readouterr().out
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    # An earlier version saved only what was given.
+    rewrite_options(run / "checkpoint-2", mixed_precision=None)
+    train("run", "--max-train-steps", "3", "--resume", "auto")
+    assert "mixed_precision" not in capsys.readouterr().out
+
+
+def test_a_default_that_is_given_is_no_change(train, workplace, capsys):
+    """Check values that come from elsewhere, also in checkpoints that do not name them."""
+    lora = ["--transformer", workplace / "pipeline", "--lora-rank", "2"]
+    distil = ["--method", "distil", "--teacher", workplace / "pipeline"]
+    for name, more, flag, value, other in (
+        ("lora", lora, "--lora-alpha", "2", "4"),
+        ("distil", distil, "--teacher-guidance-scale", "7", "3"),
+    ):
+        run = train(name, *more, "--max-train-steps", "1")
+        train(name, *more, flag, value, "--max-train-steps", "2", "--resume", "auto")
+        rewrite_options(run / "checkpoint-2", **{flag[2:].replace("-", "_"): None})
+        for given in ([flag, value], []):
+            train(name, *more, *given, "--max-train-steps", "2", "--resume", "auto")
+        assert flag[2:].replace("-", "_") not in capsys.readouterr().out
+        train(name, *more, flag, other, "--resume", "auto", expect=1)
+        assert f"not with {flag} {other}" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_skipped(train, capsys):
@@ -572,6 +662,8 @@ def test_the_start_of_a_resumed_run_has_no_effect(adapters, train, workplace, tm
         (["--teacher-steps", "10"], "--teacher-steps is for --method distil"),
         (["--method", "distil", "--teacher", "TEACHER", "--teacher-steps", "3"],
          "--teacher-steps is 3; expected at least --student-steps, which is 4"),
+        (["--method", "distil", "--teacher", "TEACHER", "--teacher-steps", "2000"],
+         "--teacher-steps is 2000; expected 1 to 1,000"),
         (["--method", "distil", "--teacher", "TEACHER", "--validation-guidance-scale", "3"],
          "--validation-guidance-scale is not for --method distil"),
         (["--method", "distil", "--teacher", "TEACHER", "--min-snr-gamma", "5"],
@@ -586,6 +678,48 @@ def test_options_of_distillation_are_checked(train, workplace, capsys, options, 
     with pytest.raises(SystemExit):
         train("run", *(teacher if one == "TEACHER" else one for one in options))
     assert re.search(message, capsys.readouterr().err)
+
+
+def changed_weights(folder):
+    """Change all weights in a folder in place, a little."""
+    for file in folder.glob("*.safetensors"):
+        save_file({name: t * 1.01 for name, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_frozen_models_count_by_their_weights_and_not_by_their_paths(
+    train, workplace, tmp_path, capsys
+):
+    for name in ("one", "two"):
+        shutil.copytree(workplace / "pipeline", tmp_path / name)
+
+    def resumed(folder, expect=0):
+        return train("run", "--method", "knowledge-distillation", "--teacher", tmp_path / folder,
+                     "--pretrained", tmp_path / folder, "--resume", "auto",
+                     "--max-train-steps", "1", expect=expect)  # fmt: skip
+
+    run = resumed("one")
+    capsys.readouterr()
+    resumed("two")  # the same weights elsewhere
+    printed = capsys.readouterr().out
+    assert "Changed since: teacher: " in printed and "sha256" not in printed
+    changed_weights(tmp_path / "two/vae")  # as with another --vae, the run goes on
+    resumed("two")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "sha256" in line]
+    assert line.startswith("Changed since: vae_sha256: ")
+    changed_weights(tmp_path / "two/transformer")
+    resumed("two", expect=1)
+    assert "whose teacher had other weights than --teacher has now" in capsys.readouterr().err
+    # Checkpoints of earlier versions name only the path.
+    names = [name for name in json.loads((run / "config.json").read_text()) if "sha256" in name]
+    assert sorted(names) == [
+        f"{one}_sha256" for one in ("teacher", "text_encoder", "tokenizer", "vae")
+    ]
+    rewrite_options(run / "checkpoint-1", **dict.fromkeys(names, ...))
+    resumed("one")
+    capsys.readouterr()
+    rewrite_options(run / "checkpoint-1", **dict.fromkeys(names, ...))
+    resumed("two", expect=1)
+    assert "is of a run with --teacher" in capsys.readouterr().err
 
 
 def test_a_run_with_another_method_is_not_resumed(train, workplace, capsys):

@@ -8,8 +8,9 @@ the noise.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -19,9 +20,12 @@ from diffusers import (
     LCMScheduler,
 )
 
+from .samplers import prediction_type_of
+
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 NUM_TIMESTEPS = 1000
+LOWEST_GRID_END = 800  # of the timesteps that a grid of whole ones must cover
 NOISE_SCHEDULE = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 
 
@@ -151,6 +155,17 @@ class Objective:
         stride = NUM_TIMESTEPS // steps
         return (lower + 1) * stride - 1, lower * stride - 1
 
+    def require_grid(self, steps: int) -> None:
+        """Raise ValueError unless a grid of `steps` reaches far from the latents to the noise."""
+        if self.is_flow or _grid_end(steps) >= LOWEST_GRID_END:
+            return
+        good = [one for one in range(1, NUM_TIMESTEPS + 1) if _grid_end(one) >= LOWEST_GRID_END]
+        raise ValueError(
+            f"A grid of {steps} whole timesteps ends at {_grid_end(steps)} of {NUM_TIMESTEPS}, far "
+            f"from the noise; expected at least {LOWEST_GRID_END}, as with "
+            f"{min(good, key=lambda one: abs(one - steps))}"
+        )
+
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the weights of the errors at timesteps `(B,)`, `(B,)` (Hang et al., 2023).
 
@@ -202,6 +217,11 @@ class Objective:
         return products.sqrt(), (1 - products).sqrt()
 
 
+def _grid_end(steps: int) -> int:
+    """Return the timesteps that a grid of `steps` whole, even strides covers."""
+    return NUM_TIMESTEPS // steps * steps
+
+
 @functools.lru_cache(maxsize=8)
 def _alphas_cumprod(device: torch.device) -> torch.Tensor:
     """Return the products of DDPM's alphas, `(1 + NUM_TIMESTEPS,)` float32; cached per device.
@@ -210,6 +230,21 @@ def _alphas_cumprod(device: torch.device) -> torch.Tensor:
     """
     scheduler = DDPMScheduler(num_train_timesteps=NUM_TIMESTEPS, **NOISE_SCHEDULE)
     return torch.cat([torch.ones(1), scheduler.alphas_cumprod]).to(device)
+
+
+def other_noise_schedule(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a scheduler's configuration says of the noise that training does differently.
+
+    Settings that only matter for sampling, such as Karras' noise levels, are not part of it.
+    """
+    ours: dict[str, Any] = {"num_train_timesteps": NUM_TIMESTEPS}
+    if prediction_type_of(scheduler_config) != "flow":
+        ours |= NOISE_SCHEDULE | {"trained_betas": None, "rescale_betas_zero_snr": False}
+    return {
+        name: scheduler_config[name]
+        for name, value in ours.items()
+        if scheduler_config.get(name, value) != value
+    }
 
 
 def sample_position(generator: torch.Generator, sampling: TimestepSampling) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +86,19 @@ def prediction_type_of(scheduler_config: Mapping[str, Any]) -> str:
     if flow or "FlowMatch" in scheduler_config.get("_class_name", ""):
         return "flow"
     return kind
+
+
+def flow_shift_of(scheduler_config: Mapping[str, Any]) -> float:
+    """Return the shift of a flow matching scheduler's configuration; see `Objective`.
+
+    Raises:
+        ValueError: if it is not a number above 0.
+    """
+    name = "shift" if "FlowMatch" in scheduler_config.get("_class_name", "") else "flow_shift"
+    shift = scheduler_config.get(name, 1.0)
+    if not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise ValueError(f"The scheduler's {name} is {shift!r}; expected a number above 0.")
+    return shift
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
@@ -165,7 +179,7 @@ def make_sampler(name: str, scheduler: Any, num_inference_steps: int | None = No
         )
     _warn_of_few_steps(name, config, class_name)
     if kind == "flow":
-        shift = config.get("shift" if "FlowMatch" in config["_class_name"] else "flow_shift", 1.0)
+        shift = flow_shift_of(config)
         of_model = {
             "num_train_timesteps": config["num_train_timesteps"],
             "prediction_type": "flow_prediction",

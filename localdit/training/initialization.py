@@ -15,10 +15,16 @@ from torch import nn
 from localdit.checkpoint import inspect_checkpoint
 from localdit.checkpoint.reading import few
 from localdit.config import Config
+from localdit.core.diffusion import (
+    NOISE_SCHEDULE,
+    NUM_TIMESTEPS,
+    Objective,
+    other_noise_schedule,
+)
 from localdit.core.encoders import locate_encoder
 from localdit.core.latents import LatentFormat
 from localdit.core.parts import vae_config
-from localdit.core.samplers import prediction_type_of
+from localdit.core.samplers import flow_shift_of, prediction_type_of
 from localdit.files import read_json
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
 from localdit.models.configuration import public_arguments, require_sound_arguments
@@ -26,7 +32,7 @@ from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
 from localdit.sizes import pipeline_around
 from localdit.training.options import LATE_OPTIONS, PREDICTION_TYPES, check_objective
-from localdit.training.state import saved_options
+from localdit.training.state import TRANSFORMER, saved_options
 from localdit.training.transfer import (
     initialize_latent_layers,
     is_pixart,
@@ -91,13 +97,18 @@ def require_shape_used(args: argparse.Namespace) -> None:
 
 
 def load_transformer(
-    args: argparse.Namespace, text_width: int, latents: LatentFormat
+    args: argparse.Namespace,
+    text_width: int,
+    latents: LatentFormat,
+    checkpoint: Path | None = None,
 ) -> LocalDiTTransformer2DModel:
     """Return the transformer to train, in float32: new, or with the weights of `--transformer`.
 
     Args:
         text_width: channels of the text.
         latents: the latents to train on. A preset adapts to their channels and to `text_width`.
+        checkpoint: the checkpoint to resume from, if any; a scale of positions that was set for
+            other latents stays as it is there, whatever sizes the run has now.
     """
     source, patch_size = args.transformer, args.new_latents
     if args.lora_rank is not None and is_pixart(source):
@@ -117,8 +128,10 @@ def load_transformer(
         transformer = _loaded(source)
         if patch_size is not None:
             largest = max(stage.image_size for stage in args.stages)
+            kept = checkpoint and checkpoint / TRANSFORMER / "config.json"
+            scale = read_json(kept)["interpolation_scale"] if kept and kept.is_file() else None
             transformer, report = start_from_other_latents(
-                transformer, source, latents, patch_size, largest
+                transformer, source, latents, patch_size, largest, scale
             )
             say(str(report))
     remedy = "set in_channels in --transformer-config, or choose another --vae"
@@ -206,27 +219,36 @@ def _read_json(path: Path, option: str) -> dict[str, Any]:
         raise ValueError(f"{option}: {path} can't be read as JSON: {error}") from None
 
 
-def settle_prediction_type(args: argparse.Namespace, checkpoint: Path | None = None) -> str | None:
-    """Set `args.prediction_type`, unless it is given, to what the weights of a run predict.
+def settle_objective(args: argparse.Namespace, checkpoint: Path | None = None) -> str | None:
+    """Set `args.prediction_type` and `args.flow_shift`, unless given, to those of the weights.
 
-    A checkpoint predicts what its run was for; `--transformer` counts beside it only if it stays
-    frozen. Weights predict what the scheduler of their pipeline, if any, is for; its folder is
-    beside theirs. New weights predict the noise, "epsilon".
+    A checkpoint has those of its run; `--transformer` counts beside it only if it stays frozen.
+    Other weights have those of the scheduler of their pipeline, if any; its folder is beside
+    theirs. New weights predict the noise, "epsilon".
 
     Args:
         checkpoint: the checkpoint that the run resumes from, if any.
 
     Returns:
         A message if the weights decided.
+
+    Raises:
+        ValueError: if weights and options contradict each other, or weights are for another noise
+            schedule than that of training.
     """
     saved = saved_options(checkpoint / "training") if checkpoint is not None else {}
     named = {"--teacher": args.teacher}
     if checkpoint is None or args.lora_rank is not None:
         named["--transformer"] = args.transformer
-    said = {
-        f"{option} {source}": kind
+    beside = {
+        f"{option} {source}": scheduler
         for option, source in named.items()
-        if source is not None and (kind := _prediction_type_beside(source)) is not None
+        if source is not None and (scheduler := _scheduler_beside(source))
+    }
+    said = {
+        name: kind
+        for name, scheduler in beside.items()
+        if (kind := prediction_type_of({"prediction_type": None} | scheduler)) is not None
     }
     if len(set(said.values())) > 1:
         both = " and ".join(f"{name} for {kind}" for name, kind in said.items())
@@ -245,22 +267,49 @@ def settle_prediction_type(args: argparse.Namespace, checkpoint: Path | None = N
                 f"--prediction-type is {given}, but {name} comes with a scheduler for {kind}: give "
                 f"--prediction-type {kind}."
             )
+    for name, scheduler in beside.items():
+        if other := other_noise_schedule(scheduler):
+            settings = ", ".join(f"{setting} {value}" for setting, value in other.items())
+            raise ValueError(
+                f"{name} comes with a scheduler of another noise schedule ({settings}), which "
+                f"can't be trained; expected {NOISE_SCHEDULE['beta_schedule']} betas from "
+                f"{NOISE_SCHEDULE['beta_start']} to {NOISE_SCHEDULE['beta_end']}, "
+                f"{NUM_TIMESTEPS} timesteps, and no zero terminal SNR."
+            )
     args.prediction_type = given or next(iter(said.values()), "epsilon")
     check_objective(args)
+    messages = []
     if given is None and said:
-        return (
+        messages.append(
             f"The prediction type is {args.prediction_type}: {next(iter(said))} comes with a "
             "scheduler for it."
         )
-    return None
+    if args.flow_shift is None:
+        args.flow_shift = saved.get("flow_shift")
+    if args.flow_shift is None:
+        is_flow = args.prediction_type == "flow"
+        shifts = {name: flow_shift_of(beside[name]) for name in said if is_flow}
+        if len(set(shifts.values())) > 1:
+            both = " and ".join(f"{name} ({shift:g})" for name, shift in shifts.items())
+            raise ValueError(f"The schedulers beside {both} differ in shift: give --flow-shift.")
+        args.flow_shift = next(iter(shifts.values()), 1.0)
+        if args.flow_shift != 1:
+            messages.append(
+                f"The flow shift is {args.flow_shift:g}, that of the scheduler beside "
+                f"{next(iter(shifts))}."
+            )
+    if args.teacher_steps is not None:
+        try:
+            Objective(args.prediction_type).require_grid(args.teacher_steps)
+        except ValueError as error:
+            raise ValueError(f"--teacher-steps: {error}.") from None
+    return " ".join(messages) or None
 
 
-def _prediction_type_beside(transformer: Path) -> str | None:
-    """Return the prediction type of the scheduler in the pipeline of a transformer, if it says."""
+def _scheduler_beside(transformer: Path) -> dict[str, Any]:
+    """Return the configuration of the scheduler in the pipeline of a transformer; {} if none."""
     file = pipeline_around(transformer) / "scheduler/scheduler_config.json"
-    if not file.is_file():
-        return None
-    return prediction_type_of({"prediction_type": None} | _read_json(file, str(transformer)))
+    return _read_json(file, str(transformer)) if file.is_file() else {}
 
 
 def _check_fit(

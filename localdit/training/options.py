@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from localdit.config import Config
-from localdit.core.settings import INDEX
+from localdit.core.settings import INDEX, read_settings
+from localdit.errors import FieldError
 from localdit.parsing import Parser, folder_argument, name_argument, path_argument, text_argument
+from localdit.sizes import pipeline_around
 from localdit.training.stages import STAGE_OPTIONS, Stage, read_stages
 
 DESCRIPTION = """Train a LocalDiT on captioned pictures.
@@ -72,7 +74,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "learning_rate", "gradient_clip", "gradient_accumulation_steps", "save_interval",
         "log_interval", "validation_interval", "flow_shift", "min_snr_gamma", "lora_rank",
         "lora_alpha", "window_size", "patch_size", "samples_per_shard", "new_latents",
-        "teacher_steps", "student_steps",
+        "student_steps",
     )),
     "at least 0": (lambda value: value >= 0, (
         "num_workers", "warmup_steps", "weight_decay", "validation_samples", "max_skipped_steps",
@@ -87,6 +89,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     )),
     # NumPy takes seeds below 2**32, and each process adds its number.
     "0 to 4,000,000,000": (lambda value: 0 <= value <= 4_000_000_000, ("seed",)),
+    "1 to 1,000": (lambda value: 1 <= value <= 1000, ("teacher_steps",)),  # all timesteps
     "1 or more": (lambda value: value >= 1, ("max_aspect_ratio",)),
     "at least 2": (lambda value: value >= 2, ("keep_checkpoints",)),
 }  # fmt: skip
@@ -117,16 +120,25 @@ def parse_args(
         for name, default in DISTIL_OPTIONS.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
+    if args.lora_rank is not None and args.lora_alpha is None:
+        args.lora_alpha = args.lora_rank
     if args.num_workers is None:
         args.num_workers = min(Config().num_workers, os.cpu_count() or 1)
     try:
         _check(args)
+        if args.method == DISTIL and args.teacher_guidance_scale is None:
+            args.teacher_guidance_scale = guidance_beside(args.teacher)
         args.stages = _stages(args)
         if args.use_wandb and not args.dry_run and os.environ.get("RANK", "0") == "0":
             _log_in_to_wandb()
-    except ValueError as error:
+    except (FieldError, ValueError) as error:
         parser.error(str(error))
     return args
+
+
+def guidance_beside(transformer: Path) -> float:
+    """Return the guidance scale that suits a transformer, as the folder of its pipeline says."""
+    return read_settings(pipeline_around(transformer)).guidance_scale
 
 
 def _transformer_in(source: Path | None) -> Path | None:
@@ -291,8 +303,9 @@ def _add_objective_options(group: argparse._ArgumentGroup) -> None:
     add("--min-snr-gamma", type=float,
         help="cap of the signal-to-noise ratio in the weight of the loss; without it, the loss is "
         "not weighted")  # fmt: skip
-    add("--flow-shift", type=float, default=1.0,
-        help="shift of flow matching's timesteps towards noise; 3 suits 1024 pixels")  # fmt: skip
+    add("--flow-shift", type=float,
+        help="shift of flow matching's timesteps towards noise; 3 suits 1024 pixels; by default, "
+        "the shift of the scheduler beside --transformer or --teacher, or else 1")  # fmt: skip
 
 
 def _add_learning_options(group: argparse._ArgumentGroup) -> None:
@@ -526,7 +539,7 @@ def check_objective(args: argparse.Namespace) -> None:
     """Raise ValueError if an option about the objective is for another prediction type."""
     if args.prediction_type == "flow" and args.min_snr_gamma is not None:
         raise ValueError("--min-snr-gamma is for epsilon and v_prediction, not for flow")
-    if args.prediction_type != "flow" and args.flow_shift != 1:
+    if args.prediction_type != "flow" and args.flow_shift not in (None, 1):
         raise ValueError("--flow-shift is for --prediction-type flow")
 
 

@@ -55,7 +55,7 @@ class Reporter:
             found = stage_data.found
             self.say(
                 f"{stage}: {len(found.samples):,} samples ({left_out(stage_data.buckets)}, "
-                f"{len(stage_data.held_out):,} held out, {found.faults.total:,} broken), "
+                f"{len(stage_data.withheld):,} held out, {found.faults.total:,} broken), "
                 f"{len(stage_data.sizes)} buckets, {stage.batch_size} x {processes} processes on "
                 f"{self.accelerator.device.type} x {stage.gradient_accumulation_steps} = "
                 f"{stage.global_batch(processes)} samples to a step"

@@ -152,7 +152,7 @@ def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespa
     transformer.requires_grad_(False)
     settings = LoraConfig(
         r=args.lora_rank,
-        lora_alpha=args.lora_rank if args.lora_alpha is None else args.lora_alpha,
+        lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=_targets(transformer, args.lora_target_modules),
     )

@@ -38,8 +38,9 @@ from localdit.training.checkpointing import (
     verified_folder,
     verify_checkpoint,
 )
-from localdit.training.options import METHOD_OPTIONS
+from localdit.training.options import DISTIL, METHOD_OPTIONS, guidance_beside
 from localdit.training.post_hoc_ema import SNAPSHOT, write_snapshot
+from localdit.training.stages import STAGE_OPTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +48,16 @@ if TYPE_CHECKING:
     from localdit.training.results import ResultFolder
     from localdit.training.state import Snapshot
 
+TEACHER_SHA256 = "teacher_sha256"
 # A run with another value of these options would be a different run.
 FIXED = (
-    *METHOD_OPTIONS, "prediction_type", "seed", "optimizer", "post_hoc_ema", "new_latents",
-    "lora_rank", "lora_alpha", "lora_target_modules",
+    *METHOD_OPTIONS, TEACHER_SHA256, "prediction_type", "seed", "optimizer", "post_hoc_ema",
+    "new_latents", "lora_rank", "lora_alpha", "lora_target_modules",
 )  # fmt: skip
 IGNORED = ("resume", "output")
+# Ends of the names of values that come from elsewhere unless given. Earlier versions did not save
+# them.
+RESOLVED = ("mixed_precision", "_sha256")
 METRICS, BROKEN, SAMPLES = "metrics.jsonl", "broken.jsonl", "samples-{rank}.jsonl"
 _LOG = re.compile(r"(metrics|broken|samples-\d+)\.jsonl")
 
@@ -263,32 +268,67 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as plain values for JSON."""
-    stages = [vars(stage) for stage in args.stages] if len(args.stages) > 1 else None
-    plain = vars(args) | {"stages": stages}
+def options_of(args: argparse.Namespace, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options as plain values for JSON; those of a single stage are its own.
+
+    Args:
+        fingerprints: SHA-256 of each frozen model, by its name; the options name only paths.
+    """
+    stages = [vars(stage) for stage in args.stages]
+    if len(stages) == 1:
+        plain = vars(args) | {name: stages[0][name] for name in STAGE_OPTIONS} | {"stages": None}
+    else:
+        plain = vars(args) | {"stages": stages}
+    plain |= {_sha256(model): fingerprint for model, fingerprint in fingerprints.items()}
     return json.loads(json.dumps(plain, default=str))
+
+
+def _sha256(model: str) -> str:
+    """Return the name of a frozen model's fingerprint among the options."""
+    return f"{model.replace(' ', '_')}_sha256"
 
 
 def changed_options(
     checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[tuple[str, Any, Any]]:
-    """Return name, old and new value of each option that differs from the saved run's."""
-    before = {"method": "fine-tuning", **before}  # older runs had no --method
+    """Return name, old and new value of each option that differs from the saved run's.
+
+    Values that an earlier version left open are taken to be as they are now.
+    """
+    before = _complete(before)
     names = sorted((before.keys() | now.keys()) - set(IGNORED))
     changes = [
         (name, before.get(name), now.get(name))
         for name in names
         if before.get(name) != now.get(name)
+        and not (name.endswith(RESOLVED) and before.get(name) is None)
     ]
-    for name, old, new in changes:
-        if name in FIXED:
-            raise ValueError(_another_run(checkpoint, name, old, new, before))
+    changed = {name: (old, new) for name, old, new in changes}
+    for name in FIXED:  # in this order, as some follow from others
+        moved = name == "teacher" and TEACHER_SHA256 in before  # its weights count, not its path
+        if name in changed and not moved:
+            raise ValueError(_another_run(checkpoint, name, *changed[name], before))
     return changes
+
+
+def _complete(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved options with the values that earlier versions left to defaults."""
+    options = {"method": "fine-tuning", **saved}  # older runs had no --method
+    if options.get("lora_alpha") is None:
+        options["lora_alpha"] = options.get("lora_rank")
+    if options["method"] == DISTIL and options.get("teacher_guidance_scale") is None:
+        options["teacher_guidance_scale"] = guidance_beside(Path(options["teacher"]))
+    return options
 
 
 def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mapping[str, Any]) -> str:
     """Return the message about an option that may not change."""
+    if name == TEACHER_SHA256:
+        return (
+            f"{checkpoint} is of a run whose teacher had other weights than --teacher has now "
+            f"(SHA-256 {old}, now {new}). Resume it with the same teacher, or start a new run in "
+            "another --output."
+        )
     flag = f"--{name.replace('_', '-')}"
     was, given = (
         f"without {flag}" if value is None else f"with {flag}" + f" {value}" * (value is not True)

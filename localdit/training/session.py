@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from localdit.training.data.stage_data import (
     held_out_batches,
     stage_batches,
 )
-from localdit.training.initialization import settle_prediction_type
+from localdit.training.initialization import settle_objective
 from localdit.training.methods import Inputs
 from localdit.training.optimizer import learning_rate
 from localdit.training.options import set_defaults
@@ -63,10 +64,15 @@ class Session:
     saved: int = -1  # step of the newest checkpoint
     broken_held_out: set[Fault] = field(default_factory=set)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the run as they take effect, with the fingerprints of frozen models."""
+        return options_of(self.args, self.models.fingerprints)
+
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint, and print the options that differ from those it was saved with."""
         folder = checkpoint / "training"
-        changes = changed_options(checkpoint, saved_options(folder), options_of(self.args))
+        changes = changed_options(checkpoint, saved_options(folder), self.options)
         averages = self.models.result.averages_in(checkpoint)
         self.state.restore(folder, averages, self.accelerator.process_index)
         progress = self.state.progress
@@ -80,7 +86,7 @@ class Session:
         stage = stage_of_step(self.args.stages, progress.step)
         if progress.step > stage.first_step:
             global_batch = stage.global_batch(self.accelerator.num_processes)
-            message = progress.resume(self.data[stage.index].digest, global_batch)
+            message = progress.resume(self.data[stage.index].digest, stage.index, global_batch)
             if message:
                 self.reporter.say(message)
 
@@ -89,7 +95,7 @@ class Session:
         progress, stages = self.state.progress, self.args.stages
         stage = stage_of_step(stages, progress.step)
         if progress.step == stage.first_step:
-            progress.begin(self.data[stage.index].digest)
+            progress.begin(self.data[stage.index].digest, stage.index)
         models = self.models
         models.method.set_sample_size(stage.image_size // models.latents.pixels_per_latent)
         if len(stages) > 1:
@@ -203,7 +209,7 @@ class Session:
         """
         if self.saved == self.state.progress.step:
             return
-        snapshot = self.state.snapshot(self.agreement, options_of(self.args))
+        snapshot = self.state.snapshot(self.agreement, self.options)
         keep = self.args.keep_checkpoints if sound else None
         self.agreement.on_main(lambda: self.run.save_checkpoint(self.models.result, snapshot, keep))
         self.saved = self.state.progress.step
@@ -240,10 +246,11 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         TrainingStopped: in every process, if something is missing or wrong.
     """
     accelerator = start_processes(args)
+    args.mixed_precision = accelerator.mixed_precision  # by default, that of its configuration
     agreement = Agreement(accelerator)
 
     def settle(checkpoint: Path | None) -> None:
-        message = agreement.on_all(partial(settle_prediction_type, args, checkpoint))
+        message = agreement.on_all(partial(settle_objective, args, checkpoint))
         if message and accelerator.is_local_main_process:
             say(message)
 
@@ -290,7 +297,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     )
     if checkpoint is not None:
         agreement.on_all(partial(session.resume, checkpoint))
-    agreement.on_main(lambda: run.begin(options_of(args), state.progress.step))
+    agreement.on_main(lambda: run.begin(session.options, state.progress.step))
     encoders = models.make_inputs.encoders
     session.reporter.begin(data, state.progress.step, encoders and encoders.tokenizer)
     session.reporter.say(str(models.result))

@@ -29,7 +29,7 @@ from localdit.training import initialization, processes
 from localdit.training.data.batches import Draws, VisitDataset
 from localdit.training.data.encoded import EncodedSet, require_latent_format
 from localdit.training.data.finding import Found, find_samples
-from localdit.training.data.stage_data import StageData, prepare_data
+from localdit.training.data.stage_data import StageData, prepare_data, withhold
 from localdit.training.methods import InputMaker, Method, Sampling, method_class
 from localdit.training.methods.repa import FEATURES, image_encoder_config, load_latent_features
 from localdit.training.metrics import Metrics, peak_flops
@@ -107,12 +107,14 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             given(args, PICTURE_OPTIONS),
             args.validation_samples,
         )
-        prepared.order(stage, 1, args.seed)  # refuses a stage without samples
         if routing := settings.get("routing"):  # refuses maps that are too small
             for bucket in set(prepared.buckets[prepared.buckets >= 0].tolist()):
                 height, width = (side // pixels_per_token for side in prepared.sizes[bucket])
                 routing.rectangle(height, width, window_size)
         data.append(prepared)
+    withhold(data)
+    for stage, prepared in zip(args.stages, data, strict=True):
+        prepared.order(stage, 1, args.seed)  # refuses a stage without samples
     return data
 
 
@@ -143,6 +145,7 @@ class Models:
     make_inputs: InputMaker
     latents: LatentFormat
     result: ResultFolder
+    fingerprints: dict[str, str]  # SHA-256 of each frozen model in use, by its name
     pictures: PromptPictures | None  # of the validation prompts, if there are any
 
     def dataset(
@@ -189,16 +192,18 @@ def load_models(
     if pictures_wait or args.validation_prompts:
         text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         encoders = load_encoders(sources, text_dtype)
+        fingerprints = encoders.fingerprints()
         if encoded is not None:
-            _require_same_encoders(encoded.manifest.fingerprints, encoders.fingerprints())
+            _require_same_encoders(encoded.manifest.fingerprints, fingerprints)
         encoders.to(device)
         vae, text_width, latents = encoders.vae, encoders.text.width, encoders.latents.format
     else:
         assert encoded is not None
         vae = _vae_that_encoded(encoded, sources)
+        fingerprints = encoded.manifest.fingerprints
         text_width = encoded.manifest.text_width
         latents = encoded.manifest.latent_format
-    transformer = initialization.load_transformer(args, text_width, latents)
+    transformer = initialization.load_transformer(args, text_width, latents, checkpoint)
     objective = Objective(args.prediction_type, args.min_snr_gamma, args.flow_shift)
     kind = method_class(args)
     start = args.transformer
@@ -217,6 +222,9 @@ def load_models(
         {name: model.to(device) for name, model in frozen.items()},
         **kind.settings(args, transformer.config.num_layers),
     )
+    fingerprints = fingerprints | {
+        name: weights_fingerprint(model, torch.float32) for name, model in method.frozen.items()
+    }
     if args.compile:
         transformer.compile_repeated_blocks()
 
@@ -249,6 +257,7 @@ def load_models(
         ),
         latents,
         result,
+        fingerprints,
         pictures,
     )
 

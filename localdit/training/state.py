@@ -188,24 +188,31 @@ class Progress:
     skipped: int = 0  # steps that were skipped because a loss or gradient was not finite
     broken: int = 0  # samples of the current epoch that turned out to be broken when they were read
     data: str = ""  # fingerprint of the data that `position` refers to
+    stage: int | None = None  # index of its stage; None in checkpoints of earlier versions
 
-    def begin(self, data: str) -> None:
-        """Go to the beginning of a stage's data."""
-        self.position, self.broken, self.data = Position(), 0, data
+    def begin(self, data: str, stage: int, epoch: int = 0) -> None:
+        """Go to the beginning of an epoch of a stage's data."""
+        self.position, self.broken, self.data, self.stage = Position(epoch), 0, data, stage
 
-    def resume(self, data: str, global_batch: int) -> str | None:
+    def resume(self, data: str, stage: int, global_batch: int) -> str | None:
         """Find the position in the present data again.
 
         Args:
             data: fingerprint of the present data. If it has changed, a new epoch begins.
+            stage: index of the present stage. Each stage has an order of its own, so a new epoch
+                also begins if the lengths of the stages have changed so that this is another one.
             global_batch: samples in an optimizer step now.
 
         Returns:
-            A message if data or batch size have changed.
+            A message if data, stage or batch size have changed.
         """
-        if self.data != data:
-            self.position, self.data = Position(self.position.epoch + 1), data
-            return "The data has changed: a new epoch of it begins."
+        same_data, same_stage = self.data == data, self.stage in (None, stage)
+        self.stage = stage
+        if not (same_data and same_stage):
+            self.begin(data, stage, self.position.epoch + 1)
+            if same_stage:
+                return "The data has changed: a new epoch of it begins."
+            return "This step is in another stage now: a new epoch of its data begins."
         taken = self.position.taken
         if taken and taken[-1][0] != global_batch:
             return (

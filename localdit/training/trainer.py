@@ -72,6 +72,7 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
     models = trained | method.frozen
     (count,) = session.agreement.total(sum(batch.weights.sum().item() for batch in batches))
     accelerator.gradient_accumulation_steps = len(batches)
+    accelerator.step = 0  # Accelerate counts the batches of all steps, which may have had others
     # Accelerate averages over accumulated batches, and over processes.
     scale = loss_divisor(accelerator) * accelerator.num_processes / max(count, 1.0)
     losses, flops = [], 0
@@ -98,6 +99,7 @@ def update(session: Session, finite: bool) -> bool:
         Whether the step was taken.
     """
     models = session.state.models.values()
+    assert session.accelerator.sync_gradients  # else the calls of its optimizers do nothing
     taken = finite
     if finite:
         for model in models:

@@ -127,22 +127,25 @@ def start_from_other_latents(
     latents: LatentFormat,
     patch_size: int,
     image_size: int,
+    scale: float | None = None,
 ) -> tuple[LocalDiTTransformer2DModel, TransferReport]:
     """Return a LocalDiT for other latents, with all weights that do not depend on the latents.
 
-    The new layers start as `initialize_latent_layers` says. A square picture of `image_size` spans
-    the positions that one of the trained model's `sample_size` spanned: `interpolation_scale` is
-    set to `(image_size / pixels per latent / patch_size) / positions`.
+    The new layers start as `initialize_latent_layers` says. Without a `scale`, a square picture of
+    `image_size` spans the positions that one of the trained model's `sample_size` spanned:
+    `interpolation_scale` is set to `(image_size / pixels per latent / patch_size) / positions`.
 
     Args:
         trained: a LocalDiT of other latents, on the CPU. Its tensors are shared, not copied.
         source: its file or folder, for the report.
         patch_size: side of the square of these latents that becomes a token.
         image_size: side in pixels, a multiple of the pixels per token.
+        scale: `interpolation_scale` if it is known.
     """
     positions = trained.pos_embed.base_size / trained.pos_embed.interpolation_scale
     sample_size = image_size // latents.pixels_per_latent
-    scale = sample_size // patch_size / positions
+    tokens = sample_size // patch_size
+    scale = tokens / positions if scale is None else scale
     config = public_arguments(trained.config)
     config |= latent_shape(latents, patch_size) | {
         "sample_size": sample_size,
@@ -162,9 +165,9 @@ def start_from_other_latents(
         latent_note(transformer.config, latents.pixels_per_latent),
         f"before: {before.in_channels} channels, tokens of {before.patch_size} x "
         f"{before.patch_size} latents",
-        f"positions: a picture of {image_size} x {image_size} pixels spans 0 to {positions:g}, as "
-        f"one of {before.sample_size} x {before.sample_size} latents did: interpolation_scale is "
-        f"{scale:g}",
+        f"positions: a picture of {image_size} x {image_size} pixels spans 0 to "
+        f"{tokens / scale:g}, one of {before.sample_size} x {before.sample_size} latents spanned 0 "
+        f"to {positions:g}: interpolation_scale is {scale:g}",
     )
     return transformer, TransferReport("LocalDiT", source, copied, fresh, fresh, notes=notes)
 

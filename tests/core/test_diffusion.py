@@ -45,6 +45,22 @@ def test_noise_and_target_are_those_of_ddpm(batch, prediction_type):
     torch.testing.assert_close(noisy, DDPMScheduler().add_noise(latents, noise, timesteps))
 
 
+def test_grids_reach_from_the_latents_to_the_noise():
+    for objective in OBJECTIVES:
+        for steps in range(1, 1001):
+            try:
+                objective.require_grid(steps)
+            except ValueError as error:
+                assert not objective.is_flow
+                nearest = int(str(error).split()[-1])
+                assert objective.require_grid(nearest) is None and 250 < steps < 800
+            else:
+                upper, _ = objective.grid(torch.tensor([1 - 1e-6]), steps)
+                assert upper.item() >= 799
+    with pytest.raises(ValueError, match="A grid of 600 .* ends at 600 of 1000, .* as with 500$"):
+        Objective("v_prediction").require_grid(600)
+
+
 def test_flow_goes_straight_from_the_latents_to_the_noise(batch):
     latents, noise, _ = batch
     chosen = Objective("flow")

@@ -37,7 +37,10 @@ def workplace(tmp_path_factory):
     shape = json.loads((folder / "shape.json").read_text())
     # Dropout draws from the global generators, which have to go on where they were as well.
     (folder / "shape.json").write_text(json.dumps(shape | {"dropout": 0.1}))
-    stages = [{"image-size": 96, "max-train-steps": 7}, {"image-size": 64, "max-train-steps": 13}]
+    stages = [
+        {"image-size": 96, "max-train-steps": 7},
+        {"image-size": 64, "max-train-steps": 13, "gradient-accumulation-steps": 2},
+    ]
     (folder / "stages.json").write_text(json.dumps(stages))
     make_image_encoder(folder / "encoder")
     return folder

@@ -9,7 +9,7 @@ from localdit.models import LocalDiTTransformer2DModel
 from localdit.training.initialization import (
     encoder_sources,
     initialize_weights,
-    settle_prediction_type,
+    settle_objective,
 )
 from localdit.training.methods.distillation import LatentConsistency
 from localdit.training.methods.fine_tuning import FineTuning
@@ -69,10 +69,11 @@ def test_an_untrained_model_predicts_zero(transformer):
     assert (sample == 0).all()
 
 
-def says(folder, kind):
+def says(folder, kind, **settings):
     """Write a scheduler beside a transformer, and return the transformer's folder."""
     (folder / "scheduler").mkdir(parents=True)
     config = {"_class_name": "DDIMScheduler"} | ({"prediction_type": kind} if kind else {})
+    config |= settings
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
     (folder / "transformer").mkdir()
     return folder / "transformer"
@@ -80,7 +81,7 @@ def says(folder, kind):
 
 def settled(*options, checkpoint=None):
     args = parse_args(["--data-root", "x", *map(str, options)])
-    message = settle_prediction_type(args, checkpoint)
+    message = settle_objective(args, checkpoint)
     return args.prediction_type, message
 
 
@@ -117,6 +118,71 @@ def test_the_settings_beside_the_weights_do_not_depend_on_the_name_of_their_fold
         assert LatentConsistency.settings(args, 2)["guidance_scale"] == 2
 
 
+def shift(*options, checkpoint=None):
+    args = parse_args(["--data-root", "x", *map(str, options)])
+    message = settle_objective(args, checkpoint)
+    return args.flow_shift, message
+
+
+def test_the_scheduler_beside_the_weights_says_their_shift(tmp_path):
+    three = says(tmp_path / "3", "flow_prediction", flow_shift=3.0)
+    two = says(tmp_path / "2", None, _class_name="FlowMatchLCMScheduler", shift=2)
+    found, message = shift("--transformer", three)
+    assert (
+        found == 3
+        and f"The flow shift is 3, that of the scheduler beside --transformer {three}" in message
+    )
+    assert shift("--transformer", two)[0] == 2
+    assert shift("--transformer", three, "--flow-shift", "1")[0] == 1
+    assert shift("--method", "distil", "--teacher", three)[0] == 3
+    assert shift("--transformer", says(tmp_path / "v", "v_prediction", flow_shift=3.0))[0] == 1
+    assert shift() == (1, None)
+    both = ["--method", "distil", "--teacher", three, "--transformer", two]
+    with pytest.raises(
+        ValueError, match=r"--teacher .* \(3\) and .* \(2\) differ in shift: give --fl"
+    ):
+        shift(*both)
+    assert shift(*both, "--flow-shift", "4")[0] == 4
+    (tmp_path / "training").mkdir()
+    values = {"options": {"prediction_type": "flow", "flow_shift": 5.0}}
+    (tmp_path / "training/state.json").write_text(json.dumps(values))
+    assert shift("--transformer", three, "--resume", "auto", checkpoint=tmp_path) == (5, None)
+    for wrong in ("3", None, -1, float("nan")):
+        name = says(tmp_path / f"wrong {wrong}", "flow_prediction", flow_shift=wrong)
+        with pytest.raises(ValueError, match="flow_shift is .*; expected a number above 0"):
+            shift("--transformer", name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("epsilon", {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        ("v_prediction", {"rescale_betas_zero_snr": True}),
+        (None, {"trained_betas": [0.1, 0.2]}),
+        ("epsilon", {"num_train_timesteps": 500}),
+        ("flow_prediction", {"num_train_timesteps": 500}),
+    ],
+)
+def test_weights_of_another_noise_schedule_are_refused(tmp_path, kind, settings):
+    other = says(tmp_path / "other", kind, **settings)
+    for named in (
+        ["--transformer", other],
+        ["--transformer", other, "--lora-rank", "2"],
+        ["--method", "knowledge-distillation", "--teacher", other],
+    ):
+        (what,) = {"--transformer", "--teacher"} & set(named)
+        (name, value), *_ = settings.items()
+        with pytest.raises(
+            ValueError, match=rf"{what} .* another noise schedule \(.*{name} "
+        ) as found:
+            settled(*named)
+        assert str(value) in str(found.value)
+    for_sampling = {"use_karras_sigmas": True, "solver_order": 3, "timestep_spacing": "trailing"}
+    ours = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+    fine = says(tmp_path / "fine", "epsilon", **for_sampling, **ours)
+    assert settled("--transformer", fine)[0] == "epsilon"
+
+
 def test_weights_and_options_that_contradict_each_other_are_refused(tmp_path):
     noise, velocity = says(tmp_path / "n", "epsilon"), says(tmp_path / "v", "v_prediction")
     distil = ["--method", "knowledge-distillation", "--teacher", velocity]
@@ -125,6 +191,8 @@ def test_weights_and_options_that_contradict_each_other_are_refused(tmp_path):
          f"is epsilon, but --transformer {velocity} comes with .* give --prediction-type v_pred"),
         ([*distil, "--prediction-type", "flow"], "is flow, but --teacher .* v_prediction"),
         ([*distil, "--transformer", noise], "The schedulers beside --teacher .* differ"),
+        (["--method", "distil", "--teacher", velocity, "--teacher-steps", "600"],
+         "--teacher-steps: A grid of 600 .* as with 500.$"),
         (["--transformer", says(tmp_path / "x", "sample")], "for sample, which can't be trained"),
         (["--transformer", velocity, "--flow-shift", "3"], "--flow-shift is for"),
     ]:  # fmt: skip

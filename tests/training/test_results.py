@@ -166,7 +166,7 @@ def test_a_run_with_stages_adapts_at_every_size(train, tmp_path):
     ("more", "adapters", "message"),
     [
         (["--lora-rank", "4"], None, "is of a run with --lora-rank 2, not with --lora-rank 4"),
-        (["--lora-alpha", "4"], None, "of a run without --lora-alpha, not with --lora-alpha 4.0"),
+        (["--lora-alpha", "4"], None, "with --lora-alpha 2, not with --lora-alpha 4.0"),
         (["--lora-target-modules", "to_qkv"], None, "without --lora-target-modules, not with"),
         ([], [], "with --lora-rank 2, not without --lora-rank. Resume it with --lora-rank 2, or "
                  "start a new run in another --output"),

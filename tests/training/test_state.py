@@ -91,7 +91,7 @@ def test_a_process_without_a_state_keeps_its_own():
 
 def test_progress_counts_steps_and_the_broken_samples_of_an_epoch():
     progress = Progress()
-    progress.begin("data")
+    progress.begin("data", 0)
 
     def step(epoch, *taken):
         return Step(np.array([0]), 0, 0, Position(epoch, taken))
@@ -103,6 +103,29 @@ def test_progress_counts_steps_and_the_broken_samples_of_an_epoch():
     assert again == progress
     progress.advance(step(1), broken=5, skipped=False)
     assert (progress.step, progress.broken, progress.position) == (3, 0, Position(1))
+
+
+def test_a_position_counts_for_its_data_and_stage_alone():
+    saved = {"step": 9, "position": {"epoch": 2, "taken": [[4, 1]]}, "skipped": 0, "broken": 3}
+    for stage, data, now, said in [
+        ({"stage": 1}, "data", 1, None),
+        ({}, "data", 1, None),  # earlier versions stored no stage
+        ({"stage": 1}, "other", 1, "The data has changed: a new epoch"),
+        ({"stage": 0}, "data", 1, "This step is in another stage now: a new epoch"),
+        ({"stage": 0}, "other", 1, "This step is in another stage now: a new epoch"),
+    ]:
+        progress = Progress.from_json(saved | {"data": "data"} | stage)
+        message = progress.resume(data, now, 4)
+        assert (progress.data, progress.stage) == (data, now)
+        if said is None:
+            assert (message, progress.position, progress.broken) == (
+                None,
+                Position(2, ((4, 1),)),
+                3,
+            )
+        else:
+            assert message.startswith(said)
+            assert (progress.position, progress.broken) == (Position(3), 0)
 
 
 @pytest.fixture

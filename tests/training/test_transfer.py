@@ -484,6 +484,21 @@ def test_positions_follow_the_largest_stage(train, workplace, tmp_path):
         assert (config["sample_size"], config["interpolation_scale"]) == (side, 1)
 
 
+def test_a_resumed_run_keeps_its_scale_of_positions(train, workplace, tmp_path, capsys):
+    start = ["--transformer", workplace / "other/transformer", "--new-latents", 1]
+    run = train("run", *start, "--max-train-steps", 1)
+    scale = config_of(run / "final")["interpolation_scale"]
+    train("run", *start, "--image-size", 64, "--max-train-steps", 2, "--resume", "auto")
+    assert config_of(run / "final")["interpolation_scale"] == scale
+    assert (config_of(run / "final")["sample_size"], SIDE) == (2, 128)
+    stages = [{"max-train-steps": 2}, {"image-size": 192, "max-train-steps": 1}]
+    (tmp_path / "larger.json").write_text(json.dumps(stages))
+    larger = ["--stages", tmp_path / "larger.json", "--resume", "auto"]
+    train("run", *start, *larger)
+    assert (config_of(run / "final")["interpolation_scale"], scale) == (1, 1)
+    assert "picture of 192 x 192 pixels spans 0 to 6, one of" in capsys.readouterr().out
+
+
 def test_other_latents_are_refused_without_the_option(train, workplace, capsys):
     train("run", "--transformer", workplace / "other/transformer", expect=1)
     error = capsys.readouterr().err

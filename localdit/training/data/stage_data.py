@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,18 @@ class StageData:
     sizes: list[Size]  # of the buckets, in pixels
     buckets: np.ndarray  # (N,) of each sample; negative for samples that are left out
     held_out: list[int]  # indices of the samples held out of training for validation
+    # Indices of the samples that only other stages hold out: they are not trained on, either.
+    held_out_elsewhere: list[int] = field(default_factory=list)
+
+    @property
+    def withheld(self) -> list[int]:
+        """Indices of the samples that are not trained on because a stage holds them out."""
+        return sorted(self.held_out + self.held_out_elsewhere)
 
     @property
     def digest(self) -> str:
         """Fingerprint of the data. A position is valid only for the data it was saved with."""
-        digest = hashlib.sha256(repr((self.sizes, self.held_out)).encode())
+        digest = hashlib.sha256(repr((self.sizes, self.withheld)).encode())
         digest.update(self.buckets.tobytes())
         for sample in self.found.samples:
             digest.update(f"{sample.id}\n{len(sample.captions)}\n".encode())
@@ -62,12 +69,12 @@ class StageData:
         """Return the order in which the samples are visited."""
         self.found.require_samples(stage.data_root)
         visited = self.buckets.copy()
-        visited[self.held_out] = -1
+        visited[self.withheld] = -1
         if not (visited >= 0).any():
             raise ValueError(
                 f"{stage.data_root} holds no picture to train on: of {len(visited):,} samples, "
                 f"{left_out(self.buckets).replace(' ', ' are ', 1)} for {stage.image_size} "
-                f"pixels and {len(self.held_out):,} are held out. Lower --image-size or "
+                f"pixels and {len(self.withheld):,} are held out. Lower --image-size or "
                 "--validation-samples, or raise --max-upscale or --max-crop."
             )
         return Order(visited, global_batch, [seed, stage.index])
@@ -123,6 +130,22 @@ def prepare_data(
     ids = [found.samples[index].id for index in usable]
     held_out = [int(usable[index]) for index in hold_out(ids, validation_samples if ids else 0)]
     return StageData(found, sizes, buckets, sorted(held_out))
+
+
+def withhold(stages: Sequence[StageData]) -> None:
+    """Keep the samples that any stage holds out from the training of all, by their ids.
+
+    Stages of different sizes can use different samples, so they hold out different ones. The same
+    samples have the same ids in pictures and in encoded data.
+    """
+    ids = {data.found.samples[index].id for data in stages for index in data.held_out}
+    for data in stages:
+        others = ids - {data.found.samples[index].id for index in data.held_out}
+        data.held_out_elsewhere = [
+            index
+            for index, sample in enumerate(data.found.samples)
+            if data.buckets[index] >= 0 and sample.id in others
+        ]
 
 
 def _require_same_pictures(

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from localdit.core.diffusion import NUM_TIMESTEPS, Objective, denoising_errors
-from localdit.core.settings import SamplingSettings, read_settings
+from localdit.core.settings import SamplingSettings
 from localdit.models import LocalDiTTransformer2DModel
-from localdit.sizes import pipeline_around
 from localdit.training.initialization import load_frozen
 from localdit.training.methods import Inputs, Method, Sampling, noised_prediction, predict
 from localdit.training.state import TRANSFORMER
@@ -103,12 +102,9 @@ class FewStepDistillation(Distillation):
 
     @classmethod
     def settings(cls, args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
-        """Return the guidance of the teacher, by default that of its folder, and both steps."""
-        guidance_scale = args.teacher_guidance_scale
-        if guidance_scale is None:
-            guidance_scale = read_settings(pipeline_around(args.teacher)).guidance_scale
+        """Return the guidance of the teacher, and both steps."""
         return {
-            "guidance_scale": guidance_scale,
+            "guidance_scale": args.teacher_guidance_scale,
             "teacher_steps": args.teacher_steps,
             "student_steps": args.student_steps,
         }

@@ -15,6 +15,7 @@ from localdit.training.data.stage_data import (
     dry_run_report,
     prepare_data,
     unknown_captions,
+    withhold,
 )
 from localdit.training.stages import Stage
 from tests.training.manifests import some_manifest
@@ -58,6 +59,28 @@ def test_held_out_and_small_samples_are_not_visited():
     stage = Stage(0, 0, "data", 64, 4, 1, 10, 1e-4, "constant", 0)
     visited = data.order(stage, 1, 0).samples.tolist()
     assert sorted([*visited, *data.held_out]) == [0, 1, 3]
+
+
+def test_no_stage_trains_on_what_another_holds_out():
+    """Larger sizes can use fewer pictures, so each stage may hold out others."""
+    pictures = [(200, 200) if number % 2 else (64, 64) for number in range(20)]
+    sizes = [(64, found(*pictures)), (192, found(*pictures)), (192, found(*pictures[:8]))]
+    alone = [prepared(data, size, held_out=3, max_upscale=1) for size, data in sizes]
+    before = [(data.held_out, data.digest) for data in alone]
+    withhold(alone[:1])
+    assert alone[0].digest == before[0][1]  # a single stage stays as it was
+    withhold(alone)
+    assert [data.held_out for data in alone] == [held_out for held_out, _ in before]
+    assert len({tuple(held_out) for held_out, _ in before}) > 1
+    ids = {data.found.samples[index].id for data in alone for index in data.held_out}
+    for data in alone:
+        stage = Stage(0, 0, "data", 64, 4, 1, 10, 1e-4, "constant", 0)
+        visited = data.order(stage, 1, 0).samples
+        assert not ids & {data.found.samples[index].id for index in visited}
+        assert len(visited) == sum(
+            bucket >= 0 and sample.id not in ids
+            for sample, bucket in zip(data.found.samples, data.buckets, strict=True)
+        )
 
 
 def test_encoded_samples_keep_their_buckets():
