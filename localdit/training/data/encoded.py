@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from safetensors.torch import load, save
 
 from localdit.checkpoint.reading import is_finite
 from localdit.core.latents import LatentFormat
-from localdit.files import parse_json, write_json, write_whole
+from localdit.files import parse_json, user_path, write_json, write_whole
 from localdit.training.data.buckets import Size
 from localdit.training.data.samples import Blob, BrokenSample, Fault, Faults, Sample
 
@@ -87,6 +89,14 @@ class EncodedManifest:
             if values[name] is None:
                 del values[name]
         return json.loads(json.dumps(values))
+
+    def command_for(self, folder: Path) -> str:
+        """Return the command that resumes the set, which may have been moved to another folder."""
+        words = [word.removeprefix("--output=") for word in shlex.split(str(self.command))]
+        moved = not any(
+            os.path.abspath(user_path(word)) == os.path.abspath(folder) for word in words
+        )
+        return self.command + f" --output {shlex.quote(str(folder))}" * moved
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EncodedManifest:
@@ -201,8 +211,8 @@ def read_empty_text(folder: Path, manifest: EncodedManifest) -> torch.Tensor:
         return states
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"{path} can't be read ({error}). Remove it, and run again the command that encoded "
-            f"the data; {MANIFEST} names it."
+            f"{path} can't be read ({error}). Remove it, and run again: "
+            f"{manifest.command_for(folder)}"
         ) from None
 
 
@@ -216,7 +226,7 @@ def read_shard(
 ) -> tuple[list[Sample], list[Fault]]:
     """Read the samples of a shard, and those that turned out to be broken during encoding."""
     tar, index = tar_path(folder, shard), index_path(folder, shard)
-    again = f"Remove {index.name} and run again: {manifest.command}"
+    again = f"Remove {index.name} and run again: {manifest.command_for(folder)}"
     try:
         values = parse_json(index.read_bytes(), "it")
         stored, size = values["set"], values["bytes"]
@@ -257,7 +267,7 @@ def open_encoded(folder: str | Path) -> tuple[list[Sample], Faults, EncodedSet]:
     if missing := unwritten_shards(folder, manifest):
         raise ValueError(
             f"{folder} is not complete: {len(missing):,} of {manifest.shards:,} shards are not yet "
-            f"encoded. Resume with: {manifest.command}"
+            f"encoded. Resume with: {manifest.command_for(folder)}"
         )
     digest = manifest.digest()
     samples, faults = [], Faults()

@@ -127,6 +127,16 @@ def test_an_unfinished_set_is_refused_with_the_command_to_resume(folder):
         open_encoded(folder)
 
 
+@pytest.mark.parametrize("output", ["--output old", "--output=old"])
+def test_the_command_to_resume_follows_a_set_that_was_moved(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    manifest = some_manifest(command=f"encode --data-root a {output} --crop center")
+    assert manifest.command_for(tmp_path / "old") == manifest.command
+    assert manifest.command_for(tmp_path / "my new") == (
+        f"{manifest.command} --output '{tmp_path}/my new'"
+    )
+
+
 def test_other_folders_and_versions_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"it has no encoded\.json"):
         open_encoded(tmp_path)
