@@ -204,7 +204,9 @@ class Progress:
             A message if data or batch size have changed.
         """
         if self.data != data:
-            self.position, self.data = Position(self.position.epoch + 1), data
+            epoch = self.position.epoch + 1
+            self.begin(data)
+            self.position = Position(epoch)
             return "The data has changed: a new epoch of it begins."
         taken = self.position.taken
         if taken and taken[-1][0] != global_batch:

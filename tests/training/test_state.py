@@ -105,6 +105,12 @@ def test_progress_counts_steps_and_the_broken_samples_of_an_epoch():
     assert (progress.step, progress.broken, progress.position) == (3, 0, Position(1))
 
 
+def test_changed_data_begins_an_epoch_without_broken_samples():
+    progress = Progress(5, Position(2, ((4, 1),)), skipped=1, broken=3, data="before")
+    assert "has changed" in progress.resume("repaired", 4)
+    assert progress == Progress(5, Position(3), skipped=1, broken=0, data="repaired")
+
+
 @pytest.fixture
 def run(tmp_path):
     """Trains the models of `two_models_run.py`, and returns the folder of their state."""
