@@ -311,6 +311,27 @@ def test_broken_pictures_are_skipped_and_listed(train, workplace, tmp_path):
     train("strict", *more, "--max-broken", "0.1", expect=1)
 
 
+def test_steps_with_nothing_but_broken_pictures_are_not_those_that_are_not_finite(
+    train, workplace, tmp_path, capsys
+):
+    shutil.copytree(workplace / "pictures", tmp_path / "data")
+    for file in (tmp_path / "data").glob("*.png"):
+        data = file.read_bytes()
+        place = data.index(b"IDAT") + 8  # only decoding shows it
+        file.write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
+    options = ["--data-root", tmp_path / "data", "--max-broken", "1", "--max-skipped-steps", "0"]
+    run = train("run", *options, "--save-interval", "2", "--keep-checkpoints", "2")
+    said = capsys.readouterr().out
+    assert said.count("all of its samples are broken, so nothing is learned.") == 4
+    assert "not finite" not in said
+    assert sorted(run.glob("checkpoint-*")) == [run / "checkpoint-2", run / "checkpoint-4"]
+    state = json.loads((run / "checkpoint-4/training/state.json").read_text())
+    assert state["progress"]["skipped"] == 0
+    for line in lines(run):
+        assert not {"loss", "skipped_steps"} & line.keys()
+    assert {line["loss"] for line in lines(run, "samples-0.jsonl")} == {None}
+
+
 def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, capsys):
     validated = ["--data-root", tmp_path / "data", "--validation-samples", "2",
                  "--validation-interval", "2"]  # fmt: skip
