@@ -90,6 +90,21 @@ def test_validation_losses_are_measured_on_held_out_samples(train):
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("method", [[], ["--method", "distil", "--teacher-guidance-scale", "3"]])
+def test_validation_compares_model_and_average_in_one_precision(
+    train, workplace, precision, method
+):
+    if method:
+        method = [*method, "--teacher", workplace / "pipeline/transformer"]
+    run = train(
+        "run", *method, "--validation-samples", "3", "--validation-interval", "2",
+        "--ema-decay", "0", "--mixed-precision", precision, "--max-train-steps", "2",
+    )  # fmt: skip
+    (line,) = [line for line in lines(run) if "validation/ema/loss" in line]
+    assert line["validation/ema/loss"] == line["validation/model/loss"]
+
+
 def test_the_same_seed_gives_the_same_run(train):
     first, second = train("first", "--seed", "5"), train("second", "--seed", "5")
     other = train("other", "--seed", "6")

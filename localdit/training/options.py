@@ -343,7 +343,7 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
         help="recompute activations in the backward pass: less memory, more time")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--mixed-precision", choices=["no", "fp16", "bf16"],
-        help="precision of the forward pass; by default, that of Accelerate's "
+        help="precision of the trained model's forward pass; by default, that of Accelerate's "
         "configuration")  # fmt: skip
     add("--ema-decay", type=float, default=defaults.ema_beta,
         help="decay of the averaged weights (EMA), which pipelines use")  # fmt: skip

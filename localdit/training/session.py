@@ -28,7 +28,7 @@ from localdit.training.initialization import settle_prediction_type
 from localdit.training.methods import Inputs
 from localdit.training.optimizer import learning_rate
 from localdit.training.options import set_defaults
-from localdit.training.processes import Agreement
+from localdit.training.processes import Agreement, add_autocast
 from localdit.training.reporting import Reporter
 from localdit.training.results import with_weights
 from localdit.training.run_folder import RunFolder, changed_options, options_of
@@ -135,7 +135,12 @@ class Session:
         trained = self.state.models[TRANSFORMER]
         averaged = with_weights(self.models.method.transformer, trained.averaged_weights())
         averaged = averaged.to(self.accelerator.device)
+        if pictures is not None:  # in float32, as pipelines draw
+            drawn = pictures.draw(averaged, stage.image_size)
+            by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
+            self.reporter.pictures([image for _, image in by_prompt], self.state.progress.step)
         if held_out:
+            add_autocast(self.accelerator, averaged)  # as the trained model computes
             losses: dict[str, float] = {}
             faults: list[Fault] = []
             for name, model in (("model", trained.module), ("ema", averaged)):
@@ -143,10 +148,6 @@ class Session:
             self._report_held_out(len(held_out), faults)
             if losses:
                 self.reporter.line({"step": self.state.progress.step, **losses})
-        if pictures is not None:
-            drawn = pictures.draw(averaged, stage.image_size)
-            by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
-            self.reporter.pictures([image for _, image in by_prompt], self.state.progress.step)
 
     def _validation_losses(
         self, stage: Stage, model: torch.nn.Module, name: str, faults: list[Fault]
