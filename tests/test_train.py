@@ -472,6 +472,19 @@ def test_a_dry_run_trains_nothing(train, capsys):
     assert not run.exists()
 
 
+@pytest.mark.parametrize("mistake", ["adapters", "metrics"])
+def test_a_dry_run_that_can_not_tell_the_cost_says_why(train, workplace, tmp_path, capsys, mistake):
+    more, message = [], f"{tmp_path}/run/metrics.jsonl, line 1, is no JSON object"
+    if mistake == "adapters":
+        more = ["--transformer", workplace / "pipeline", "--lora-rank", "2",
+                "--lora-target-modules", "nonsense"]  # fmt: skip
+        message = "--lora-target-modules nonsense is not the end of the names of linear layers"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("[1]\n{}\n")
+    train("run", "--dry-run", *more, expect=1)
+    assert message in capsys.readouterr().err
+
+
 def test_a_dry_run_reports_what_training_would_refuse(train, workplace, tmp_path, capsys):
     shutil.copytree(workplace / "pictures", tmp_path / "data")
     (tmp_path / "data/red.png").write_bytes(b"")

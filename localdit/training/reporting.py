@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from localdit import parsing
-from localdit.files import whole_file
+from localdit.files import parse_json, whole_file
 from localdit.training.data.buckets import describe_crops, left_out
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData, unknown_captions
@@ -222,11 +221,11 @@ def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
+            line = parse_json(text, f"{metrics_jsonl}, line {number},")
+        except ValueError:
             if number == len(texts):
                 break
-            raise ValueError(f"{metrics_jsonl}, line {number}, is not JSON: {error}.") from None
+            raise
         while lines and lines[-1].get("step", 0) > line.get("step", 0):
             lines.pop()
         lines.append(line)

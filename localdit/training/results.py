@@ -159,20 +159,27 @@ def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespa
     transformer.add_adapter(settings, ADAPTER)
 
 
+def layers_called(transformer: nn.Module, target: str) -> dict[str, nn.Module]:
+    """Return the layers whose names end with a target of adapters, by their names."""
+    layers: dict[str, nn.Module] = dict(transformer.named_modules())
+    return {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
+
+
+def in_any_block(name: str) -> str:
+    """Return the name of a layer without the number of its block."""
+    return name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name
+
+
 def _targets(transformer: nn.Module, names: Sequence[str] | None) -> list[str]:
     """Return the ends of the names of the layers to adapt."""
-    layers: dict[str, nn.Module] = dict(transformer.named_modules())
-    ends = {
-        target: [m for name, m in layers.items() if f".{name}".endswith(f".{target}")]
-        for target in names or TARGETS
-    }
+    ends = {target: layers_called(transformer, target) for target in names or TARGETS}
     if names is None:
         return [target for target, found in ends.items() if found]
     for target, found in ends.items():
-        if not found or not all(isinstance(module, nn.Linear) for module in found):
+        if not found or not all(isinstance(module, nn.Linear) for module in found.values()):
             linear = {
-                name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: None
-                for name, module in layers.items()
+                in_any_block(name): None
+                for name, module in transformer.named_modules()
                 if isinstance(module, nn.Linear)
             }
             raise ValueError(

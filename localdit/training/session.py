@@ -217,6 +217,16 @@ class Session:
         self.reporter.close()
 
 
+def _dry_run(args: argparse.Namespace, data: list[StageData], accelerator: Accelerator) -> None:
+    """Print what the data of each stage contains, and what the stage costs."""
+    tokenizer = local_tokenizer(args)
+    for stage, stage_data in zip(args.stages, data, strict=True):
+        batch = stage.global_batch(accelerator.num_processes)
+        say(dry_run_report(stage_data, batch, tokenizer))
+        if stage_data.found.samples:
+            say(_cost(args, stage, stage_data, accelerator))
+
+
 def _cost(args: argparse.Namespace, stage: Stage, data: StageData, accelerator: Accelerator) -> str:
     """Describe the cost of a stage; its largest pictures decide on the memory."""
     largest = max(data.sizes, key=lambda size: size.height * size.width)
@@ -253,13 +263,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     data = agreement.on_main(lambda: find_data(args))
     set_defaults(args)
     if args.dry_run:
-        tokenizer = local_tokenizer(args)
-        for stage, stage_data in zip(args.stages, data, strict=True):
-            batch = stage.global_batch(accelerator.num_processes)
-            if accelerator.is_local_main_process:
-                say(dry_run_report(stage_data, batch, tokenizer))
-                if stage_data.found.samples:
-                    say(_cost(args, stage, stage_data, accelerator))
+        agreement.on_main(lambda: _dry_run(args, data, accelerator))
     for found in (stage_data.found for stage_data in data):
         faults, healthy = found.faults, len(found.samples)
         agreement.on_main(partial(require_few, faults, healthy, args.max_broken))
