@@ -472,6 +472,16 @@ def test_a_dry_run_trains_nothing(train, capsys):
     assert not run.exists()
 
 
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_a_missing_package_is_named(train, tmp_path, monkeypatch, capsys, package):
+    (tmp_path / "data").mkdir()
+    name = {"pyarrow": "metadata.parquet", "datasets": "dataset_dict.json"}[package]
+    (tmp_path / "data" / name).write_text("{}")
+    monkeypatch.setitem(sys.modules, package, None)
+    train("run", "--data-root", tmp_path / "data", expect=1)
+    assert f"needs {package}: pip install -r requirements-train.txt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mistake", ["adapters", "metrics"])
 def test_a_dry_run_that_can_not_tell_the_cost_says_why(train, workplace, tmp_path, capsys, mistake):
     more, message = [], f"{tmp_path}/run/metrics.jsonl, line 1, is no JSON object"

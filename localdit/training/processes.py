@@ -215,5 +215,5 @@ def _attempt(action: Callable[[], Result]) -> tuple[Any, str | None]:
     """Return the result and None, or None and a message for the user."""
     try:
         return action(), None
-    except (FieldError, OSError, ValueError, ModuleNotFoundError) as error:
+    except (FieldError, OSError, ValueError, ImportError) as error:
         return None, str(error)
