@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from hashlib import sha256
@@ -466,8 +467,10 @@ def test_a_dry_run_may_plan_for_a_gpu(train, capsys):
     assert not run.exists()
 
 
-def test_a_dry_run_trains_nothing(train, capsys):
+def test_a_dry_run_trains_nothing_and_leaves_interrupts_alone(train, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     run = train("run", "--dry-run")
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     assert "Samples: 8 to train on" in capsys.readouterr().out
     assert not run.exists()
 
