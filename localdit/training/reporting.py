@@ -70,6 +70,9 @@ class Reporter:
             self.say("curves.png needs matplotlib: pip install matplotlib")
         self.step = step
         self.bar.update(step)
+        self._try("start the trackers", self._start_trackers)
+
+    def _start_trackers(self) -> None:
         settings = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
             for name, value in vars(self.args).items()
