@@ -63,7 +63,7 @@ class Reporter:
             unknown = ""
             if self.main and tokenizer is not None:
                 unknown = unknown_captions(found.samples, tokenizer)
-            texts = [found.splits(), *crops.splitlines()[:1], unknown, str(found.faults)]
+            texts = [found.unused(), *crops.splitlines()[:1], unknown, str(found.faults)]
             for text in filter(None, texts):
                 self.say(text)
         if not self.can_draw:

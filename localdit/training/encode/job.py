@@ -83,7 +83,7 @@ class Job:
         lines += filter(None, [
             describe_crops(plan.samples, plan.sizes, plan.buckets),
             unknown_captions(plan.samples, self.encoders.tokenizer),
-            self.found.splits(),
+            self.found.unused(),
         ])  # fmt: skip
         if (faults := self.found.faults).total:
             lines.append(f"Left out because they are broken: {faults.total:,}\n{faults}")
