@@ -371,6 +371,16 @@ def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, ca
         assert all("validation/ema/loss" in line for line in measured)
 
 
+@pytest.mark.parametrize("place", ["final", "ema-2"])
+def test_resuming_a_result_is_refused(train, tmp_path, capsys, place):
+    train("run", "--max-train-steps", "2", "--post-hoc-ema")
+    train("run", "--post-hoc-ema", "--resume", tmp_path / f"run/{place}", expect=1)
+    assert (
+        f"{place} can't be resumed: it is a result, without the state of the training. Name a "
+        "folder checkpoint-STEP of the run, or give --resume auto."
+    ) in capsys.readouterr().err
+
+
 def test_resuming_another_run_is_refused(train, capsys):
     run = train("run", "--max-train-steps", "2")
     train("run", "--resume", "auto", "--seed", "9", expect=1)

@@ -423,6 +423,8 @@ def _check(args: argparse.Namespace) -> None:
         check_objective(args)
     if args.transformer and not args.transformer.exists():
         raise ValueError(f"--transformer {args.transformer} does not exist")
+    if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
+        raise ValueError(f"--resume {args.resume} does not exist, or is not a folder")
     if args.method == "fine-tuning" and args.teacher is not None:
         raise ValueError(
             "--teacher is for --method knowledge-distillation and distil: give one of these "
