@@ -371,6 +371,19 @@ def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, ca
         assert all("validation/ema/loss" in line for line in measured)
 
 
+def test_a_run_beyond_its_last_step_is_refused(train, capsys):
+    run = train("run", "--save-interval", "2")
+    before = (run / "final/manifest.json").read_bytes(), (run / "config.json").read_bytes()
+    train("run", "--resume", "auto", "--max-train-steps", "3", expect=1)
+    assert "checkpoint-4 is after step 4, but the run is to end at step 3." in (
+        capsys.readouterr().err
+    )
+    after = (run / "final/manifest.json").read_bytes(), (run / "config.json").read_bytes()
+    assert before == after
+    train("run", "--resume", run / "checkpoint-2", "--max-train-steps", "3")
+    assert read_manifest(run / "final").step == 3
+
+
 @pytest.mark.parametrize("place", ["final", "ema-2"])
 def test_resuming_a_result_is_refused(train, tmp_path, capsys, place):
     train("run", "--max-train-steps", "2", "--post-hoc-ema")

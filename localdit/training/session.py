@@ -69,7 +69,13 @@ class Session:
         changes = changed_options(checkpoint, saved_options(folder), options_of(self.args))
         averages = self.models.result.averages_in(checkpoint)
         self.state.restore(folder, averages, self.accelerator.process_index)
-        progress = self.state.progress
+        progress, end = self.state.progress, self.args.stages[-1].end
+        if progress.step > end:
+            raise ValueError(
+                f"{checkpoint} is after step {progress.step:,}, but the run is to end at step "
+                f"{end:,}. Give at least {progress.step:,} --max-train-steps in all stages "
+                "together, or resume from an earlier checkpoint."
+            )
         self.saved = progress.step
         self.reporter.say(f"Resuming from {checkpoint}, after step {progress.step:,}.")
         for name, old, new in changes:
