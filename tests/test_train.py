@@ -498,6 +498,15 @@ def test_a_dry_run_trains_nothing_and_leaves_interrupts_alone(train, capsys):
     assert not run.exists()
 
 
+def test_a_warm_up_without_an_end_is_told(train, tmp_path, capsys):
+    stages = [{"max-train-steps": 3}, {"max-train-steps": 2, "warmup-steps": 1}]
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    train("run", "--stages", tmp_path / "stages.json", "--warmup-steps", "1000", "--dry-run")
+    told = capsys.readouterr().err
+    assert "--warmup-steps is 1,000, and stage 1 has 3 steps, so the learning rate does not" in told
+    assert "stage 2" not in told
+
+
 @pytest.mark.parametrize("package", ["pyarrow", "datasets"])
 def test_a_missing_package_is_named(train, tmp_path, monkeypatch, capsys, package):
     (tmp_path / "data").mkdir()

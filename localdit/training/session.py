@@ -258,6 +258,9 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     """
     accelerator = start_processes(args)
     agreement = Agreement(accelerator)
+    if accelerator.is_main_process:
+        for warning in filter(None, (stage.warning() for stage in args.stages)):
+            say(warning, "stderr")
 
     def settle(checkpoint: Path | None) -> None:
         message = agreement.on_all(partial(settle_prediction_type, args, checkpoint))
