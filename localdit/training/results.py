@@ -16,7 +16,7 @@ from torch import nn
 
 from localdit.checkpoint.loading import empty_model
 from localdit.checkpoint.reading import few, load_finite
-from localdit.files import read_json, write_json
+from localdit.files import LORA_BASE, LORA_WEIGHTS, read_json, write_json
 from localdit.models.configuration import public_arguments, resolve_layer_types
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from localdit.models import LocalDiTTransformer2DModel
     from localdit.training.methods import Sampling
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # Diffusers' name
-BASE = "base.json"
 # Attention within the picture and to the text, feed-forward, values of the global context.
 TARGETS = ("to_qkv", "to_q", "to_k", "to_v", "to_out.0", "to_global_kv",
            "ff.net.0.proj", "ff.net.2")  # fmt: skip
@@ -213,11 +211,11 @@ class AdapterFolder:
         if self.sampling.settings.few_steps:
             base |= asdict(self.sampling.settings)
             self.sampling.scheduler.save_pretrained(folder / "scheduler")
-        write_json(folder / BASE, base)
+        write_json(folder / LORA_BASE, base)
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return the averages that `write` wrote, by the names of the parameters."""
-        base = read_json(folder / BASE)
+        base = read_json(folder / LORA_BASE)
         if base["sha256"] != self.fingerprint:
             raise ValueError(
                 f"{folder} holds adapters of {base['transformer']}, whose weights are not those of "
