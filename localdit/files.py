@@ -24,6 +24,8 @@ OTHER_PICTURES = (
     ".jxl", ".pgm", ".ppm", ".svg", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 CHECKPOINTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # Diffusers' name
+LORA_BASE = "base.json"  # names the model of a LoRA that was trained here
 _UNFINISHED = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.tmp", re.DOTALL)  # the names of `_beside`
 
 
@@ -214,6 +216,18 @@ def _parse_json(text: str | bytes, where: str, kind: type, noun: str, **options:
         what = "an object" if isinstance(found, tuple) else f"a {type(found).__name__}"
         raise ValueError(f"{where} is no JSON {noun}: it is {what}.")
     return found
+
+
+def lora_note(folder: Path) -> str:
+    """Return what to do about a folder that holds a LoRA instead of a model; "" for others."""
+    if not (folder / LORA_WEIGHTS).is_file():
+        return ""
+    base = folder / LORA_BASE
+    model = f", {read_json(base).get('transformer')}" if base.is_file() else ""
+    return (
+        f" It holds a LoRA: name the model that the LoRA changes{model}. To generate with both, "
+        "also give the LoRA as --lora, or to load_lora_weights."
+    )
 
 
 def remove_folder(path: Path) -> None:

@@ -18,7 +18,7 @@ from .core.parts import (
 )
 from .core.samplers import check_sampler, make_sampler
 from .errors import Field, FieldImportError, FieldNotFoundError, FieldValueError
-from .files import user_path
+from .files import lora_note, user_path
 
 __all__ = ["load_model", "model_in_the_box"]
 
@@ -225,9 +225,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if checkpoint.is_dir() and not any((checkpoint / name).is_file() for name in known):
         raise FieldNotFoundError(
             "{field}: the folder {checkpoint} holds neither model_index.json (a Diffusers "
-            "pipeline) nor config.json (a transformer)",
+            "pipeline) nor config.json (a transformer).{note}",
             field=config_field("ckpt_path"),
             checkpoint=checkpoint,
+            note=lora_note(checkpoint),
         )
     return checkpoint
 

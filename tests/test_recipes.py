@@ -8,6 +8,7 @@ import sys
 import tarfile
 from argparse import Namespace
 from io import BytesIO
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from localdit.core.latents import LatentSpace
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.scenes import sample_scenes
 from localdit.scenes.scene import PALETTE
+from localdit.training.data.finding import find_samples
 from tests.training.workplace import ROOT
 
 
@@ -371,3 +373,23 @@ def test_parts_of_photographs_take_turns_and_come_back(tmp_path):
     for part, again in zip(parts, study.read(tmp_path), strict=True):
         assert again[1:] == part[1:]
         assert (np.asarray(again.picture) == np.asarray(part.picture)).all()
+
+
+@pytest.mark.parametrize("path", ["box/draw_scenes.py", "lora/draw_frames.py"])
+def test_drawn_data_is_listed_once_all_of_it_is_there(path, tmp_path, monkeypatch):
+    recipe = load(path)
+    monkeypatch.setattr(recipe, "Pool", ThreadPool, raising=False)
+    metadata = tmp_path / "data/metadata.jsonl"
+
+    def draw(count):
+        argv = [path, "--output", f"{tmp_path}/data", "--count", str(count), "--side", "32"]
+        monkeypatch.setattr(sys, "argv", argv)
+        recipe.main()
+
+    for count in (3, 2):  # fewer pictures leave none of the former ones in the list
+        draw(count)
+        assert len(find_samples(tmp_path / "data").samples) == count
+    monkeypatch.setattr("localdit.scenes.describe_often", None)
+    with pytest.raises(TypeError):
+        draw(3)
+    assert not metadata.exists()

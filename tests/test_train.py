@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from hashlib import sha256
@@ -100,6 +101,21 @@ def test_validation_losses_are_measured_on_held_out_samples(train):
     assert {"validation/model/loss", "validation/ema/0.00-0.25"} <= line.keys()
     seen = {name for line in lines(run, "samples-0.jsonl") for name in line["samples"] if name}
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("method", [[], ["--method", "distil", "--teacher-guidance-scale", "3"]])
+def test_validation_compares_model_and_average_in_one_precision(
+    train, workplace, precision, method
+):
+    if method:
+        method = [*method, "--teacher", workplace / "pipeline/transformer"]
+    run = train(
+        "run", *method, "--validation-samples", "3", "--validation-interval", "2",
+        "--ema-decay", "0", "--mixed-precision", precision, "--max-train-steps", "2",
+    )  # fmt: skip
+    (line,) = [line for line in lines(run) if "validation/ema/loss" in line]
+    assert line["validation/ema/loss"] == line["validation/model/loss"]
 
 
 def test_the_same_seed_gives_the_same_run(train):
@@ -357,6 +373,27 @@ def test_broken_pictures_are_skipped_and_listed(train, workplace, tmp_path):
     train("strict", *more, "--max-broken", "0.1", expect=1)
 
 
+def test_steps_with_nothing_but_broken_pictures_are_not_those_that_are_not_finite(
+    train, workplace, tmp_path, capsys
+):
+    shutil.copytree(workplace / "pictures", tmp_path / "data")
+    for file in (tmp_path / "data").glob("*.png"):
+        data = file.read_bytes()
+        place = data.index(b"IDAT") + 8  # only decoding shows it
+        file.write_bytes(data[:place] + b"\xff" * 8 + data[place + 8 :])
+    options = ["--data-root", tmp_path / "data", "--max-broken", "1", "--max-skipped-steps", "0"]
+    run = train("run", *options, "--save-interval", "2", "--keep-checkpoints", "2")
+    said = capsys.readouterr().out
+    assert said.count("all of its samples are broken, so nothing is learned.") == 4
+    assert "not finite" not in said
+    assert sorted(run.glob("checkpoint-*")) == [run / "checkpoint-2", run / "checkpoint-4"]
+    state = json.loads((run / "checkpoint-4/training/state.json").read_text())
+    assert state["progress"]["skipped"] == 0
+    for line in lines(run):
+        assert not {"loss", "skipped_steps"} & line.keys()
+    assert {line["loss"] for line in lines(run, "samples-0.jsonl")} == {None}
+
+
 def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, capsys):
     validated = ["--data-root", tmp_path / "data", "--validation-samples", "2",
                  "--validation-interval", "2"]  # fmt: skip
@@ -378,6 +415,29 @@ def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, ca
         measured = [line for line in lines(run) if "loss" not in line]
         assert len(measured) == (2 if count == 1 else 0)
         assert all("validation/ema/loss" in line for line in measured)
+
+
+def test_a_run_beyond_its_last_step_is_refused(train, capsys):
+    run = train("run", "--save-interval", "2")
+    before = (run / "final/manifest.json").read_bytes(), (run / "config.json").read_bytes()
+    train("run", "--resume", "auto", "--max-train-steps", "3", expect=1)
+    assert "checkpoint-4 is after step 4, but the run is to end at step 3." in (
+        capsys.readouterr().err
+    )
+    after = (run / "final/manifest.json").read_bytes(), (run / "config.json").read_bytes()
+    assert before == after
+    train("run", "--resume", run / "checkpoint-2", "--max-train-steps", "3")
+    assert read_manifest(run / "final").step == 3
+
+
+@pytest.mark.parametrize("place", ["final", "ema-2"])
+def test_resuming_a_result_is_refused(train, tmp_path, capsys, place):
+    train("run", "--max-train-steps", "2", "--post-hoc-ema")
+    train("run", "--post-hoc-ema", "--resume", tmp_path / f"run/{place}", expect=1)
+    assert (
+        f"{place} can't be resumed: it is a result, without the state of the training. Name a "
+        "folder checkpoint-STEP of the run, or give --resume auto."
+    ) in capsys.readouterr().err
 
 
 def test_resuming_another_run_is_refused(train, capsys):
@@ -520,10 +580,44 @@ def test_a_dry_run_may_plan_for_a_gpu(train, capsys):
     assert not run.exists()
 
 
-def test_a_dry_run_trains_nothing(train, capsys):
+def test_a_dry_run_trains_nothing_and_leaves_interrupts_alone(train, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     run = train("run", "--dry-run")
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     assert "Samples: 8 to train on" in capsys.readouterr().out
     assert not run.exists()
+
+
+def test_a_warm_up_without_an_end_is_told(train, tmp_path, capsys):
+    stages = [{"max-train-steps": 3}, {"max-train-steps": 2, "warmup-steps": 1}]
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    train("run", "--stages", tmp_path / "stages.json", "--warmup-steps", "1000", "--dry-run")
+    told = capsys.readouterr().err
+    assert "--warmup-steps is 1,000, and stage 1 has 3 steps, so the learning rate does not" in told
+    assert "stage 2" not in told
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_a_missing_package_is_named(train, tmp_path, monkeypatch, capsys, package):
+    (tmp_path / "data").mkdir()
+    name = {"pyarrow": "metadata.parquet", "datasets": "dataset_dict.json"}[package]
+    (tmp_path / "data" / name).write_text("{}")
+    monkeypatch.setitem(sys.modules, package, None)
+    train("run", "--data-root", tmp_path / "data", expect=1)
+    assert f"needs {package}: pip install -r requirements-train.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mistake", ["adapters", "metrics"])
+def test_a_dry_run_that_can_not_tell_the_cost_says_why(train, workplace, tmp_path, capsys, mistake):
+    more, message = [], f"{tmp_path}/run/metrics.jsonl, line 1, is no JSON object"
+    if mistake == "adapters":
+        more = ["--transformer", workplace / "pipeline", "--lora-rank", "2",
+                "--lora-target-modules", "nonsense"]  # fmt: skip
+        message = "--lora-target-modules nonsense is not the end of the names of linear layers"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("[1]\n{}\n")
+    train("run", "--dry-run", *more, expect=1)
+    assert message in capsys.readouterr().err
 
 
 def test_a_dry_run_reports_what_training_would_refuse(train, workplace, tmp_path, capsys):

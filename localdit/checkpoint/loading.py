@@ -23,7 +23,7 @@ from diffusers import ConfigMixin
 from torch import nn
 
 from ..errors import Field, FieldValueError
-from ..files import read_json
+from ..files import lora_note, read_json
 from .layout import (
     LAYER_TYPES,
     SAME_WEIGHTS,
@@ -344,7 +344,9 @@ def read_folder(
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no 'config.json': not the folder of a transformer.")
+        raise FileNotFoundError(
+            f"{folder} has no 'config.json': not the folder of a transformer.{lora_note(folder)}"
+        )
     config = read_json(path)
     files = open_files(folder_files(folder, variant))
     if not files or config.get("quantization_config"):  # quantized weights have other names

@@ -148,7 +148,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
         model = check_model(replace(chosen, device=chosen.device or device))
         size = fit_size(model.config, Config(), (args.height, args.width))
         layout = Layout(args.output, args.num_images, sheets=args.prompts.is_dir())
-        layout.require_own()
+        layout.require_own(prompts)
         prepare_output_folder(args.output)
     return Plan(
         model=replace(model, config=with_settings(model.config, size)),
@@ -219,8 +219,7 @@ def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> N
         prompt = plan.prompts[index]
         paths, sheet = plan.layout.pictures(prompt), plan.layout.sheet(prompt)
         missing = [path for path in paths if not path.exists()]
-        if missing:
-            plan.layout.prepare(prompt)
+        plan.layout.prepare(prompt)
         for start in range(0, number, config.batch_size):
             batch = paths[start : start + config.batch_size]
             if not set(batch).intersection(missing):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config
 from ..core.samplers import suitable_samplers
 from ..core.settings import read_settings, read_whole_words
-from ..files import read_json
+from ..files import LORA_WEIGHTS, read_json
 from ..parsing import Parser, UsageError, name_argument, one_line
 from ..sizes import folder_with_part, pixels_per_latent
 from . import arguments
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 PLAIN = ("seed",)  # numbers without separators
 PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
 OF_RELEASED = {"window_size": 4, "num_attention_heads": 16, "attention_head_dim": 72}
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # Diffusers' name
 WHOLE_WORDS = "whole words; others are ignored, and named in a warning"
 Facts = dict[str, Any]
 Headers = dict[str, tuple[str, int]]  # dtype and number of values of each tensor

@@ -11,7 +11,7 @@ Single pictures are always where GenEval's scorer reads them, `<name>/samples/<n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,12 +114,26 @@ class Layout:
     num_images: int
     sheets: bool
 
-    def require_own(self) -> None:
-        """Raise FileExistsError if the folder holds something else than an evaluation."""
+    def require_own(self, prompts: Sequence[Prompt]) -> None:
+        """Raise FileExistsError if the folder holds something else than these prompts' pictures.
+
+        Scorers score all that they find.
+        """
         if has_files(self.folder) and not any(self.folder.glob(f"{PICTURES}/*/samples")):
             raise FileExistsError(
                 f"--output {self.folder} is not empty and holds no evaluation. Choose another "
                 "folder, or empty it."
+            )
+        own: set[Path | None] = {self.folder / PICTURES / prompt.name for prompt in prompts}
+        for prompt in prompts:
+            own |= {*self.pictures(prompt), self.sheet(prompt)}
+        places = (f"{PICTURES}/[!.]*", f"{PICTURES}/*/samples/[!.]*", f"{SHEETS}/[!.]*")
+        others = sorted({path for place in places for path in self.folder.glob(place)} - own)
+        if others:
+            raise FileExistsError(
+                f"--output {self.folder} has more than the pictures of these prompts, such as "
+                f"{others[0]}, and a scorer would score it too. Move such files away, or give "
+                "another --output."
             )
 
     def pictures(self, prompt: Prompt) -> list[Path]:
@@ -135,7 +149,9 @@ class Layout:
         """Create the folders of a prompt, with what the benchmark says of it."""
         folder = self.folder / PICTURES / prompt.name
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        record = json.dumps(prompt.record, ensure_ascii=False)
-        write_whole(folder / "metadata.jsonl", f"{record}\n")
+        path, record = folder / "metadata.jsonl", json.dumps(prompt.record, ensure_ascii=False)
+        text = f"{record}\n".encode()
+        if not path.is_file() or path.read_bytes() != text:
+            write_whole(path, text)
         if self.sheets:
             (self.folder / SHEETS).mkdir(exist_ok=True)

@@ -180,7 +180,7 @@ class LocalDiTTransformer2DModel(
                 asks for, or not finite, or if the configuration is unsound.
         """
         folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
-        if (folder / cls.config_name).is_file() and not kwargs.get("ignore_mismatched_sizes"):
+        if folder.is_dir() and not kwargs.get("ignore_mismatched_sizes"):
             read_folder(cls, folder, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(

@@ -19,11 +19,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     Returns:
         The exit code: 0, or 1 after an error.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C in a dry run, and after a second one in training.
     """
     parser = make_parser(prog)
     args = parse_args(argv, parser)
     stop = StopRequest()
-    stop.listen()
+    if not args.dry_run:  # it has no steps between which to stop
+        stop.listen()
 
     # Loading PyTorch takes seconds. Before that, `--help` answers and signals are caught.
     from localdit.machine import hide_loading_bars

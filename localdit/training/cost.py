@@ -21,7 +21,7 @@ from localdit.training.methods.repa import FEATURES, LatentFeatures, image_encod
 from localdit.training.optimizer import make_optimizer
 from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.reporting import read_metrics
-from localdit.training.results import add_adapters
+from localdit.training.results import TARGETS, add_adapters, in_any_block, layers_called
 from localdit.training.sharding import trained_parameters
 from localdit.training.stages import Stage
 from localdit.training.state import TRANSFORMER
@@ -133,6 +133,12 @@ def activation_bytes(
     one picture and two, with no layer and one, give them for any model.
     """
     rows = len(inputs.latents)
+    with META:
+        transformer = LocalDiTTransformer2DModel(**shape)
+    config = transformer.config
+    if args.lora_target_modules:  # some may name the number of a block
+        names = (n for t in args.lora_target_modules for n in layers_called(transformer, t))
+        args = _with_targets(args, sorted({in_any_block(name) for name in names}))
 
     def measured(layer_types: list[str], checkpointing: bool = False) -> float:
         few = shape | {
@@ -146,8 +152,6 @@ def activation_bytes(
         return one + (two - one) * (rows - 1)
 
     outside = measured([])
-    with META:
-        config = LocalDiTTransformer2DModel(**shape).config
     types = resolve_layer_types(config.layer_types, config.num_layers, config.use_global)
     counts = Counter(types)
     layers = {one: measured([one]) - outside for one in counts}
@@ -168,8 +172,14 @@ def saved_bytes(
 ) -> int:
     """Return the bytes that a forward pass saves for the backward pass, weights left out."""
     transformer = LocalDiTTransformer2DModel(**shape)
+    pass_on = False  # whether frozen layers only pass a gradient on to others
     if args.lora_rank is not None and shape["num_layers"]:
-        add_adapters(transformer, args)
+        targets = [t for t in args.lora_target_modules or TARGETS if layers_called(transformer, t)]
+        pass_on = not targets
+        if pass_on:
+            transformer.requires_grad_(False)
+        else:
+            add_adapters(transformer, _with_targets(args, targets))
     if checkpointing:
         transformer.enable_gradient_checkpointing()
     weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
@@ -181,7 +191,7 @@ def saved_bytes(
         return tensor
 
     given = Inputs(
-        torch.zeros(rows, *inputs.latents.shape[1:]),
+        torch.zeros(rows, *inputs.latents.shape[1:], requires_grad=pass_on),
         torch.zeros(rows, *inputs.text.shape[1:]),
         torch.ones(rows, *inputs.text_mask.shape[1:]),
         {
@@ -198,6 +208,10 @@ def saved_bytes(
         prediction = predict(transformer, given.latents, given, torch.zeros(rows))
     assert prediction.requires_grad
     return sum(size for address, size in saved.items() if address not in weights)
+
+
+def _with_targets(args: argparse.Namespace, targets: list[str]) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | {"lora_target_modules": targets})
 
 
 def _inputs(

@@ -138,7 +138,7 @@ class Metrics:
         """Return the line to log after a step, and start the next one.
 
         `loss` and `grad_norm` are means over the steps, `learning_rate` is the last step's; all
-        three are absent if every step was skipped. `skipped_steps` is present if one was.
+        three are absent if no step was taken. `skipped_steps` is present if one was.
         `images_per_second` covers all time, including saving and validation;
         `data_share`, `encoding_share` and `compute_share` are shares of that time in [0, 1];
         `tflops` are 10**12 operations of the model per second on each device, and `mfu` is their

@@ -356,7 +356,7 @@ def _add_optimisation_options(group: argparse._ArgumentGroup, defaults: Config) 
         help="recompute activations in the backward pass: less memory, more time")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--mixed-precision", choices=["no", "fp16", "bf16"],
-        help="precision of the forward pass; by default, that of Accelerate's "
+        help="precision of the trained model's forward pass; by default, that of Accelerate's "
         "configuration")  # fmt: skip
     add("--ema-decay", type=float, default=defaults.ema_beta,
         help="decay of the averaged weights (EMA), which pipelines use")  # fmt: skip
@@ -436,6 +436,8 @@ def _check(args: argparse.Namespace) -> None:
         check_objective(args)
     if args.transformer and not args.transformer.exists():
         raise ValueError(f"--transformer {args.transformer} does not exist")
+    if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
+        raise ValueError(f"--resume {args.resume} does not exist, or is not a folder")
     if args.method == "fine-tuning" and args.teacher is not None:
         raise ValueError(
             "--teacher is for --method knowledge-distillation and distil: give one of these "

@@ -142,11 +142,17 @@ def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Call `accelerator.prepare`, and add autocast for the engines that lack it."""
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        add_autocast(accelerator, model)
+    return accelerator.prepare(model, optimizer)
+
+
+def add_autocast(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let the forward pass of a model compute in the precision of the run."""
     dtype = DTYPES.get(accelerator.mixed_precision)
-    if dtype is not None and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+    if dtype is not None:
         autocast = torch.autocast(accelerator.device.type, dtype=dtype)
         model.forward = autocast(model.forward)
-    return accelerator.prepare(model, optimizer)
 
 
 def loss_divisor(accelerator: Accelerator) -> int:
@@ -209,5 +215,5 @@ def _attempt(action: Callable[[], Result]) -> tuple[Any, str | None]:
     """Return the result and None, or None and a message for the user."""
     try:
         return action(), None
-    except (FieldError, OSError, ValueError, ModuleNotFoundError) as error:
+    except (FieldError, OSError, ValueError, ImportError) as error:
         return None, str(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from localdit import parsing
-from localdit.files import whole_file
+from localdit.files import parse_json, whole_file
 from localdit.training.data.buckets import describe_crops, left_out
 from localdit.training.data.samples import Fault
 from localdit.training.data.stage_data import StageData, unknown_captions
@@ -64,13 +63,16 @@ class Reporter:
             unknown = ""
             if self.main and tokenizer is not None:
                 unknown = unknown_captions(found.samples, tokenizer)
-            texts = [found.splits(), *crops.splitlines()[:1], unknown, str(found.faults)]
+            texts = [found.unused(), *crops.splitlines()[:1], unknown, str(found.faults)]
             for text in filter(None, texts):
                 self.say(text)
         if not self.can_draw:
             self.say("curves.png needs matplotlib: pip install matplotlib")
         self.step = step
         self.bar.update(step)
+        self._try("start the trackers", self._start_trackers)
+
+    def _start_trackers(self) -> None:
         settings = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
             for name, value in vars(self.args).items()
@@ -222,11 +224,11 @@ def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
+            line = parse_json(text, f"{metrics_jsonl}, line {number},")
+        except ValueError:
             if number == len(texts):
                 break
-            raise ValueError(f"{metrics_jsonl}, line {number}, is not JSON: {error}.") from None
+            raise
         while lines and lines[-1].get("step", 0) > line.get("step", 0):
             lines.pop()
         lines.append(line)

@@ -16,7 +16,7 @@ from torch import nn
 
 from localdit.checkpoint.loading import empty_model
 from localdit.checkpoint.reading import few, load_finite
-from localdit.files import read_json, write_json
+from localdit.files import LORA_BASE, LORA_WEIGHTS, read_json, write_json
 from localdit.models.configuration import public_arguments, resolve_layer_types
 from localdit.pipelines import LocalDiTPipeline
 from localdit.pipelines.saving import TRANSFORMER
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from localdit.models import LocalDiTTransformer2DModel
     from localdit.training.methods import Sampling
 
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # Diffusers' name
-BASE = "base.json"
 # Attention within the picture and to the text, feed-forward, values of the global context.
 TARGETS = ("to_qkv", "to_q", "to_k", "to_v", "to_out.0", "to_global_kv",
            "ff.net.0.proj", "ff.net.2")  # fmt: skip
@@ -159,20 +157,27 @@ def add_adapters(transformer: LocalDiTTransformer2DModel, args: argparse.Namespa
     transformer.add_adapter(settings, ADAPTER)
 
 
+def layers_called(transformer: nn.Module, target: str) -> dict[str, nn.Module]:
+    """Return the layers whose names end with a target of adapters, by their names."""
+    layers: dict[str, nn.Module] = dict(transformer.named_modules())
+    return {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
+
+
+def in_any_block(name: str) -> str:
+    """Return the name of a layer without the number of its block."""
+    return name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name
+
+
 def _targets(transformer: nn.Module, names: Sequence[str] | None) -> list[str]:
     """Return the ends of the names of the layers to adapt."""
-    layers: dict[str, nn.Module] = dict(transformer.named_modules())
-    ends = {
-        target: [m for name, m in layers.items() if f".{name}".endswith(f".{target}")]
-        for target in names or TARGETS
-    }
+    ends = {target: layers_called(transformer, target) for target in names or TARGETS}
     if names is None:
         return [target for target, found in ends.items() if found]
     for target, found in ends.items():
-        if not found or not all(isinstance(module, nn.Linear) for module in found):
+        if not found or not all(isinstance(module, nn.Linear) for module in found.values()):
             linear = {
-                name.split(".", 2)[-1] if name.startswith("transformer_blocks.") else name: None
-                for name, module in layers.items()
+                in_any_block(name): None
+                for name, module in transformer.named_modules()
                 if isinstance(module, nn.Linear)
             }
             raise ValueError(
@@ -206,11 +211,11 @@ class AdapterFolder:
         if self.sampling.settings.few_steps:
             base |= asdict(self.sampling.settings)
             self.sampling.scheduler.save_pretrained(folder / "scheduler")
-        write_json(folder / BASE, base)
+        write_json(folder / LORA_BASE, base)
 
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return the averages that `write` wrote, by the names of the parameters."""
-        base = read_json(folder / BASE)
+        base = read_json(folder / LORA_BASE)
         if base["sha256"] != self.fingerprint:
             raise ValueError(
                 f"{folder} holds adapters of {base['transformer']}, whose weights are not those of "

@@ -153,9 +153,14 @@ class RunFolder:
         """Return the checkpoint that `--resume` names, and print which ones were skipped."""
         if resume != "auto":
             try:
-                verify_checkpoint(Path(resume))
+                manifest = verify_checkpoint(Path(resume))
             except DamagedCheckpoint as error:
                 raise ValueError(f"--resume {resume} can't be resumed: {error}.") from None
+            if not any(name.startswith("training/") for name in manifest.sums):
+                raise ValueError(
+                    f"--resume {resume} can't be resumed: it is a result, without the state of "
+                    "the training. Name a folder checkpoint-STEP of the run, or give --resume auto."
+                )
             return Path(resume)
         checkpoint, skipped = newest_checkpoint(self.path)
         for reason in skipped:

@@ -29,7 +29,7 @@ from localdit.training.initialization import settle_objective
 from localdit.training.methods import Inputs
 from localdit.training.optimizer import learning_rate
 from localdit.training.options import set_defaults
-from localdit.training.processes import Agreement
+from localdit.training.processes import Agreement, add_autocast
 from localdit.training.reporting import Reporter
 from localdit.training.results import with_weights
 from localdit.training.run_folder import RunFolder, changed_options, options_of
@@ -75,7 +75,13 @@ class Session:
         changes = changed_options(checkpoint, saved_options(folder), self.options)
         averages = self.models.result.averages_in(checkpoint)
         self.state.restore(folder, averages, self.accelerator.process_index)
-        progress = self.state.progress
+        progress, end = self.state.progress, self.args.stages[-1].end
+        if progress.step > end:
+            raise ValueError(
+                f"{checkpoint} is after step {progress.step:,}, but the run is to end at step "
+                f"{end:,}. Give at least {progress.step:,} --max-train-steps in all stages "
+                "together, or resume from an earlier checkpoint."
+            )
         self.saved = progress.step
         self.reporter.say(f"Resuming from {checkpoint}, after step {progress.step:,}.")
         for name, old, new in changes:
@@ -141,7 +147,12 @@ class Session:
         trained = self.state.models[TRANSFORMER]
         averaged = with_weights(self.models.method.transformer, trained.averaged_weights())
         averaged = averaged.to(self.accelerator.device)
+        if pictures is not None:  # in float32, as pipelines draw
+            drawn = pictures.draw(averaged, stage.image_size)
+            by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
+            self.reporter.pictures([image for _, image in by_prompt], self.state.progress.step)
         if held_out:
+            add_autocast(self.accelerator, averaged)  # as the trained model computes
             losses: dict[str, float] = {}
             faults: list[Fault] = []
             for name, model in (("model", trained.module), ("ema", averaged)):
@@ -149,10 +160,6 @@ class Session:
             self._report_held_out(len(held_out), faults)
             if losses:
                 self.reporter.line({"step": self.state.progress.step, **losses})
-        if pictures is not None:
-            drawn = pictures.draw(averaged, stage.image_size)
-            by_prompt = sorted(self.agreement.gathered(drawn), key=lambda pair: pair[0])
-            self.reporter.pictures([image for _, image in by_prompt], self.state.progress.step)
 
     def _validation_losses(
         self, stage: Stage, model: torch.nn.Module, name: str, faults: list[Fault]
@@ -222,6 +229,16 @@ class Session:
         self.reporter.close()
 
 
+def _dry_run(args: argparse.Namespace, data: list[StageData], accelerator: Accelerator) -> None:
+    """Print what the data of each stage contains, and what the stage costs."""
+    tokenizer = local_tokenizer(args)
+    for stage, stage_data in zip(args.stages, data, strict=True):
+        batch = stage.global_batch(accelerator.num_processes)
+        say(dry_run_report(stage_data, batch, tokenizer))
+        if stage_data.found.samples:
+            say(_cost(args, stage, stage_data, accelerator))
+
+
 def _cost(args: argparse.Namespace, stage: Stage, data: StageData, accelerator: Accelerator) -> str:
     """Describe the cost of a stage; its largest pictures decide on the memory."""
     largest = max(data.sizes, key=lambda size: size.height * size.width)
@@ -248,6 +265,9 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     accelerator = start_processes(args)
     args.mixed_precision = accelerator.mixed_precision  # by default, that of its configuration
     agreement = Agreement(accelerator)
+    if accelerator.is_main_process:
+        for warning in filter(None, (stage.warning() for stage in args.stages)):
+            say(warning, "stderr")
 
     def settle(checkpoint: Path | None) -> None:
         message = agreement.on_all(partial(settle_objective, args, checkpoint))
@@ -259,13 +279,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     data = agreement.on_main(lambda: find_data(args))
     set_defaults(args)
     if args.dry_run:
-        tokenizer = local_tokenizer(args)
-        for stage, stage_data in zip(args.stages, data, strict=True):
-            batch = stage.global_batch(accelerator.num_processes)
-            if accelerator.is_local_main_process:
-                say(dry_run_report(stage_data, batch, tokenizer))
-                if stage_data.found.samples:
-                    say(_cost(args, stage, stage_data, accelerator))
+        agreement.on_main(lambda: _dry_run(args, data, accelerator))
     for found in (stage_data.found for stage_data in data):
         faults, healthy = found.faults, len(found.samples)
         agreement.on_main(partial(require_few, faults, healthy, args.max_broken))

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from localdit.parsing import put
+from localdit.parsing import put, say
 
 # Sent by schedulers and people: a cluster's time limit, Ctrl-C, `scancel --signal=USR1`.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -69,6 +69,10 @@ def run_and_exit(main: Callable[[], int]) -> None:
         code = main()
     except SystemExit:
         raise
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            say("Interrupted.", "stderr")
+        code = 130
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -33,6 +33,16 @@ class Stage:
         """Return the number of samples in an optimizer step."""
         return num_processes * self.batch_size * self.gradient_accumulation_steps
 
+    def warning(self) -> str:
+        """Return a warning if the stage ends before its warm-up; "" otherwise."""
+        if self.warmup_steps < self.max_train_steps:
+            return ""
+        return (
+            f"warning: --warmup-steps is {self.warmup_steps:,}, and stage {self.index + 1} has "
+            f"{self.max_train_steps:,} steps, so the learning rate does not reach "
+            f"{self.learning_rate:g}"
+        )
+
     def __str__(self) -> str:
         return (
             f"stage {self.index + 1}: {self.image_size} pixels, steps {self.first_step + 1:,} to "

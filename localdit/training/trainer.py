@@ -22,30 +22,36 @@ class Outcome:
     grad_norm: float  # before the gradient was clipped
     count: int  # sound samples
     broken: int  # broken samples
-    finite: bool  # whether the gradient may be used
+    finite: bool  # whether losses and gradient are
     flops: int  # operations of the models, forward and backward
     signal: str | None  # the signal that asked one of the processes to stop, or None
+
+    @property
+    def usable(self) -> bool:
+        """Whether the gradient may be used: it is finite, and some sample was sound."""
+        return self.finite and self.count > 0
 
 
 def train(session: Session) -> None:
     """Train from the current step to the end of the last stage."""
     args, state, reporter = session.args, session.state, session.reporter
-    taken, due = True, False
+    sound, due = True, False
     while state.progress.step < args.stages[-1].end:
         stage = session.begin_stage()
         for step, batches in session.batches(stage):
             rate = session.set_learning_rate(stage)
             outcome = take_step(session, batches)
             with state.metrics.watch("compute"):
-                taken = update(session, outcome.finite)
+                taken = update(session, outcome.usable)
 
+            sound = taken if outcome.count else sound  # a step without samples tells nothing
             state.progress.advance(step, outcome.broken, skipped=not outcome.finite)
             log_step(session, rate, batches, outcome)
             if state.progress.step % args.validation_interval == 0:
                 session.validate(stage)
             due = due or state.progress.step % args.save_interval == 0
-            if (due and taken) or outcome.signal:  # after a skipped step, a checkpoint waits
-                session.save(sound=taken)
+            if (due and sound) or outcome.signal:  # after a skipped step, a checkpoint waits
+                session.save(sound=sound)
                 due = False
             if outcome.signal:
                 reporter.say(
@@ -56,7 +62,7 @@ def train(session: Session) -> None:
                 return
             if state.progress.step == stage.end:
                 break
-    session.finish(sound=taken)
+    session.finish(sound=sound)
 
 
 def take_step(session: Session, batches: list[Batch]) -> Outcome:
@@ -92,16 +98,16 @@ def take_step(session: Session, batches: list[Batch]) -> Outcome:
     return _agree(session, batches, torch.stack(losses), norm, count, flops)
 
 
-def update(session: Session, finite: bool) -> bool:
-    """Step the optimizers and move the averages, unless the gradient is not finite.
+def update(session: Session, usable: bool) -> bool:
+    """Step the optimizers and move the averages, if the gradient can be used.
 
     Returns:
         Whether the step was taken.
     """
     models = session.state.models.values()
     assert session.accelerator.sync_gradients  # else the calls of its optimizers do nothing
-    taken = finite
-    if finite:
+    taken = usable
+    if usable:
         for model in models:
             model.optimizer.step()
         taken = not session.accelerator.optimizer_step_was_skipped
@@ -117,13 +123,13 @@ def log_step(session: Session, rate: float, batches: list[Batch], outcome: Outco
     """Log the step that was taken or skipped."""
     step, metrics = session.state.progress.step, session.state.metrics
     # In float16 the scaler skips steps whose gradient overflows: they have no norm to average.
-    if outcome.finite and math.isfinite(outcome.grad_norm):
-        metrics.add(outcome.loss, outcome.grad_norm, rate, outcome.count, outcome.flops)
-    else:
+    if not (outcome.finite and math.isfinite(outcome.grad_norm)):
         metrics.skip()
+    elif outcome.count:
+        metrics.add(outcome.loss, outcome.grad_norm, rate, outcome.count, outcome.flops)
     if session.args.log_samples:
         ids = [name for batch in batches for name in batch.ids]
-        session.reporter.samples(step, ids, outcome.loss if outcome.finite else None)
+        session.reporter.samples(step, ids, outcome.loss if outcome.usable else None)
     session.reporter.advance()
     if step % session.args.log_interval == 0 or step == session.args.stages[-1].end:
         session.reporter.line(metrics.line(step))
@@ -150,6 +156,9 @@ def _agree(
         for fault in session.agreement.gathered(faults):
             session.reporter.broken(fault, session.state.progress.step + 1)
         _require_few_broken(session, int(broken))
+    if not count:
+        step = session.state.progress.step + 1
+        session.reporter.say(f"Step {step}: all of its samples are broken, so nothing is learned.")
     if bad_ranks:
         _report_skip(session, batches, losses, grad_norm)
     signals = session.agreement.gathered([session.stop.signal]) if stops else []
@@ -158,7 +167,7 @@ def _agree(
         grad_norm=grad_norm,
         count=int(count),
         broken=int(broken),
-        finite=not bad_ranks and count > 0,
+        finite=not bad_ranks,
         flops=int(operations),
         signal=next((name for name in signals if name), None),
     )

@@ -53,12 +53,16 @@ def write_picture(index: int, args: argparse.Namespace) -> str:
 
 def main() -> None:
     args = parse_args()
+    from localdit.files import whole_file
+
     started = time.perf_counter()
+    metadata = args.output / "metadata.jsonl"
+    metadata.unlink(missing_ok=True)  # it appears again when all pictures are there
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     with Pool(args.processes) as pool:
         lines = pool.imap(partial(write_picture, args=args), range(args.count), chunksize=256)
-        with open(args.output / "metadata.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+        with whole_file(metadata) as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
     print(f"{args.count} pictures in {args.output}, {time.perf_counter() - started:.1f} s")
 
 

@@ -3,7 +3,8 @@
     python recipes/lora/draw_frames.py --output output/frames --count 300
 
 Each image has one object and a frame in the object's colour. The captions do not mention frames.
-Writes `000000.png`, `000000.json` with its captions, and so on.
+The folder gets `images/000000.png` and so on, and `metadata.jsonl` with one line per image:
+`file_name` and `text`, a list of captions.
 """
 
 from __future__ import annotations
@@ -52,19 +53,24 @@ def main() -> None:
     args = parse_args()
     import numpy as np
 
+    from localdit.files import write_whole
     from localdit.scenes import describe_often, sample_scenes
 
-    args.output.mkdir(parents=True, exist_ok=True)
+    metadata = args.output / "metadata.jsonl"
+    metadata.unlink(missing_ok=True)  # it appears again when all images are there
+    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
     rng = np.random.default_rng(args.seed)
     of_one_object = (
         scene for scene in sample_scenes(10 * args.count, args.seed) if len(scene.objects) == 1
     )
     for index, scene in enumerate(islice(of_one_object, args.count)):
         captions = [caption.text for caption in describe_often(scene, rng)]
-        framed(scene, args.side).save(args.output / f"{index:06d}.png")
-        text = json.dumps({"caption": captions})
-        (args.output / f"{index:06d}.json").write_text(text, encoding="utf-8")
-    print(f"{args.count} images in {args.output}")
+        name = f"images/{index:06d}.png"
+        framed(scene, args.side).save(args.output / name)
+        lines.append(json.dumps({"file_name": name, "text": captions}) + "\n")
+    write_whole(metadata, "".join(lines))
+    print(f"{len(lines)} images in {args.output}")
 
 
 if __name__ == "__main__":

@@ -146,14 +146,17 @@ def draw_scenes(output: Path, count: int, side: int, seed: int) -> list[dict[str
 
 def main() -> None:
     args = parse_args()
+    from localdit.files import write_whole
+
+    metadata = args.output / "metadata.jsonl"
+    metadata.unlink(missing_ok=True)  # it appears again when all pictures are there
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     try:
         photographs = copy_photographs(args.output)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
     scenes = draw_scenes(args.output, args.scenes, args.side, args.seed)
-    with open(args.output / "metadata.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in photographs + scenes)
+    write_whole(metadata, "".join(json.dumps(row) + "\n" for row in photographs + scenes))
     print(f"{len(photographs)} photographs and {len(scenes)} scenes in {args.output}")
 
 

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from localdit.files import write_whole
+
 SIDE = 16
 CELL = SIDE + 2  # an emoji in its sheet has a border of one pixel
 STYLES = {"google": "noto", "twitter": "twemoji"}  # the packages' names for the sets, and ours
@@ -95,13 +97,15 @@ def read(folder: Path) -> list[Example]:
 
 def write(examples: Sequence[Example], folder: Path) -> None:
     """Write pictures and their captions and labels."""
+    metadata = folder / "metadata.jsonl"
+    metadata.unlink(missing_ok=True)  # it appears again when all pictures are there
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (picture, caption, label) in enumerate(examples):
         name = f"images/{index:05d}.png"
         picture.save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": caption, "label": label}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    write_whole(metadata, "\n".join(lines) + "\n")
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from localdit.files import write_whole
 from localdit.scenes.recognition import connected_components
 from localdit.scenes.scene import PALETTE
 
@@ -238,13 +239,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     args = parser.parse_args()
+    metadata = args.output / "metadata.jsonl"
+    metadata.unlink(missing_ok=True)  # it appears again when all pictures are there
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for index, scene in enumerate(sample_many(args.count, args.seed)):
         name = f"images/{index:06d}.png"
         draw(scene).save(args.output / name)
         lines.append(json.dumps({"file_name": name, "text": scene.caption}))
-    (args.output / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    write_whole(metadata, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

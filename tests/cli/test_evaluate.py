@@ -117,6 +117,42 @@ def test_pictures_of_other_settings_are_not_mixed(change, message, here, model, 
     assert same(before, drawn())
 
 
+def test_records_are_those_of_the_present_prompts(here, model, prompts):
+    assert run(model, prompts, "--num-images", "1", "-o", "out") == 0
+    before = drawn()
+    prompts.write_text(prompts.read_text().replace('"x"', '"y"'))
+    assert run(model, prompts, "--num-images", "1", "-o", "out") == 0
+    assert same(before, drawn())
+    for number in range(3):
+        record = json.loads(Path(f"out/pictures/0000{number}/metadata.jsonl").read_text())
+        assert record["tag"] == "y"
+
+
+@pytest.mark.parametrize(
+    "sheets, more, first",
+    [
+        (False, ["--max-prompts", "2"], "out/pictures/00002"),
+        (True, ["--max-prompts", "1"], "out/pictures/b"),
+        (False, ["--num-images", "1"], "out/pictures/00000/samples/0001.png"),
+    ],
+)
+def test_pictures_that_a_scorer_would_score_too_are_refused(
+    sheets, more, first, here, model, prompts, capsys
+):
+    if sheets:
+        prompts = Path("prompts")
+        prompts.mkdir()
+        for name in "abc":
+            (prompts / f"{name}.txt").write_text("a red circle")
+    options = ["--num-images", "2", "-o", "out"]
+    assert run(model, prompts, *options) == 0
+    before = drawn()
+    assert run(model, prompts, *options, *more) == 2
+    assert f"such as {first}, and a scorer would score it too" in capsys.readouterr().err
+    assert same(before, drawn())
+    assert run(model, prompts, *options) == 0
+
+
 @pytest.mark.parametrize("name", ["data.json", "pictures/a.png", "pictures/cats/a.png"])
 def test_a_folder_of_something_else_stays_as_it_is(name, here, model, prompts, capsys):
     Path("out", name).parent.mkdir(parents=True)

@@ -107,6 +107,33 @@ def test_adapters_and_a_student_have_their_own_memory(tmp_path):
     assert figure(four, "activations") == pytest.approx(4 * figure(one, "activations"), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["transformer_blocks.1.attn1.to_qkv", "transformer_blocks.2.ff.net.2"],
+        ["1.attn1.to_qkv"],
+        ["to_global_kv"],  # not every block has it
+        ["caption_projection.linear_1", "proj_out"],
+    ],
+)
+def test_adapters_may_be_in_some_layers_only(targets, tmp_path):
+    LocalDiTTransformer2DModel(
+        **SHAPE | {"use_global": True, "layer_types": ["local", "local", "local_global"]}
+    ).save_pretrained(tmp_path / "model")
+    options = ["--transformer", str(tmp_path / "model"), "--lora-rank", "2"]
+
+    def activations(*more):
+        argv = ["--data-root", "x", *options, "--output", str(tmp_path), *more]
+        args = parse_args(argv)
+        text = cost_report(
+            args, args.stages[0], Size(128, 128), 8, num_processes=1, sharded=False,
+            mixed_precision="no",
+        )  # fmt: skip
+        return figure(text, "activations")
+
+    assert 0 < activations("--lora-target-modules", *targets) < 1.05 * activations()
+
+
 def test_the_projection_of_repa_is_trained_and_the_image_encoder_is_not(tmp_path):
     folder = make_image_encoder(tmp_path / "encoder")
     options = ["--repa-weight", "0.5", "--repa-encoder", str(folder), "--repa-block", "2"]

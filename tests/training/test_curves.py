@@ -91,7 +91,7 @@ def test_an_incomplete_last_line_is_left_out_and_any_other_is_an_error(tmp_path)
     path = write(tmp_path, training(3), tail='{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2, is not JSON"):
+    with pytest.raises(ValueError, match="line 2, is no JSON object"):
         read_metrics(path)
 
 

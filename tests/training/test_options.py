@@ -53,6 +53,7 @@ def test_defaults_are_those_of_config():
         (["--seed", "-1"], "--seed is -1; expected 0 to 4,000,000,000"),
         (["--max-broken", "2"], "--max-broken is 2.0; expected 0 to 1"),
         (["--horizontal-flip", "-1"], "--horizontal-flip is -1.0; expected 0 to 1"),
+        (["--resume", "nowhere"], "--resume nowhere does not exist, or is not a folder"),
         (["--max-skipped-steps", "-1"], "--max-skipped-steps is -1; expected at least 0"),
         (["--flow-shift", "3"], "--flow-shift is for --prediction-type flow"),
         (["--prediction-type", "flow", "--min-snr-gamma", "5"], "--min-snr-gamma is for epsilon"),

@@ -92,6 +92,15 @@ def test_reports_that_fail_do_not_end_the_run(run, monkeypatch, capsys):
         assert f"Could not {what}: out of order" in said
 
 
+def test_a_tracker_that_can_not_start_does_not_end_the_run(run, capsys):
+    pytest.importorskip("tensorboard")
+    folder = run("--max-train-steps", "2")
+    (folder / "tensorboard").write_text("a file")
+    run("--use-tensorboard", "--resume", "auto", *PICTURES)
+    assert "Could not start the trackers: " in capsys.readouterr().out
+    assert (folder / "checkpoint-4").is_dir()
+
+
 def test_a_damaged_line_of_metrics_does_not_end_the_run(run, monkeypatch, capsys):
     folder = run("--max-train-steps", "2")
     begin = RunFolder.begin

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit.cli import main as command_line
 from localdit.core.diffusion import Objective
 from localdit.training.methods.fine_tuning import FineTuning
 from localdit.training.options import parse_args
@@ -197,6 +198,22 @@ def test_another_base_is_refused_in_any_folder(train, workplace, tmp_path, capsy
     train("run", "--resume", "auto", "--transformer", tmp_path / "other", expect=1)
     error = capsys.readouterr().err
     assert f"adapters of {tmp_path}/moved, whose weights are not those of --transformer" in error
+
+
+def test_a_lora_in_the_place_of_a_model_is_told_with_its_model(train, workplace, tmp_path, capsys):
+    lora = train("run", "--max-train-steps", "1") / "final"
+    model = workplace / "pipeline/transformer"
+    note = f"It holds a LoRA: name the model that the LoRA changes, {model}. To generate with both"
+    for more in (
+        ["--transformer", lora],
+        ["--transformer", model, "--method", "knowledge-distillation", "--teacher", lora],
+    ):
+        train("no", *more, expect=1, adapters=[])
+        assert note in capsys.readouterr().err
+    assert command_line(["convert", str(lora), str(tmp_path / "a.safetensors")]) == 2
+    assert note in capsys.readouterr().err
+    assert command_line(["generate", "a", "--model", str(lora)]) == 2
+    assert note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ OPTIONS = {"data_root": "pictures", "output": "run", "seed": 3}
 def checkpoint(run, step):
     with verified_folder(run.path / f"checkpoint-{step}", step) as folder:
         (folder / "file").write_text("content")
+        (folder / "training").mkdir()
+        (folder / "training/state.json").write_text("{}")
 
 
 @pytest.fixture

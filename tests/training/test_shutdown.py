@@ -58,7 +58,7 @@ run_and_exit(main)
         ("return 0", 0, ""),
         ("return 1", 1, ""),
         ("raise KeyError('a mistake')", 1, "KeyError: 'a mistake'"),
-        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+        ("raise KeyboardInterrupt", 130, "Interrupted.\n"),
     ],
 )
 def test_a_process_exits_with_its_code_and_waits_for_nothing(end, code, message):
@@ -68,6 +68,7 @@ def test_a_process_exits_with_its_code_and_waits_for_nothing(end, code, message)
     assert result.returncode == code
     assert result.stdout == "done\n"
     assert message in result.stderr
+    assert ("Traceback" in result.stderr) == (code == 1 and bool(message))
 
 
 def test_system_exit_passes_through():

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import os
+import shlex
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 
+from localdit.checkpoint.reading import is_finite
 from localdit.core.latents import LatentFormat
-from localdit.files import parse_json
+from localdit.files import parse_json, user_path, write_json, write_whole
 from localdit.training.data.buckets import Size
 from localdit.training.data.samples import Blob, BrokenSample, Fault, Faults, Sample
 
@@ -28,9 +31,11 @@ FORMAT = 1
 MANIFEST = "encoded.json"
 EMPTY_CAPTION = "empty.safetensors"
 MAX_SHARDS = 1_000_000
-NOTES = ("command", "sources", "too_small")  # fields that may differ when encoding is resumed
-# Fields added later: written only if they are not None, so that older sets keep their digest.
+# Fields that may differ when encoding is resumed.
+NOTES = ("command", "sources", "too_small", "empty_caption")
 STATISTICS = ("shift_factor", "latents_mean", "latents_std")
+# Fields added later: written only if they are not None, so that older sets keep their digest.
+ADDED = (*STATISTICS, "empty_caption")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,7 @@ class EncodedManifest:
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    empty_caption: str | None = None  # SHA-256 of its file
 
     @property
     def latent_format(self) -> LatentFormat:
@@ -79,10 +85,18 @@ class EncodedManifest:
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as plain lists, texts and numbers."""
         values = {"format": FORMAT, **asdict(self)}
-        for name in STATISTICS:
+        for name in ADDED:
             if values[name] is None:
                 del values[name]
         return json.loads(json.dumps(values))
+
+    def command_for(self, folder: Path) -> str:
+        """Return the command that resumes the set, which may have been moved to another folder."""
+        words = [word.removeprefix("--output=") for word in shlex.split(str(self.command))]
+        moved = not any(
+            os.path.abspath(user_path(word)) == os.path.abspath(folder) for word in words
+        )
+        return self.command + f" --output {shlex.quote(str(folder))}" * moved
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EncodedManifest:
@@ -92,11 +106,11 @@ class EncodedManifest:
             KeyError, TypeError: if it is not a manifest.
         """
         known = {field.name: values[field.name] for field in fields(cls)
-                 if field.name not in STATISTICS}  # fmt: skip
+                 if field.name not in ADDED}  # fmt: skip
         known["sizes"] = tuple(Size(*size) for size in values["sizes"])
-        for name in STATISTICS:
+        for name in ADDED:
             value = values.get(name)
-            known[name] = value if value is None or name == "shift_factor" else tuple(value)
+            known[name] = tuple(value) if isinstance(value, list) else value
         return cls(**known)
 
     def differences(self, other: EncodedManifest) -> list[str]:
@@ -175,15 +189,30 @@ def index_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.json"
 
 
-def read_empty_text(folder: Path) -> torch.Tensor:
+def write_empty_text(folder: Path, manifest: EncodedManifest, states: torch.Tensor) -> None:
+    """Write the manifest, and the text states of the empty caption, whose SHA-256 it notes."""
+    data = save({"text": states})
+    noted = replace(manifest, empty_caption=hashlib.sha256(data).hexdigest())
+    write_json(folder / MANIFEST, noted.to_json())
+    write_whole(folder / EMPTY_CAPTION, data)
+
+
+def read_empty_text(folder: Path, manifest: EncodedManifest) -> torch.Tensor:
     """Read the text states of the empty caption, (tokens, text width) bfloat16."""
     path = folder / EMPTY_CAPTION
     try:
-        return load(path.read_bytes())["text"]
-    except (OSError, KeyError, SafetensorError) as error:
+        data = path.read_bytes()
+        states = load(data)["text"]
+        if manifest.empty_caption not in (None, hashlib.sha256(data).hexdigest()):
+            raise ValueError("its bytes are not those that were written")
+        shape = tuple(states.shape)
+        if len(shape) != 2 or shape[1] != manifest.text_width or not is_finite(states):
+            raise ValueError(f"states of shape {shape}, or states that are not finite")
+        return states
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"{path} can't be read ({error!r}). Remove it, and run again the command that encoded "
-            f"the data; {MANIFEST} names it."
+            f"{path} can't be read ({error}). Remove it, and run again: "
+            f"{manifest.command_for(folder)}"
         ) from None
 
 
@@ -197,7 +226,7 @@ def read_shard(
 ) -> tuple[list[Sample], list[Fault]]:
     """Read the samples of a shard, and those that turned out to be broken during encoding."""
     tar, index = tar_path(folder, shard), index_path(folder, shard)
-    again = f"Remove {index.name} and run again: {manifest.command}"
+    again = f"Remove {index.name} and run again: {manifest.command_for(folder)}"
     try:
         values = parse_json(index.read_bytes(), "it")
         stored, size = values["set"], values["bytes"]
@@ -238,7 +267,7 @@ def open_encoded(folder: str | Path) -> tuple[list[Sample], Faults, EncodedSet]:
     if missing := unwritten_shards(folder, manifest):
         raise ValueError(
             f"{folder} is not complete: {len(missing):,} of {manifest.shards:,} shards are not yet "
-            f"encoded. Resume with: {manifest.command}"
+            f"encoded. Resume with: {manifest.command_for(folder)}"
         )
     digest = manifest.digest()
     samples, faults = [], Faults()
@@ -247,7 +276,7 @@ def open_encoded(folder: str | Path) -> tuple[list[Sample], Faults, EncodedSet]:
         samples += healthy
         for fault in broken:
             faults.add(fault)
-    return samples, faults, EncodedSet(folder, manifest, read_empty_text(folder))
+    return samples, faults, EncodedSet(folder, manifest, read_empty_text(folder, manifest))
 
 
 def read_encoded(

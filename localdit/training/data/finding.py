@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -27,6 +28,7 @@ from localdit.training.data.listings import (
 from localdit.training.data.pictures import inspect_picture
 from localdit.training.data.samples import (
     CAPTION_SUFFIXES,
+    Blob,
     BrokenSample,
     Candidate,
     Fault,
@@ -60,12 +62,22 @@ class Found:
     faults: Faults = field(default_factory=Faults)
     encoded: EncodedSet | None = None  # the set that encoded samples belong to
     other_splits: list[str] = field(default_factory=list)  # those that are left out
+    unnamed: list[str] = field(default_factory=list)  # pictures that no metadata file names
     contents: str = ""  # of a folder, described
 
-    def splits(self) -> str:
-        """Return a line about the splits; "" if the data is not split."""
-        others = ", ".join(self.other_splits)
-        return f"Splits: train is used; left out: {others}" if others else ""
+    def unused(self) -> str:
+        """Return a line about other splits and one about unnamed pictures, if there are any."""
+        lines = []
+        if self.other_splits:
+            lines.append(f"Splits: train is used; left out: {', '.join(self.other_splits)}")
+        if self.unnamed:
+            names = ", ".join(printable(file) for file in self.unnamed[:NAMES])
+            more = ", ..." if len(self.unnamed) > NAMES else ""
+            lines.append(
+                f"Left out because no metadata file names them: {len(self.unnamed):,} pictures: "
+                f"{names}{more}"
+            )
+        return "\n".join(lines)
 
     def require_samples(self, data_root: str | Path) -> None:
         """Refuse data without a sound sample, with the reason."""
@@ -77,7 +89,7 @@ class Found:
             + (broken if self.faults.total else "it is empty."),
             f"Expected {FORMATS[self.format]}.",
             self.contents,
-            self.splits(),
+            self.unused(),
         ]
         raise ValueError("\n".join(filter(None, lines)))
 
@@ -128,7 +140,14 @@ def find_samples(
     data_format, listing = _list_folder(root, files, data_format)
     listing = [entry for entry in listing if not entry.id.startswith(beginnings)]
     samples, faults = examine(listing, progress)
-    return Found(data_format, samples, faults, other_splits=splits, contents=_contents(files))
+    return Found(
+        data_format,
+        samples,
+        faults,
+        other_splits=splits,
+        unnamed=_unnamed(root, files, listing) if data_format == "metadata" else [],
+        contents=_contents(files),
+    )
 
 
 def examine(
@@ -247,6 +266,13 @@ def _recognize(root: Path, files: Sequence[str]) -> str:
         f"{root} has nothing to train on. These formats are known:\n{formats}\n"
         f"{_contents(files)}{hint}"
     )
+
+
+def _unnamed(root: Path, files: Sequence[str], listing: Sequence[Candidate | Fault]) -> list[str]:
+    """Return the pictures among files that are not in a listing."""
+    named = {entry.image for entry in listing if isinstance(entry, Candidate)}
+    pictures = (file for file in files if _suffix(file) in PICTURE_SUFFIXES)
+    return [file for file in pictures if Blob(os.path.join(root, file)) not in named]
 
 
 def _suffix(file: str) -> str:

@@ -111,7 +111,8 @@ def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
     """Return the pictures among files, each with the caption file of its name.
 
     `a.png` takes its caption from `a.txt`, `a.caption` or `a.json`, the first of these that
-    has one. A file with a caption but an unknown suffix, such as `a.heic`, is a fault.
+    has one. A file with a caption but an unknown suffix, such as `a.heic`, is a fault, and so is
+    `a.TXT` beside `a.txt`.
 
     Args:
         files: the result of `list_files`.
@@ -133,6 +134,11 @@ def list_pictures(root: Path, files: Sequence[str]) -> list[Candidate | Fault]:
             captions and suffix.lower() not in CAPTION_SUFFIXES and not PICTURE_SUFFIXES & {*beside}
         ):
             listing.append(Fault("wrong type", printable(file), f".{suffix} files are not read"))
+        elif suffix.lower() in CAPTION_SUFFIXES and PICTURE_SUFFIXES & {*beside}:
+            used = beside[suffix.lower()].path
+            if used != os.path.join(root, file):
+                detail = f"the caption is read from {printable(os.path.basename(used))}"
+                listing.append(Fault("duplicate", printable(file), detail))
     return listing
 
 

@@ -244,7 +244,7 @@ def dry_run_report(data: StageData, global_batch: int, tokenizer: Any = None) ->
     broken, total = found.faults.total, len(found.samples) + found.faults.total
     sections = [
         f"Format: {found.format} ({FORMATS[found.format]})",
-        found.splits(),
+        found.unused(),
         f"Samples: {used:,} to train on, {left_out(data.buckets)}, "
         f"{broken:,} broken ({broken / max(total, 1):.1%} of {total:,})",
     ]

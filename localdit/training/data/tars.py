@@ -144,6 +144,12 @@ def _list_tar(path: str, tar: str) -> list[Candidate | Fault]:
             else:
                 blobs[suffix] = Blob(path, offset, size)
     listing = [_entry(f"{tar}/{printable(key)}", blobs) for key, blobs in samples.items()]
+    for key, blobs in samples.items():
+        first, *others = [suffix for suffix in blobs if suffix in PICTURE_SUFFIXES] or [""]
+        listing += [
+            Fault("duplicate", f"{tar}/{printable(key)}.{suffix}", f"its .{first} is used")
+            for suffix in others
+        ]
     listing += [Fault("bad entry", f"{tar}, byte {at:,}", "no header") for at in index.damaged]
     copies = {key: max(repeats[key, suffix] for suffix in samples[key]) for key, _ in repeats}
     for key, count in copies.items():

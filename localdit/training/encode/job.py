@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from tqdm import tqdm
 
 from localdit.core.encoders import Encoders, load_encoders
@@ -22,8 +21,6 @@ from localdit.files import (
     lock_folder,
     remove_unfinished,
     unfinished_in,
-    write_json,
-    write_whole,
 )
 from localdit.images import prepare_output_folder
 from localdit.training.data.buckets import describe_crops
@@ -36,6 +33,7 @@ from localdit.training.data.encoded import (
     require_latent_format,
     tar_path,
     unwritten_shards,
+    write_empty_text,
 )
 from localdit.training.data.finding import Found, find_samples
 from localdit.training.data.samples import require_few
@@ -85,7 +83,7 @@ class Job:
         lines += filter(None, [
             describe_crops(plan.samples, plan.sizes, plan.buckets),
             unknown_captions(plan.samples, self.encoders.tokenizer),
-            self.found.splits(),
+            self.found.unused(),
         ])  # fmt: skip
         if (faults := self.found.faults).total:
             lines.append(f"Left out because they are broken: {faults.total:,}\n{faults}")
@@ -195,10 +193,8 @@ def open_folder(folder: Path, manifest: EncodedManifest, empty_text: torch.Tenso
         "them together with accelerate launch or torchrun.",
     )
     remove_unfinished(folder)
-    if not (folder / MANIFEST).is_file():
-        write_json(folder / MANIFEST, manifest.to_json())
-    if not (folder / EMPTY_CAPTION).is_file():
-        write_whole(folder / EMPTY_CAPTION, save({"text": empty_text}))
+    if not all((folder / name).is_file() for name in (MANIFEST, EMPTY_CAPTION)):
+        write_empty_text(folder, manifest, empty_text)
     return unwritten_shards(folder, manifest)
 
 

@@ -40,6 +40,11 @@ class Alignment(NamedTuple):
         """
         if not args.alignment_weight:
             return None
+        if num_layers < 2:
+            raise ValueError(
+                "--alignment-weight is for a block and a later one, but the transformer has 1 "
+                "block: leave it out"
+            )
         early = max(1, round(num_layers * 8 / 28))
         late = max(early + 1, round(num_layers * 16 / 28))
         early, late = args.alignment_blocks or (early, late)
@@ -77,6 +82,12 @@ class Routing(NamedTuple):
         """
         if not args.token_routing:
             return None
+        if num_layers < 3 and not args.routing_blocks:
+            raise ValueError(
+                "--token-routing skips the blocks between the first and the last, but the "
+                f"transformer has {num_layers} blocks: name those to skip with --routing-blocks, "
+                "or leave it out"
+            )
         first = max(1, round(num_layers * 2 / 28)) + 1
         last = num_layers - max(1, round(num_layers * 4 / 28))
         first, last = args.routing_blocks or (first, last)

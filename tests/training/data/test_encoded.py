@@ -4,7 +4,7 @@ import zlib
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from localdit.core.encoders import Encoders
 from localdit.core.text import TextSpace
@@ -127,6 +127,16 @@ def test_an_unfinished_set_is_refused_with_the_command_to_resume(folder):
         open_encoded(folder)
 
 
+@pytest.mark.parametrize("output", ["--output old", "--output=old"])
+def test_the_command_to_resume_follows_a_set_that_was_moved(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    manifest = some_manifest(command=f"encode --data-root a {output} --crop center")
+    assert manifest.command_for(tmp_path / "old") == manifest.command
+    assert manifest.command_for(tmp_path / "my new") == (
+        f"{manifest.command} --output '{tmp_path}/my new'"
+    )
+
+
 def test_other_folders_and_versions_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"it has no encoded\.json"):
         open_encoded(tmp_path)
@@ -183,10 +193,41 @@ def test_an_absurd_number_of_shards_is_refused_at_once(folder, shards):
         open_encoded(folder)
 
 
-def test_without_the_empty_caption_a_set_is_refused(folder):
-    (folder / "empty.safetensors").write_bytes(b"nothing")
+@pytest.mark.parametrize("noted", [True, False])  # sets of earlier versions note no SHA-256
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        b"nothing",
+        save({"other": torch.ones(1, TEXT_WIDTH)}),
+        save({"text": torch.ones(1, TEXT_WIDTH + 1)}),
+        save({"text": torch.ones(TEXT_WIDTH)}),
+        save({"text": torch.full((1, TEXT_WIDTH), torch.nan)}),
+    ],
+)
+def test_without_the_empty_caption_a_set_is_refused(folder, data, noted):
+    path, manifest = folder / "empty.safetensors", folder / "encoded.json"
+    if not noted:
+        values = json.loads(manifest.read_text())
+        del values["empty_caption"]
+        manifest.write_text(json.dumps(values))
+        assert torch.equal(open_encoded(folder)[2].empty_text, load(path.read_bytes())["text"])
+    path.unlink() if data is None else path.write_bytes(data)
     with pytest.raises(ValueError, match=r"empty\.safetensors can't be read"):
         open_encoded(folder)
+
+
+def test_a_changed_byte_of_the_empty_caption_is_noticed_and_can_be_mended(folder):
+    path = folder / "empty.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b"A")
+    with pytest.raises(ValueError, match="its bytes are not those that were written.* Remove it"):
+        open_encoded(folder)
+    path.unlink()
+    states = torch.full((1, TEXT_WIDTH), 2, dtype=torch.bfloat16)  # rounded on another device
+    manifest = some_manifest(sizes=tuple(SIZES), samples=4, shards=2, samples_per_shard=2)
+    assert open_folder(folder, manifest, states) == []
+    assert torch.equal(open_encoded(folder)[2].empty_text, states)
 
 
 def test_manifests_differ_in_all_but_their_notes():

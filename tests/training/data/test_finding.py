@@ -173,9 +173,20 @@ def test_of_several_splits_the_one_for_training_is_used(tmp_path, files, samples
         found = find_samples(tmp_path / name)
         ids = [sample.id.replace("a.tar/a", "a.jpg") for sample in found.samples]
         assert (ids, found.other_splits) == (samples, others)
-        assert found.splits() == (
+        assert found.unused() == (
             f"Splits: train is used; left out: {', '.join(others)}" if others else ""
         )
+
+
+def test_pictures_that_no_metadata_names_are_counted(tmp_path):
+    names = ["a.jpg", "b/b.png", "b/c.jpg", "notes.txt"]
+    row = json.dumps({"file_name": "a.jpg", "text": "a"})
+    write_files(tmp_path, {"metadata.jsonl": row, **dict.fromkeys(names, PICTURE)})
+    found = find_samples(tmp_path)
+    assert [sample.id for sample in found.samples] == ["a.jpg"]
+    assert found.unused() == (
+        "Left out because no metadata file names them: 2 pictures: b/b.png, b/c.jpg"
+    )
 
 
 def test_one_metadata_file_may_name_all_splits(tmp_path):

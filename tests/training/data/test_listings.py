@@ -126,6 +126,19 @@ def test_files_of_an_unknown_type_with_a_caption_are_faults(tmp_path):
     assert isinstance(list_pictures(tmp_path, list_files(tmp_path))[0], Fault)
 
 
+def test_caption_files_whose_names_differ_in_case_only_are_duplicates(tmp_path):
+    names = ("a.png", "a.TXT", "a.Txt", "a.txt", "a.JSON", "b.TXT", "b.txt", "c.JPG", "c.TXT")
+    write_files(tmp_path, dict.fromkeys(names, "{}"))
+    if len(list_files(tmp_path)) < len(names):
+        pytest.skip("this file system has one name for them")
+    listing = list_pictures(tmp_path, list_files(tmp_path))
+    assert [entry for entry in listing if isinstance(entry, Fault)] == [
+        Fault("duplicate", "a.TXT", "the caption is read from a.txt"),
+        Fault("duplicate", "a.Txt", "the caption is read from a.txt"),
+    ]
+    assert [entry.id for entry in listing if not isinstance(entry, Fault)] == ["a.png", "c.JPG"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="file names are Unicode there")
 def test_a_name_that_is_not_utf8_can_be_reported(tmp_path):
     name = os.fsdecode(b"b\xe4r.png")

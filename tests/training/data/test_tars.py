@@ -69,12 +69,16 @@ def test_halves_and_doubles(tmp_path):
     members = [
         ("a.jpg", "1"), ("a.txt", "first"), ("a.jpg", "2"), ("a.txt", "second"), ("a.txt", "third"),
         ("b.txt", "no picture"), ("c.heic", "H"), ("c.txt", "of c"), ("d.npy", "N"),
+        ("e.jpg", "J"), ("e.txt", "of e"), ("e.PNG", "P"), ("e.webp", "W"), ("e.seg.png", "S"),
     ]  # fmt: skip
     assert listed(tmp_path / "t.tar", members) == {
         "t.tar/a": [(b"1", ("first",)), "duplicate", "duplicate"],
         "t.tar/b": ["half sample"],
         "t.tar/c": ["half sample"],
         "t.tar/d": ["half sample"],
+        "t.tar/e": [(b"J", ("of e",))],
+        "t.tar/e.png": ["duplicate"],
+        "t.tar/e.webp": ["duplicate"],
     }
 
 

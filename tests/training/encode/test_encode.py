@@ -365,10 +365,11 @@ def test_help_is_quick_and_wrong_options_are_refused(capsys):
     assert "--samples-per-shard is 0; expected more than 0" in capsys.readouterr().err
 
 
-def start(workplace, output, *launcher, **environment):
+def start(workplace, output, *launcher, more=(), **environment):
     """Return the command that runs in one or more processes."""
+    argv = options(workplace, output, *more)
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "localdit.training.encode", *options(workplace, output)],
+        [sys.executable, *launcher, "-m", "localdit.training.encode", *argv],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
@@ -393,6 +394,22 @@ def test_two_processes_share_the_work(workplace, tmp_path):
         both = start(workplace, tmp_path / "three", *TWO, ACCELERATE_USE_CPU="false")
         assert both.wait() == 0
         assert shards(tmp_path / "three") == shards(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_interrupt_ends_a_job_in_one_line(workplace, tmp_path, workers):
+    draw(tmp_path / "pictures", count=150)
+    shutil.copytree(workplace / "pipeline", tmp_path / "pipeline")
+    folder = tmp_path / "encoded"
+    run = start(tmp_path, folder, more=["--num-workers", workers])
+    while not list(folder.glob("*.tar")) and run.poll() is None:
+        time.sleep(0.001)
+    os.killpg(run.pid, signal.SIGINT)
+    told, _ = run.communicate()
+    assert run.returncode == 130
+    assert b"Interrupted.\n" in told
+    assert b"Traceback" not in told, told.decode()
 
 
 @pytest.mark.slow

@@ -209,6 +209,15 @@ def test_blocks_that_are_not_there_can_not_be_skipped(blocks):
         Routing.from_options(Namespace(token_routing=0.5, routing_blocks=blocks), 6)
 
 
+def test_transformers_with_too_few_blocks_for_the_defaults_are_refused():
+    args = Namespace(token_routing=0.5, routing_blocks=None)
+    for layers in (1, 2):
+        with pytest.raises(ValueError, match=f"--token-routing skips .* has {layers} blocks: name"):
+            Routing.from_options(args, layers)
+    with pytest.raises(ValueError, match="--alignment-weight is for .* has 1 block: leave it out"):
+        Alignment.from_options(Namespace(alignment_weight=0.5, alignment_blocks=None), 1)
+
+
 @pytest.mark.parametrize(("share", "size"), [(0.5, (4, 16)), (0.5, (16, 7)), (0.1, (8, 8))])
 def test_maps_without_a_rectangle_are_refused(share, size):
     with pytest.raises(ValueError, match=f"but maps of {size[0]} x {size[1]} tokens have"):
