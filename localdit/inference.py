@@ -115,8 +115,7 @@ def inference_batches(
     from .pipelines.request import check_generator, check_integer
 
     for side in ("height", "width"):
-        multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
-        check_size(config_field(side), getattr(config, side), multiple)
+        check_size(config_field(side), getattr(config, side), pipe.pixels_per_token)
     prompts = check_prompts(prompts if isinstance(prompts, str) else list(prompts), "prompts")
     count = len(prompts)
     settings = inference_settings(config)

@@ -113,9 +113,10 @@ def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | 
     from ..demo.page import build_page
 
     picture = scene() if model.preset is SCENES else None
-    multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
     samplers = suitable_samplers(config_of(pipe.scheduler))
-    offer = Offer(model.config, model.preset.t2i, STRENGTH, picture, multiple, samplers)
+    offer = Offer(
+        model.config, model.preset.t2i, STRENGTH, picture, pipe.pixels_per_token, samplers
+    )
     save = saving(pipe, model, folder, keep)
     return build_page(Artist(pipe, model.config), offer, about(pipe, model), save)
 
