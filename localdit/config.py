@@ -9,9 +9,10 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, SupportsFloat, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from .errors import Field, FieldTypeError, FieldValueError
 
@@ -174,10 +175,10 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return replace(config, **{OWN_NAMES.get(name, name): settings[name] for name in settings})
 
 
-def is_finite(value: SupportsFloat) -> bool:
-    """Return whether a number is finite as a float, which whole numbers can be too large for."""
+def is_finite_number(value: Any) -> bool:
+    """Return whether a value is a number, finite as a float; whole numbers can be too large."""
     try:
-        return math.isfinite(value)
+        return isinstance(value, Real) and math.isfinite(value)
     except OverflowError:
         return False
 
@@ -227,7 +228,7 @@ def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     inside = (value > minimum if above else value >= minimum) and (
         value < maximum if below else value <= maximum
     )
-    if not (inside and is_finite(value)):
+    if not (inside and is_finite_number(value)):
         lower = f"more than {minimum}" if above else f"at least {minimum}"
         upper = f"less than {maximum}" if below else f"at most {maximum}"
         limits = f"{lower} and finite" if maximum == math.inf else f"{lower} and {upper}"

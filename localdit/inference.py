@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -173,7 +174,7 @@ def _generators(seed: int, count: int) -> list[torch.Generator]:
 
     from .pipelines.request import check_integer
 
-    check_integer("seed", seed, -(2**63))
+    check_integer("seed", seed, -(2**63), math.inf)
     if seed > 2**64 - count:
         raise ValueError(f"seed is {seed}; expected seeds below 2**64 for all {count} pictures")
     return [torch.Generator("cpu").manual_seed(int(seed) + i) for i in range(count)]

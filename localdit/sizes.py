@@ -6,11 +6,11 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import is_finite, part_source
+from .config import is_finite_number, part_source
 from .errors import Field, FieldValueError
 from .files import read_json, user_path
 
@@ -153,7 +153,7 @@ def check_size(field: Field, value: Any, multiple: int) -> None:
         ValueError: the message has the nearest sizes that work; a `FieldError`.
     """
     integer = isinstance(value, Integral) and not isinstance(value, bool)
-    finite = isinstance(value, Real) and is_finite(value)
+    finite = is_finite_number(value)
     if finite and integer and value > 0 and value % multiple == 0:
         return
     nearest = ""

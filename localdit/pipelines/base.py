@@ -40,9 +40,8 @@ from .request import (
     Request,
     RunningCalls,
     TextEmbeddings,
-    check_latent_channels,
+    check_channels,
     check_returned,
-    check_text_width,
 )
 from .saving import SavedPipeline
 
@@ -186,7 +185,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         """
         state = CallState(
             device=super()._execution_device,
-            guidance_scale=request.guidance_scale,
+            guidance_scale=float(request.guidance_scale),
             cross_attention_kwargs=request.cross_attention_kwargs,
         )
         CALLS.begin(self, self.__dict__["scheduler"], state)
@@ -265,10 +264,11 @@ class LocalDiTBasePipeline(SavedPipeline):
         """
         if self.vae is not None:
             channels = self.latent_space.format.channels
-            check_latent_channels(channels, self.transformer.config.in_channels)
+            wanted = self.transformer.config.in_channels
+            check_channels("autoencoder", "latents", channels, wanted)
         caption_channels = self.transformer.config.caption_channels
         if self.text_encoder is not None and caption_channels is not None:
-            check_text_width(self.text_space.width, caption_channels)
+            check_channels("text encoder", "states", self.text_space.width, caption_channels)
         check_prediction(self.scheduler)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
         request.check_embeddings(caption_channels)
@@ -301,13 +301,16 @@ class LocalDiTBasePipeline(SavedPipeline):
                     f"{type(self.scheduler).__name__} takes no custom {name}: leave them out, or "
                     "use another scheduler."
                 )
-        first = set_timesteps(
-            self.scheduler,
-            self._execution_device,
-            request.num_inference_steps,
-            request.strength,
-            custom,
-        )
+        try:
+            first = set_timesteps(
+                self.scheduler,
+                self._execution_device,
+                request.num_inference_steps,
+                request.strength,
+                custom,
+            )
+        except OverflowError as error:
+            raise ValueError(f"The schedule has a number that is too large ({error}).") from error
         check_schedule(self.scheduler)
         return self.scheduler.timesteps[first:]
 
