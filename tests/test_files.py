@@ -134,6 +134,15 @@ def test_a_folder_appears_once_it_is_complete_and_replaces_the_old_one(tmp_path)
     assert names(path.parent) == ["run"]
 
 
+def test_a_folder_replaces_a_link_and_leaves_what_it_links_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to("elsewhere")
+    with whole_folder(tmp_path / "run") as folder:
+        (folder / "a").touch()
+    assert names(tmp_path / "run") == ["a"]
+    assert names(tmp_path) == ["elsewhere", "run"]
+
+
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch, step):
     path = tmp_path / "run"

@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from ..checkpoint.loading import (
 )
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
 from ..errors import FieldExistsError, FieldValueError, Setting
-from ..files import require_folder_name, user_path, write_errors
+from ..files import require_folder_name, user_path, whole_file, whole_folder
 from .configuration import public_arguments
 from .transformer import LocalDiTTransformer2DModel
 
@@ -133,13 +130,8 @@ def convert_to_diffusers(
         seed=seed,
         **overrides,
     )
-    with _beside(folder) as scratch:
-        plan.load().save_pretrained(scratch / "new")
-        for path in (scratch / "new").iterdir():
-            _sync(path)
-        if folder.exists():
-            os.replace(folder, scratch / "old")
-        os.replace(scratch / "new", folder)
+    with whole_folder(folder) as new:
+        plan.load().save_pretrained(new)
     return plan.report
 
 
@@ -185,12 +177,10 @@ def convert_to_single_file(
         for name, tensor in state.items()
     }
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(public_arguments(config), sort_keys=True)}
-    with _beside(path) as scratch:
-        save_file(state, scratch / path.name, metadata=metadata)
-        report = replace(inspect_checkpoint(scratch / path.name), path=path)
-        _sync(scratch / path.name)
-        os.replace(scratch / path.name, path)
-    return report
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        save_file(state, file.name, metadata=metadata)
+        return replace(inspect_checkpoint(file.name), path=path)
 
 
 def refuse_taken_file(path: Path, overwrite: bool) -> None:
@@ -304,20 +294,3 @@ def _require_storable(
             known=", ".join(map(str, FLOATS)),
             advice=Setting("torch_dtype", "float16", "pass torch_dtype=torch.float16"),
         )
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Make a temporary folder on the same disk as `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name[:40]}."
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as scratch,
-        write_errors(path),
-    ):
-        yield Path(scratch)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,12 +153,11 @@ def test_a_failed_conversion_keeps_the_old_files(checkpoint, tmp_path, monkeypat
     before = path.read_bytes()
 
     def fail_half_way(self, where):
-        where.mkdir()
         (where / "config.json").write_text("{")
         raise OSError("No space left on device")
 
     def fail_in_the_file(state, where, metadata):
-        where.write_bytes(b"half")
+        Path(where).write_bytes(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(LocalDiTTransformer2DModel, "save_pretrained", fail_half_way)
