@@ -87,11 +87,6 @@ def text_argument(word: str) -> str:
         raise argparse.ArgumentTypeError(f"{word!a} is not UTF-8 text") from None
 
 
-def path_argument(word: str) -> Path:
-    """Return an argument that is a path, also where the shell leaves its `~`."""
-    return user_path(word)
-
-
 def folder_argument(word: str) -> Path:
     """Return an argument that is a folder to write to.
 
@@ -99,14 +94,9 @@ def folder_argument(word: str) -> Path:
         ArgumentTypeError: if it is named like a picture or a checkpoint file.
     """
     try:
-        return require_folder_name(path_argument(word))
+        return require_folder_name(user_path(word))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def name_argument(word: str) -> str:
-    """Return an argument that is a path or another name, such as one of the hub."""
-    return os.path.expanduser(word)
 
 
 class Reporting:

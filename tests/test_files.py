@@ -16,6 +16,7 @@ from localdit.files import (
     remove_unfinished,
     text_encoding,
     unfinished_in,
+    user_path,
     whole_file,
     whole_folder,
     write_json,
@@ -29,6 +30,13 @@ def fail(*args):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_home_folder_is_meant_also_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_path("~/a.png") == Path("/home/me/a.png")
+    for name in ("google/flan-t5-xxl", "box", "-", "a~b", "~nobody_of_this_name/a"):
+        assert str(user_path(name)) == name
 
 
 def test_a_file_appears_once_it_is_complete(tmp_path):

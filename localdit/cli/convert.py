@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..parsing import Parser, path_argument, run
+from ..files import user_path
+from ..parsing import Parser, run
 from . import arguments
 from .arguments import COMMAND_LINE, usage_errors
 
@@ -27,10 +28,10 @@ def build_parser(prog: str = "localdit convert") -> Parser:
         epilog=f"example: {prog} output/LocalDiT-1024.pt output/LocalDiT-1024",
     )
     add = parser.add_argument
-    add("input", metavar="INPUT", type=path_argument,
+    add("input", metavar="INPUT", type=user_path,
         help="a checkpoint file (.safetensors, .pt), a Diffusers folder, or 'box', the model that "
         "comes with LocalDiT")  # fmt: skip
-    add("output", metavar="OUTPUT", type=path_argument, nargs="?",
+    add("output", metavar="OUTPUT", type=user_path, nargs="?",
         help="the folder or .safetensors file to write")  # fmt: skip
     add("--global-context", choices=["fold", "draw"], default="fold",
         help="for files like the released one, which lack the global context: 'fold' replaces it "

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..evaluation.prompt_sets import PICTURES, Layout, Prompt, read_prompts
-from ..parsing import Parser, folder_argument, one_line, path_argument, say
+from ..files import user_path, write_whole
+from ..parsing import Parser, folder_argument, one_line, say
 from . import arguments
 from .arguments import usage_errors
 from .drawing import load, picture_settings
@@ -66,7 +67,7 @@ def build_parser() -> Parser:
         epilog="example: localdit evaluate evaluation_metadata.jsonl --model box -o output/geneval",
     )
     add = parser.add_argument
-    add("prompts", metavar="PROMPTS", type=path_argument,
+    add("prompts", metavar="PROMPTS", type=user_path,
         help="GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a file with "
         'a line such as {"prompt": "a red circle"} for each prompt')  # fmt: skip
     add("--max-prompts", metavar="N", type=int, help="use only the first N prompts")
@@ -74,12 +75,12 @@ def build_parser() -> Parser:
         help="folder for the pictures and scores (default: output/evaluation)")  # fmt: skip
     arguments.add_sampling(parser, size="the model's own size", num_images=4)
     add = parser.add_argument_group("scores").add_argument
-    add("--clip", metavar="FOLDER", type=path_argument,
+    add("--clip", metavar="FOLDER", type=user_path,
         help="folder of a CLIP model of Transformers, for the CLIP score")  # fmt: skip
-    add("--reference", metavar="FOLDER", type=path_argument,
+    add("--reference", metavar="FOLDER", type=user_path,
         help="folder of real pictures, for the Fréchet and kernel distances, precision and "
         "recall")  # fmt: skip
-    add("--feature-extractor", metavar="FOLDER", type=path_argument,
+    add("--feature-extractor", metavar="FOLDER", type=user_path,
         help="folder of a vision model of Transformers, such as DINOv2, for "
         "--reference")  # fmt: skip
     arguments.add_model(parser)
@@ -279,7 +280,6 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
 
 def report(plan: Plan) -> None:
     """Score all pictures; write `scores.json`, `scores.md` and `samples.png`, and print a table."""
-    from ..files import write_whole
     from ..images import image_grid, load_image, read_metadata, save_image
 
     folder = plan.layout.folder
