@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import user_path
-from ..parsing import Parser, run
+from ..parsing import Parser
 from . import arguments
-from .arguments import COMMAND_LINE, usage_errors
+from .arguments import usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
     from ..checkpoint import CheckpointReport
 
 
-def build_parser(prog: str = "localdit convert") -> Parser:
+def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog=prog,
+        prog="localdit convert",
         usage="%(prog)s INPUT [OUTPUT] [options]",
         description="Convert a checkpoint file to a Diffusers transformer folder, or a folder to a "
         ".safetensors file. Without OUTPUT, check a checkpoint file and describe it.",
-        epilog=f"example: {prog} output/LocalDiT-1024.pt output/LocalDiT-1024",
+        epilog="example: localdit convert output/LocalDiT-1024.pt output/LocalDiT-1024",
     )
     add = parser.add_argument
     add("input", metavar="INPUT", type=user_path,
@@ -44,11 +43,6 @@ def build_parser(prog: str = "localdit convert") -> Parser:
     arguments.add_debug(parser)
     parser.set_defaults(run=convert)
     return parser
-
-
-def main(argv: Sequence[str] | None = None, prog: str = "localdit convert") -> int:
-    """Run the command under the name `prog` and return the exit status."""
-    return run(build_parser(prog), argv, convert, COMMAND_LINE)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -10,16 +10,16 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..core.samplers import config_of, suitable_samplers
-from ..parsing import Parser, folder_argument, run, say
+from ..parsing import Parser, folder_argument, say
 from . import arguments
-from .arguments import COMMAND_LINE, usage_errors
+from .arguments import usage_errors
 from .drawing import load, picture_settings
 from .output import Output
 from .plan import SCENES, Choice, check_model, choose_model, fit_size, report_fallback
@@ -56,11 +56,6 @@ def build_parser() -> Parser:
     arguments.add_debug(parser)
     parser.set_defaults(run=demo)
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command as `python -m localdit.demo` and return the exit status."""
-    return run(build_parser(), argv, demo, COMMAND_LINE)
 
 
 def demo(args: argparse.Namespace) -> None:
