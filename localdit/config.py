@@ -18,6 +18,8 @@ from .errors import Field, FieldTypeError, FieldValueError
 
 __all__ = ["Config"]
 
+INDEX = "model_index.json"  # of the folder of a pipeline
+
 # Standard names of the settings that `Config` has always called otherwise.
 STANDARD_NAMES = {"denoising_steps": "num_inference_steps", "denoising_strength": "strength"}
 OWN_NAMES = {standard: own for own, standard in STANDARD_NAMES.items()}
@@ -151,7 +153,7 @@ def part_source(config: Config, name: str, checkpoint: Path) -> str | Path:
         checkpoint: `config.ckpt_path`, or the folder of a pipeline that is named otherwise.
     """
     named = getattr(config, name)
-    whole = (checkpoint / "model_index.json").is_file()
+    whole = (checkpoint / INDEX).is_file()
     return checkpoint if whole and named == getattr(type(config), name) else named
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .config import config_field, inference_settings
-from .core.samplers import make_sampler
-from .core.settings import SamplingSettings
+from .core.samplers import SamplingSettings, make_sampler
 from .core.text import check_prompts
 from .images import fit_image, fit_mask, load_image, load_mask
 from .sizes import check_size

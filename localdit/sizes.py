@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import is_finite_number, part_source
+from .config import INDEX, is_finite_number, part_source
 from .errors import Field, FieldValueError
 from .files import read_json, user_path
 
@@ -52,7 +52,7 @@ def read_sizes(checkpoint: Path, config: Config) -> ModelSizes:
         checkpoint: a checkpoint file, or the Diffusers folder of a pipeline or a transformer.
         config: describes a checkpoint file, and may name the autoencoder.
     """
-    whole = (checkpoint / "model_index.json").is_file()
+    whole = (checkpoint / INDEX).is_file()
     found = _read_json((checkpoint / "transformer" if whole else checkpoint) / "config.json")
     autoencoder = user_path(part_source(config, "vae", checkpoint))
     return ModelSizes(
@@ -73,7 +73,7 @@ def folder_with_part(folder: Path, part: str) -> Path:
     The parent has it only if the folder's index says so, with `"_shares_parts": true`. A student
     that lies within the folder of its teacher takes text encoder and autoencoder from there.
     """
-    shares = not (folder / part).is_dir() and _read_json(folder / "model_index.json")
+    shares = not (folder / part).is_dir() and _read_json(folder / INDEX)
     return pipeline_around(folder) if shares and shares.get("_shares_parts") is True else folder
 
 

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import config_field, part_source
+from .config import INDEX, config_field, part_source
 from .core.parts import (
     PARTS,
     load_parts,
@@ -75,7 +75,7 @@ def load_model(
     dtype = resolve_dtype(dtype, device)
     check_options(config, device)
     checkpoint = find_checkpoint(config.ckpt_path)
-    whole = (checkpoint / "model_index.json").is_file()
+    whole = (checkpoint / INDEX).is_file()
     if config.sampler is not None:
         source = part_source(config, "scheduler", checkpoint)
         check_sampler(config.sampler, scheduler_config(locate(PARTS["scheduler"], source)))
@@ -106,7 +106,7 @@ def model_in_the_box(few_steps: bool = False) -> Path:
         FileNotFoundError: this installation lacks it.
     """
     folder = BOX / FEW_STEPS if few_steps else BOX
-    if not (folder / "model_index.json").is_file():
+    if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is missing: this copy of localdit has no model in it")
     return folder
 
@@ -221,7 +221,7 @@ def find_checkpoint(path: str | Path) -> Path:
             checkpoint=checkpoint,
             command=DOWNLOAD_COMMAND,
         )
-    known = ("model_index.json", "config.json")
+    known = (INDEX, "config.json")
     if checkpoint.is_dir() and not any((checkpoint / name).is_file() for name in known):
         raise FieldNotFoundError(
             "{field}: the folder {checkpoint} holds neither model_index.json (a Diffusers "

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config
-from ..core.samplers import suitable_samplers
-from ..core.settings import read_settings, read_whole_words
+from ..config import INDEX, Config
+from ..core.samplers import read_settings, suitable_samplers
+from ..core.vocabulary import read_whole_words
 from ..files import read_json
 from ..parsing import Parser, UsageError, one_line
 from ..sizes import folder_with_part, pixels_per_latent
@@ -198,7 +198,7 @@ def contents_of(path: Path) -> dict[str, Facts]:
     """
     if path.is_file():
         return {str(path): _of_file(path)}
-    if (path / "model_index.json").is_file():
+    if (path / INDEX).is_file():
         return _of_pipeline(path)
     if (adapters := path / LORA_WEIGHTS).is_file():
         return {str(path): {"file": LORA_WEIGHTS, **_of_file(adapters)}}
@@ -251,7 +251,7 @@ def _of_lora(file: CheckpointFile) -> Facts:
 
 
 def _of_pipeline(folder: Path) -> dict[str, Facts]:
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / INDEX)
     parts = {name: value for name, value in index.items() if isinstance(value, list)}
     absent = [name for name in PARTS if not (parts.get(name) or [None])[0]]
     places = {name: folder_with_part(folder, name) / name for name in parts}

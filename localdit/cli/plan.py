@@ -11,9 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config, config_field, inference_settings, part_source, with_settings
-from ..core.samplers import check_sampler
-from ..core.settings import SamplingSettings, read_settings, read_whole_words
+from ..config import (
+    INDEX,
+    Config,
+    config_field,
+    inference_settings,
+    part_source,
+    with_settings,
+)
+from ..core.samplers import SamplingSettings, check_sampler, read_settings
+from ..core.vocabulary import read_whole_words
 from ..files import decode_text, user_path
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
@@ -217,7 +224,7 @@ def choose_model(
         settings["ckpt_path"] = model_in_the_box(few_steps)
         named = False
     checkpoint = user_path(settings.get("ckpt_path", config.ckpt_path))
-    if "ckpt_path" in settings and (checkpoint / "model_index.json").is_file():
+    if "ckpt_path" in settings and (checkpoint / INDEX).is_file():
         # The parts that the Config names are those of its own checkpoint.
         own = {part.field: getattr(type(config), part.field) for part in PARTS.values()}
         settings = own | settings

@@ -20,8 +20,8 @@ from .parts import (
     text_encoder_class,
     vae_config,
 )
-from .settings import read_whole_words
 from .text import TextSpace, text_width
+from .vocabulary import read_whole_words
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,8 @@
-"""Samplers by name: the schedulers of Diffusers, with settings that suit a model.
+"""How a model is sampled: the steps and the guidance that suit it, and samplers by name.
 
-A sampler keeps what belongs to the model: its noise schedule and its prediction type, or its shift
-for flow matching; and the timesteps that a few-step model was trained on. All else is the sampler's
-own, so a name means the same for every folder.
+A sampler is a scheduler of Diffusers. It keeps what belongs to the model: its noise schedule and
+its prediction type, or its shift for flow matching; and the timesteps that a few-step model was
+trained on. All else is the sampler's own, so a name means the same for every folder.
 
 Diffusers is imported by `make_sampler` only, so that commands check a name at no cost.
 """
@@ -12,22 +12,76 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from ..config import config_field
-from ..errors import Field, FieldValueError
+from ..config import INDEX, Config, config_field, with_settings
+from ..errors import Field, FieldError, FieldValueError, Vocabulary
+from ..files import read_json
 
 __all__ = ["make_sampler", "suitable_samplers"]
 
 logger = logging.getLogger(__name__)
 
+MOST_FEW_STEPS = 8
 LCM_LEVELS = 50  # noise levels of LCM's schedulers unless the model was trained on others
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 OF_MODEL = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr", "original_inference_steps",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The settings that suit a model, where a call gives none.
+
+    Attributes:
+        num_inference_steps: number of denoising steps.
+        guidance_scale: weight of the prompt; 1 or less means no guidance.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, as in `Config`.
+    """
+
+    num_inference_steps: int = Config.denoising_steps
+    guidance_scale: float = Config.guidance_scale
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        own = asdict(self)
+        try:
+            with_settings(Config(), own)
+        except FieldError as error:
+            raise type(error)(error.worded(Vocabulary({name: name for name in own}))) from None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> SamplingSettings:
+        """Return the settings that a pipeline's configuration names, or else the defaults."""
+        return cls(**{one.name: config[one.name] for one in fields(cls) if one.name in config})
+
+    @property
+    def few_steps(self) -> bool:
+        """True if the model is made for few steps without guidance."""
+        return self.num_inference_steps <= MOST_FEW_STEPS and self.guidance_scale <= 1
+
+
+def read_settings(folder: Path) -> SamplingSettings:
+    """Return the settings that the folder of a pipeline names.
+
+    A folder without them, and anything that is no folder of a pipeline, has the defaults.
+
+    Raises:
+        TypeError, ValueError: the index is damaged, or names an unusable value.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return SamplingSettings()
+    try:
+        return SamplingSettings.of(read_json(index))
+    except FieldError as error:
+        raise type(error)(f"{index}: {error}") from None
 
 
 @dataclass(frozen=True)

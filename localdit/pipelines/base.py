@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.conditions import size_conditions
 from ..core.latents import LatentSpace
+from ..core.samplers import SamplingSettings
 from ..core.schedulers import (
     check_prediction,
     check_schedule,
@@ -30,7 +31,6 @@ from ..core.schedulers import (
     set_timesteps,
     warn_of_other_prediction,
 )
-from ..core.settings import SamplingSettings
 from ..core.text import TextCache, TextSpace, check_prompts, unused_negative_prompt
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..core.settings import SamplingSettings
+from ..core.samplers import SamplingSettings
 from ..models.configuration import count_layer_types
 
 URL = "https://github.com/yourusername/localdit"

@@ -19,7 +19,7 @@ from huggingface_hub.utils import EntryNotFoundError, HFValidationError
 
 from ..checkpoint.loading import require_savable
 from ..checkpoint.reading import open_files
-from ..config import Config
+from ..config import INDEX, Config
 from ..core.parts import (
     ENCODERS,
     PARTS,
@@ -29,7 +29,7 @@ from ..core.parts import (
     require_whole,
     unattended,
 )
-from ..core.settings import INDEX, read_settings
+from ..core.samplers import read_settings
 from ..files import read_json, write_errors, write_json
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import folder_with_part, pipeline_around

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from localdit.config import Config
-from localdit.core.settings import INDEX
+from localdit.config import INDEX, Config
 from localdit.files import user_path
 from localdit.parsing import Parser, folder_argument, text_argument
 from localdit.training.stages import STAGE_OPTIONS, Stage, read_stages

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from localdit.core.diffusion import NUM_TIMESTEPS, Objective, denoising_errors
-from localdit.core.settings import SamplingSettings, read_settings
+from localdit.core.samplers import SamplingSettings, read_settings
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.sizes import pipeline_around
 from localdit.training.initialization import load_frozen
