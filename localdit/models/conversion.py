@@ -23,7 +23,6 @@ from ..checkpoint.loading import (
     require_float,
 )
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
-from ..config import INDEX
 from ..errors import FieldExistsError, FieldValueError, Setting
 from ..files import require_folder_name, user_path, whole_file, whole_folder
 from .configuration import public_arguments
@@ -231,7 +230,7 @@ def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: if there is no transformer.
     """
-    if (folder / INDEX).exists():
+    if (folder / "model_index.json").exists():
         folder = folder / "transformer"
     config, _ = read_folder(LocalDiTTransformer2DModel, folder, whole=False)
     name = LocalDiTTransformer2DModel.__name__
