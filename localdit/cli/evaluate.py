@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
-from ..evaluation.prompt_sets import PICTURES, Layout, Prompt, read_prompts
+from ..evaluation import (
+    PICTURES,
+    Layout,
+    Prompt,
+    clip_score,
+    distances,
+    read_prompts,
+    real_paths,
+    require_enough,
+    scene_scores,
+)
 from ..files import user_path, write_whole
 from ..parsing import Parser, folder_argument, one_line, say
 from . import arguments
@@ -163,7 +173,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
 
 def _scores(args: argparse.Namespace, count: int) -> list[Callable[..., dict[str, float]]]:
     """Return the functions that score `count` pictures, after a check of what they need."""
-    from ..evaluation import quality
+    from ..images import load_image
 
     if (args.reference is None) != (args.feature_extractor is None):
         raise ValueError("--reference and --feature-extractor go together; give both or neither")
@@ -175,15 +185,15 @@ def _scores(args: argparse.Namespace, count: int) -> list[Callable[..., dict[str
             raise FileNotFoundError(f"--{option} is {folder}; expected a folder")
     if args.reference is not None and importlib.util.find_spec("torchmetrics") is None:
         raise ImportError(f"--reference needs TorchMetrics: {INSTALL}")
-    scores: list[Callable[..., dict[str, float]]] = [quality.scene_scores]
+    scores: list[Callable[..., dict[str, float]]] = [scene_scores]
     if args.clip is not None:
-        scores.append(lambda prompts, pictures: quality.clip_score(prompts, pictures, args.clip))
+        scores.append(lambda prompts, pictures: clip_score(prompts, pictures, args.clip))
     if args.reference is not None:
-        quality.require_enough(count, len(quality.real_paths(args.reference)))
+        require_enough(count, len(real_paths(args.reference)))
         scores.append(
-            lambda prompts, pictures: quality.distances(
+            lambda prompts, pictures: distances(
                 (one for drawn in pictures for one in drawn),
-                quality.real_pictures(args.reference),
+                map(load_image, real_paths(args.reference)),
                 args.feature_extractor,
             )
         )
