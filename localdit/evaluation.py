@@ -48,19 +48,12 @@ REAL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a benchmark.
+    """A prompt of a benchmark."""
 
-    Attributes:
-        name: of its pictures.
-        text: the prompt.
-        record: what the benchmark says of it, "prompt" among it.
-        scene: what the picture has to show, if the record has a "scene".
-    """
-
-    name: str
+    name: str  # of its pictures
     text: str
-    record: dict[str, Any]
-    scene: Scene | None = None
+    record: dict[str, Any]  # what the benchmark says of it, "prompt" among it
+    scene: Scene | None = None  # what the picture has to show, if the record has a "scene"
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -122,17 +115,11 @@ def _read(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of a benchmark's pictures.
-
-    Attributes:
-        folder: the folder of everything.
-        num_images: pictures per prompt.
-        sheets: whether each prompt gets a sheet of its pictures, for DPG-Bench.
-    """
+    """The places of a benchmark's pictures."""
 
     folder: Path
-    num_images: int
-    sheets: bool
+    num_images: int  # per prompt
+    sheets: bool  # whether each prompt gets a sheet of its pictures, for DPG-Bench
 
     def require_own(self) -> None:
         """Raise FileExistsError if the folder holds something else than an evaluation."""

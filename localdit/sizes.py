@@ -22,17 +22,11 @@ PIXELS_PER_LATENT = 8  # along a side, if the autoencoder is not on this machine
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes that pictures of a model follow from.
+    """The sizes that pictures of a model follow from."""
 
-    Attributes:
-        sample_size: latents along a side of the model's native, square size.
-        patch_size: latents along a side of a token.
-        pixels_per_latent: pixels along a side of a latent.
-    """
-
-    sample_size: int
-    patch_size: int
-    pixels_per_latent: int
+    sample_size: int  # latents along a side of the model's native, square size
+    patch_size: int  # latents along a side of a token
+    pixels_per_latent: int  # pixels along a side of a latent
 
     @property
     def pixels_per_token(self) -> int:

@@ -106,21 +106,13 @@ class CheckpointReport:
 
 @dataclass
 class Plan(Generic[Model]):
-    """A checkpoint that fits a model, before its values are read.
-
-    Attributes:
-        file, routes: the file, and the parameters that its tensors become.
-        model: the model, with its parameters on the meta device.
-        dtype: dtype of the model to load.
-        seed: seed of a global context that is drawn.
-        report: the contents of the checkpoint.
-    """
+    """A checkpoint that fits a model, before its values are read."""
 
     file: CheckpointFile
-    routes: list[Route]
-    model: Model
-    dtype: torch.dtype
-    seed: int | None
+    routes: list[Route]  # the parameters that its tensors become
+    model: Model  # with its parameters on the meta device
+    dtype: torch.dtype  # of the model to load
+    seed: int | None  # of a global context that is drawn
     report: CheckpointReport
 
     def load(self) -> Model:

@@ -31,7 +31,7 @@ from ..parsing import Parser, folder_argument, one_line, say
 from . import arguments
 from .arguments import usage_errors
 from .drawing import load, picture_settings
-from .plan import Choice, check_model, check_number, choose_model, fit_size, report_fallback
+from .plan import Choice, check_model, check_num_images, choose_model, fit_size, report_fallback
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,22 +46,14 @@ LONGEST_WAIT = timedelta(days=30)  # of a process for the others
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked `localdit evaluate` command.
+    """A checked `localdit evaluate` command."""
 
-    Attributes:
-        model: the model, with the settings of sampling.
-        prompts: those of the benchmark.
-        layout: the places of the pictures.
-        negative_prompt: of all pictures.
-        seed: of the first picture; picture k of prompt i has seed + i * num_images + k.
-        scores: functions of prompts and their pictures, which return scores by name.
-    """
-
-    model: Choice
+    model: Choice  # the model, with the settings of sampling
     prompts: list[Prompt]
     layout: Layout
-    negative_prompt: str
-    seed: int
+    negative_prompt: str  # of all pictures
+    seed: int  # of the first picture; picture k of prompt i has seed + i * num_images + k
+    # Functions of prompts and their pictures, which return scores by name
     scores: list[Callable[..., dict[str, float]]]
 
 
@@ -149,7 +141,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
         if args.max_prompts is not None and args.max_prompts < 1:
             raise ValueError(f"--max-prompts is {args.max_prompts}; expected at least 1")
         prompts = read_prompts(args.prompts)[: args.max_prompts]
-        check_number(args.num_images, len(prompts), MAX_PICTURES)
+        check_num_images(args.num_images, len(prompts), MAX_PICTURES)
         check_prompts([prompt.text for prompt in prompts])
         check_prompts(args.negative_prompt or "", "--negative-prompt")
         if not 0 <= args.seed < 2**62:

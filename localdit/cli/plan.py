@@ -65,22 +65,15 @@ SCENES = Preset(
 
 @dataclass(frozen=True)
 class Choice:
-    """The model that a command uses.
-
-    Attributes:
-        config: the settings.
-        preset: what suits the model.
-        loras: LoRAs and their weights.
-        device, dtype: as the options give them.
-        named: whether an option or the Config names the model, rather than the box being used
-            because the released weights are missing.
-    """
+    """The model that a command uses."""
 
     config: Config
     preset: Preset
-    loras: dict[str, float]
-    device: str | None
-    dtype: str | None
+    loras: dict[str, float]  # their weights by path or hub name
+    device: str | None  # as the option gives it
+    dtype: str | None  # as the option gives it
+    # Whether an option or the Config names the model, rather than the box being used because the
+    # released weights are missing
     named: bool
 
     @property
@@ -117,26 +110,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Job:
-    """The pictures that a command draws.
+    """The pictures that a command draws."""
 
-    Attributes:
-        model: the model, with the settings of the drawing.
-        prompts: one per picture.
-        output: where pictures go.
-        image: a picture to start from.
-        mask: the parts of it to repaint.
-        padding_mask_crop: see `LocalDiTInpaintPipeline`.
-    """
-
-    model: Choice
-    prompts: list[str]
+    model: Choice  # the model, with the settings of the drawing
+    prompts: list[str]  # one per picture
     negative_prompt: str
     seed: int
     output: Output
     grid: bool
-    image: Path | None
-    mask: Path | None
-    padding_mask_crop: int | None
+    image: Path | None  # a picture to start from
+    mask: Path | None  # the parts of it to repaint
+    padding_mask_crop: int | None  # see `LocalDiTInpaintPipeline`
 
 
 def plan(
@@ -162,7 +146,7 @@ def plan(
         model = choose_model(args, config)
         preset = model.preset
         prompts = _prompts(args, getattr(preset, task) if task else [])
-        check_number(args.num_images, len(prompts), MAX_PICTURES)
+        check_num_images(args.num_images, len(prompts), MAX_PICTURES)
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**63")
         padding = options.get("padding_mask_crop")
@@ -371,7 +355,7 @@ def _prompts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     return check_prompts(list(given or default))
 
 
-def check_number(num_images: int, prompts: int, most: int) -> None:
+def check_num_images(num_images: int, prompts: int, most: int) -> None:
     """Refuse a number of pictures per prompt that is less than 1, or too large for the prompts."""
     if num_images < 1:
         raise ValueError(f"--num-images is {num_images}; expected at least 1")

@@ -31,20 +31,13 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """The files of a part.
+    """The files of a part."""
 
-    Attributes:
-        field: the field of `Config` that names the folder or the repository.
-        folders: where the files are: in the first of these folders on the hub, in any of them in
-            a local copy.
-        config: the configuration.
-        weights: patterns of the weights; one of them is needed.
-    """
-
-    field: str
+    field: str  # the field of `Config` that names the folder or the repository
+    # Where the files are: in the first of these folders on the hub, in any of them in a local copy
     folders: tuple[str, str]
-    config: str
-    weights: tuple[str, ...] = ()
+    config: str  # the file of the configuration
+    weights: tuple[str, ...] = ()  # patterns of the weights; one of them is needed
 
     def files(self, folder: str) -> str:
         """Return the files in words, such as `vae/config.json and vae/*.safetensors`."""

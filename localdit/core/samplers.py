@@ -37,16 +37,12 @@ OF_MODEL = (
 class SamplingSettings:
     """The settings that suit a model, where a call gives none.
 
-    Attributes:
-        num_inference_steps: number of denoising steps.
-        guidance_scale: weight of the prompt; 1 or less means no guidance.
-
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, as in `Config`.
     """
 
     num_inference_steps: int = Config.denoising_steps
-    guidance_scale: float = Config.guidance_scale
+    guidance_scale: float = Config.guidance_scale  # 1 or less: no guidance
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -86,19 +82,12 @@ def read_settings(folder: Path) -> SamplingSettings:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to sample.
+    """A way to sample."""
 
-    Attributes:
-        diffusion: scheduler of Diffusers for models that predict noise or velocity.
-        flow: scheduler for models of flow matching; None if there is none.
-        settings: arguments of the scheduler.
-        least_steps: the fewest steps that give pictures of a diffusion model.
-    """
-
-    diffusion: str
-    flow: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    least_steps: int = 1
+    diffusion: str  # scheduler of Diffusers for models that predict noise or velocity
+    flow: str | None = None  # scheduler for models of flow matching; None if there is none
+    settings: Mapping[str, Any] = field(default_factory=dict)  # arguments of the scheduler
+    least_steps: int = 1  # the fewest steps that give pictures of a diffusion model
 
 
 _DPM = "DPMSolverMultistepScheduler"

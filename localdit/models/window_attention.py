@@ -87,16 +87,13 @@ def window_bias(table: torch.Tensor | None, grid: WindowGrid, like: torch.Tensor
 
 
 class _HeadRows(NamedTuple):
-    """The places of each head's rows.
+    """The places of each head's rows."""
 
-    Attributes:
-        order: `(3 * batch * num_windows * heads * w**2,)`. Row of packed queries, keys and values,
-            `(batch * N * 3 * heads, d)`, that each slot reads.
-        inverse: `(batch * N * heads,)`. Slot of `(batch * num_windows * heads * w**2, d)` that
-            holds each head of each token.
-    """
-
+    # (3 * batch * num_windows * heads * w**2,). Row of packed queries, keys and values,
+    # (batch * N * 3 * heads, d), that each slot reads.
     order: torch.Tensor
+    # (batch * N * heads,). Slot of (batch * num_windows * heads * w**2, d) that holds each head of
+    # each token.
     inverse: torch.Tensor
 
 

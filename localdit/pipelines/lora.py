@@ -106,7 +106,7 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def local_file(
+def adapter_file(
     source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **_: Any
 ) -> Path | None:
     """Return the file that a local file or folder stands for; None for a hub name.

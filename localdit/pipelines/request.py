@@ -323,29 +323,17 @@ class DenoiserText:
 
 @dataclass(eq=False)
 class CallState:
-    """The state of one call of a pipeline, which changes from step to step.
+    """The state of one call of a pipeline, which changes from step to step."""
 
-    Attributes:
-        scheduler: the scheduler of this call; None before and after it.
-        device: the device that the pipeline computes on; None before and after the call.
-        guidance_scale, cross_attention_kwargs: as in the request; callbacks may change them.
-        within_interval: whether the present step lies within the guidance interval.
-        current_timestep: the timestep of the present step.
-        num_timesteps: number of steps.
-        interrupt: whether to skip the remaining steps.
-        latest_context: the kind of the latest call of the denoiser, for step caches.
-        denoiser_text: the text for the denoiser.
-    """
-
-    scheduler: Any = None
-    device: torch.device | None = None
-    guidance_scale: float = 1.0
-    cross_attention_kwargs: dict[str, Any] | None = None
-    within_interval: bool = True
+    scheduler: Any = None  # None before and after the call
+    device: torch.device | None = None  # that the pipeline computes on; None before and after
+    guidance_scale: float = 1.0  # as in the request; callbacks may change it
+    cross_attention_kwargs: dict[str, Any] | None = None  # as in the request
+    within_interval: bool = True  # whether the present step lies within the guidance interval
     current_timestep: torch.Tensor | None = None
     num_timesteps: int = 0
-    interrupt: bool = False
-    latest_context: str | None = None
+    interrupt: bool = False  # whether to skip the remaining steps
+    latest_context: str | None = None  # kind of the latest call of the denoiser, for step caches
     denoiser_text: DenoiserText = field(default_factory=DenoiserText)
     _watched: list[tuple[str, torch.Tensor, torch.dtype]] = field(default_factory=list)
 

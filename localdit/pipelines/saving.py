@@ -292,7 +292,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         metadata = None
         if isinstance(source, dict):
             tensors = super().lora_state_dict(source, **kwargs)
-        elif (file := lora.local_file(source, **kwargs)) is not None:
+        elif (file := lora.adapter_file(source, **kwargs)) is not None:
             tensors, metadata = lora.read_adapter(file)
         else:
             kwargs.setdefault("use_safetensors", True)
