@@ -148,7 +148,6 @@ def part_source(config: Config, name: str, checkpoint: Path) -> str | Path:
     class does by default. For other checkpoints, `config` names all parts.
 
     Args:
-        config: the settings.
         name: "text_encoder", "vae" or "scheduler".
         checkpoint: `config.ckpt_path`, or the folder of a pipeline that is named otherwise.
     """
@@ -169,11 +168,7 @@ def inference_settings(config: Config) -> dict[str, Any]:
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """Return a copy of `config` with other settings, given by their standard names.
-
-    Raises:
-        TypeError, ValueError: as `Config` does.
-    """
+    """Return a copy of `config` with other settings, given by their standard names."""
     return replace(config, **{OWN_NAMES.get(name, name): settings[name] for name in settings})
 
 

@@ -57,13 +57,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a file of GenEval's format, or a folder of DPG-Bench's.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`.
-        ValueError: it has no prompts, or one of them can't be read; the message names the line or
-            the file.
-    """
+    """Read a file of GenEval's format, or a folder of DPG-Bench's."""
     if path.is_dir():
         prompts = list(_prompts_of_folder(path))
         expected = "text files (*.txt) with a prompt each"
@@ -212,9 +206,6 @@ def distances(
 
     Args:
         folder: a vision model of Transformers with its image processor, such as DINOv2 or CLIP.
-
-    Raises:
-        ValueError: there are too few pictures.
     """
     import torch
     from torchmetrics.image.fid import FrechetInceptionDistance

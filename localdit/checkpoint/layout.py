@@ -71,9 +71,6 @@ def read_layout(infos: Mapping[str, TensorInfo], where: str) -> Layout:
     Args:
         infos: shape and dtype of each tensor by the name it has in the file.
         where: the file, for messages.
-
-    Raises:
-        ValueError: if these are not the tensors of a LocalDiT.
     """
     prefix = common_prefix(infos)
     sources: dict[str, str] = {}  # our name -> name in the file

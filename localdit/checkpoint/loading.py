@@ -324,8 +324,6 @@ def read_folder(
     these sizes is built. No values are read.
 
     Args:
-        model_class: class of the model.
-        folder: the model's folder.
         variant: part of the files' names, such as "fp16".
         whole: also refuse the folder unless its tensors are those of the model.
         **options: arguments of the model, which replace those in the configuration, and others.
@@ -373,11 +371,7 @@ def read_folder(
 
 
 def require_savable(model: nn.Module) -> None:
-    """Refuse a model whose saved folder would not load as the same model.
-
-    Raises:
-        ValueError: if it has adapters, or weights that are on the disk or were replaced.
-    """
+    """Refuse a model whose saved folder would not load as the same model."""
     name = type(model).__name__
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(

@@ -60,11 +60,7 @@ def build_parser() -> Parser:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Measure, and print the results.
-
-    Raises:
-        UsageError: the arguments cannot work.
-    """
+    """Measure, and print the results."""
     from ..machine import device_name, versions
     from ..utils import resolve_device, resolve_dtype
 

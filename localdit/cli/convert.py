@@ -46,11 +46,7 @@ def build_parser() -> Parser:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Convert, and print what was read and written.
-
-    Raises:
-        UsageError: the arguments cannot work; no weights were read.
-    """
+    """Convert, and print what was read and written."""
     with usage_errors():
         source = Path(arguments.named_model(str(args.input)))
         if not source.exists():

@@ -59,11 +59,7 @@ def build_parser() -> Parser:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Load the model and serve the page until Ctrl+C, which is its normal end.
-
-    Raises:
-        UsageError: the arguments cannot work; nothing was loaded.
-    """
+    """Load the model and serve the page until Ctrl+C, which is its normal end."""
     with usage_errors():
         if importlib.util.find_spec("gradio") is None:
             raise ImportError(f"the page needs Gradio: {INSTALL}")
@@ -92,9 +88,6 @@ def page_model(args: argparse.Namespace) -> Choice:
     """Return the model of the page, in the size that the page first shows.
 
     In the box, that is the student, which draws while the visitor types; with LoRAs, its teacher.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as `choose_model` and `check_model`.
     """
     model = check_model(choose_model(args, few_steps=not args.lora))
     size = fit_size(model.config, Config())
@@ -159,11 +152,7 @@ def scene() -> Image.Image:
 
 
 def free_port(host: str, port: int | None) -> int:
-    """Return `port` if it is free, or the first free one from `FIRST_PORT` if it is None.
-
-    Raises:
-        OSError: the port is taken, or the host is not an address of this machine.
-    """
+    """Return `port` if it is free, or the first free one from `FIRST_PORT` if it is None."""
     try:
         family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:

@@ -92,12 +92,7 @@ def build_parser() -> Parser:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Draw what is missing, and score all pictures.
-
-    Raises:
-        UsageError: the arguments cannot work; nothing was loaded.
-        ValueError: a picture in the folder was drawn with other settings.
-    """
+    """Draw what is missing, and score all pictures."""
     with _shared_work() as (rank, count, device):
         plan = make_plan(args, device if count > 1 else None)
         if rank == 0:
@@ -128,11 +123,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
     """Check the command; the output folder is created.
 
     Args:
-        args: the parsed options.
         device: the device if no option names one; None chooses.
-
-    Raises:
-        UsageError: the command can't be carried out.
     """
     from ..core.text import check_prompts
     from ..images import prepare_output_folder
@@ -197,9 +188,6 @@ def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> N
 
     A picture depends on its settings and its place in a batch alone, and the batches are the same
     whatever the number of processes. The folders of earlier pictures are checked first.
-
-    Raises:
-        ValueError: a picture in the folder was drawn with other settings.
     """
     from ..images import image_grid, load_image, save_image
     from ..inference import inference

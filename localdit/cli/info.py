@@ -58,12 +58,7 @@ def build_parser() -> Parser:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print the description.
-
-    Raises:
-        UsageError: the path or the device is missing, or the path is none that `--verify` is for.
-        DamagedCheckpoint: `--verify` finds damage.
-    """
+    """Print the description."""
     sections: dict[str, Facts] = {}
     with usage_errors():
         path = Path(arguments.named_model(args.path)) if args.path else None
@@ -95,12 +90,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def verified(folder: Path | None) -> Facts:
-    """Return the facts about a folder that agrees with its manifest.
-
-    Raises:
-        UsageError: it has no manifest.
-        DamagedCheckpoint: a file or the manifest is damaged or missing.
-    """
+    """Return the facts about a folder that agrees with its manifest."""
     from ..training.checkpointing import MANIFEST, DamagedCheckpoint, files_in, verify_checkpoint
 
     if folder is None or not (folder / MANIFEST).is_file():
@@ -190,12 +180,7 @@ def window_attention_path(
 
 
 def contents_of(path: Path) -> dict[str, Facts]:
-    """Return the facts about what is at a path: for each part, facts by name.
-
-    Raises:
-        FileNotFoundError: the folder holds no model.
-        ValueError: a file is damaged, or holds no model.
-    """
+    """Return the facts about what is at a path: for each part, facts by name."""
     if path.is_file():
         return {str(path): _of_file(path)}
     if (path / INDEX).is_file():

@@ -63,15 +63,8 @@ def plan_output(
     Args:
         given: a file named `*.png`, or a folder.
         stem: the beginning of names in a folder.
-        count: number of pictures.
         grid: whether there is also a sheet.
         overwrite: whether existing files may be replaced.
-
-    Raises:
-        ValueError: the name is that of another kind of picture, or of a checkpoint; or there is
-            nothing to overwrite.
-        FileExistsError: a picture of that name exists.
-        OSError: the name is too long, or the system allows no such name.
     """
     suffix = given.suffix.lower()
     is_folder = os.path.isdir(given)

@@ -129,14 +129,10 @@ def plan(
     """Check a command that draws, and return its job. The output folder is created.
 
     Args:
-        args: the parsed options.
         stem: the beginning of the names of pictures in a folder.
         config: the user's settings, the model's architecture among them; without it the
             architecture is read from the checkpoint.
         task: the task whose default prompts are drawn if the options give none.
-
-    Raises:
-        UsageError: the command can't be carried out.
     """
     from ..images import prepare_output_folder
 
@@ -189,11 +185,6 @@ def choose_model(
 
     The settings that its folder names replace those that the Config leaves at their defaults. The
     model, its LoRAs and its local parts are looked for; nothing heavy is imported.
-
-    Raises:
-        FileNotFoundError: the model or a part is missing.
-        ImportError: a LoRA is given, but peft is not installed.
-        ValueError: a setting is out of range, or the options contradict each other.
     """
     from ..core.parts import PARTS
     from ..utils import model_in_the_box
@@ -230,9 +221,6 @@ def check_model(choice: Choice, described: bool = False) -> Choice:
 
     With `described`, the Config has the architecture, and `load_model` compares the file with it.
     This imports PyTorch, which takes seconds.
-
-    Raises:
-        ImportError, ValueError: the device can't do what the options say, or the file is damaged.
     """
     from ..utils import check_options, contradictions, resolve_device, resolve_dtype
 
@@ -320,9 +308,6 @@ def fit_size(
         first: the Config before the checkpoint's architecture replaced its own.
         size: height and width that the command gives.
         image_size: (width, height) of a picture whose proportions are kept.
-
-    Raises:
-        ValueError: a side is not a multiple of the model's pixels per token.
     """
     sizes = read_sizes(user_path(config.ckpt_path), config)
     described = sizes.sample_size == first.sample_size

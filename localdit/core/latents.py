@@ -201,7 +201,6 @@ class LatentSpace:
         Args:
             run: encodes or decodes `(N, C, H, W)`.
             batch: pictures or latents.
-            pixels: pixels of each picture.
             scale: units of `batch` along the side of a latent: pixels per latent, or 1.
         """
         if is_tiled(self.vae, batch.shape[2:], scale):

@@ -67,9 +67,6 @@ def read_settings(folder: Path) -> SamplingSettings:
     """Return the settings that the folder of a pipeline names.
 
     A folder without them, and anything that is no folder of a pipeline, has the defaults.
-
-    Raises:
-        TypeError, ValueError: the index is damaged, or names an unusable value.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -150,9 +147,6 @@ def check_sampler(
         name: one of `SAMPLERS`.
         scheduler_config: of the model's scheduler, as `scheduler_config.json` has it.
         num_inference_steps: the number of steps, if it is known.
-
-    Raises:
-        ValueError: the message lists those that suit the model; a `FieldError`.
     """
     suitable, kind = suitable_samplers(scheduler_config), prediction_type_of(scheduler_config)
     if name not in suitable:
@@ -188,7 +182,8 @@ def make_sampler(name: str, scheduler: Any, num_inference_steps: int | None = No
         num_inference_steps: the number of steps, if it is known.
 
     Raises:
-        ValueError: as `check_sampler` does; or the sampler lacks a setting of the noise schedule.
+        ValueError: the sampler does not exist, does not suit the model, needs more steps, or lacks
+            a setting of the noise schedule.
     """
     import diffusers
 

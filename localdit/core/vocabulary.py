@@ -18,11 +18,7 @@ CLOSING_MARKS = ".,;:!?)]}'\""  # may follow a word without being part of it
 
 
 def read_whole_words(folder: Path) -> bool | None:
-    """Return `whole_words` of the folder of a pipeline; None if it says nothing.
-
-    Raises:
-        TypeError, ValueError: the index is damaged, or names an unusable value.
-    """
+    """Return `whole_words` of the folder of a pipeline; None if it says nothing."""
     index = folder / INDEX
     value = read_json(index).get("whole_words") if index.is_file() else None
     if not isinstance(value, bool | None):
@@ -42,7 +38,6 @@ def unknown_pieces(tokenizer: Any, texts: str | Sequence[str]) -> dict[str, int]
     in such pieces alone are the same.
 
     Args:
-        tokenizer: a Transformers tokenizer.
         texts: prompts or captions. They are lower-cased and stripped, as for encoding, but not cut.
 
     Returns:

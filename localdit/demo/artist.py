@@ -110,7 +110,6 @@ class Artist:
         drawing has stopped.
 
         Args:
-            settings: what to draw.
             image: the picture to start from, in the modes "edit" and "inpaint".
             mask: in the mode "inpaint", white where the image should change; of the image's size,
                 which is also that of the drawn picture.

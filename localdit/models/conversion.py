@@ -184,11 +184,7 @@ def convert_to_single_file(
 
 
 def refuse_taken_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file name with another suffix, or an existing file that must not be replaced.
-
-    Raises:
-        FileExistsError, ValueError: as for `convert_to_single_file`.
-    """
+    """Refuse a file name with another suffix, or an existing file that must not be replaced."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
     if path.is_dir() or (path.exists() and not overwrite):
@@ -196,11 +192,7 @@ def refuse_taken_file(path: Path, overwrite: bool) -> None:
 
 
 def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that must not be replaced.
-
-    Raises:
-        FileExistsError, ValueError: as for `convert_to_diffusers`.
-    """
+    """Refuse a folder that must not be replaced."""
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; expected the name of a folder to make.")
     require_folder_name(folder)
@@ -225,11 +217,7 @@ def _taken(message: str, path: Path) -> FieldExistsError:
 
 
 def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of a transformer, or of the one in a pipeline's folder, and its config.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is no transformer.
-    """
+    """Return the folder of a transformer, or of the one in a pipeline's folder, and its config."""
     if (folder / "model_index.json").exists():
         folder = folder / "transformer"
     config, _ = read_folder(LocalDiTTransformer2DModel, folder, whole=False)
@@ -252,9 +240,6 @@ def open_transformer(
     Args:
         folder: as for `transformer_folder`.
         torch_dtype: dtype that the weights are to be stored in; None keeps theirs.
-
-    Raises:
-        FileNotFoundError, ValueError: as for `convert_to_single_file`.
     """
     folder, _ = transformer_folder(folder)
     config, files = read_folder(LocalDiTTransformer2DModel, folder)

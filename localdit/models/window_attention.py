@@ -72,7 +72,6 @@ def window_bias(table: torch.Tensor | None, grid: WindowGrid, like: torch.Tensor
 
     Args:
         table: `((2 w - 1)**2, heads)`, or None for no bias.
-        grid: the map and its windows.
         like: a tensor with the dtype and device of the logits.
 
     Returns:

@@ -136,7 +136,6 @@ def rectangle_tokens(
 
     Args:
         places: `(B, 2)`, evenly distributed in [0, 1), from top to bottom and from left to right.
-        grid: the map.
         rectangle: height and width of the rectangle in tokens, whole windows of the map.
     """
     w, device = grid.window_size, places.device
@@ -168,10 +167,6 @@ def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
 
     Tokens that the roll brought together from opposite edges do not see each other (Swin
     Transformer, section 3.2: the mask of the cyclic shift), and nothing sees the padding.
-
-    Args:
-        grid: the map and its windows.
-        device: device of the index tensors.
     """
     height, width, w, row_shift, column_shift = grid
     rows = torch.arange(grid.rows * w, device=device).roll(-row_shift)
@@ -227,9 +222,6 @@ def shift_sizes(num_layers: int, window_size: int, schedule: str) -> list[int]:
     Args:
         schedule: "cyclic" gives `layer index mod window_size` (the released model); "alternating"
             gives `0, window_size // 2, 0, ...` (Swin Transformer).
-
-    Raises:
-        ValueError: for another schedule.
     """
     if schedule == "cyclic":
         return [layer % window_size for layer in range(num_layers)]

@@ -256,12 +256,7 @@ class LocalDiTBasePipeline(SavedPipeline):
     # Stages
 
     def check_inputs(self, request: Request) -> None:
-        """Check all arguments of a call before any work.
-
-        Raises:
-            ValueError: if an argument has an unusable value; the message says what to do.
-            TypeError: if an argument has a wrong type.
-        """
+        """Check all arguments of a call before any work."""
         if self.vae is not None:
             channels = self.latent_space.format.channels
             wanted = self.transformer.config.in_channels
@@ -285,12 +280,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         }
 
     def set_timesteps(self, request: Request) -> torch.Tensor:
-        """Set the scheduler's timesteps, and return those to take, the most noise first.
-
-        Raises:
-            ValueError: if both timesteps and sigmas are given, the scheduler does not accept them,
-                the timesteps do not descend, or there are more than the scheduler has.
-        """
+        """Set the scheduler's timesteps, and return those to take, the most noise first."""
         custom = request.custom_schedule
         if len(custom) > 1:
             raise ValueError("Give either timesteps or sigmas, not both.")
@@ -557,9 +547,6 @@ class LocalDiTBasePipeline(SavedPipeline):
         """Decode latents `(B, C, h, w)` into pictures `(B, 3, H, W)` in [0, 1].
 
         If the output type is "latent", the latents are returned as they are.
-
-        Raises:
-            ValueError: a stage of the call gave values that are not finite; the message names it.
         """
         if request.output_type == "latent":
             self._call.check_finite()

@@ -279,12 +279,7 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         padding_mask_crop: int | None,
         request: Request,
     ) -> None:
-        """Refuse masks that do not fit the images, and crops of latents.
-
-        Raises:
-            ValueError: if a mask or `padding_mask_crop` cannot be used; the message says what to
-                do.
-        """
+        """Refuse masks that do not fit the images, and crops of latents."""
         check_one_each("mask", len(masks), request.num_prompts)
         pixels = self.vae_scale_factor if self.are_latents(images) else 1
         height, width = (pixels * length for length in images.shape[2:])

@@ -54,7 +54,6 @@ def make_model_card(pipeline: Any, name: str, license: str, remote_code: bool) -
     """Make the model card of a pipeline: its README.md.
 
     Args:
-        pipeline: the pipeline to describe.
         name: folder or repository that the pipeline is loaded from.
         license: the hub's identifier of the weights' licence.
         remote_code: whether the folder has to be loaded with `trust_remote_code=True`.

@@ -382,11 +382,7 @@ class RunningCalls:
         self._turns: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 
     def begin(self, pipe: Any, scheduler: Any, state: CallState) -> None:
-        """Register a call of this thread. It gets a copy of a scheduler that is in use already.
-
-        Raises:
-            RuntimeError: a model of the pipeline serves one call at a time, and is in use.
-        """
+        """Register a call of this thread. It gets a copy of a scheduler that is in use already."""
         with self._lock:
             others = [(other.components.values(), thread) for other, thread, _ in self._running]
             for model in pipe.components.values() if others else ():

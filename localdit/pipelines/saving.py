@@ -282,11 +282,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: str | Path | Tensors, **kwargs: Any
     ) -> Tensors | tuple[Tensors, dict[str, Any] | None]:
-        """Return an adapter's tensors by name, and its settings with `return_lora_metadata`.
-
-        Raises:
-            FileNotFoundError, ValueError: as `load_lora_weights` does.
-        """
+        """Return an adapter's tensors by name, and its settings with `return_lora_metadata`."""
         source = pretrained_model_name_or_path_or_dict
         with_metadata = kwargs.pop("return_lora_metadata", False)
         metadata = None
@@ -322,11 +318,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Check that an adapter fits the transformer, and load it.
-
-        Raises:
-            ValueError: if it does not fit.
-        """
+        """Check that an adapter fits the transformer, and load it."""
         model = lora.bare(transformer)
         tensors, metadata = lora.from_kohya(state_dict, metadata, model)
         lora.require_fit(tensors, model)
