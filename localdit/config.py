@@ -9,13 +9,16 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, SupportsFloat, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from .errors import Field, FieldTypeError, FieldValueError
 
 __all__ = ["Config"]
+
+INDEX = "model_index.json"  # of the folder of a pipeline
 
 # Standard names of the settings that `Config` has always called otherwise.
 STANDARD_NAMES = {"denoising_steps": "num_inference_steps", "denoising_strength": "strength"}
@@ -145,12 +148,11 @@ def part_source(config: Config, name: str, checkpoint: Path) -> str | Path:
     class does by default. For other checkpoints, `config` names all parts.
 
     Args:
-        config: the settings.
         name: "text_encoder", "vae" or "scheduler".
         checkpoint: `config.ckpt_path`, or the folder of a pipeline that is named otherwise.
     """
     named = getattr(config, name)
-    whole = (checkpoint / "model_index.json").is_file()
+    whole = (checkpoint / INDEX).is_file()
     return checkpoint if whole and named == getattr(type(config), name) else named
 
 
@@ -166,18 +168,14 @@ def inference_settings(config: Config) -> dict[str, Any]:
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """Return a copy of `config` with other settings, given by their standard names.
-
-    Raises:
-        TypeError, ValueError: as `Config` does.
-    """
+    """Return a copy of `config` with other settings, given by their standard names."""
     return replace(config, **{OWN_NAMES.get(name, name): settings[name] for name in settings})
 
 
-def is_finite(value: SupportsFloat) -> bool:
-    """Return whether a number is finite as a float, which whole numbers can be too large for."""
+def is_finite_number(value: Any) -> bool:
+    """Return whether a value is a number, finite as a float; whole numbers can be too large."""
     try:
-        return math.isfinite(value)
+        return isinstance(value, Real) and math.isfinite(value)
     except OverflowError:
         return False
 
@@ -227,7 +225,7 @@ def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     inside = (value > minimum if above else value >= minimum) and (
         value < maximum if below else value <= maximum
     )
-    if not (inside and is_finite(value)):
+    if not (inside and is_finite_number(value)):
         lower = f"more than {minimum}" if above else f"at least {minimum}"
         upper = f"less than {maximum}" if below else f"at most {maximum}"
         limits = f"{lower} and finite" if maximum == math.inf else f"{lower} and {upper}"

@@ -14,43 +14,28 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Field:
-    """A field as messages name it.
+    """A field as messages name it."""
 
-    Attributes:
-        name: the field's standard name, by which a front end looks up its own.
-        python: the name in Python code, such as `Config.height`; by default `name`.
-    """
-
-    name: str
-    python: str = ""
+    name: str  # the field's standard name, by which a front end looks up its own
+    python: str = ""  # the name in Python code, such as `Config.height`; by default `name`
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The advice to set a field, such as `set Config(vae='folder')` or `give --vae folder`.
+    """The advice to set a field, such as `set Config(vae='folder')` or `give --vae folder`."""
 
-    Attributes:
-        name: the field's standard name.
-        value: the value to set; True for a switch.
-        python: the advice to those who write Python.
-    """
-
-    name: str
-    value: object
-    python: str
+    name: str  # the field's standard name
+    value: object  # the value to set; True for a switch
+    python: str  # the advice to those who write Python
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of a front end.
+    """The words of a front end."""
 
-    Attributes:
-        names: the front end's name of each field; any other field is named as in Python.
-        advice: the advice to set a field, with `{name}` and `{value}`; the value of a switch is
-            empty.
-    """
-
+    # The front end's name of each field; any other field is named as in Python
     names: Mapping[str, str] = field(default_factory=dict)
+    # The advice to set a field, with `{name}` and `{value}`; the value of a switch is empty
     advice: str = ""
 
     def phrase(self, value: object) -> object:

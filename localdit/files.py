@@ -35,11 +35,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def require_folder_name(path: Path) -> Path:
-    """Return the path of a folder, unless one would get the name of a picture or a checkpoint.
-
-    Raises:
-        ValueError: the message says so.
-    """
+    """Return the path of a folder, unless one would get the name of a picture or a checkpoint."""
     if path.suffix.lower() in (".png", *OTHER_PICTURES, *CHECKPOINTS) and not path.is_dir():
         raise ValueError(
             f"{path} is named like a file, but would be a folder; choose a name without "
@@ -162,11 +158,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def has_files(folder: Path) -> bool:
-    """Return whether a folder exists and has files or folders; hidden ones do not count.
-
-    Raises:
-        OSError: if it is no folder, or can't be read.
-    """
+    """Return whether a folder exists and has files or folders; hidden ones do not count."""
     return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
@@ -302,7 +294,10 @@ def _replace_folder(source: Path, target: Path) -> None:
     except OSError:
         os.replace(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # Text

@@ -113,7 +113,6 @@ def open_image(source: str | Path | BinaryIO, name: object) -> Image.Image:
     """Read the header of an image file; `decode` decodes the rest.
 
     Args:
-        source: path or file.
         name: its name in error messages.
 
     Raises:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .config import config_field, inference_settings
-from .core.samplers import make_sampler
-from .core.settings import SamplingSettings
+from .core.samplers import SamplingSettings, make_sampler
 from .core.text import check_prompts
 from .images import fit_image, fit_mask, load_image, load_mask
 from .sizes import check_size
@@ -115,8 +115,7 @@ def inference_batches(
     from .pipelines.request import check_generator, check_integer
 
     for side in ("height", "width"):
-        multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
-        check_size(config_field(side), getattr(config, side), multiple)
+        check_size(config_field(side), getattr(config, side), pipe.pixels_per_token)
     prompts = check_prompts(prompts if isinstance(prompts, str) else list(prompts), "prompts")
     count = len(prompts)
     settings = inference_settings(config)
@@ -174,7 +173,7 @@ def _generators(seed: int, count: int) -> list[torch.Generator]:
 
     from .pipelines.request import check_integer
 
-    check_integer("seed", seed, -(2**63))
+    check_integer("seed", seed, -(2**63), math.inf)
     if seed > 2**64 - count:
         raise ValueError(f"seed is {seed}; expected seeds below 2**64 for all {count} pictures")
     return [torch.Generator("cpu").manual_seed(int(seed) + i) for i in range(count)]

@@ -74,11 +74,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def text_argument(word: str) -> str:
-    """Return an argument that is text: UTF-8, also where the locale has another encoding.
-
-    Raises:
-        ArgumentTypeError: if its bytes are not UTF-8.
-    """
+    """Return an argument that is text: UTF-8, also where the locale has another encoding."""
     if is_unicode(word):
         return word
     try:
@@ -87,26 +83,12 @@ def text_argument(word: str) -> str:
         raise argparse.ArgumentTypeError(f"{word!a} is not UTF-8 text") from None
 
 
-def path_argument(word: str) -> Path:
-    """Return an argument that is a path, also where the shell leaves its `~`."""
-    return user_path(word)
-
-
 def folder_argument(word: str) -> Path:
-    """Return an argument that is a folder to write to.
-
-    Raises:
-        ArgumentTypeError: if it is named like a picture or a checkpoint file.
-    """
+    """Return an argument that is a folder to write to."""
     try:
-        return require_folder_name(path_argument(word))
+        return require_folder_name(user_path(word))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def name_argument(word: str) -> str:
-    """Return an argument that is a path or another name, such as one of the hub."""
-    return os.path.expanduser(word)
 
 
 class Reporting:
@@ -207,7 +189,6 @@ def put(text: str, stream: TextIO | None) -> OSError | None:
     """Write what a stream holds, and a text; if that fails, all further output vanishes.
 
     Args:
-        text: what to write.
         stream: stdout or stderr; None if the process was started without it.
 
     Returns:

@@ -6,11 +6,11 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import is_finite, part_source
+from .config import INDEX, is_finite_number, part_source
 from .errors import Field, FieldValueError
 from .files import read_json, user_path
 
@@ -22,17 +22,11 @@ PIXELS_PER_LATENT = 8  # along a side, if the autoencoder is not on this machine
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes that pictures of a model follow from.
+    """The sizes that pictures of a model follow from."""
 
-    Attributes:
-        sample_size: latents along a side of the model's native, square size.
-        patch_size: latents along a side of a token.
-        pixels_per_latent: pixels along a side of a latent.
-    """
-
-    sample_size: int
-    patch_size: int
-    pixels_per_latent: int
+    sample_size: int  # latents along a side of the model's native, square size
+    patch_size: int  # latents along a side of a token
+    pixels_per_latent: int  # pixels along a side of a latent
 
     @property
     def pixels_per_token(self) -> int:
@@ -52,7 +46,7 @@ def read_sizes(checkpoint: Path, config: Config) -> ModelSizes:
         checkpoint: a checkpoint file, or the Diffusers folder of a pipeline or a transformer.
         config: describes a checkpoint file, and may name the autoencoder.
     """
-    whole = (checkpoint / "model_index.json").is_file()
+    whole = (checkpoint / INDEX).is_file()
     found = _read_json((checkpoint / "transformer" if whole else checkpoint) / "config.json")
     autoencoder = user_path(part_source(config, "vae", checkpoint))
     return ModelSizes(
@@ -73,7 +67,7 @@ def folder_with_part(folder: Path, part: str) -> Path:
     The parent has it only if the folder's index says so, with `"_shares_parts": true`. A student
     that lies within the folder of its teacher takes text encoder and autoencoder from there.
     """
-    shares = not (folder / part).is_dir() and _read_json(folder / "model_index.json")
+    shares = not (folder / part).is_dir() and _read_json(folder / INDEX)
     return pipeline_around(folder) if shares and shares.get("_shares_parts") is True else folder
 
 
@@ -153,7 +147,7 @@ def check_size(field: Field, value: Any, multiple: int) -> None:
         ValueError: the message has the nearest sizes that work; a `FieldError`.
     """
     integer = isinstance(value, Integral) and not isinstance(value, bool)
-    finite = isinstance(value, Real) and is_finite(value)
+    finite = is_finite_number(value)
     if finite and integer and value > 0 and value % multiple == 0:
         return
     nearest = ""

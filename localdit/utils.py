@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import config_field, part_source
+from .config import INDEX, config_field, part_source
 from .core.parts import (
     PARTS,
     load_parts,
@@ -75,7 +75,7 @@ def load_model(
     dtype = resolve_dtype(dtype, device)
     check_options(config, device)
     checkpoint = find_checkpoint(config.ckpt_path)
-    whole = (checkpoint / "model_index.json").is_file()
+    whole = (checkpoint / INDEX).is_file()
     if config.sampler is not None:
         source = part_source(config, "scheduler", checkpoint)
         check_sampler(config.sampler, scheduler_config(locate(PARTS["scheduler"], source)))
@@ -106,7 +106,7 @@ def model_in_the_box(few_steps: bool = False) -> Path:
         FileNotFoundError: this installation lacks it.
     """
     folder = BOX / FEW_STEPS if few_steps else BOX
-    if not (folder / "model_index.json").is_file():
+    if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is missing: this copy of localdit has no model in it")
     return folder
 
@@ -115,11 +115,7 @@ def model_in_the_box(few_steps: bool = False) -> Path:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return a device, by default the first available one of CUDA, MPS and the CPU.
-
-    Raises:
-        ValueError: there is no such device, or PyTorch does not find it.
-    """
+    """Return a device, by default the first available one of CUDA, MPS and the CPU."""
     import torch
 
     if device is None:
@@ -152,11 +148,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return a dtype of weights; the default is that of `load_model`.
-
-    Raises:
-        ValueError: it is not a supported dtype.
-    """
+    """Return a dtype of weights; the default is that of `load_model`."""
     import torch
 
     if dtype is None:
@@ -174,12 +166,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 
 def check_options(config: Config, device: torch.device) -> None:
-    """Refuse options that contradict each other or the device.
-
-    Raises:
-        ImportError: quantization is set, but bitsandbytes is not installed.
-        ValueError: offloading is set without a GPU, or in a kind that quantization rules out.
-    """
+    """Refuse options that contradict each other or the device."""
     if config.offload and device.type == "cpu":
         raise FieldValueError(
             "{field} is {value!r}, which moves parts to a GPU and back, but the device is the CPU; "
@@ -207,11 +194,7 @@ def check_options(config: Config, device: torch.device) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Check that a path is a checkpoint file or a Diffusers folder, without loading it.
-
-    Raises:
-        FileNotFoundError: it is neither; the message has the command that downloads the weights.
-    """
+    """Check that a path is a checkpoint file or a Diffusers folder, without loading it."""
     checkpoint = user_path(path)
     if not checkpoint.exists():
         raise FieldNotFoundError(
@@ -221,7 +204,7 @@ def find_checkpoint(path: str | Path) -> Path:
             checkpoint=checkpoint,
             command=DOWNLOAD_COMMAND,
         )
-    known = ("model_index.json", "config.json")
+    known = (INDEX, "config.json")
     if checkpoint.is_dir() and not any((checkpoint / name).is_file() for name in known):
         raise FieldNotFoundError(
             "{field}: the folder {checkpoint} holds neither model_index.json (a Diffusers "
@@ -255,11 +238,7 @@ def _load_transformer(
 
 
 def contradictions(config: Config, checkpoint: Path) -> dict[str, Any]:
-    """Return the fields of `config` that a flat checkpoint contradicts, with the file's values.
-
-    Raises:
-        ValueError: the file is damaged, or holds another kind of model.
-    """
+    """Return the fields of `config` that a flat checkpoint contradicts, with the file's values."""
     from .checkpoint.layout import read_layout
     from .checkpoint.reading import CheckpointFile
 

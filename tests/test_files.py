@@ -16,6 +16,7 @@ from localdit.files import (
     remove_unfinished,
     text_encoding,
     unfinished_in,
+    user_path,
     whole_file,
     whole_folder,
     write_json,
@@ -29,6 +30,13 @@ def fail(*args):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_home_folder_is_meant_also_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert user_path("~/a.png") == Path("/home/me/a.png")
+    for name in ("google/flan-t5-xxl", "box", "-", "a~b", "~nobody_of_this_name/a"):
+        assert str(user_path(name)) == name
 
 
 def test_a_file_appears_once_it_is_complete(tmp_path):
@@ -132,6 +140,15 @@ def test_a_folder_appears_once_it_is_complete_and_replaces_the_old_one(tmp_path)
             assert path.exists() == bool(number)
         assert names(path) == [f"{number}", "link"]
     assert names(path.parent) == ["run"]
+
+
+def test_a_folder_replaces_a_link_and_leaves_what_it_links_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to("elsewhere")
+    with whole_folder(tmp_path / "run") as folder:
+        (folder / "a").touch()
+    assert names(tmp_path / "run") == ["a"]
+    assert names(tmp_path) == ["elsewhere", "run"]
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])

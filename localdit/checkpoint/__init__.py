@@ -1,8 +1,8 @@
 """Checkpoint files: load them into the transformer, inspect them, convert them.
 
 The modules of this package read files and know no model class. The public functions below know it:
-they live in `localdit.models.conversion` and are imported when they are first used, so that the
-command's `--help` costs nothing. `__init__.pyi` declares them for type checkers.
+they live in `localdit.models.conversion` and are imported when they are first used. `__init__.pyi`
+declares them for type checkers.
 """
 
 from __future__ import annotations

@@ -52,24 +52,16 @@ class Fact(NamedTuple):
 
 @dataclass
 class Layout:
-    """The parameters that the tensors of a file become.
+    """The parameters that the tensors of a file become."""
 
-    Attributes:
-        prefix: prefix that was stripped from all names.
-        routes: the parameters that the live tensors become, in the file's order.
-        dead: tensors that the model does not use.
-        missing: tensors without which the projections beside them cannot be used.
-        facts: arguments of the model that follow from the tensors.
-        layer_types: "local_global" or "local" for each layer; None for a layer with neither a
-            global context nor a relative position bias. `SAME_WEIGHTS` has the layers that have the
-            same tensors.
-    """
-
-    prefix: str
-    routes: list[Route] = field(default_factory=list)
-    dead: list[str] = field(default_factory=list)
+    prefix: str  # prefix that was stripped from all names
+    routes: list[Route] = field(default_factory=list)  # of the live tensors, in the file's order
+    dead: list[str] = field(default_factory=list)  # tensors that the model does not use
+    # Tensors without which the projections beside them cannot be used
     missing: list[str] = field(default_factory=list)
-    facts: dict[str, Fact] = field(default_factory=dict)
+    facts: dict[str, Fact] = field(default_factory=dict)  # arguments of the model by name
+    # "local_global" or "local" for each layer; None for a layer with neither a global context nor a
+    # relative position bias. `SAME_WEIGHTS` has the layers that have the same tensors.
     layer_types: list[str | None] = field(default_factory=list)
 
 
@@ -79,9 +71,6 @@ def read_layout(infos: Mapping[str, TensorInfo], where: str) -> Layout:
     Args:
         infos: shape and dtype of each tensor by the name it has in the file.
         where: the file, for messages.
-
-    Raises:
-        ValueError: if these are not the tensors of a LocalDiT.
     """
     prefix = common_prefix(infos)
     sources: dict[str, str] = {}  # our name -> name in the file

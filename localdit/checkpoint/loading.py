@@ -106,21 +106,13 @@ class CheckpointReport:
 
 @dataclass
 class Plan(Generic[Model]):
-    """A checkpoint that fits a model, before its values are read.
-
-    Attributes:
-        file, routes: the file, and the parameters that its tensors become.
-        model: the model, with its parameters on the meta device.
-        dtype: dtype of the model to load.
-        seed: seed of a global context that is drawn.
-        report: the contents of the checkpoint.
-    """
+    """A checkpoint that fits a model, before its values are read."""
 
     file: CheckpointFile
-    routes: list[Route]
-    model: Model
-    dtype: torch.dtype
-    seed: int | None
+    routes: list[Route]  # the parameters that its tensors become
+    model: Model  # with its parameters on the meta device
+    dtype: torch.dtype  # of the model to load
+    seed: int | None  # of a global context that is drawn
     report: CheckpointReport
 
     def load(self) -> Model:
@@ -332,8 +324,6 @@ def read_folder(
     these sizes is built. No values are read.
 
     Args:
-        model_class: class of the model.
-        folder: the model's folder.
         variant: part of the files' names, such as "fp16".
         whole: also refuse the folder unless its tensors are those of the model.
         **options: arguments of the model, which replace those in the configuration, and others.
@@ -383,11 +373,7 @@ def read_folder(
 
 
 def require_savable(model: nn.Module) -> None:
-    """Refuse a model whose saved folder would not load as the same model.
-
-    Raises:
-        ValueError: if it has adapters, or weights that are on the disk or were replaced.
-    """
+    """Refuse a model whose saved folder would not load as the same model."""
     name = type(model).__name__
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(

@@ -90,9 +90,6 @@ class CheckpointFile:
 
         Pages of a mapped file count as memory of the process once they are touched. So the file is
         mapped again every 64 MiB.
-
-        Raises:
-            ValueError: if a record of a `.pt` file does not have the CRC-32 that the file gives.
         """
         if self.kind == "torch":
             self._require_sums()
@@ -175,7 +172,6 @@ def folder_files(folder: Path, variant: str | None = None) -> list[Path]:
     """Return the files with the weights of a model's Diffusers folder; none if it has no weights.
 
     Args:
-        folder: the model's folder.
         variant: part of the files' names, such as "fp16".
 
     Raises:

@@ -21,17 +21,12 @@ PROGRAM = "localdit"
 
 
 class Command(NamedTuple):
-    """A command.
+    """A command."""
 
-    Attributes:
-        help: what it does.
-        module: the module that is imported to run it.
-        parser: the function in the module that makes its parser; None for a command that parses its
-            own arguments, in the function that has its name.
-    """
-
-    help: str
-    module: str
+    help: str  # what it does
+    module: str  # the module that is imported to run it
+    # The function in the module that makes its parser; None for a command that parses its own
+    # arguments, in the function that has its name
     parser: str | None = "build_parser"
 
 

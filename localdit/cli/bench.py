@@ -8,8 +8,10 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Field
 from ..machine import OUT_OF_MEMORY
 from ..parsing import Parser
+from ..sizes import check_size
 from . import arguments
 from .arguments import usage_errors
 
@@ -58,20 +60,13 @@ def build_parser() -> Parser:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Measure, and print the results.
-
-    Raises:
-        UsageError: the arguments cannot work.
-    """
+    """Measure, and print the results."""
     from ..machine import device_name, versions
     from ..utils import resolve_device, resolve_dtype
 
     with usage_errors():
         for pixels in args.pixels:
-            if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
-                raise ValueError(
-                    f"--pixels is {pixels}; expected a multiple of {PIXELS_PER_TOKEN}, such as 512"
-                )
+            check_size(Field("--pixels"), pixels, PIXELS_PER_TOKEN)
         for name in ("layers", "repeats"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")

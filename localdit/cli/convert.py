@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..parsing import Parser, path_argument, run
+from ..files import user_path
+from ..parsing import Parser
 from . import arguments
-from .arguments import COMMAND_LINE, usage_errors
+from .arguments import usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from ..checkpoint import CheckpointReport
 
 
-def build_parser(prog: str = "localdit convert") -> Parser:
+def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog=prog,
+        prog="localdit convert",
         usage="%(prog)s INPUT [OUTPUT] [options]",
         description="Convert a checkpoint file to a Diffusers transformer folder, or a folder to a "
         ".safetensors file. Without OUTPUT, check a checkpoint file and describe it.",
-        epilog=f"example: {prog} output/LocalDiT-1024.pt output/LocalDiT-1024",
+        epilog="example: localdit convert output/LocalDiT-1024.pt output/LocalDiT-1024",
     )
     add = parser.add_argument
-    add("input", metavar="INPUT", type=path_argument,
+    add("input", metavar="INPUT", type=user_path,
         help="a checkpoint file (.safetensors, .pt), a Diffusers folder, or 'box', the model that "
         "comes with LocalDiT")  # fmt: skip
-    add("output", metavar="OUTPUT", type=path_argument, nargs="?",
+    add("output", metavar="OUTPUT", type=user_path, nargs="?",
         help="the folder or .safetensors file to write")  # fmt: skip
     add("--global-context", choices=["fold", "draw"], default="fold",
         help="for files like the released one, which lack the global context: 'fold' replaces it "
@@ -45,17 +45,8 @@ def build_parser(prog: str = "localdit convert") -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "localdit convert") -> int:
-    """Run the command under the name `prog` and return the exit status."""
-    return run(build_parser(prog), argv, convert, COMMAND_LINE)
-
-
 def convert(args: argparse.Namespace) -> None:
-    """Convert, and print what was read and written.
-
-    Raises:
-        UsageError: the arguments cannot work; no weights were read.
-    """
+    """Convert, and print what was read and written."""
     with usage_errors():
         source = Path(arguments.named_model(str(args.input)))
         if not source.exists():

@@ -10,16 +10,16 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
 from ..core.samplers import config_of, suitable_samplers
-from ..parsing import Parser, folder_argument, run, say
+from ..parsing import Parser, folder_argument, say
 from . import arguments
-from .arguments import COMMAND_LINE, usage_errors
+from .arguments import usage_errors
 from .drawing import load, picture_settings
 from .output import Output
 from .plan import SCENES, Choice, check_model, choose_model, fit_size, report_fallback
@@ -58,17 +58,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command as `python -m localdit.demo` and return the exit status."""
-    return run(build_parser(), argv, demo, COMMAND_LINE)
-
-
 def demo(args: argparse.Namespace) -> None:
-    """Load the model and serve the page until Ctrl+C, which is its normal end.
-
-    Raises:
-        UsageError: the arguments cannot work; nothing was loaded.
-    """
+    """Load the model and serve the page until Ctrl+C, which is its normal end."""
     with usage_errors():
         if importlib.util.find_spec("gradio") is None:
             raise ImportError(f"the page needs Gradio: {INSTALL}")
@@ -97,9 +88,6 @@ def page_model(args: argparse.Namespace) -> Choice:
     """Return the model of the page, in the size that the page first shows.
 
     In the box, that is the student, which draws while the visitor types; with LoRAs, its teacher.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as `choose_model` and `check_model`.
     """
     model = check_model(choose_model(args, few_steps=not args.lora))
     size = fit_size(model.config, Config())
@@ -113,9 +101,10 @@ def make_page(pipe: LocalDiTPipeline, model: Choice, folder: Path, keep: Path | 
     from ..demo.page import build_page
 
     picture = scene() if model.preset is SCENES else None
-    multiple = pipe.vae_scale_factor * pipe.transformer.config.patch_size
     samplers = suitable_samplers(config_of(pipe.scheduler))
-    offer = Offer(model.config, model.preset.t2i, STRENGTH, picture, multiple, samplers)
+    offer = Offer(
+        model.config, model.preset.t2i, STRENGTH, picture, pipe.pixels_per_token, samplers
+    )
     save = saving(pipe, model, folder, keep)
     return build_page(Artist(pipe, model.config), offer, about(pipe, model), save)
 
@@ -163,11 +152,7 @@ def scene() -> Image.Image:
 
 
 def free_port(host: str, port: int | None) -> int:
-    """Return `port` if it is free, or the first free one from `FIRST_PORT` if it is None.
-
-    Raises:
-        OSError: the port is taken, or the host is not an address of this machine.
-    """
+    """Return `port` if it is free, or the first free one from `FIRST_PORT` if it is None."""
     try:
         family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:

@@ -15,12 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, with_settings
-from ..evaluation.prompt_sets import PICTURES, Layout, Prompt, read_prompts
-from ..parsing import Parser, folder_argument, one_line, path_argument, say
+from ..evaluation import (
+    PICTURES,
+    Layout,
+    Prompt,
+    clip_score,
+    distances,
+    read_prompts,
+    real_paths,
+    require_enough,
+    scene_scores,
+)
+from ..files import user_path, write_whole
+from ..parsing import Parser, folder_argument, one_line, say
 from . import arguments
 from .arguments import usage_errors
 from .drawing import load, picture_settings
-from .plan import Choice, check_model, check_number, choose_model, fit_size, report_fallback
+from .plan import Choice, check_model, check_num_images, choose_model, fit_size, report_fallback
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,22 +46,14 @@ LONGEST_WAIT = timedelta(days=30)  # of a process for the others
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked `localdit evaluate` command.
+    """A checked `localdit evaluate` command."""
 
-    Attributes:
-        model: the model, with the settings of sampling.
-        prompts: those of the benchmark.
-        layout: the places of the pictures.
-        negative_prompt: of all pictures.
-        seed: of the first picture; picture k of prompt i has seed + i * num_images + k.
-        scores: functions of prompts and their pictures, which return scores by name.
-    """
-
-    model: Choice
+    model: Choice  # the model, with the settings of sampling
     prompts: list[Prompt]
     layout: Layout
-    negative_prompt: str
-    seed: int
+    negative_prompt: str  # of all pictures
+    seed: int  # of the first picture; picture k of prompt i has seed + i * num_images + k
+    # Functions of prompts and their pictures, which return scores by name
     scores: list[Callable[..., dict[str, float]]]
 
 
@@ -66,7 +69,7 @@ def build_parser() -> Parser:
         epilog="example: localdit evaluate evaluation_metadata.jsonl --model box -o output/geneval",
     )
     add = parser.add_argument
-    add("prompts", metavar="PROMPTS", type=path_argument,
+    add("prompts", metavar="PROMPTS", type=user_path,
         help="GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a file with "
         'a line such as {"prompt": "a red circle"} for each prompt')  # fmt: skip
     add("--max-prompts", metavar="N", type=int, help="use only the first N prompts")
@@ -74,12 +77,12 @@ def build_parser() -> Parser:
         help="folder for the pictures and scores (default: output/evaluation)")  # fmt: skip
     arguments.add_sampling(parser, size="the model's own size", num_images=4)
     add = parser.add_argument_group("scores").add_argument
-    add("--clip", metavar="FOLDER", type=path_argument,
+    add("--clip", metavar="FOLDER", type=user_path,
         help="folder of a CLIP model of Transformers, for the CLIP score")  # fmt: skip
-    add("--reference", metavar="FOLDER", type=path_argument,
+    add("--reference", metavar="FOLDER", type=user_path,
         help="folder of real pictures, for the Fréchet and kernel distances, precision and "
         "recall")  # fmt: skip
-    add("--feature-extractor", metavar="FOLDER", type=path_argument,
+    add("--feature-extractor", metavar="FOLDER", type=user_path,
         help="folder of a vision model of Transformers, such as DINOv2, for "
         "--reference")  # fmt: skip
     arguments.add_model(parser)
@@ -89,12 +92,7 @@ def build_parser() -> Parser:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Draw what is missing, and score all pictures.
-
-    Raises:
-        UsageError: the arguments cannot work; nothing was loaded.
-        ValueError: a picture in the folder was drawn with other settings.
-    """
+    """Draw what is missing, and score all pictures."""
     with _shared_work() as (rank, count, device):
         plan = make_plan(args, device if count > 1 else None)
         if rank == 0:
@@ -125,11 +123,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
     """Check the command; the output folder is created.
 
     Args:
-        args: the parsed options.
         device: the device if no option names one; None chooses.
-
-    Raises:
-        UsageError: the command can't be carried out.
     """
     from ..core.text import check_prompts
     from ..images import prepare_output_folder
@@ -138,7 +132,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
         if args.max_prompts is not None and args.max_prompts < 1:
             raise ValueError(f"--max-prompts is {args.max_prompts}; expected at least 1")
         prompts = read_prompts(args.prompts)[: args.max_prompts]
-        check_number(args.num_images, len(prompts), MAX_PICTURES)
+        check_num_images(args.num_images, len(prompts), MAX_PICTURES)
         check_prompts([prompt.text for prompt in prompts])
         check_prompts(args.negative_prompt or "", "--negative-prompt")
         if not 0 <= args.seed < 2**62:
@@ -162,7 +156,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
 
 def _scores(args: argparse.Namespace, count: int) -> list[Callable[..., dict[str, float]]]:
     """Return the functions that score `count` pictures, after a check of what they need."""
-    from ..evaluation import quality
+    from ..images import load_image
 
     if (args.reference is None) != (args.feature_extractor is None):
         raise ValueError("--reference and --feature-extractor go together; give both or neither")
@@ -174,15 +168,15 @@ def _scores(args: argparse.Namespace, count: int) -> list[Callable[..., dict[str
             raise FileNotFoundError(f"--{option} is {folder}; expected a folder")
     if args.reference is not None and importlib.util.find_spec("torchmetrics") is None:
         raise ImportError(f"--reference needs TorchMetrics: {INSTALL}")
-    scores: list[Callable[..., dict[str, float]]] = [quality.scene_scores]
+    scores: list[Callable[..., dict[str, float]]] = [scene_scores]
     if args.clip is not None:
-        scores.append(lambda prompts, pictures: quality.clip_score(prompts, pictures, args.clip))
+        scores.append(lambda prompts, pictures: clip_score(prompts, pictures, args.clip))
     if args.reference is not None:
-        quality.require_enough(count, len(quality.real_paths(args.reference)))
+        require_enough(count, len(real_paths(args.reference)))
         scores.append(
-            lambda prompts, pictures: quality.distances(
+            lambda prompts, pictures: distances(
                 (one for drawn in pictures for one in drawn),
-                quality.real_pictures(args.reference),
+                map(load_image, real_paths(args.reference)),
                 args.feature_extractor,
             )
         )
@@ -194,9 +188,6 @@ def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> N
 
     A picture depends on its settings and its place in a batch alone, and the batches are the same
     whatever the number of processes. The folders of earlier pictures are checked first.
-
-    Raises:
-        ValueError: a picture in the folder was drawn with other settings.
     """
     from ..images import image_grid, load_image, save_image
     from ..inference import inference
@@ -278,7 +269,6 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
 
 def report(plan: Plan) -> None:
     """Score all pictures; write `scores.json`, `scores.md` and `samples.png`, and print a table."""
-    from ..files import write_whole
     from ..images import image_grid, load_image, read_metadata, save_image
 
     folder = plan.layout.folder

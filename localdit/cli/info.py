@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -12,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config
-from ..core.samplers import suitable_samplers
-from ..core.settings import read_settings, read_whole_words
+from ..config import INDEX, Config
+from ..core.samplers import read_settings, suitable_samplers
+from ..core.vocabulary import read_whole_words
 from ..files import LORA_WEIGHTS, read_json
-from ..parsing import Parser, UsageError, name_argument, one_line
+from ..parsing import Parser, UsageError, one_line
 from ..sizes import folder_with_part, pixels_per_latent
 from . import arguments
 from .arguments import usage_errors
@@ -44,7 +45,7 @@ def build_parser() -> Parser:
         "implementation of window attention and why it is chosen. For a PNG, show the settings "
         "that generated it. With --verify, only check a folder that training wrote.",
     )
-    parser.add_argument("path", metavar="PATH", type=name_argument, nargs="?",
+    parser.add_argument("path", metavar="PATH", type=os.path.expanduser, nargs="?",
         help="a checkpoint file, a Diffusers folder, a PNG, or 'box', the model that comes with "
         "LocalDiT")  # fmt: skip
     parser.add_argument("--verify", action="store_true",
@@ -56,12 +57,7 @@ def build_parser() -> Parser:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print the description.
-
-    Raises:
-        UsageError: the path or the device is missing, or the path is none that `--verify` is for.
-        DamagedCheckpoint: `--verify` finds damage.
-    """
+    """Print the description."""
     sections: dict[str, Facts] = {}
     with usage_errors():
         path = Path(arguments.named_model(args.path)) if args.path else None
@@ -93,12 +89,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def verified(folder: Path | None) -> Facts:
-    """Return the facts about a folder that agrees with its manifest.
-
-    Raises:
-        UsageError: it has no manifest.
-        DamagedCheckpoint: a file or the manifest is damaged or missing.
-    """
+    """Return the facts about a folder that agrees with its manifest."""
     from ..training.checkpointing import MANIFEST, DamagedCheckpoint, files_in, verify_checkpoint
 
     if folder is None or not (folder / MANIFEST).is_file():
@@ -188,15 +179,10 @@ def window_attention_path(
 
 
 def contents_of(path: Path) -> dict[str, Facts]:
-    """Return the facts about what is at a path: for each part, facts by name.
-
-    Raises:
-        FileNotFoundError: the folder holds no model.
-        ValueError: a file is damaged, or holds no model.
-    """
+    """Return the facts about what is at a path: for each part, facts by name."""
     if path.is_file():
         return {str(path): _of_file(path)}
-    if (path / "model_index.json").is_file():
+    if (path / INDEX).is_file():
         return _of_pipeline(path)
     if (adapters := path / LORA_WEIGHTS).is_file():
         return {str(path): {"file": LORA_WEIGHTS, **_of_file(adapters)}}
@@ -249,7 +235,7 @@ def _of_lora(file: CheckpointFile) -> Facts:
 
 
 def _of_pipeline(folder: Path) -> dict[str, Facts]:
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / INDEX)
     parts = {name: value for name, value in index.items() if isinstance(value, list)}
     absent = [name for name in PARTS if not (parts.get(name) or [None])[0]]
     places = {name: folder_with_part(folder, name) / name for name in parts}

@@ -16,20 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """A place for pictures.
-
-    Attributes:
-        folder: the folder of the pictures.
-        stem: the beginning of their names.
-        names: the name of each picture, in order; None chooses the next free
-            `<stem>_<number>.png`.
-        overwrite: whether existing pictures may be replaced.
-    """
+    """A place for pictures."""
 
     folder: Path
-    stem: str
+    stem: str  # the beginning of their names
+    # The name of each picture, in order; None chooses the next free `<stem>_<number>.png`
     names: tuple[str, ...] | None = None
-    overwrite: bool = False
+    overwrite: bool = False  # whether existing pictures may be replaced
 
     def save(self, picture: Image.Image, index: int, settings: Mapping[str, Any]) -> Path:
         """Save the `index`-th picture of a command, with its settings."""
@@ -70,15 +63,8 @@ def plan_output(
     Args:
         given: a file named `*.png`, or a folder.
         stem: the beginning of names in a folder.
-        count: number of pictures.
         grid: whether there is also a sheet.
         overwrite: whether existing files may be replaced.
-
-    Raises:
-        ValueError: the name is that of another kind of picture, or of a checkpoint; or there is
-            nothing to overwrite.
-        FileExistsError: a picture of that name exists.
-        OSError: the name is too long, or the system allows no such name.
     """
     suffix = given.suffix.lower()
     is_folder = os.path.isdir(given)

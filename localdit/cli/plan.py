@@ -11,9 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config, config_field, inference_settings, part_source, with_settings
-from ..core.samplers import check_sampler
-from ..core.settings import SamplingSettings, read_settings, read_whole_words
+from ..config import (
+    INDEX,
+    Config,
+    config_field,
+    inference_settings,
+    part_source,
+    with_settings,
+)
+from ..core.samplers import SamplingSettings, check_sampler, read_settings
+from ..core.vocabulary import read_whole_words
 from ..files import decode_text, user_path
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
@@ -58,22 +65,15 @@ SCENES = Preset(
 
 @dataclass(frozen=True)
 class Choice:
-    """The model that a command uses.
-
-    Attributes:
-        config: the settings.
-        preset: what suits the model.
-        loras: LoRAs and their weights.
-        device, dtype: as the options give them.
-        named: whether an option or the Config names the model, rather than the box being used
-            because the released weights are missing.
-    """
+    """The model that a command uses."""
 
     config: Config
     preset: Preset
-    loras: dict[str, float]
-    device: str | None
-    dtype: str | None
+    loras: dict[str, float]  # their weights by path or hub name
+    device: str | None  # as the option gives it
+    dtype: str | None  # as the option gives it
+    # Whether an option or the Config names the model, rather than the box being used because the
+    # released weights are missing
     named: bool
 
     @property
@@ -110,26 +110,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Job:
-    """The pictures that a command draws.
+    """The pictures that a command draws."""
 
-    Attributes:
-        model: the model, with the settings of the drawing.
-        prompts: one per picture.
-        output: where pictures go.
-        image: a picture to start from.
-        mask: the parts of it to repaint.
-        padding_mask_crop: see `LocalDiTInpaintPipeline`.
-    """
-
-    model: Choice
-    prompts: list[str]
+    model: Choice  # the model, with the settings of the drawing
+    prompts: list[str]  # one per picture
     negative_prompt: str
     seed: int
     output: Output
     grid: bool
-    image: Path | None
-    mask: Path | None
-    padding_mask_crop: int | None
+    image: Path | None  # a picture to start from
+    mask: Path | None  # the parts of it to repaint
+    padding_mask_crop: int | None  # see `LocalDiTInpaintPipeline`
 
 
 def plan(
@@ -138,14 +129,10 @@ def plan(
     """Check a command that draws, and return its job. The output folder is created.
 
     Args:
-        args: the parsed options.
         stem: the beginning of the names of pictures in a folder.
         config: the user's settings, the model's architecture among them; without it the
             architecture is read from the checkpoint.
         task: the task whose default prompts are drawn if the options give none.
-
-    Raises:
-        UsageError: the command can't be carried out.
     """
     from ..images import prepare_output_folder
 
@@ -155,7 +142,7 @@ def plan(
         model = choose_model(args, config)
         preset = model.preset
         prompts = _prompts(args, getattr(preset, task) if task else [])
-        check_number(args.num_images, len(prompts), MAX_PICTURES)
+        check_num_images(args.num_images, len(prompts), MAX_PICTURES)
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**63")
         padding = options.get("padding_mask_crop")
@@ -198,11 +185,6 @@ def choose_model(
 
     The settings that its folder names replace those that the Config leaves at their defaults. The
     model, its LoRAs and its local parts are looked for; nothing heavy is imported.
-
-    Raises:
-        FileNotFoundError: the model or a part is missing.
-        ImportError: a LoRA is given, but peft is not installed.
-        ValueError: a setting is out of range, or the options contradict each other.
     """
     from ..core.parts import PARTS
     from ..utils import model_in_the_box
@@ -217,7 +199,7 @@ def choose_model(
         settings["ckpt_path"] = model_in_the_box(few_steps)
         named = False
     checkpoint = user_path(settings.get("ckpt_path", config.ckpt_path))
-    if "ckpt_path" in settings and (checkpoint / "model_index.json").is_file():
+    if "ckpt_path" in settings and (checkpoint / INDEX).is_file():
         # The parts that the Config names are those of its own checkpoint.
         own = {part.field: getattr(type(config), part.field) for part in PARTS.values()}
         settings = own | settings
@@ -239,9 +221,6 @@ def check_model(choice: Choice, described: bool = False) -> Choice:
 
     With `described`, the Config has the architecture, and `load_model` compares the file with it.
     This imports PyTorch, which takes seconds.
-
-    Raises:
-        ImportError, ValueError: the device can't do what the options say, or the file is damaged.
     """
     from ..utils import check_options, contradictions, resolve_device, resolve_dtype
 
@@ -329,9 +308,6 @@ def fit_size(
         first: the Config before the checkpoint's architecture replaced its own.
         size: height and width that the command gives.
         image_size: (width, height) of a picture whose proportions are kept.
-
-    Raises:
-        ValueError: a side is not a multiple of the model's pixels per token.
     """
     sizes = read_sizes(user_path(config.ckpt_path), config)
     described = sizes.sample_size == first.sample_size
@@ -364,7 +340,7 @@ def _prompts(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     return check_prompts(list(given or default))
 
 
-def check_number(num_images: int, prompts: int, most: int) -> None:
+def check_num_images(num_images: int, prompts: int, most: int) -> None:
     """Refuse a number of pictures per prompt that is less than 1, or too large for the prompts."""
     if num_images < 1:
         raise ValueError(f"--num-images is {num_images}; expected at least 1")

@@ -53,11 +53,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _launch(parser: Parser, before: list[str], options: list[str]) -> None:
-    """Let Accelerate start the processes and wait for them.
-
-    Raises:
-        SystemExit: with 2 if Accelerate rejects its options, with 1 if a process fails.
-    """
+    """Let Accelerate start the processes and wait for them."""
     from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

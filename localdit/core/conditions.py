@@ -18,7 +18,6 @@ def size_conditions(
         conditioned: whether the denoiser is conditioned on sizes (its
             `use_additional_conditions`); otherwise the values are None.
         height, width: of the pictures, in pixels.
-        device: where to put the values.
 
     Returns:
         "resolution" `(1, 2)`, height and width in pixels, and "aspect_ratio" `(1, 1)`,

@@ -20,8 +20,8 @@ from .parts import (
     text_encoder_class,
     vae_config,
 )
-from .settings import read_whole_words
 from .text import TextSpace, text_width
+from .vocabulary import read_whole_words
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +71,6 @@ def load_encoders(sources: Mapping[str, str], text_dtype: torch.dtype) -> Encode
         sources: folder or hub name of each of `ENCODERS`.
         text_dtype: dtype of the text encoder. The autoencoder is loaded in float32, since SDXL's
             needs its range.
-
-    Raises:
-        OSError: if a part is neither a local folder nor available from the hub.
     """
     import torch
 
@@ -99,11 +96,7 @@ def locate_encoder(name: str, source: str) -> dict[str, Any]:
 
 
 def encoder_folders(sources: Mapping[str, str]) -> dict[str, Path]:
-    """Return the folders of tokenizer, text encoder and autoencoder on this machine.
-
-    Raises:
-        OSError: if a part is neither a local folder nor available from the hub.
-    """
+    """Return the folders of tokenizer, text encoder and autoencoder on this machine."""
     from huggingface_hub import hf_hub_download
 
     folders = {}
@@ -132,9 +125,6 @@ def text_encoder_whole_words(sources: Mapping[str, str]) -> bool:
     """Return whether the pipeline that a text encoder is from says that it knows whole words alone.
 
     The encoders of a trained pipeline are links: where it says nothing, their own pipeline counts.
-
-    Raises:
-        TypeError, ValueError: the index of the pipeline is damaged.
     """
     where = locate_encoder("text_encoder", sources["text_encoder"])
     folder = Path(where["pretrained_model_name_or_path"], where["subfolder"])

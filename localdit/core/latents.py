@@ -32,20 +32,14 @@ class LatentFormat:
     Latents `z` of the autoencoder are standardised for the denoiser as
     `(z - shift_factor) * scaling_factor`, or per channel, where the configuration has statistics,
     as `(z - latents_mean) * scaling_factor / latents_std`.
-
-    Attributes:
-        channels: channels of the latents.
-        pixels_per_latent: pixels along the side of one latent.
-        scaling_factor, shift_factor: see above.
-        latents_mean, latents_std: one number per channel, or None.
     """
 
     channels: int
-    pixels_per_latent: int
+    pixels_per_latent: int  # along a side
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    latents_mean: tuple[float, ...] | None = None  # one number per channel
+    latents_std: tuple[float, ...] | None = None  # one number per channel
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentFormat:
@@ -207,7 +201,6 @@ class LatentSpace:
         Args:
             run: encodes or decodes `(N, C, H, W)`.
             batch: pictures or latents.
-            pixels: pixels of each picture.
             scale: units of `batch` along the side of a latent: pixels per latent, or 1.
         """
         if is_tiled(self.vae, batch.shape[2:], scale):

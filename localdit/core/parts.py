@@ -31,20 +31,13 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """The files of a part.
+    """The files of a part."""
 
-    Attributes:
-        field: the field of `Config` that names the folder or the repository.
-        folders: where the files are: in the first of these folders on the hub, in any of them in
-            a local copy.
-        config: the configuration.
-        weights: patterns of the weights; one of them is needed.
-    """
-
-    field: str
+    field: str  # the field of `Config` that names the folder or the repository
+    # Where the files are: in the first of these folders on the hub, in any of them in a local copy
     folders: tuple[str, str]
-    config: str
-    weights: tuple[str, ...] = ()
+    config: str  # the file of the configuration
+    weights: tuple[str, ...] = ()  # patterns of the weights; one of them is needed
 
     def files(self, folder: str) -> str:
         """Return the files in words, such as `vae/config.json and vae/*.safetensors`."""
@@ -187,9 +180,6 @@ def require_sound_config(folder: Path) -> None:
     """Refuse configurations in a part's folder that are damaged or out of all proportion.
 
     A model has a tensor for each of its layers at least, so its weights bound their number.
-
-    Raises:
-        ValueError: the message names the file and the setting.
     """
     from ..checkpoint.reading import open_files
 
@@ -292,11 +282,7 @@ def vae_config(where: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_vae(where: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
-    """Load an autoencoder of the class that its configuration names.
-
-    Raises:
-        ValueError: if that is no autoencoder of Diffusers.
-    """
+    """Load an autoencoder of the class that its configuration names."""
     import diffusers
 
     name = vae_config(where).get("_class_name", "AutoencoderKL")
@@ -359,11 +345,7 @@ def _loaded(kind: Any, where: Mapping[str, Any], **options: Any) -> Any:
 
 
 def require_whole(model: torch.nn.Module, folder: Path, missing: Collection[str] = ()) -> None:
-    """Refuse a model some of whose weights were not in its folder, or are not finite.
-
-    Raises:
-        ValueError: the message names the folder and the weights.
-    """
+    """Refuse a model some of whose weights were not in its folder, or are not finite."""
     from ..checkpoint.reading import few, require_finite
 
     if missing:

@@ -1,8 +1,8 @@
-"""Samplers by name: the schedulers of Diffusers, with settings that suit a model.
+"""How a model is sampled: the steps and the guidance that suit it, and samplers by name.
 
-A sampler keeps what belongs to the model: its noise schedule and its prediction type, or its shift
-for flow matching; and the timesteps that a few-step model was trained on. All else is the sampler's
-own, so a name means the same for every folder.
+A sampler is a scheduler of Diffusers. It keeps what belongs to the model: its noise schedule and
+its prediction type, or its shift for flow matching; and the timesteps that a few-step model was
+trained on. All else is the sampler's own, so a name means the same for every folder.
 
 Diffusers is imported by `make_sampler` only, so that commands check a name at no cost.
 """
@@ -13,16 +13,19 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from ..config import config_field
-from ..errors import Field, FieldValueError
+from ..config import INDEX, Config, config_field, with_settings
+from ..errors import Field, FieldError, FieldValueError, Vocabulary
+from ..files import read_json
 
 __all__ = ["make_sampler", "suitable_samplers"]
 
 logger = logging.getLogger(__name__)
 
+MOST_FEW_STEPS = 8
 LCM_LEVELS = 50  # noise levels of LCM's schedulers unless the model was trained on others
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 OF_MODEL = (
@@ -32,20 +35,57 @@ OF_MODEL = (
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """A way to sample.
+class SamplingSettings:
+    """The settings that suit a model, where a call gives none.
 
-    Attributes:
-        diffusion: scheduler of Diffusers for models that predict noise or velocity.
-        flow: scheduler for models of flow matching; None if there is none.
-        settings: arguments of the scheduler.
-        least_steps: the fewest steps that give pictures of a diffusion model.
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, as in `Config`.
     """
 
-    diffusion: str
-    flow: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    least_steps: int = 1
+    num_inference_steps: int = Config.denoising_steps
+    guidance_scale: float = Config.guidance_scale  # 1 or less: no guidance
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        own = asdict(self)
+        try:
+            with_settings(Config(), own)
+        except FieldError as error:
+            raise type(error)(error.worded(Vocabulary({name: name for name in own}))) from None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> SamplingSettings:
+        """Return the settings that a pipeline's configuration names, or else the defaults."""
+        return cls(**{one.name: config[one.name] for one in fields(cls) if one.name in config})
+
+    @property
+    def few_steps(self) -> bool:
+        """True if the model is made for few steps without guidance."""
+        return self.num_inference_steps <= MOST_FEW_STEPS and self.guidance_scale <= 1
+
+
+def read_settings(folder: Path) -> SamplingSettings:
+    """Return the settings that the folder of a pipeline names.
+
+    A folder without them, and anything that is no folder of a pipeline, has the defaults.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return SamplingSettings()
+    try:
+        return SamplingSettings.of(read_json(index))
+    except FieldError as error:
+        raise type(error)(f"{index}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to sample."""
+
+    diffusion: str  # scheduler of Diffusers for models that predict noise or velocity
+    flow: str | None = None  # scheduler for models of flow matching; None if there is none
+    settings: Mapping[str, Any] = field(default_factory=dict)  # arguments of the scheduler
+    least_steps: int = 1  # the fewest steps that give pictures of a diffusion model
 
 
 _DPM = "DPMSolverMultistepScheduler"
@@ -121,9 +161,6 @@ def check_sampler(
         name: one of `SAMPLERS`.
         scheduler_config: of the model's scheduler, as `scheduler_config.json` has it.
         num_inference_steps: the number of steps, if it is known.
-
-    Raises:
-        ValueError: the message lists those that suit the model; a `FieldError`.
     """
     suitable, kind = suitable_samplers(scheduler_config), prediction_type_of(scheduler_config)
     if name not in suitable:
@@ -159,7 +196,8 @@ def make_sampler(name: str, scheduler: Any, num_inference_steps: int | None = No
         num_inference_steps: the number of steps, if it is known.
 
     Raises:
-        ValueError: as `check_sampler` does; or the sampler lacks a setting of the noise schedule.
+        ValueError: the sampler does not exist, does not suit the model, needs more steps, or lacks
+            a setting of the noise schedule.
     """
     import diffusers
 

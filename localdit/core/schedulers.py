@@ -100,14 +100,9 @@ def set_timesteps(
     strength.
 
     Args:
-        scheduler: its timesteps are set.
-        device: device of the timesteps.
         num_inference_steps: number of steps in the whole schedule.
         strength: in [0, 1]; 1 starts from noise.
         custom: a schedule by name, "timesteps" or "sigmas", instead of a number of steps.
-
-    Raises:
-        ValueError: if a few-step model has fewer noise levels than steps; a `FieldError`.
     """
     if not custom and (schedule := _few_steps(scheduler, num_inference_steps, strength)):
         scheduler.set_timesteps(device=device, **schedule)
@@ -135,9 +130,6 @@ def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
 
     By itself, LCM for flow matching would take its last step at hardly any noise; the evenly spaced
     levels `1 - i / steps` are those of Diffusers' pipelines for flows.
-
-    Raises:
-        ValueError: if there are more steps than noise levels; a `FieldError`.
     """
     if isinstance(scheduler, FlowMatchLCMScheduler):
         levels = [strength * (1 - i / steps) for i in range(steps)]
@@ -206,11 +198,7 @@ def scale_input(scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor) -
 def add_noise(
     scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """Add the noise of a timestep to latents `(B, C, H, W)`.
-
-    Raises:
-        ValueError: if the scheduler can't add noise.
-    """
+    """Add the noise of a timestep to latents `(B, C, H, W)`."""
     if hasattr(scheduler, "add_noise"):
         return scheduler.add_noise(latents, noise, timestep.expand(len(latents)))
     if hasattr(scheduler, "scale_noise"):  # flow matching

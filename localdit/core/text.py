@@ -184,9 +184,6 @@ class TextSpace:
 
         Returns:
             States `(N, L, C)` and their mask `(N, L)`, int64, 1 = token.
-
-        Raises:
-            ValueError: if a text is not in the cache and there is no text encoder.
         """
         states: dict[tuple[int, ...], torch.Tensor] = {}
         with nullcontext() if self.cache is None else self.cache.lock:

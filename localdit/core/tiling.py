@@ -72,7 +72,6 @@ def is_tiled(vae: Any, size: Sequence[int], scale: int) -> bool:
     """Return whether an autoencoder cuts `size` into tiles.
 
     Args:
-        vae: the autoencoder, as it is set.
         size: height and width, in latents times `scale`.
         scale: units of `size` along the side of a latent.
     """

@@ -1,15 +1,29 @@
-"""Find the words that a tokenizer does not know, and write messages about them."""
+"""The words that a model knows: what its folder says of them, and messages about unknown ones."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from ..config import INDEX
+from ..errors import FieldTypeError
+from ..files import read_json
 
 SHOWN = 10  # unknown pieces or words in a message
 SPACE_SIGN = "\u2581"  # SentencePiece's, at the start of a word's first token
 CLOSING_MARKS = ".,;:!?)]}'\""  # may follow a word without being part of it
+
+
+def read_whole_words(folder: Path) -> bool | None:
+    """Return `whole_words` of the folder of a pipeline; None if it says nothing."""
+    index = folder / INDEX
+    value = read_json(index).get("whole_words") if index.is_file() else None
+    if not isinstance(value, bool | None):
+        raise FieldTypeError(f"{index}: whole_words is {value!r}; expected true or false.")
+    return value
 
 
 def prepare(text: str) -> str:
@@ -24,7 +38,6 @@ def unknown_pieces(tokenizer: Any, texts: str | Sequence[str]) -> dict[str, int]
     in such pieces alone are the same.
 
     Args:
-        tokenizer: a Transformers tokenizer.
         texts: prompts or captions. They are lower-cased and stripped, as for encoding, but not cut.
 
     Returns:

@@ -47,30 +47,18 @@ PAGE = Vocabulary(
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one picture, without the pictures that are uploaded.
-
-    Attributes:
-        mode: the task.
-        prompt: what the picture shows.
-        negative_prompt: what it should not show.
-        seed: at least 0.
-        num_inference_steps: number of denoising steps.
-        guidance_scale: weight of the prompt; 1 or less turns guidance off.
-        height, width: pixels.
-        strength: how much to change, in [0, 1]; "generate" does not use it.
-        sampler: a name of `localdit.core.samplers`; empty for the model's own.
-    """
+    """The settings of one picture, without the pictures that are uploaded."""
 
     mode: Mode
     prompt: str
-    negative_prompt: str
-    seed: int
+    negative_prompt: str  # what the picture should not show
+    seed: int  # at least 0
     num_inference_steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    strength: float
-    sampler: str = ""
+    guidance_scale: float  # weight of the prompt; 1 or less turns guidance off
+    height: int  # pixels
+    width: int  # pixels
+    strength: float  # how much to change, in [0, 1]; "generate" does not use it
+    sampler: str = ""  # a name of `localdit.core.samplers`; empty for the model's own
 
     def configure(self, config: Config) -> Config:
         """Return a Config that draws this picture with the model of `config`.
@@ -92,15 +80,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """A finished step of denoising.
+    """A finished step of denoising."""
 
-    Attributes:
-        number: number of the step, from 1 to `total`.
-        total: number of steps.
-        preview: the picture at this step, or None without a preview.
-    """
-
-    number: int
+    number: int  # from 1 to `total`
     total: int
     preview: Image.Image | None
 
@@ -128,7 +110,6 @@ class Artist:
         drawing has stopped.
 
         Args:
-            settings: what to draw.
             image: the picture to start from, in the modes "edit" and "inpaint".
             mask: in the mode "inpaint", white where the image should change; of the image's size,
                 which is also that of the drawn picture.

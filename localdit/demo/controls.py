@@ -28,23 +28,14 @@ BRUSH = ("#ff2d95", 0.7)  # colour and opacity; visible on most pictures
 
 @dataclass(frozen=True)
 class Offer:
-    """The values that the page starts with, and its limits.
+    """The values that the page starts with, and its limits."""
 
-    Attributes:
-        config: the first settings.
-        prompts: examples; the first is in the page.
-        strength: the first strength of each mode that has one.
-        picture: a picture to try "edit" and "inpaint" with.
-        multiple: pixels per token; heights and widths are multiples of it.
-        samplers: names of the samplers that suit the model.
-    """
-
-    config: Config
-    prompts: Sequence[str]
-    strength: Mapping[str, float]
-    picture: Image.Image | None
-    multiple: int
-    samplers: Sequence[str] = ()
+    config: Config  # the first settings
+    prompts: Sequence[str]  # examples; the first is in the page
+    strength: Mapping[str, float]  # the first strength of each mode that has one
+    picture: Image.Image | None  # a picture to try "edit" and "inpaint" with
+    multiple: int  # pixels per token; heights and widths are multiples of it
+    samplers: Sequence[str] = ()  # names of the samplers that suit the model
 
     @property
     def sides(self) -> tuple[int, int, int]:
@@ -141,7 +132,7 @@ def accept_blobs(self: Any, data: AcceptBlobs) -> None:
 
 Picture = _reading(gr.Image, _picture_of)
 Painting = _reading(gr.ImageEditor, _painting_of, accept_blobs=server(accept_blobs))
-Choice = _checked(gr.Radio, f"one of {', '.join(mode for _, mode in MODES)}", (str,))
+Buttons = _checked(gr.Radio, f"one of {', '.join(mode for _, mode in MODES)}", (str,))
 Selection = _checked(gr.Dropdown, "one of the listed values", (str,))
 Text = _checked(gr.Textbox, "text", (str, type(None)))
 Slider = _checked(gr.Slider, "a number from {minimum} to {maximum}", (int, float))
@@ -167,7 +158,7 @@ class Controls:
 
     def _lay_out_request(self, offer: Offer) -> None:
         """Lay out the controls for the picture to draw and the one to start from."""
-        self.mode = Choice(
+        self.mode = Buttons(
             MODES, value="generate", label="Mode", show_label=False, container=False, elem_id="mode"
         )
         with gr.Column(visible=False, elem_id="source") as self.source:

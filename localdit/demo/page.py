@@ -58,7 +58,6 @@ def build_page(artist: Artist, offer: Offer, about: list[str], save: Save) -> gr
     """Return the page, ready to launch.
 
     Args:
-        artist: draws the pictures.
         offer: what the controls show at first, and their limits.
         about: facts about the model, for the head of the page.
         save: writes a picture to a PNG that carries its settings, and returns its path.
@@ -205,11 +204,7 @@ class Desk:
         seed: int,
         sampler: str,
     ) -> Updates:
-        """Draw what was typed so far, without keeping the picture.
-
-        Raises:
-            gr.Error: the picture can't be drawn; the message is for the page.
-        """
+        """Draw what was typed so far, without keeping the picture."""
         if not while_typing or mode != "generate" or not prompt.strip():
             return {}
         settings = Settings(
@@ -421,9 +416,6 @@ def launch(page: gr.Blocks, host: str, port: int | None) -> str:
         page: from `build_page`.
         host: an address of this machine.
         port: None chooses a free one.
-
-    Raises:
-        OSError: the port is taken, or the host is not an address of this machine.
     """
     theme = gr.themes.Default(
         primary_hue="indigo",

@@ -22,8 +22,8 @@ from .backends import attend_within_windows, checked_backend
 from .cpu import Linear, bands, write_band
 from .global_context import GlobalContext
 from .layers import RMSNorm, apply_rope, compute_dtype, recomputed, rope_angles
-from .pooled_attention import pool_tiles, pooled_attention
 from .text_projections import projected
+from .window_attention import pool_tiles, pooled_attention
 from .windows import WindowGrid
 
 
@@ -208,7 +208,7 @@ class LocalPooledAttnProcessor(_Processor):
     """Attention to the tokens of the window and to averages of the whole map, in one softmax.
 
     Keys and values are averaged over tiles of `window_size x window_size` tokens, as in
-    `pooled_attention.pool_tiles`. The weights are those of attention within windows. PyTorch's
+    `window_attention.pool_tiles`. The weights are those of attention within windows. PyTorch's
     operations compute it on every device; in training, the backward pass computes it again.
     """
 

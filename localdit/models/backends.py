@@ -21,12 +21,7 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 def checked_backend(backend: str) -> str:
-    """Return the name of a backend if it can be chosen here.
-
-    Raises:
-        ValueError: if there is no such backend.
-        ImportError: for "triton" if Triton is not installed.
-    """
+    """Return the name of a backend if it can be chosen here."""
     if backend not in BACKENDS:
         raise ValueError(
             f"The backend of window attention is {backend!r}; choose one of {', '.join(BACKENDS)}."
@@ -57,9 +52,6 @@ def attend_within_windows(
         backend: "torch", "triton", or "auto": Triton's kernel if it can be used and agrees with
             PyTorch's operations on this device, and PyTorch's operations otherwise.
         qkv, grid, num_heads, norms, do_rope, bias: as for `window_attention.window_attention`.
-
-    Raises:
-        ValueError: if the backend is "triton" and cannot be used, with the reason.
     """
     arguments = (qkv, grid, num_heads, norms, do_rope, bias)
     if backend == "triton" or (backend == "auto" and qkv.device.type == "cuda"):

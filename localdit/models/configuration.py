@@ -88,9 +88,6 @@ def require_sound_arguments(arguments: Mapping[str, Any], signature: Signature) 
     Args:
         arguments: by name; names that are unknown here are not checked.
         signature: the annotations of the transformer's parameters, which say what may be None.
-
-    Raises:
-        ValueError: if a value has the wrong type, or a size is out of all proportion.
     """
     optional = signature.parameters
     for name, value in arguments.items():

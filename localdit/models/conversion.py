@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from ..checkpoint.loading import (
 )
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
 from ..errors import FieldExistsError, FieldValueError, Setting
-from ..files import require_folder_name, user_path, write_errors
+from ..files import require_folder_name, user_path, whole_file, whole_folder
 from .configuration import public_arguments
 from .transformer import LocalDiTTransformer2DModel
 
@@ -133,13 +130,8 @@ def convert_to_diffusers(
         seed=seed,
         **overrides,
     )
-    with _beside(folder) as scratch:
-        plan.load().save_pretrained(scratch / "new")
-        for path in (scratch / "new").iterdir():
-            _sync(path)
-        if folder.exists():
-            os.replace(folder, scratch / "old")
-        os.replace(scratch / "new", folder)
+    with whole_folder(folder) as new:
+        plan.load().save_pretrained(new)
     return plan.report
 
 
@@ -185,20 +177,14 @@ def convert_to_single_file(
         for name, tensor in state.items()
     }
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(public_arguments(config), sort_keys=True)}
-    with _beside(path) as scratch:
-        save_file(state, scratch / path.name, metadata=metadata)
-        report = replace(inspect_checkpoint(scratch / path.name), path=path)
-        _sync(scratch / path.name)
-        os.replace(scratch / path.name, path)
-    return report
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        save_file(state, file.name, metadata=metadata)
+        return replace(inspect_checkpoint(file.name), path=path)
 
 
 def refuse_taken_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file name with another suffix, or an existing file that must not be replaced.
-
-    Raises:
-        FileExistsError, ValueError: as for `convert_to_single_file`.
-    """
+    """Refuse a file name with another suffix, or an existing file that must not be replaced."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
     if path.is_dir() or (path.exists() and not overwrite):
@@ -206,11 +192,7 @@ def refuse_taken_file(path: Path, overwrite: bool) -> None:
 
 
 def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that must not be replaced.
-
-    Raises:
-        FileExistsError, ValueError: as for `convert_to_diffusers`.
-    """
+    """Refuse a folder that must not be replaced."""
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; expected the name of a folder to make.")
     require_folder_name(folder)
@@ -235,11 +217,7 @@ def _taken(message: str, path: Path) -> FieldExistsError:
 
 
 def transformer_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of a transformer, or of the one in a pipeline's folder, and its config.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is no transformer.
-    """
+    """Return the folder of a transformer, or of the one in a pipeline's folder, and its config."""
     if (folder / "model_index.json").exists():
         folder = folder / "transformer"
     config, _ = read_folder(LocalDiTTransformer2DModel, folder, whole=False)
@@ -262,9 +240,6 @@ def open_transformer(
     Args:
         folder: as for `transformer_folder`.
         torch_dtype: dtype that the weights are to be stored in; None keeps theirs.
-
-    Raises:
-        FileNotFoundError, ValueError: as for `convert_to_single_file`.
     """
     folder, _ = transformer_folder(folder)
     config, files = read_folder(LocalDiTTransformer2DModel, folder)
@@ -304,20 +279,3 @@ def _require_storable(
             known=", ".join(map(str, FLOATS)),
             advice=Setting("torch_dtype", "float16", "pass torch_dtype=torch.float16"),
         )
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Make a temporary folder on the same disk as `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name[:40]}."
-    with (
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as scratch,
-        write_errors(path),
-    ):
-        yield Path(scratch)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -180,7 +180,6 @@ def bands(grid: WindowGrid, like: torch.Tensor) -> list[tuple[slice, WindowGrid]
             out = write_band(out, function(x[:, tokens], band), tokens, grid)
 
     Args:
-        grid: the map and its windows.
         like: `(B, N, C)`, with the batch size, channels, dtype and device of the tokens.
 
     Returns:
@@ -204,8 +203,6 @@ def write_band(
     Args:
         out: `(B, N, C)`, or None to allocate it.
         band: `(B, tokens in the band, C)`. If it covers the whole map, it is returned as it is.
-        tokens: the tokens of the band.
-        grid: the map.
     """
     num_tokens = grid.height * grid.width
     if band.shape[1] == num_tokens:

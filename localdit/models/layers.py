@@ -142,7 +142,6 @@ class FeedForward(DiffusersFeedForward):
     """Diffusers' feed-forward with `Linear` layers.
 
     Args:
-        dim: channels.
         dropout: probability of dropping a hidden channel in training.
         activation_fn: activation by its name in Diffusers.
     """

@@ -45,18 +45,13 @@ class WindowGrid(NamedTuple):
 
     The map is padded right and below to whole windows, rolled up and left by the shifts, and cut
     (Swin Transformer, section 3.2: the cyclic shift).
-
-    Attributes:
-        height, width: size of the map in tokens, at least 1.
-        window_size: side of a window in tokens.
-        row_shift, column_shift: distance that the map is rolled, `0 <= shift < window_size`.
     """
 
-    height: int
-    width: int
-    window_size: int
-    row_shift: int = 0
-    column_shift: int = 0
+    height: int  # tokens, at least 1
+    width: int  # tokens, at least 1
+    window_size: int  # side of a window in tokens
+    row_shift: int = 0  # distance that the map is rolled up, 0 <= shift < window_size
+    column_shift: int = 0  # distance that it is rolled left, in the same range
 
     @property
     def rows(self) -> int:
@@ -94,18 +89,12 @@ class WindowGrid(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A rectangle of each map that takes some blocks alone; all other tokens skip these blocks.
+    """A rectangle of each map that takes some blocks alone; all other tokens skip these blocks."""
 
-    Attributes:
-        blocks: indices of the blocks.
-        height, width: size of the rectangle in tokens.
-        tokens: `(B, height * width)` int64. Tokens (row-major indices) of each map's rectangle.
-    """
-
-    blocks: range
-    height: int
-    width: int
-    tokens: torch.Tensor
+    blocks: range  # their indices
+    height: int  # of the rectangle, in tokens
+    width: int  # of the rectangle, in tokens
+    tokens: torch.Tensor  # (B, height * width) int64, row-major indices of each map's rectangle
 
     def take(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the rectangles `(B, height * width, C)` of maps `(B, N, C)`."""
@@ -147,7 +136,6 @@ def rectangle_tokens(
 
     Args:
         places: `(B, 2)`, evenly distributed in [0, 1), from top to bottom and from left to right.
-        grid: the map.
         rectangle: height and width of the rectangle in tokens, whole windows of the map.
     """
     w, device = grid.window_size, places.device
@@ -162,18 +150,14 @@ def rectangle_tokens(
 
 
 class WindowLayout(NamedTuple):
-    """The places of a map's tokens after it is cut into windows.
+    """The places of a map's tokens after it is cut into windows."""
 
-    Attributes:
-        order: `(num_windows * window_size**2,)` int64. Token (row-major index) that each window
-            slot reads. Padding slots read a neighbouring token and are masked by `hidden`.
-        inverse: `(height * width,)` int64. Slot of each token.
-        hidden: `(num_windows, window_size**2, window_size**2)` bool, True where query i must not
-            see key j; None if every query may see every key of its window.
-    """
-
+    # (num_windows * window_size**2,) int64. Token (row-major index) that each window slot reads.
+    # Padding slots read a neighbouring token and are masked by `hidden`.
     order: torch.Tensor
-    inverse: torch.Tensor
+    inverse: torch.Tensor  # (height * width,) int64. Slot of each token.
+    # (num_windows, window_size**2, window_size**2) bool, True where query i must not see key j;
+    # None if every query may see every key of its window
     hidden: torch.Tensor | None
 
 
@@ -183,10 +167,6 @@ def window_layout(grid: WindowGrid, device: torch.device) -> WindowLayout:
 
     Tokens that the roll brought together from opposite edges do not see each other (Swin
     Transformer, section 3.2: the mask of the cyclic shift), and nothing sees the padding.
-
-    Args:
-        grid: the map and its windows.
-        device: device of the index tensors.
     """
     height, width, w, row_shift, column_shift = grid
     rows = torch.arange(grid.rows * w, device=device).roll(-row_shift)
@@ -242,9 +222,6 @@ def shift_sizes(num_layers: int, window_size: int, schedule: str) -> list[int]:
     Args:
         schedule: "cyclic" gives `layer index mod window_size` (the released model); "alternating"
             gives `0, window_size // 2, 0, ...` (Swin Transformer).
-
-    Raises:
-        ValueError: for another schedule.
     """
     if schedule == "cyclic":
         return [layer % window_size for layer in range(num_layers)]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.conditions import size_conditions
 from ..core.latents import LatentSpace
+from ..core.samplers import SamplingSettings
 from ..core.schedulers import (
     check_prediction,
     check_schedule,
@@ -30,7 +31,6 @@ from ..core.schedulers import (
     set_timesteps,
     warn_of_other_prediction,
 )
-from ..core.settings import SamplingSettings
 from ..core.text import TextCache, TextSpace, check_prompts, unused_negative_prompt
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
@@ -40,9 +40,8 @@ from .request import (
     Request,
     RunningCalls,
     TextEmbeddings,
-    check_latent_channels,
+    check_channels,
     check_returned,
-    check_text_width,
 )
 from .saving import SavedPipeline
 
@@ -186,7 +185,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         """
         state = CallState(
             device=super()._execution_device,
-            guidance_scale=request.guidance_scale,
+            guidance_scale=float(request.guidance_scale),
             cross_attention_kwargs=request.cross_attention_kwargs,
         )
         CALLS.begin(self, self.__dict__["scheduler"], state)
@@ -257,18 +256,14 @@ class LocalDiTBasePipeline(SavedPipeline):
     # Stages
 
     def check_inputs(self, request: Request) -> None:
-        """Check all arguments of a call before any work.
-
-        Raises:
-            ValueError: if an argument has an unusable value; the message says what to do.
-            TypeError: if an argument has a wrong type.
-        """
+        """Check all arguments of a call before any work."""
         if self.vae is not None:
             channels = self.latent_space.format.channels
-            check_latent_channels(channels, self.transformer.config.in_channels)
+            wanted = self.transformer.config.in_channels
+            check_channels("autoencoder", "latents", channels, wanted)
         caption_channels = self.transformer.config.caption_channels
         if self.text_encoder is not None and caption_channels is not None:
-            check_text_width(self.text_space.width, caption_channels)
+            check_channels("text encoder", "states", self.text_space.width, caption_channels)
         check_prediction(self.scheduler)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
         request.check_embeddings(caption_channels)
@@ -285,12 +280,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         }
 
     def set_timesteps(self, request: Request) -> torch.Tensor:
-        """Set the scheduler's timesteps, and return those to take, the most noise first.
-
-        Raises:
-            ValueError: if both timesteps and sigmas are given, the scheduler does not accept them,
-                the timesteps do not descend, or there are more than the scheduler has.
-        """
+        """Set the scheduler's timesteps, and return those to take, the most noise first."""
         custom = request.custom_schedule
         if len(custom) > 1:
             raise ValueError("Give either timesteps or sigmas, not both.")
@@ -301,13 +291,16 @@ class LocalDiTBasePipeline(SavedPipeline):
                     f"{type(self.scheduler).__name__} takes no custom {name}: leave them out, or "
                     "use another scheduler."
                 )
-        first = set_timesteps(
-            self.scheduler,
-            self._execution_device,
-            request.num_inference_steps,
-            request.strength,
-            custom,
-        )
+        try:
+            first = set_timesteps(
+                self.scheduler,
+                self._execution_device,
+                request.num_inference_steps,
+                request.strength,
+                custom,
+            )
+        except OverflowError as error:
+            raise ValueError(f"The schedule has a number that is too large ({error}).") from error
         check_schedule(self.scheduler)
         return self.scheduler.timesteps[first:]
 
@@ -554,9 +547,6 @@ class LocalDiTBasePipeline(SavedPipeline):
         """Decode latents `(B, C, h, w)` into pictures `(B, 3, H, W)` in [0, 1].
 
         If the output type is "latent", the latents are returned as they are.
-
-        Raises:
-            ValueError: a stage of the call gave values that are not finite; the message names it.
         """
         if request.output_type == "latent":
             self._call.check_finite()

@@ -40,11 +40,7 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         return images.shape[1] == self.transformer.config.in_channels != 3
 
     def check_images(self, images: torch.Tensor, request: Request) -> None:
-        """Refuse a wrong number of images, and latents of a wrong size.
-
-        Raises:
-            ValueError: if the images do not fit the request; the message says what to do.
-        """
+        """Refuse a wrong number of images, and latents of a wrong size."""
         check_one_each("image", len(images), request.num_prompts)
         size = (request.height // self.vae_scale_factor, request.width // self.vae_scale_factor)
         if self.are_latents(images) and images.shape[2:] != size:
@@ -54,11 +50,7 @@ class FromImagesPipeline(LocalDiTBasePipeline):
             )
 
     def set_timesteps(self, request: Request) -> torch.Tensor:
-        """Set the scheduler's timesteps, let it begin where the strength says, and return the rest.
-
-        Raises:
-            ValueError: as in `LocalDiTBasePipeline.set_timesteps`.
-        """
+        """Set the timesteps, let the scheduler begin where the strength says, return the rest."""
         schedule = super().set_timesteps(request)
         if request.strength > 0 and len(schedule) == 0:
             logger.warning(

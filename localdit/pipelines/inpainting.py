@@ -30,16 +30,11 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels, the latter 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Pictures and masks to work on: one of each for all prompts, or one per prompt.
+    """Pictures and masks to work on: one of each for all prompts, or one per prompt."""
 
-    Attributes:
-        images: `(N, 3, H, W)` in [0, 1].
-        masks: `(M, 1, H, W)` in [0, 1], 1 = repaint.
-        boxes: the crop of each of the max(N, M) pairs; None to scale whole pictures.
-    """
-
-    images: torch.Tensor
-    masks: torch.Tensor
+    images: torch.Tensor  # (N, 3, H, W) in [0, 1]
+    masks: torch.Tensor  # (M, 1, H, W) in [0, 1], 1 = repaint
+    # The crop of each of the max(N, M) pairs; None to scale whole pictures
     boxes: list[Box] | None = None
 
     @classmethod
@@ -284,12 +279,7 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
         padding_mask_crop: int | None,
         request: Request,
     ) -> None:
-        """Refuse masks that do not fit the images, and crops of latents.
-
-        Raises:
-            ValueError: if a mask or `padding_mask_crop` cannot be used; the message says what to
-                do.
-        """
+        """Refuse masks that do not fit the images, and crops of latents."""
         check_one_each("mask", len(masks), request.num_prompts)
         pixels = self.vae_scale_factor if self.are_latents(images) else 1
         height, width = (pixels * length for length in images.shape[2:])

@@ -76,11 +76,7 @@ def adapter_of(
     """Return an adapter's tensors by name, and its settings.
 
     Args:
-        transformer: the model with the adapter.
         adapter_name: name of the adapter, if the model has several.
-
-    Raises:
-        ValueError: if the adapter is missing, or there are several and none was named.
     """
     names = list(getattr(transformer, "peft_config", {}))
     if adapter_name is None and len(names) == 1:
@@ -106,7 +102,7 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def local_file(
+def adapter_file(
     source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **_: Any
 ) -> Path | None:
     """Return the file that a local file or folder stands for; None for a hub name.
@@ -140,11 +136,7 @@ def local_file(
 
 
 def read_adapter(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
-    """Return the tensors in a file, and the adapter's settings if the file has them.
-
-    Raises:
-        ValueError: if the file is damaged, or holds anything but tensors.
-    """
+    """Return the tensors in a file, and the adapter's settings if the file has them."""
     checkpoint = CheckpointFile(file)
     tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors(checkpoint.infos)}
     text = checkpoint.metadata.get(LORA_ADAPTER_METADATA_KEY)
@@ -155,11 +147,7 @@ def read_adapter(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
 def from_kohya(
     tensors: Tensors, metadata: dict[str, Any] | None, transformer: LocalDiTTransformer2DModel
 ) -> tuple[Tensors, dict[str, Any] | None]:
-    """Return tensors and settings with Diffusers' names if they have kohya's, else as they are.
-
-    Raises:
-        ValueError: if there is something else than the two halves of layers and their alpha.
-    """
+    """Return tensors and settings with Diffusers' names if they have kohya's, else as they are."""
     if not any(name.startswith(KOHYA) for name in tensors):
         return tensors, metadata
     layers = {name.replace(".", "_"): name for name, _ in transformer.named_modules()}
@@ -211,14 +199,9 @@ def checked_settings(
 
     Args:
         metadata: settings as in a file, or None.
-        tensors: the adapter's tensors by name.
-        transformer: the model that they fit.
 
     Returns:
         The settings with the names in a file; None if they follow from the tensors alone.
-
-    Raises:
-        ValueError: if a setting is unknown or unsound, or contradicts the tensors.
     """
     ranks = _ranks(tensors)
     given = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..core.settings import SamplingSettings
+from ..core.samplers import SamplingSettings
 from ..models.configuration import count_layer_types
 
 URL = "https://github.com/yourusername/localdit"
@@ -54,7 +54,6 @@ def make_model_card(pipeline: Any, name: str, license: str, remote_code: bool) -
     """Make the model card of a pipeline: its README.md.
 
     Args:
-        pipeline: the pipeline to describe.
         name: folder or repository that the pipeline is loaded from.
         license: the hub's identifier of the weights' licence.
         remote_code: whether the folder has to be loaded with `trust_remote_code=True`.

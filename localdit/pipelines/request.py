@@ -2,17 +2,19 @@
 
 import copy
 import math
+import reprlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from ..config import is_finite_number
 from ..core.text import NO_ENCODER, check_prompts, cut_padding
 from ..errors import Field, FieldValueError, Setting
 from ..models.text_projections import reuse_projections
@@ -184,53 +186,37 @@ class Request:
             check_tensor("latents", self.latents, latents_shape)
 
 
-def _is_integer(value: Any) -> bool:  # NumPy's too
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
-
-
-def check_integer(name: str, value: Any, low: int) -> None:
-    """Refuse anything but an integer of at least `low`, with `ValueError`."""
-    if not _is_integer(value) or value < low:
+def check_integer(name: str, value: Any, low: int, high: float = 2**63 - 1) -> None:
+    """Refuse anything but an integer from `low` to `high`, with `ValueError`."""
+    integer = isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's too
+    if not integer or not low <= value <= high:
         expected = "a positive integer" if low == 1 else f"an integer of at least {low}"
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        raise ValueError(f"{name} must be {expected}, got {reprlib.repr(value)}.")
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     """Refuse anything but a finite number in [low, high], with `ValueError`."""
-    if not _is_finite(value) or not low <= value <= high:
+    if not is_finite_number(value) or not low <= value <= high:
         expected = "a finite number" if math.isinf(low) else f"a number from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        raise ValueError(f"{name} must be {expected}, got {reprlib.repr(value)}.")
 
 
 def check_interval(name: str, value: Any) -> None:
     """Refuse anything but two numbers with 0 <= start <= stop <= 1, with `ValueError`."""
-    pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_finite, value))
-    if not pair or not 0 <= value[0] <= value[1] <= 1:
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    if not (pair and all(map(is_finite_number, value)) and 0 <= value[0] <= value[1] <= 1):
         raise ValueError(
             f"{name} must be two fractions of the steps, (start, stop) with 0 <= start <= stop <= "
-            f"1, got {value!r}."
+            f"1, got {reprlib.repr(value)}."
         )
 
 
-def check_latent_channels(given: int, wanted: int) -> None:
-    """Raise `ValueError` if an autoencoder's latents have other channels than a transformer's."""
-    if given != wanted:
+def check_channels(part: str, made: str, channels: int, wanted: int) -> None:
+    """Raise `ValueError` if what a part makes has other channels than the transformer takes."""
+    if channels != wanted:
         raise ValueError(
-            f"The autoencoder has latents of {given} channels, but the transformer takes {wanted}: "
-            "use the autoencoder that the transformer was trained with."
-        )
-
-
-def check_text_width(given: int, wanted: int) -> None:
-    """Raise `ValueError` if a text encoder's states are not as wide as a transformer takes them."""
-    if given != wanted:
-        raise ValueError(
-            f"The text encoder has states of {given} channels, but the transformer takes {wanted}: "
-            "use the text encoder that the transformer was trained with."
+            f"The {part} has {made} of {channels} channels, but the transformer takes {wanted}: "
+            f"use the {part} that the transformer was trained with."
         )
 
 
@@ -337,29 +323,17 @@ class DenoiserText:
 
 @dataclass(eq=False)
 class CallState:
-    """The state of one call of a pipeline, which changes from step to step.
+    """The state of one call of a pipeline, which changes from step to step."""
 
-    Attributes:
-        scheduler: the scheduler of this call; None before and after it.
-        device: the device that the pipeline computes on; None before and after the call.
-        guidance_scale, cross_attention_kwargs: as in the request; callbacks may change them.
-        within_interval: whether the present step lies within the guidance interval.
-        current_timestep: the timestep of the present step.
-        num_timesteps: number of steps.
-        interrupt: whether to skip the remaining steps.
-        latest_context: the kind of the latest call of the denoiser, for step caches.
-        denoiser_text: the text for the denoiser.
-    """
-
-    scheduler: Any = None
-    device: torch.device | None = None
-    guidance_scale: float = 1.0
-    cross_attention_kwargs: dict[str, Any] | None = None
-    within_interval: bool = True
+    scheduler: Any = None  # None before and after the call
+    device: torch.device | None = None  # that the pipeline computes on; None before and after
+    guidance_scale: float = 1.0  # as in the request; callbacks may change it
+    cross_attention_kwargs: dict[str, Any] | None = None  # as in the request
+    within_interval: bool = True  # whether the present step lies within the guidance interval
     current_timestep: torch.Tensor | None = None
     num_timesteps: int = 0
-    interrupt: bool = False
-    latest_context: str | None = None
+    interrupt: bool = False  # whether to skip the remaining steps
+    latest_context: str | None = None  # kind of the latest call of the denoiser, for step caches
     denoiser_text: DenoiserText = field(default_factory=DenoiserText)
     _watched: list[tuple[str, torch.Tensor, torch.dtype]] = field(default_factory=list)
 
@@ -408,11 +382,7 @@ class RunningCalls:
         self._turns: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 
     def begin(self, pipe: Any, scheduler: Any, state: CallState) -> None:
-        """Register a call of this thread. It gets a copy of a scheduler that is in use already.
-
-        Raises:
-            RuntimeError: a model of the pipeline serves one call at a time, and is in use.
-        """
+        """Register a call of this thread. It gets a copy of a scheduler that is in use already."""
         with self._lock:
             others = [(other.components.values(), thread) for other, thread, _ in self._running]
             for model in pipe.components.values() if others else ():

@@ -19,7 +19,7 @@ from huggingface_hub.utils import EntryNotFoundError, HFValidationError
 
 from ..checkpoint.loading import require_savable
 from ..checkpoint.reading import open_files
-from ..config import Config
+from ..config import INDEX, Config
 from ..core.parts import (
     ENCODERS,
     PARTS,
@@ -29,7 +29,7 @@ from ..core.parts import (
     require_whole,
     unattended,
 )
-from ..core.settings import INDEX, read_settings
+from ..core.samplers import read_settings
 from ..files import read_json, write_errors, write_json
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import folder_with_part, pipeline_around
@@ -282,17 +282,13 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: str | Path | Tensors, **kwargs: Any
     ) -> Tensors | tuple[Tensors, dict[str, Any] | None]:
-        """Return an adapter's tensors by name, and its settings with `return_lora_metadata`.
-
-        Raises:
-            FileNotFoundError, ValueError: as `load_lora_weights` does.
-        """
+        """Return an adapter's tensors by name, and its settings with `return_lora_metadata`."""
         source = pretrained_model_name_or_path_or_dict
         with_metadata = kwargs.pop("return_lora_metadata", False)
         metadata = None
         if isinstance(source, dict):
             tensors = super().lora_state_dict(source, **kwargs)
-        elif (file := lora.local_file(source, **kwargs)) is not None:
+        elif (file := lora.adapter_file(source, **kwargs)) is not None:
             tensors, metadata = lora.read_adapter(file)
         else:
             kwargs.setdefault("use_safetensors", True)
@@ -322,11 +318,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         metadata: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Check that an adapter fits the transformer, and load it.
-
-        Raises:
-            ValueError: if it does not fit.
-        """
+        """Check that an adapter fits the transformer, and load it."""
         model = lora.bare(transformer)
         tensors, metadata = lora.from_kohya(state_dict, metadata, model)
         lora.require_fit(tensors, model)

@@ -61,21 +61,13 @@ class SeenObject:
 
 
 def read_picture(picture: Image.Image | np.ndarray) -> tuple[Background, list[SeenObject]]:
-    """Return the background and the objects on it, largest first.
-
-    Raises:
-        ValueError: if the picture is not (height, width, 3).
-    """
+    """Return the background and the objects on it, largest first."""
     background, view = _view(picture)
     return background, [seen for seen, _ in _read_objects(view)]
 
 
 def reported_scene(picture: Image.Image | np.ndarray) -> Scene | None:
-    """Return the scene that a picture shows, placed to a tenth of a pixel; None if it shows none.
-
-    Raises:
-        ValueError: if the picture is not (height, width, 3).
-    """
+    """Return the scene that a picture shows, placed to a tenth of a pixel, or None."""
     background, view = _view(picture)
     objects: list[SceneObject] = []
     for _, trial in _read_objects(view):

@@ -28,9 +28,6 @@ def score_picture(picture: Image.Image | np.ndarray, expected: Scene) -> dict[st
         The share that is right, in [0, 1], for each of `ATTRIBUTES` that applies (position to one
         object, relation to several): "shape" is 0.5 if one of two shapes is right, "relation" 1/3
         if one pair of three objects is. "all" is 1.0 if everything is right, otherwise 0.0.
-
-    Raises:
-        ValueError: if the picture is not (height, width, 3).
     """
     background, seen = read_picture(picture)
     verdict: dict[str, float] = {

@@ -114,7 +114,7 @@ def report(
     drawn: list[Image.Image], many: list[Example], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return which pictures are right, by task, and their distances to true ones."""
-    from localdit.evaluation.quality import distances
+    from localdit.evaluation import distances
 
     right: dict[str, list[bool]] = {}
     for picture, example in zip(drawn, many, strict=True):

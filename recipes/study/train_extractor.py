@@ -4,7 +4,7 @@
 
 The classifier, a residual network, reads task, number of objects and colours from a drawing, or
 with `--pictures` the category of an emoji or the photograph that a part is from. Writes a folder of
-Transformers, for `localdit.evaluation.quality.distances`, and prints the share of held-out answers
+Transformers, for `localdit.evaluation.distances`, and prints the share of held-out answers
 that are right.
 """
 

@@ -64,7 +64,10 @@ def test_the_notes_mention_a_busy_machine():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--pixels", "100"], "--pixels is 100; expected a multiple of 16"),
+        (
+            ["--pixels", "100"],
+            "--pixels must be a positive multiple of 16 pixels, got 100; the nearest",
+        ),
         (["--repeats", "0"], "--repeats is 0; expected at least 1"),
         (["--device", "cuda:77"], "--device is 'cuda:77'"),
     ],

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ import pytest
 import localdit
 from localdit.cli import ALSO_CALLED, COMMANDS, main
 from localdit.cli.drawing import script_parser
-from localdit.parsing import folder_argument, name_argument, path_argument
+from localdit.files import user_path
+from localdit.parsing import folder_argument
 from localdit.training.encode.__main__ import make_parser as encode_parser
 from localdit.training.options import make_parser as train_parser
 
@@ -75,10 +77,8 @@ def test_every_path_may_start_with_the_home_folder():
     for parser in parsers():
         for action in parser._actions:
             if paths & {action.metavar, *action.option_strings}:
-                assert action.type in (path_argument, name_argument, folder_argument), (
-                    parser.prog,
-                    action.dest,
-                )
+                known = (user_path, os.path.expanduser, folder_argument)
+                assert action.type in known, (parser.prog, action.dest)
                 found += 1
             assert action.type is not Path
     assert found > 60

@@ -1,19 +1,23 @@
-"""Samplers by name: what they are, what they keep of the model, and what they refuse."""
+"""Steps and guidance that suit a model; samplers, what they keep of it, and what they refuse."""
 
 import inspect
+import json
 
 import diffusers
 import pytest
 import torch
 
+from localdit.config import Config
 from localdit.core.diffusion import NOISE_SCHEDULE, Objective
 from localdit.core.samplers import (
     LCM_LEVELS,
     SAMPLERS,
+    SamplingSettings,
     check_sampler,
     config_of,
     make_sampler,
     prediction_type_of,
+    read_settings,
     suitable_samplers,
 )
 from localdit.pipelines import LocalDiTImg2ImgPipeline
@@ -207,3 +211,43 @@ def test_a_sampler_that_needs_steps_is_refused_with_fewer():
     make_sampler("heun", diffusers.FlowMatchEulerDiscreteScheduler(), 2)
     with pytest.raises(ValueError, match="num_inference_steps is 4, but the sampler 'heun' needs"):
         make_sampler("heun", start, 4)
+
+
+# Steps and guidance
+
+
+def test_the_defaults_are_those_of_the_config():
+    assert SamplingSettings() == SamplingSettings(Config().denoising_steps, Config().guidance_scale)
+
+
+def test_a_folder_names_both_one_or_none(tmp_path):
+    assert read_settings(tmp_path / "gone.pt") == SamplingSettings(20, 7.0)
+    for entries in ({"num_inference_steps": 4, "guidance_scale": 1}, {"guidance_scale": 2.0}, {}):
+        (tmp_path / "model_index.json").write_text(json.dumps({"vae": ["a", "b"], **entries}))
+        assert read_settings(tmp_path) == SamplingSettings(**entries)
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "message"),
+    [
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps is 0; expected at least 1"),
+        ({"num_inference_steps": 10**9}, ValueError, "at most 1000"),
+        ({"num_inference_steps": 4.0}, TypeError, "num_inference_steps is 4.0 of type float"),
+        ({"guidance_scale": -1.0}, ValueError, "guidance_scale is -1.0; expected at least 0"),
+        ({"guidance_scale": float("inf")}, ValueError, "guidance_scale is inf"),
+        ({"guidance_scale": None}, TypeError, "guidance_scale is None"),
+    ],
+)
+def test_unusable_values_are_refused(tmp_path, entry, error, message):
+    with pytest.raises(error, match=f"^{message}|{message}$"):
+        SamplingSettings(**entry)
+    (tmp_path / "model_index.json").write_text(json.dumps(entry))
+    with pytest.raises(error, match=rf"model_index\.json: .*{message}"):
+        read_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale", "few"), [(4, 1.0, True), (8, 0.0, True), (4, 2.0, False), (20, 1.0, False)]
+)
+def test_few_steps_are_at_most_eight_without_guidance(steps, scale, few):
+    assert SamplingSettings(steps, scale).few_steps == few

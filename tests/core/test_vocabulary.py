@@ -1,10 +1,12 @@
 """What a tokenizer does not know of a text, and the messages that tell it."""
 
+import json
 import string
 
 import pytest
 import transformers
 
+from localdit.core.encoders import text_encoder_whole_words
 from localdit.core.vocabulary import (
     unknown_message,
     unknown_pieces,
@@ -12,7 +14,7 @@ from localdit.core.vocabulary import (
     unknown_words_message,
 )
 from localdit.utils import model_in_the_box
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_pipeline, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -84,3 +86,26 @@ def test_a_message_names_the_first_unknown_words():
     message = unknown_words_message(["\x1b[31m", *(f"word{i}" for i in range(11))])
     assert message.startswith(r"The model does not know these words and ignores them: \x1b[31m, ")
     assert message.endswith("word8 and 2 more")
+
+
+def test_the_index_beside_a_text_encoder_says_whether_it_knows_whole_words_alone(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "own")
+    (tmp_path / "result").mkdir()
+    link = tmp_path / "result/text_encoder"
+    link.symlink_to(tmp_path / "own/text_encoder")
+    index = tmp_path / "own/model_index.json"
+
+    def said(source):
+        return text_encoder_whole_words({"text_encoder": str(source)})
+
+    places = (tmp_path / "own", tmp_path / "own/text_encoder", link)
+    assert [said(place) for place in places] == [False] * 3
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"whole_words": True}))
+    assert [said(place) for place in places] == [True] * 3
+    (tmp_path / "result/model_index.json").write_text('{"whole_words": false}')
+    assert said(link) is False
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"whole_words": 1}))
+    with pytest.raises(TypeError, match=r"model_index\.json: whole_words is 1; expected true or"):
+        said(tmp_path / "own")
+    index.unlink()
+    assert said(tmp_path / "own/text_encoder") is False

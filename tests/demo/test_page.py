@@ -263,7 +263,7 @@ def test_a_painting_that_is_sent_ahead_is_drawn_once(visitor, artist, asked):
 
 @pytest.mark.parametrize(
     "ours, of_gradio",
-    [("Picture", "Image"), ("Painting", "ImageEditor"), ("Choice", "Radio"), ("Text", "Textbox"),
+    [("Picture", "Image"), ("Painting", "ImageEditor"), ("Buttons", "Radio"), ("Text", "Textbox"),
      ("Selection", "Dropdown"), ("Slider", "Slider"), ("Number", "Number"), ("Switch", "Checkbox")],
 )  # fmt: skip
 def test_browsers_see_the_components_of_gradio(ours, of_gradio):

@@ -90,6 +90,31 @@ def test_bad_arguments_are_refused_before_any_work(
     assert not encodings
 
 
+HUGE = 10**400  # larger than any float
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"height": HUGE},
+        {"width": HUGE},
+        {"num_inference_steps": HUGE},
+        {"timesteps": [HUGE]},
+        {"guidance_scale": HUGE},
+        {"guidance_interval": (0, HUGE)},
+        {"num_images_per_prompt": HUGE},
+        {"eta": HUGE},
+        {"max_sequence_length": HUGE},
+        {"cross_attention_kwargs": {"scale": HUGE}},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_integers_of_hundreds_of_digits_are_refused(pipe, calls, arguments):
+    with pytest.raises(ValueError):
+        pipe("a cat", **arguments)
+    assert not calls
+
+
 def test_a_text_encoder_of_another_width_is_refused(pipe):
     wide = T5EncoderModel(T5Config(d_model=24, d_kv=8, num_heads=2, num_layers=1, d_ff=16))
     pipe = LocalDiTPipeline(**{**pipe.components, "text_encoder": wide})
@@ -121,7 +146,7 @@ def test_integers_from_a_bound_on():
         check_integer("n", -1, 0)
 
 
-@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), float("inf"), "0.5", None])
+@pytest.mark.parametrize("value", [-0.01, 1.01, HUGE, float("nan"), float("inf"), "0.5", None])
 def test_numbers_in_a_range(value):
     with pytest.raises(ValueError, match="strength must be a number from 0 to 1"):
         check_number("strength", value, 0, 1)

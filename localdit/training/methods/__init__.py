@@ -20,7 +20,7 @@ from torch import nn
 from localdit.core.conditions import size_conditions
 from localdit.core.diffusion import Objective, denoising_errors
 from localdit.core.encoders import Encoders
-from localdit.core.settings import SamplingSettings, read_settings
+from localdit.core.samplers import SamplingSettings, read_settings
 from localdit.core.text import pad_states
 from localdit.models.flops import forward_flops
 from localdit.models.windows import Route

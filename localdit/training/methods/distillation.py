@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from localdit.core.diffusion import NUM_TIMESTEPS, Objective, denoising_errors
-from localdit.core.settings import SamplingSettings
+from localdit.core.samplers import SamplingSettings
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.training.initialization import load_frozen
 from localdit.training.methods import Inputs, Method, Sampling, noised_prediction, predict

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from localdit.evaluation.prompt_sets import Layout, read_prompts
+from localdit.evaluation import Layout, read_prompts
 
 GENEVAL = '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "%s"}\n'
 

@@ -16,8 +16,8 @@ from transformers import (
     Dinov2Model,
 )
 
-from localdit.evaluation import quality
-from localdit.evaluation.prompt_sets import Prompt
+from localdit import evaluation
+from localdit.evaluation import Prompt
 from localdit.scenes import draw_scene, sample_scenes
 
 pytest.importorskip("torchmetrics")
@@ -79,12 +79,12 @@ def test_scenes_are_scored_by_number_of_objects():
     prompts = [Prompt(str(i), "a", {}, scene) for i, scene in enumerate(scenes)]
     prompts.append(Prompt("other", "a photo", {}))  # has no scene
     drawn = [[draw_scene(scene, 128)] for scene in scenes] + [pictures(1)]
-    found = quality.scene_scores(prompts, drawn)
+    found = evaluation.scene_scores(prompts, drawn)
     groups = ("one object", "2 objects", "3 objects")
     assert {found[f"scene, {group}: all"] for group in groups} == {1}
     wrong = [[Image.new("RGB", (128, 128))] for _ in prompts]
-    assert quality.scene_scores(prompts, wrong)["scene, one object: all"] == 0
-    assert quality.scene_scores(prompts[-1:], drawn[-1:]) == {}
+    assert evaluation.scene_scores(prompts, wrong)["scene, one object: all"] == 0
+    assert evaluation.scene_scores(prompts[-1:], drawn[-1:]) == {}
 
 
 def test_the_clip_score_is_the_cosine_in_clips_space(clip):
@@ -92,7 +92,7 @@ def test_the_clip_score_is_the_cosine_in_clips_space(clip):
 
     drawn, texts = [pictures(2), pictures(2, 1)], ["red", "blue"]
     prompts = [Prompt(text, text, {}) for text in texts]
-    found = quality.clip_score(prompts, drawn, clip)["CLIP score"]
+    found = evaluation.clip_score(prompts, drawn, clip)["CLIP score"]
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     with torch.no_grad():
         output = model(
@@ -108,11 +108,11 @@ def test_the_clip_score_is_the_cosine_in_clips_space(clip):
 @pytest.mark.parametrize("model", ["dino", "clip"])
 def test_equal_sets_have_no_distance_and_others_have_one(model, request):
     folder = request.getfixturevalue(model)
-    same = quality.distances(pictures(40), pictures(40), folder)
+    same = evaluation.distances(pictures(40), pictures(40), folder)
     assert same["Fréchet distance"] == pytest.approx(0, abs=1e-6)
     assert (same["precision"], same["recall"]) == (1, 1)
     grey = [Image.new("RGB", (SIDE, SIDE), (i, i, i)) for i in range(40)]
-    other = quality.distances(grey, pictures(40), folder)
+    other = evaluation.distances(grey, pictures(40), folder)
     assert other["Fréchet distance"] > 100 * abs(same["Fréchet distance"])
     assert other["kernel distance"] > abs(same["kernel distance"])
     assert (other["precision"], other["recall"]) == (0, 0)
@@ -120,8 +120,8 @@ def test_equal_sets_have_no_distance_and_others_have_one(model, request):
 
 def test_the_frechet_distance_is_that_of_its_formula(dino):
     drawn, real = pictures(60), [one.point(lambda v: v // 2) for one in pictures(60, 1)]
-    found = quality.distances(drawn, real, dino)["Fréchet distance"]
-    extract = quality._extractor(dino)
+    found = evaluation.distances(drawn, real, dino)["Fréchet distance"]
+    extract = evaluation._extractor(dino)
     (m1, c1), (m2, c2) = (
         (one.mean(0), np.cov(one, rowvar=False))
         for one in (extract(drawn).numpy(), extract(real).numpy())
@@ -135,20 +135,20 @@ def test_the_kernel_distance_does_not_depend_on_the_callers_random_state(dino):
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        found.append(quality.distances(pictures(30), pictures(50, 1), dino)["kernel distance"])
+        found.append(evaluation.distances(pictures(30), pictures(50, 1), dino)["kernel distance"])
     assert found[0] == found[1]
 
 
 def test_precision_and_recall_count_what_is_near():
     true = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
     fake = torch.tensor([[0.5], [1.5], [2.5], [3.5], [90.0], [91.0], [92.0], [93.0]])
-    precision, recall = quality.precision_and_recall(true, fake)
+    precision, recall = evaluation.precision_and_recall(true, fake)
     assert (precision, recall) == (0.5, 1.0)
 
 
 def test_too_few_pictures_are_refused(dino):
     with pytest.raises(ValueError, match="There are 2 drawn and 9 real pictures"):
-        quality.distances(pictures(2), pictures(9), dino)
+        evaluation.distances(pictures(2), pictures(9), dino)
 
 
 def test_real_pictures_are_read_from_folders_within(tmp_path):
@@ -156,5 +156,4 @@ def test_real_pictures_are_read_from_folders_within(tmp_path):
     for name in ("b.png", "a.jpg", "in/c.webp"):
         pictures(1)[0].save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
-    assert [path.name for path in quality.real_paths(tmp_path)] == ["a.jpg", "b.png", "c.webp"]
-    assert len(list(quality.real_pictures(tmp_path))) == 3
+    assert [path.name for path in evaluation.real_paths(tmp_path)] == ["a.jpg", "b.png", "c.webp"]

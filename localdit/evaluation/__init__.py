@@ -1,1 +1,0 @@
-"""Benchmarks of text to image: their prompts, their pictures on disk, and scores."""
