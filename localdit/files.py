@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -113,6 +113,36 @@ def whole_folder(path: Path) -> Iterator[Path]:
             flush_folder(unfinished)
             _replace_folder(unfinished, path)
             flush_entries(path.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def updated_folder(path: Path, outdated: Callable[[str], bool]) -> Iterator[Path]:
+    """Make a folder whose files move to `path` and its folders once all of them are on the disk.
+
+    They replace files of the same names. Where one of them is `outdated` by its name, so are older
+    files: these are deleted. All others stay. Missing folders are created.
+
+    Raises:
+        OSError: if something can't be written. Existing files are then unchanged.
+    """
+    unfinished = _beside(path / "saved")  # on the same disk
+    with write_errors(path, unfinished):
+        try:
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            flush_folder(unfinished)
+            for source, _, names in os.walk(unfinished, topdown=False):
+                target = path / Path(source).relative_to(unfinished)
+                target.mkdir(parents=True, exist_ok=True)
+                for name in sorted(names):  # parts of weights, then the index that names them
+                    shutil.move(Path(source, name), target / name)
+                if any(map(outdated, names)):
+                    for file in target.iterdir():
+                        if outdated(file.name) and file.name not in names:
+                            file.unlink()
+                flush_entries(target)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -27,6 +27,9 @@ BOOKKEEPING = {"decay", "initted", "n_averaged", "num_updates", "optimization_st
 
 # Diffusers' names of a model's weights, in the order in which it looks for them.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_WEIGHTS = re.compile(
+    r"(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
 
 CONFIG_KEY = "localdit_config"  # in the metadata of .safetensors files written here
 
@@ -196,6 +199,17 @@ def folder_files(folder: Path, variant: str | None = None) -> list[Path]:
         if named(name).is_file():
             return [named(name)]
     return []
+
+
+def is_weights(name: str, variant: str | None = None) -> bool:
+    """Return whether a file's name is one that Diffusers or Transformers give to weights.
+
+    Args:
+        name: the name: of all weights, of a part of them, or of the index of the parts.
+        variant: part of the name, such as "fp16"; without it, the name has none.
+    """
+    plain = name.replace(f".{variant}", "", 1) if variant else name
+    return (plain != name or not variant) and bool(_WEIGHTS.fullmatch(plain))
 
 
 def open_files(paths: Iterable[Path]) -> dict[str, CheckpointFile]:

@@ -23,8 +23,8 @@ from einops import rearrange
 from torch import nn
 
 from ..checkpoint.loading import plan_loading, read_folder, require_savable
-from ..checkpoint.reading import few, local_file, require_finite
-from ..files import read_json, write_errors
+from ..checkpoint.reading import few, is_weights, local_file, require_finite
+from ..files import read_json, updated_folder
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .block import LocalDiTBlock
@@ -211,6 +211,8 @@ class LocalDiTTransformer2DModel(
     ) -> None:
         """Save the model as a Diffusers folder, which loads as the same model.
 
+        Earlier weights of the same variant in the folder are replaced, once these are written.
+
         Compiled blocks, step caches and processors are not saved, and fused projections are saved
         separately. Arguments are those of Diffusers.
 
@@ -222,10 +224,13 @@ class LocalDiTTransformer2DModel(
         fused = [one for one in self._attentions() if one.fused_projections]
         for attention in fused:
             attention.unfuse_projections()
+        folder = Path(save_directory)
+        if push_to_hub:
+            kwargs.setdefault("repo_id", folder.name)
         try:
-            with write_errors():
+            with updated_folder(folder, functools.partial(is_weights, variant=variant)) as unfinished:
                 super().save_pretrained(
-                    save_directory,
+                    str(unfinished),
                     is_main_process,
                     save_function,
                     safe_serialization,

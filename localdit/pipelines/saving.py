@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.utils import EntryNotFoundError, HFValidationError
 
 from ..checkpoint.loading import require_savable
-from ..checkpoint.reading import open_files
+from ..checkpoint.reading import is_weights, open_files
 from ..config import INDEX, Config
 from ..core.parts import (
     ENCODERS,
@@ -30,7 +31,7 @@ from ..core.parts import (
     unattended,
 )
 from ..core.samplers import read_settings
-from ..files import read_json, write_errors, write_json
+from ..files import read_json, updated_folder, write_errors, write_json
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import folder_with_part, pipeline_around
 from . import lora
@@ -80,6 +81,8 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     ) -> None:
         """Save the pipeline as a folder, with a model card if the folder has none.
 
+        Earlier weights of the same variant in the folder are replaced, once these are written.
+
         Args:
             save_directory: the folder, created if necessary.
             safe_serialization: write safetensors, not pickles.
@@ -105,15 +108,17 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             if isinstance(part, torch.nn.Module):
                 require_savable(lora.bare(part))
         folder = Path(save_directory)
-        with write_errors(folder):
+        with updated_folder(folder, partial(is_weights, variant=variant)) as unfinished:
             super().save_pretrained(
-                str(folder),
+                str(unfinished),
                 safe_serialization=safe_serialization,
                 variant=variant,
                 max_shard_size=max_shard_size,
                 **kwargs,
             )
-            _write_index(folder, type(self).__name__, remote_code)
+            _write_index(unfinished, type(self).__name__, remote_code)
+        if not remote_code:
+            (folder / f"{CODE}.py").unlink(missing_ok=True)
         repo_id = repo_id or folder.absolute().name
         name = repo_id if push_to_hub else str(save_directory)
         new_card = not (folder / CARD).exists()
@@ -392,8 +397,5 @@ def _write_index(folder: Path, class_name: str, remote_code: bool) -> None:
     if index["transformer"][1] == TRANSFORMER[1]:
         index["transformer"] = TRANSFORMER
     write_json(folder / INDEX, index)
-    code = folder / f"{CODE}.py"
     if remote_code:
-        code.write_text(CODE_TEXT, "utf-8")
-    else:
-        code.unlink(missing_ok=True)
+        (folder / f"{CODE}.py").write_text(CODE_TEXT, "utf-8")

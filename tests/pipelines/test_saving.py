@@ -392,6 +392,53 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, full_disk):
         convert_to_single_file(pipe.transformer, folder / "w.safetensors")
 
 
+WAYS = {
+    "whole": {},
+    "in parts": {"max_shard_size": "20KB"},
+    "in larger parts": {"max_shard_size": "30KB"},
+    "pickled": {"safe_serialization": False},
+    "fp16": {"variant": "fp16"},
+    "fp16 in parts": {"variant": "fp16", "max_shard_size": "20KB"},
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "transformer"])
+@pytest.mark.parametrize("later", WAYS)
+@pytest.mark.parametrize("earlier", WAYS)
+def test_a_folder_that_is_saved_again_has_the_new_weights(tmp_path, earlier, later, whole):
+    """Those of another variant stay, and so does any other file."""
+
+    def weights(pipe):
+        parts = (pipe.transformer, pipe.vae, pipe.text_encoder)
+        return [next(part.parameters()).flatten()[0].item() for part in parts[: 3 if whole else 1]]
+
+    folder = tmp_path if whole else tmp_path / "transformer"
+    tiny_pipeline(2).save_pretrained(tmp_path)  # the other parts of a transformer
+    (folder / "model_notes.bin").touch()
+    expected = {}
+    for seed, way in enumerate((earlier, later)):
+        pipe = tiny_pipeline(seed)
+        (pipe if whole else pipe.transformer).save_pretrained(folder, **WAYS[way])
+        expected[WAYS[way].get("variant")] = weights(pipe)
+    for variant, values in expected.items():
+        loaded = LocalDiTPipeline.from_pretrained(tmp_path, variant=variant)
+        assert weights(loaded) == values
+    assert (folder / "model_notes.bin").exists()
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("later", ["whole", "in parts"])
+@pytest.mark.parametrize("earlier", ["whole", "in parts"])
+def test_a_folder_keeps_its_weights_if_saving_again_fails(tmp_path, full_disk, earlier, later):
+    tiny_pipeline().save_pretrained(tmp_path, **WAYS[earlier])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = tiny_pipeline(1)
+    for part, folder in ((other, tmp_path), (other.transformer, tmp_path / "transformer")):
+        with full_disk(9000), pytest.raises(OSError, match="File too large"):
+            part.save_pretrained(folder, **WAYS[later])
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
 def test_weights_that_are_offloaded_to_the_disk_are_not_saved(tmp_path):
     pipe = tiny_pipeline()
     on_the_disk(pipe, tmp_path / "weights")
