@@ -42,6 +42,7 @@ NO_CHARACTER = re.compile(r"[\0\ud800-\udfff]")
 TOKEN_MULTIPLE = 8
 ENCODING_BATCH_SIZE = 32
 POSITIONS = "max_position_embeddings"  # of an encoder that has a limit, as CLIP
+SAMPLED_VALUES = 8  # of each parameter, about, to notice changes
 CACHE_BYTES = 64 * 2**20  # 128 prompts of 32 tokens of FLAN-T5-XXL in float32
 NO_ENCODER = (
     "This pipeline has no tokenizer or no text encoder, and not all of these prompts were encoded "
@@ -350,7 +351,8 @@ class TextCache:
     """A bounded store of text states in CPU memory; the least recently used go first.
 
     It holds the states of one text encoder. It empties itself as soon as it serves another one, or
-    the same one with other weights, dtype or device. Without a text encoder it goes on serving.
+    the same one with other weights, layers, hooks, dtype or device, as far as `encoder_state` shows
+    them. Without a text encoder it goes on serving.
 
     `lock` is held while texts are encoded, so that threads can share the cache. A copy of it, as
     pickle makes one, holds the same states.
@@ -428,16 +430,37 @@ class TextCache:
 
 
 def encoder_state(encoder: torch.nn.Module, device: torch.device) -> Hashable:
-    """Return what an encoder's results depend on and that costs nothing to read.
+    """Return what an encoder's results depend on and that costs little to read.
 
-    PyTorch counts in-place changes of a tensor, so optimizer steps, `load_state_dict` and adapters
-    show; moving between devices does not count.
+    PyTorch counts in-place changes of a tensor, except those of its `data`. These, and other data,
+    show in a few values of each parameter. The place of the weights does not count, so that an
+    encoder may move between devices.
     """
     import torch
 
     parameters = list(encoder.parameters())
     changes = sum(p._version for p in parameters if not p.is_inference())
-    dtypes = tuple(sorted({str(p.dtype) for p in parameters}))
+    modules = tuple(
+        (id(one), *one._forward_pre_hooks, *one._forward_hooks) for one in encoder.modules()
+    )
     kind = device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return len(parameters), changes, dtypes, autocast, str(device)
+    return modules, changes, _samples(parameters), autocast, str(device)
+
+
+def _samples(parameters: Iterable[torch.Tensor]) -> Hashable:
+    """Return the bytes of some values of each parameter, spread over it, by dtype.
+
+    Tensors of other libraries, which hold quantized weights, and those without memory are left out.
+    """
+    import torch
+
+    samples: dict[tuple[str, torch.device], list[torch.Tensor]] = {}
+    for tensor in (parameter.data for parameter in parameters):
+        if type(tensor) is torch.Tensor and not tensor.is_meta:
+            some = tensor.flatten()[:: max(1, tensor.numel() // SAMPLED_VALUES)]
+            samples.setdefault((str(tensor.dtype), tensor.device), []).append(some)
+    return tuple(
+        (dtype, torch.cat(some).view(torch.uint8).cpu().numpy().tobytes())
+        for (dtype, _), some in samples.items()
+    )

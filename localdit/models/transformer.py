@@ -228,7 +228,9 @@ class LocalDiTTransformer2DModel(
         if push_to_hub:
             kwargs.setdefault("repo_id", folder.name)
         try:
-            with updated_folder(folder, functools.partial(is_weights, variant=variant)) as unfinished:
+            with updated_folder(
+                folder, functools.partial(is_weights, variant=variant)
+            ) as unfinished:
                 super().save_pretrained(
                     str(unfinished),
                     is_main_process,

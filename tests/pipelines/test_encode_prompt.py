@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 
 from localdit.core.text import TextCache
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTPipeline
@@ -58,6 +59,12 @@ def test_callers_may_change_the_results(own):
         assert torch.equal(own.encode_prompt("a cat")[0], expected)
 
 
+def averaged(encoder):
+    """Copy averaged weights into an encoder, as Diffusers' EMA does."""
+    average = EMAModel(p + 1 for p in encoder.parameters())
+    average.copy_to(encoder.parameters())
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -67,9 +74,30 @@ def test_callers_may_change_the_results(own):
         ),
         lambda pipe: torch.nn.init.normal_(pipe.text_encoder.shared.weight),
         lambda pipe: pipe.text_encoder.to(torch.bfloat16),
+        lambda pipe: pipe.text_encoder.shared.weight.data.mul_(1.5),
+        lambda pipe: setattr(
+            pipe.text_encoder.shared.weight, "data", pipe.text_encoder.shared.weight * 1.5
+        ),
+        lambda pipe: torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(pipe.text_encoder.parameters()) * 1.5,
+            pipe.text_encoder.parameters(),
+        ),
+        lambda pipe: averaged(pipe.text_encoder),
+        lambda pipe: setattr(
+            pipe.text_encoder.encoder.block[0].layer[-1].DenseReluDense, "act", torch.nn.Tanh()
+        ),
+        lambda pipe: pipe.text_encoder.encoder.block[0].register_forward_hook(
+            lambda block, given, made: (made[0] * 2, *made[1:])
+        ),
+        lambda pipe: pipe.text_encoder.encoder.block[0].register_forward_pre_hook(
+            lambda block, given: (given[0] * 2, *given[1:])
+        ),
     ],
-    ids=["replaced", "loaded", "trained", "cast"],
-)
+    ids=[
+        "replaced", "loaded", "trained", "cast", "data changed", "data replaced", "vector",
+        "averaged", "layer replaced", "hook", "hook before",
+    ],
+)  # fmt: skip
 def test_another_or_changed_encoder_encodes_again(own, change):
     with torch.no_grad():
         before = own.encode_prompt("a cat")[0]
@@ -78,6 +106,15 @@ def test_another_or_changed_encoder_encodes_again(own, change):
         own.prompt_cache.clear()
         assert torch.equal(after, own.encode_prompt("a cat")[0])
     assert not torch.equal(after, before)
+
+
+def test_an_encoder_with_the_same_weights_elsewhere_is_the_same(own, encoded):
+    """As offloading moves them."""
+    draw(own)
+    for parameter in own.text_encoder.parameters():
+        parameter.data = parameter.data.clone()
+    draw(own)
+    assert len(encoded) == 2
 
 
 def test_another_tokenizer_encodes_again(own):
