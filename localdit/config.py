@@ -25,6 +25,13 @@ STANDARD_NAMES = {"denoising_steps": "num_inference_steps", "denoising_strength"
 OWN_NAMES = {standard: own for own, standard in STANDARD_NAMES.items()}
 
 
+class Default(str):
+    """A repository on the hub that a `Config` names unless it is told otherwise.
+
+    An equal string that a user gives is no `Default`.
+    """
+
+
 def _ranged(
     default: Any,
     minimum: float,
@@ -80,9 +87,9 @@ class Config:
 
     # Where `localdit.utils.load_model` finds the parts: local paths or hub names
     ckpt_path: str | Path = "output/LocalDiT-1024.pt"
-    text_encoder: str | Path = "google/flan-t5-xxl"  # with its tokenizer
-    vae: str | Path = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
-    scheduler: str | Path = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+    text_encoder: str | Path = field(default=Default("google/flan-t5-xxl"))  # with its tokenizer
+    vae: str | Path = field(default=Default("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"))
+    scheduler: str | Path = field(default=Default("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"))
     sampler: str | None = None  # a name of `localdit.core.samplers`; None samples with `scheduler`
     offload: Literal["model", "sequential"] | None = None  # idle parts stay in CPU memory
     text_encoder_quantization: Literal["8bit", "4bit"] | None = None  # needs bitsandbytes
@@ -145,15 +152,16 @@ def part_source(config: Config, name: str, checkpoint: Path) -> str | Path:
     """Return the folder of a part of a model, or its repository on the hub.
 
     A pipeline's folder has all parts. `config` replaces a part if it names another one than its
-    class does by default. For other checkpoints, `config` names all parts.
+    class does by default, or the same one because a user gave it. For other checkpoints, `config`
+    names all parts.
 
     Args:
         name: "text_encoder", "vae" or "scheduler".
         checkpoint: `config.ckpt_path`, or the folder of a pipeline that is named otherwise.
     """
-    named = getattr(config, name)
-    whole = (checkpoint / INDEX).is_file()
-    return checkpoint if whole and named == getattr(type(config), name) else named
+    named, default = getattr(config, name), getattr(type(config), name)
+    given = named != default or type(named) is not type(default)
+    return named if given or not (checkpoint / INDEX).is_file() else checkpoint
 
 
 def config_field(name: str) -> Field:

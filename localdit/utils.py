@@ -48,7 +48,7 @@ def load_model(
     `config.ckpt_path` is one of:
 
     - a Diffusers pipeline folder. It has all parts, and its own configuration applies. A text
-      encoder, VAE or scheduler replaces its own if `config` names one that is not the default;
+      encoder, VAE or scheduler that was given to `config` replaces its own;
     - a Diffusers transformer folder. Its own configuration applies, too. The other parts are
       `config.text_encoder`, `config.vae` and `config.scheduler`;
     - a flat `.safetensors` or `.pt` checkpoint. Its tensors must agree with the sizes in `config`,

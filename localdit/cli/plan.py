@@ -100,7 +100,7 @@ class Choice:
         found: dict[str, Any] = {}
         for name in ("text_encoder", "vae", "scheduler"):
             source = part_source(config, name, self.checkpoint)
-            if source not in (self.checkpoint, getattr(Config, name)):
+            if source != part_source(Config(), name, self.checkpoint):
                 found[name] = str(source)
         for name in ("text_encoder_quantization", "max_length"):
             if getattr(config, name) != getattr(Config, name):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from localdit import utils
 from localdit.checkpoint import convert_to_single_file
 from localdit.cli import main, plan
 from localdit.cli.drawing import generate_parser
-from localdit.config import Config
+from localdit.config import Config, part_source, with_settings
 from localdit.core.diffusion import Objective
 from localdit.images import load_image, read_metadata, save_image
 from localdit.pipelines import LocalDiTPipeline
@@ -212,6 +213,21 @@ def test_a_picture_names_the_parts_that_are_not_the_models_own(here, model):
     config = Config(max_length=60, text_encoder_quantization="4bit", ckpt_path=model)
     choice = plan.choose_model(generate_parser().parse_args([]), config)
     assert choice.changes == {"max_length": 60, "text_encoder_quantization": "4bit"}
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "scheduler"])
+def test_a_part_that_is_given_replaces_the_models_own_whatever_its_name(here, model, part):
+    """So does one that is named like the default."""
+    default = str(getattr(Config, part))
+    option = ["--" + part.replace("_", "-"), default]
+    parse = generate_parser().parse_args
+    config = Config(ckpt_path=model, **{part: default})
+    for argv, given in ((["--model", str(model), *option], None), ([], config), (option, config)):
+        choice = plan.choose_model(parse(["a cat", *argv]), given)
+        assert choice.changes == {part: default}
+        assert part_source(choice.config, part, model) == default
+    copied = pickle.loads(pickle.dumps(with_settings(Config(), {"height": 64})))
+    assert part_source(copied, part, model) == model
 
 
 def test_a_sampler_by_name(pictures, model):
