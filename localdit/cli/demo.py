@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, with_settings
+from ..config import with_settings
 from ..core.samplers import config_of, suitable_samplers
 from ..parsing import Parser, folder_argument, say
 from . import arguments
@@ -90,7 +90,7 @@ def page_model(args: argparse.Namespace) -> Choice:
     In the box, that is the student, which draws while the visitor types; with LoRAs, its teacher.
     """
     model = check_model(choose_model(args, few_steps=not args.lora))
-    size = fit_size(model.config, Config())
+    size = fit_size(model.config)
     return replace(model, config=with_settings(model.config, size))
 
 

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, with_settings
+from ..config import with_settings
 from ..evaluation import (
     PICTURES,
     Layout,
@@ -140,7 +140,7 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
         scores = _scores(args, len(prompts) * args.num_images)
         chosen = choose_model(args)
         model = check_model(replace(chosen, device=chosen.device or device))
-        size = fit_size(model.config, Config(), (args.height, args.width))
+        size = fit_size(model.config, (args.height, args.width))
         layout = Layout(args.output, args.num_images, sheets=args.prompts.is_dir())
         layout.require_own(prompts)
         prepare_output_folder(args.output)

@@ -154,9 +154,9 @@ def plan(
         model = check_model(model, described=config is not None)
         size = fit_size(
             model.config,
-            config or Config(),
             (args.height, args.width),
             image_size if config is None else None,
+            own=config,
         )
         prepare_output_folder(output.folder)
     report_fallback(model)
@@ -293,32 +293,31 @@ def _loras(args: argparse.Namespace) -> dict[str, float]:
 
 def fit_size(
     config: Config,
-    first: Config,
     size: tuple[int | None, int | None] = (None, None),
     image_size: tuple[int, int] | None = None,
+    own: Config | None = None,
 ) -> dict[str, int]:
     """Return the height and the width that pictures are drawn in.
 
-    A side that the command does not give is that of the Config if it describes the model, else that
-    of the model's native square. With a picture to follow, the size has its proportions and as many
-    pixels.
+    A side that the command does not give is that of the model's native square. With a picture to
+    follow, the size has its proportions and as many pixels.
 
     Args:
         config: names the model and has its architecture.
-        first: the Config before the checkpoint's architecture replaced its own.
         size: height and width that the command gives.
         image_size: (width, height) of a picture whose proportions are kept.
+        own: a user's Config. If it describes the model, its sides replace the native ones.
     """
     sizes = read_sizes(user_path(config.ckpt_path), config)
-    described = sizes.sample_size == first.sample_size
     height, width = size
     if image_size is not None:
-        pixels = first.height * first.width if described and not any(size) else sizes.side**2
-        height, width = proportional_size(image_size, pixels, sizes.pixels_per_token, height, width)
-    fitted = {
-        "height": height or (first.height if described else sizes.side),
-        "width": width or (first.width if described else sizes.side),
-    }
+        height, width = proportional_size(
+            image_size, sizes.side**2, sizes.pixels_per_token, height, width
+        )
+    default = sizes.side, sizes.side
+    if own is not None and own.sample_size == sizes.sample_size:
+        default = own.height, own.width
+    fitted = {"height": height or default[0], "width": width or default[1]}
     for name, value in fitted.items():
         check_size(config_field(name), value, sizes.pixels_per_token)
     return fitted

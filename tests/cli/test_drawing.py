@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 from localdit import utils
 from localdit.checkpoint import convert_to_single_file
-from localdit.cli import main, plan
-from localdit.cli.drawing import generate_parser
+from localdit.cli import demo, evaluate, main, plan
+from localdit.cli.drawing import edit_parser, generate_parser, inpaint_parser
 from localdit.config import Config, part_source, with_settings
 from localdit.core.diffusion import Objective
 from localdit.images import load_image, read_metadata, save_image
 from localdit.pipelines import LocalDiTPipeline
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_components, tiny_pipeline
 
 from .conftest import names
 
@@ -325,6 +325,28 @@ def test_the_architecture_is_read_from_a_checkpoint_file(here, model):
     assert draw("generate", here / "own.safetensors", "a cat", "-o", "a.png", *parts) == 0
     assert draw("generate", model, "a cat", "-o", "b.png", "--negative-prompt", "") == 0
     assert load_image("a.png").size == load_image("b.png").size == (64, 64)
+
+
+@pytest.mark.parametrize("sample_size", [8, 128])
+def test_a_model_is_drawn_at_its_own_size(pictures, sample_size):
+    """Also one of 128 latents, for which the Config has another size."""
+    LocalDiTPipeline(**tiny_components(sample_size=sample_size)).save_pretrained("own")
+    Path("prompts.jsonl").write_text('{"prompt": "a cat"}\n')
+
+    def size(parser, *argv, make=lambda args: plan.plan(args, "x").model):
+        config = make(parser.parse_args([*argv, "--model", "own"])).config
+        return config.height, config.width
+
+    side = sample_size * 8
+    assert size(generate_parser(), "a cat") == (side, side)
+    assert size(generate_parser(), "a cat", "--height", "32") == (32, side)
+    scores = ("prompts.jsonl", "-o", "out")
+    make = lambda args: evaluate.make_plan(args).model  # noqa: E731
+    assert size(evaluate.build_parser(), *scores, make=make) == (side, side)
+    assert size(demo.build_parser(), make=demo.page_model) == (side, side)
+    for parser, files in ((edit_parser(), 1), (inpaint_parser(), 2)):
+        height, width = size(parser, *("photo.png", "mask.png")[:files], "a cat")
+        assert height * width == pytest.approx(side**2, rel=0.15)
 
 
 def test_edit_keeps_the_proportions(pictures, model):
