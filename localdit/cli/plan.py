@@ -282,9 +282,16 @@ def _loras(args: argparse.Namespace) -> dict[str, float]:
             raise ValueError(f"--lora-scale is {scale}; expected a finite number")
     if importlib.util.find_spec("peft") is None:
         raise ImportError('--lora needs peft: pip install "localdit[lora]"')
+    places: set[Path] = set()
     for name in args.lora:
         if not Path(name).exists() and name.count("/") != 1:
             raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
+        if (place := Path(name).resolve()) in places:
+            raise ValueError(
+                f"--lora: {name} is given twice; expected each LoRA once: for more of it, raise "
+                "its --lora-scale"
+            )
+        places.add(place)
     return dict(zip(args.lora, scales, strict=True))
 
 

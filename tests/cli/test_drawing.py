@@ -454,6 +454,12 @@ MISTAKES = [
     ("generate", ["a", "--offload", "model"], "--offload is 'model'"),
     ("generate", ["a", "-o", "photo.png"], "photo.png already exists"),
     ("generate", ["a", "-o", "a.webp"], "pictures are saved as PNG: a.png"),
+    ("generate", ["a", "--lora", "x/y", "--lora", "x/y"], "--lora: x/y is given twice; expected"),
+    (
+        "generate",
+        ["a", "--lora", "photo.png", "--lora", "./photo.png"],
+        "./photo.png is given twice",
+    ),
     ("generate", ["a", "--lora-scale", "1"], "--lora-scale is given 1 times for 0 LoRAs"),
     ("generate", ["a", "--lora", "x/y", "--lora-scale", "nan"], "--lora-scale is nan; expected a"),
     ("generate", ["a", "--sampler", "heun", "--steps", "4"], "the sampler 'heun' needs at least 5"),
