@@ -137,9 +137,7 @@ def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
     if "strength" not in inspect.signature(scheduler.set_timesteps).parameters:
         return {}
     most = scheduler.config.original_inference_steps
-    if strength < 1:
-        steps = min(steps, int(most * strength))
-    elif steps > most:
+    if steps > most:
         raise FieldValueError(
             "{field} is {steps}, but the {scheduler} of this model has {most} noise levels "
             "(original_inference_steps); expected at most that many steps.",
@@ -148,6 +146,16 @@ def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
             scheduler=type(scheduler).__name__,
             most=most,
         )
+    if 0 < (left := int(most * strength)) < steps:
+        logger.warning(
+            "Only %d of the %d steps are taken: the model has %d noise levels, of which the "
+            "strength %g leaves that many.",
+            left,
+            steps,
+            most,
+            strength,
+        )
+    steps = min(steps, left)
     return {"num_inference_steps": steps, "strength": strength} if steps else {}
 
 

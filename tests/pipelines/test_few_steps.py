@@ -201,15 +201,22 @@ def test_strengths_of_less_than_the_steps(scheduler, caplog, monkeypatch):
         result = pipe("a cat", image, strength=strength, output_type="latent").images
         assert len(seen) == taken
         assert torch.equal(result, image) == (taken == 0)
+        assert ("Only 2 of the 4 steps are taken" in caplog.text) != flow
     assert ("no step is taken" in caplog.text) != flow
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.99, 0.5, 0.0])
 @pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler])
-def test_more_steps_than_noise_levels_are_refused(scheduler):
-    pipe = few_step_pipe(LocalDiTPipeline, scheduler(original_inference_steps=8))
-    pipe("a cat", num_inference_steps=8, output_type="latent")
+def test_more_steps_than_noise_levels_are_refused(scheduler, strength, caplog):
+    """At every strength. Fewer steps that the strength leaves are reported, unless it is 0."""
+    pipe = few_step_pipe(LocalDiTImg2ImgPipeline, scheduler(original_inference_steps=8))
+    given = {"image": torch.zeros(1, 4, 8, 8), "strength": strength, "output_type": "latent"}
+    pipe("a cat", num_inference_steps=4, **given)
+    assert not caplog.records
+    pipe("a cat", num_inference_steps=8, **given)
+    assert ("of the 8 steps are taken" in caplog.text) == (0 < strength < 1)
     with pytest.raises(ValueError, match=r"num_inference_steps is 9, but .* has 8 noise levels"):
-        pipe("a cat", num_inference_steps=9, output_type="latent")
+        pipe("a cat", num_inference_steps=9, **given)
 
 
 def test_a_custom_schedule_is_cut_as_with_other_schedulers(monkeypatch):
