@@ -173,7 +173,7 @@ class Artist:
         batches = inference_batches(
             self.pipe,
             settings.prompt,
-            settings.negative_prompt,
+            settings.negative_prompt or "",  # None would switch guidance off
             config,
             seed=settings.seed,
             callback_on_step_end=on_step_end,

@@ -51,6 +51,13 @@ def calls(artist, monkeypatch):
     return counts
 
 
+def test_no_negative_prompt_is_an_empty_one(artist, asked):
+    """A client of the page may send null for it. Guidance stays."""
+    pictures = [drawn(artist, asked(negative_prompt=text))[1].tobytes() for text in (None, "")]
+    assert pictures[0] == pictures[1]
+    assert drawn(artist, asked(guidance_scale=1.0))[1].tobytes() != pictures[0]
+
+
 def test_drawing_yields_steps_with_previews_then_the_picture(artist, asked):
     steps, picture = drawn(artist, asked())
     assert [(step.number, step.total) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
