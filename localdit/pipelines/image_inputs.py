@@ -12,6 +12,7 @@ from ..images import lay_over, load_layer
 # A pixel is repainted if its mask has at least this value. Values between 0 and 1 also set how much
 # of the new picture is blended into the old one.
 REPAINTED = 0.5
+LUMINANCE = torch.tensor([19595, 38470, 7471]) / 65536  # Pillow's, of red, green and blue
 
 
 def read_images(image: Any, latent_channels: int) -> torch.Tensor:
@@ -29,7 +30,7 @@ def read_images(image: Any, latent_channels: int) -> torch.Tensor:
         TypeError: if it is none of these.
         ValueError: if the list is empty, sizes differ, or values are out of range or not finite.
     """
-    images = _read_all("image", image, "white", [3], [3, latent_channels])
+    images = _read_all("image", image, "RGB", "white", [3], [3, latent_channels])
     if images.shape[1] == 3:
         _check_range("image", images)
     elif _looks_like_a_picture(images):
@@ -54,16 +55,18 @@ def read_masks(mask_image: Any) -> torch.Tensor:
         mask_image: one of these or a list of them: a PIL image of any mode, with transparent pixels
             counted as black; an array `(H, W)`, `(H, W, 1 or 3)` or `(N, H, W, 1 or 3)`, or a
             tensor `(H, W)`, `(1 or 3, H, W)` or `(N, 1 or 3, H, W)`, of floats in [0, 1], of uint8
-            or of bool.
+            or of bool. Of colours, the luminance counts.
 
     Raises:
         TypeError: if it is none of these.
         ValueError: if the list is empty, sizes differ, values are out of range or not finite, or
             a mask has nothing to repaint.
     """
-    masks = _read_all("mask_image", mask_image, "black", [1, 3], [1, 3])
+    masks = _read_all("mask_image", mask_image, "L", "black", [1, 3], [1, 3])
     _check_range("mask_image", masks)
-    masks = masks.mean(dim=1, keepdim=True)
+    if masks.shape[1] == 3:
+        weights = LUMINANCE.to(masks.device)
+        masks = (masks * weights[:, None, None]).sum(dim=1, keepdim=True)
     if (masks.amax(dim=(1, 2, 3)) < REPAINTED).any():
         raise ValueError(
             f"mask_image has no value of {REPAINTED} or more, so nothing would be repainted: make "
@@ -88,13 +91,14 @@ def scale_images(
 def _read_all(
     name: str,
     given: Any,
+    mode: str,
     under: str,
     array_channels: list[int],
     tensor_channels: list[int],
 ) -> torch.Tensor:
     """Return one input or a list of them as `(N, C, H, W)`; error messages call them `name`.
 
-    Pictures with transparency are laid over the colour `under`.
+    Pictures are converted to a mode, those with transparency laid over the colour `under`.
     """
     images = given if isinstance(given, list) else [given]
     if not images:
@@ -102,8 +106,8 @@ def _read_all(
     tensors = []
     for image in images:
         if isinstance(image, Image.Image):
-            rgb = lay_over(load_layer(image, name), under)
-            tensors.append(_from_array(name, np.array(rgb), [3]))
+            flat = lay_over(load_layer(image, name), under).convert(mode)
+            tensors.append(_from_array(name, np.array(flat), array_channels))
         elif isinstance(image, np.ndarray):
             tensors.append(_from_array(name, image, array_channels))
         elif isinstance(image, torch.Tensor):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from localdit.pipelines.image_inputs import read_images, read_masks, scale_images
+from localdit.images import load_mask
+from localdit.pipelines.image_inputs import REPAINTED, read_images, read_masks, scale_images
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(ARRAY)
@@ -57,6 +58,22 @@ def test_arrays_of_every_memory_layout_read_the_same(laid_out, dtype):
     assert torch.equal(read, read_images(array, 4))
     assert torch.equal(read_masks(laid_out(array)), read_masks(array))
     assert np.array_equal(array, before)
+
+
+def test_a_coloured_mask_means_the_same_everywhere():
+    """Green is repainted, magenta is kept, in Python and on the command line."""
+    expected = np.asarray(load_mask(PICTURE), np.float32) / 255
+    for mask in (PICTURE, PICTURE.convert("RGBA")):
+        assert np.array_equal(read_masks(mask)[0, 0], expected)
+    for mask in (ARRAY, ARRAY / 255, TENSOR, TENSOR[None]):  # not rounded to 255ths
+        np.testing.assert_allclose(read_masks(mask)[0, 0], expected, atol=0.51 / 255)
+    for colour, repainted in (("lime", True), ("magenta", False), ("white", True)):
+        picture = Image.new("RGB", (16, 16), "white")
+        picture.paste(colour, (0, 0, 8, 16))
+        for mask in (picture, np.array(picture), np.array(picture) / 255):
+            read = read_masks(mask)
+            assert bool(read[0, 0, 0, 0] >= REPAINTED) == repainted
+            assert read[0, 0, 0, 15] == 1
 
 
 @pytest.mark.parametrize("alpha", [255, 0, 128])
