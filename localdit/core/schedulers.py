@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import reprlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -104,6 +105,7 @@ def set_timesteps(
         strength: in [0, 1]; 1 starts from noise.
         custom: a schedule by name, "timesteps" or "sigmas", instead of a number of steps.
     """
+    _require_trained(scheduler, custom or {})
     if not custom and (schedule := _few_steps(scheduler, num_inference_steps, strength)):
         scheduler.set_timesteps(device=device, **schedule)
         return 0
@@ -120,6 +122,19 @@ def set_timesteps(
         )
         return 0
     return first
+
+
+def _require_trained(scheduler: Any, custom: Mapping[str, Any]) -> None:
+    """Refuse a custom schedule with more noise than a model of this scheduler was trained on."""
+    flow = prediction_type_of(config_of(scheduler)) == "flow"
+    steps = getattr(scheduler, "config", {}).get("num_train_timesteps", math.inf)
+    most = {"timesteps": steps if flow else steps - 1, "sigmas": 1 if flow else math.inf}
+    for name, values in custom.items():
+        if len(values) and max(values) > most[name]:
+            raise ValueError(
+                f"{name} has {reprlib.repr(max(values))}, but the model was trained up to "
+                f"{most[name]}: start at that or less."
+            )
 
 
 def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:

@@ -271,9 +271,15 @@ class LocalDiTBasePipeline(SavedPipeline):
         request.check_noise(self._latents_shape(request))
 
     def settings_of_call(
-        self, num_inference_steps: int | None, guidance_scale: float | None
+        self,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
     ) -> dict[str, Any]:
         """Return steps and guidance scale by name; the pipeline's own where a call gives None."""
+        if num_inference_steps is not None and not (timesteps is None and sigmas is None):
+            logger.warning("num_inference_steps has no effect beside custom timesteps or sigmas.")
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         return {
             name: self.config[name] if value is None else value for name, value in given.items()

@@ -159,7 +159,7 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
         height, width = self.size_of(images, height, width)
         request = Request(
             prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
-            **self.settings_of_call(num_inference_steps, guidance_scale),
+            **self.settings_of_call(num_inference_steps, guidance_scale, timesteps, sigmas),
             timesteps=timesteps, sigmas=sigmas, guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
             latents=latents,

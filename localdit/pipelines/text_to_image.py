@@ -50,7 +50,8 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             height, width: pixels, multiples of `pixels_per_token` (the autoencoder's pixels per
                 latent times the patch size); by default the transformer's `sample_size` in pixels.
             num_inference_steps: denoising steps, at least 1; by default the pipeline's own.
-            timesteps, sigmas: a custom schedule, if the scheduler accepts one.
+            timesteps, sigmas: a custom schedule instead of a number of steps, if the scheduler
+                accepts one.
             guidance_scale: g in `uncond + g * (text - uncond)`; by default the pipeline's own. At 1
                 and below, the negative prompt is not computed, which halves the time.
             num_images_per_prompt: pictures per prompt, n.
@@ -83,7 +84,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
         width = default_size if width is None else width
         request = Request(
             prompt=prompt, negative_prompt=negative_prompt, height=height, width=width,
-            **self.settings_of_call(num_inference_steps, guidance_scale),
+            **self.settings_of_call(num_inference_steps, guidance_scale, timesteps, sigmas),
             timesteps=timesteps, sigmas=sigmas, guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt, eta=eta, generator=generator,
             latents=latents,

@@ -10,7 +10,9 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 
@@ -211,6 +213,31 @@ def test_custom_timesteps_and_sigmas_are_used(pipe, calls):
     latents_of(euler, sigmas=[10.0, 2.0, 0.0])
     assert euler.scheduler.sigmas[:2].tolist() == [10.0, 2.0]
     assert len(calls) == 4 + euler.num_timesteps
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kept", "refused"),
+    [
+        (DDPMScheduler(), {"timesteps": [999, 500]}, {"timesteps": [1005, 500]}),
+        (LCMScheduler(), {"timesteps": [999, 499]}, {"timesteps": [1500, 500]}),
+        (EulerDiscreteScheduler(), {"timesteps": [999, 500]}, {"timesteps": [1500, 500]}),
+        (FlowMatchEulerDiscreteScheduler(), {"sigmas": [1.0, 0.5]}, {"sigmas": [1.5, 0.5]}),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_timesteps_beyond_those_of_training_are_refused(pipe, scheduler, kept, refused):
+    pipe = LocalDiTPipeline(**{**pipe.components, "scheduler": scheduler})
+    latents_of(pipe, **kept)
+    with pytest.raises(ValueError, match="5.*the model was trained up to (999|1):"):
+        latents_of(pipe, **refused)
+
+
+def test_a_number_of_steps_beside_a_schedule_is_warned_of(pipe, caplog, seeded):
+    expected = pipe("a cat", timesteps=[900, 100], generator=seeded(), output_type="latent").images
+    assert not caplog.records
+    given = {"timesteps": [900, 100], "num_inference_steps": 20, "output_type": "latent"}
+    assert torch.equal(pipe("a cat", **given, generator=seeded()).images, expected)
+    assert "num_inference_steps has no effect beside custom" in caplog.text
 
 
 def test_noise_is_scaled_to_the_schedulers_initial_sigma(pipe, calls, seeded):

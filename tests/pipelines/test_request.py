@@ -52,6 +52,7 @@ NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
         ({"timesteps": [500, 500]}, ValueError, "timesteps must each be lower"),
         ({"timesteps": [10, 500]}, ValueError, "timesteps must each be lower"),
         ({"timesteps": [10, -5]}, ValueError, "at least 0"),
+        ({"timesteps": [1000, 500]}, ValueError, "has 1000, but the model was trained up to 999"),
         ({"timesteps": []}, ValueError, "The 0 timesteps"),
         (EMBEDS, ValueError, "either prompt or prompt_embeds"),
         ({"prompt": None, **EMBEDS, "prompt_attention_mask": None}, ValueError, "go together"),
