@@ -100,7 +100,8 @@ def model_in_the_box(few_steps: bool = False) -> Path:
 
     Args:
         few_steps: the student that was distilled from it, which draws in 4 steps without guidance.
-            Its folder is read by the pipelines of localdit only, because it shares parts.
+            Its folder shares parts. The pipelines of localdit and the `AutoPipelineFor...` classes
+            load it, `DiffusionPipeline` does not.
 
     Raises:
         FileNotFoundError: this installation lacks it.

@@ -77,6 +77,9 @@ def test_a_student_takes_the_parts_that_it_lacks_from_its_teacher(tmp_path):
     assert all(torch.equal(x, weights[n]) for n, x in pipe.transformer.state_dict().items())
     assert contents_of(student)[str(student)]["missing"] == "nothing"
     assert pixels_per_latent(student) == pixels_per_latent(teacher)
+    assert own(AutoPipelineForImage2Image.from_pretrained(student)) == OWN
+    with pytest.raises((OSError, ValueError)):  # as docs/guides/share.md says
+        DiffusionPipeline.from_pretrained(student)
     pipe.save_pretrained(tmp_path / "own")  # whole, wherever the parts came from
     DiffusionPipeline.from_pretrained(tmp_path / "own")
 
