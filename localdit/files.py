@@ -96,10 +96,15 @@ def whole_file(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, check: Callable[[], object] | None = None) -> Iterator[Path]:
     """Make a folder that appears at `path` once all of it is on the disk, or not at all.
 
     An existing folder is replaced. Missing parents are created.
+
+    Args:
+        path: the final name.
+        check: called just before the new folder gets its name; raises an error if what has that
+            name by then must stay.
 
     Raises:
         OSError: if something can't be written. Nothing of it is left, and an existing folder is
@@ -111,6 +116,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             unfinished.mkdir(parents=True)
             yield unfinished
             flush_folder(unfinished)
+            if check is not None:
+                check()
             _replace_folder(unfinished, path)
             flush_entries(path.parent)
         finally:

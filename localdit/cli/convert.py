@@ -89,7 +89,7 @@ def _check(
     if not source.is_dir():
         report = inspect_checkpoint(source, global_context=args.global_context, seed=args.seed)
         if args.output is not None:
-            refuse_taken_folder(args.output, args.overwrite)
+            refuse_taken_folder(args.output, args.overwrite, source)
         return report
     if args.output is None:
         raise ValueError(f"{source} is a folder: name the .safetensors file to write.")

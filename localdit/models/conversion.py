@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,16 @@ from ..checkpoint.loading import (
     read_folder,
     require_float,
 )
-from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, require_finite
+from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, few, require_finite
 from ..errors import FieldExistsError, FieldValueError, Setting
 from ..files import require_folder_name, user_path, whole_file, whole_folder
 from .configuration import public_arguments
 from .transformer import LocalDiTTransformer2DModel
+
+# The files of a transformer's folder.
+_OF_TRANSFORMER = re.compile(
+    r"config\.json|diffusion_pytorch_model.*\.(safetensors|bin)(\.index\.json)?", re.DOTALL
+)
 
 
 def load_transformer(
@@ -109,7 +115,7 @@ def convert_to_diffusers(
             values stay the same bit for bit, except those that folding halves and those that
             `torch_dtype` rounds.
         folder: folder for `config.json` and the weights; it must be absent or empty.
-        overwrite: replace a folder that holds a LocalDiT transformer.
+        overwrite: replace a folder that holds a LocalDiT transformer and nothing else.
 
     Returns:
         The contents of the checkpoint, and the way they were loaded.
@@ -121,7 +127,7 @@ def convert_to_diffusers(
         OSError: if the folder cannot be written.
     """
     folder = user_path(folder).absolute()
-    refuse_taken_folder(folder, overwrite)
+    refuse_taken_folder(folder, overwrite, checkpoint)
     plan = plan_loading(
         LocalDiTTransformer2DModel,
         checkpoint,
@@ -130,7 +136,7 @@ def convert_to_diffusers(
         seed=seed,
         **overrides,
     )
-    with whole_folder(folder) as new:
+    with whole_folder(folder, lambda: refuse_taken_folder(folder, overwrite, checkpoint)) as new:
         plan.load().save_pretrained(new)
     return plan.report
 
@@ -178,36 +184,44 @@ def convert_to_single_file(
     }
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(public_arguments(config), sort_keys=True)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with whole_file(path, overwrite) as file:
         save_file(state, file.name, metadata=metadata)
         return replace(inspect_checkpoint(file.name), path=path)
 
 
 def refuse_taken_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file name with another suffix, or an existing file that must not be replaced."""
+    """Refuse a name that is not for one file, or an existing file that must not be replaced."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not named '*.safetensors', the one format written here.")
+    if _OF_TRANSFORMER.fullmatch(path.name) and (path.parent / "config.json").exists():
+        raise FileExistsError(
+            f"{path} would belong to the model in {path.parent}, whose weights have other names. "
+            "Choose another name."
+        )
     if path.is_dir() or (path.exists() and not overwrite):
         raise _taken("{path} already exists. Choose another name, or {advice}.", path)
 
 
-def refuse_taken_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that must not be replaced."""
+def refuse_taken_folder(folder: Path, overwrite: bool, checkpoint: str | Path) -> None:
+    """Refuse a folder that must not be replaced by that of a checkpoint."""
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file; expected the name of a folder to make.")
     require_folder_name(folder)
-    if not folder.exists() or not any(folder.iterdir()):
+    held = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if not held:
         return
     if not overwrite:
         raise _taken("{path} is not empty. Choose another name, or {advice}.", folder)
-    config = folder / "config.json"
-    if (
-        not config.exists()
-        or LocalDiTTransformer2DModel.__name__.encode() not in config.read_bytes()
-    ):
+    if folder.resolve() in user_path(checkpoint).resolve().parents:
         raise FileExistsError(
-            f"{folder} holds something else than a LocalDiT transformer, which is not overwritten. "
-            "Choose another name."
+            f"{folder} holds {checkpoint}, which is to be converted. Choose another name."
+        )
+    other = [name for name in held if not _OF_TRANSFORMER.fullmatch(name)]
+    config = (folder / "config.json").read_bytes() if "config.json" in held else b""
+    if other or LocalDiTTransformer2DModel.__name__.encode() not in config:
+        raise FileExistsError(
+            f"{folder} holds something else than a LocalDiT transformer, {few(other or held)}, "
+            "which is not overwritten. Choose another name."
         )
 
 

@@ -120,7 +120,7 @@ def test_existing_files_are_kept_without_overwrite(checkpoint, tmp_path):
         convert_to_diffusers(checkpoint, folder)
     with pytest.raises(FileExistsError, match="already exists"):
         convert_to_single_file(folder, path)
-    (folder / "stale").touch()
+    (folder / "diffusion_pytorch_model.fp16.safetensors").touch()
     convert_to_diffusers(checkpoint, folder, overwrite=True)
     convert_to_single_file(folder, path, overwrite=True)
     names = {"config.json", "diffusion_pytorch_model.safetensors"}
@@ -141,6 +141,62 @@ def test_another_folder_is_never_overwritten(checkpoint, tmp_path):
     with pytest.raises(FileExistsError, match="something else than a LocalDiT transformer"):
         convert_to_diffusers(checkpoint, tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "other.safetensors", "sub/a", ".git/HEAD"])
+def test_files_beside_a_transformer_are_not_deleted(checkpoint, tmp_path, capsys, name):
+    folder = tmp_path / "folder"
+    convert_to_diffusers(checkpoint, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"else than a .*'{name.split('/')[0]}'"):
+        convert_to_diffusers(checkpoint, folder, overwrite=True)
+    assert main(["convert", str(checkpoint), str(folder), "--overwrite"]) == 2
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_conversion_does_not_delete_its_input(checkpoint, tmp_path, capsys):
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    convert_to_diffusers(checkpoint, folder)
+    link.symlink_to(folder, target_is_directory=True)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    for place in (weights, link / weights.name):
+        with pytest.raises(FileExistsError, match="would belong to the model in"):
+            convert_to_single_file(folder, place, overwrite=True)
+    convert_to_single_file(folder, tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").replace(weights)  # a checkpoint of this name
+    assert main(["convert", str(weights), str(link), "--overwrite"]) == 2
+    assert "which is to be converted" in capsys.readouterr().err
+    assert weights.exists()
+
+
+@pytest.mark.parametrize("appears", ["folder/notes.txt", "folder"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_during_a_conversion_is_kept(
+    checkpoint, tmp_path, monkeypatch, appears, overwrite
+):
+    folder, path = tmp_path / "folder", tmp_path / "w.safetensors"
+    save = LocalDiTTransformer2DModel.save_pretrained
+
+    def meanwhile(self, where):
+        save(self, where)
+        (tmp_path / appears).parent.mkdir(exist_ok=True)
+        (tmp_path / appears).write_text("mine")
+
+    monkeypatch.setattr(LocalDiTTransformer2DModel, "save_pretrained", meanwhile)
+    with pytest.raises(FileExistsError, match="not empty|is a file|something else"):
+        convert_to_diffusers(checkpoint, folder, overwrite=overwrite)
+    assert (tmp_path / appears).read_text() == "mine"
+
+    def write(state, where, metadata):
+        save_file(state, where, metadata=metadata)
+        path.write_text("mine")
+
+    monkeypatch.setattr("localdit.models.conversion.save_file", write)
+    if not overwrite:
+        with pytest.raises(FileExistsError, match="already exists"):
+            convert_to_single_file(tiny_model(), path)
+        assert path.read_text() == "mine"
 
 
 def test_a_failed_conversion_keeps_the_old_files(checkpoint, tmp_path, monkeypatch):
