@@ -86,13 +86,16 @@ def _check(
     from ..checkpoint import inspect_checkpoint
     from ..models.conversion import open_transformer, refuse_taken_file, refuse_taken_folder
 
+    if args.output is None:
+        if source.is_dir():
+            raise ValueError(f"{source} is a folder: name the .safetensors file to write.")
+        if dtype is not None or args.overwrite:
+            raise ValueError("--dtype and --overwrite are for OUTPUT, and there is none: name it.")
     if not source.is_dir():
         report = inspect_checkpoint(source, global_context=args.global_context, seed=args.seed)
         if args.output is not None:
             refuse_taken_folder(args.output, args.overwrite, source)
         return report
-    if args.output is None:
-        raise ValueError(f"{source} is a folder: name the .safetensors file to write.")
     if (args.global_context, args.seed) != ("fold", None):
         raise ValueError("--global-context and --seed are for checkpoint files, not folders.")
     refuse_taken_file(args.output, args.overwrite)

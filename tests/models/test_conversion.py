@@ -309,6 +309,8 @@ def test_the_command_reports_mistakes_in_one_line(checkpoint, tmp_path, capsys):
         [tmp_path / "folder"],
         [tmp_path / "folder", tmp_path / "w.safetensors"],
         [checkpoint, checkpoint],
+        [checkpoint, "--dtype", "float16"],
+        [checkpoint, "--overwrite"],
     ):
         assert main(["convert", *map(str, arguments)]) == 2
         error = capsys.readouterr().err
