@@ -102,10 +102,11 @@ class LocalDiTBasePipeline(SavedPipeline):
         whole_words: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(whole_words, bool):
-            raise TypeError(f"whole_words is {whole_words!r}; expected True or False.")
-        own = asdict(SamplingSettings(num_inference_steps, guidance_scale))
-        self.register_to_config(**own, whole_words=whole_words)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            whole_words=whole_words,
+        )
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -116,6 +117,18 @@ class LocalDiTBasePipeline(SavedPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.prompt_cache = TextCache()
         self._latest_call = CallState()
+
+    def register_to_config(self, **values: Any) -> None:
+        """Set values of `config`, which are saved with the pipeline.
+
+        Raises:
+            TypeError, ValueError: a setting of the wrong type or out of range, which could not be
+                loaded again.
+        """
+        SamplingSettings.of(values)
+        if not isinstance(whole_words := values.get("whole_words", False), bool):
+            raise TypeError(f"whole_words is {whole_words!r}; expected True or False.")
+        super().register_to_config(**values)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LocalDiTBasePipeline":

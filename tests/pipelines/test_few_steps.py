@@ -153,6 +153,23 @@ def test_unusable_settings_are_refused():
         LocalDiTPipeline(**tiny_components(), num_inference_steps=0)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"guidance_scale": -1.0},
+        {"guidance_scale": None},
+        {"num_inference_steps": 2000},
+        {"whole_words": "yes"},
+    ],
+)
+def test_settings_that_would_not_load_are_never_set(tmp_path, values):
+    pipe = few_step_pipe(LocalDiTPipeline, LCMScheduler())
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(values))} is"):
+        pipe.register_to_config(**values)
+    pipe.save_pretrained(tmp_path)
+    assert own(LocalDiTPipeline.from_pretrained(tmp_path)) == OWN
+
+
 # Schedules
 
 
