@@ -24,7 +24,7 @@ from torch import nn
 
 from ..checkpoint.loading import plan_loading, read_folder, require_savable
 from ..checkpoint.reading import few, is_weights, local_file, require_finite
-from ..files import read_json, updated_folder
+from ..files import read_json, updated_folder, user_path
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .block import LocalDiTBlock
@@ -179,13 +179,12 @@ class LocalDiTTransformer2DModel(
             ValueError: if weights are missing, unexpected, of another shape than the configuration
                 asks for, or not finite, or if the configuration is unsound.
         """
-        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        source = os.path.expanduser(pretrained_model_name_or_path)
+        folder = Path(source) / (kwargs.get("subfolder") or "")
         if folder.is_dir() and not kwargs.get("ignore_mismatched_sizes"):
             read_folder(cls, folder, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         wrong = [*info.get("missing_keys", ()), *info.get("unexpected_keys", ())]
         wrong = [name for name in wrong if ".attn2.to_kv." not in name]  # copies, once fused
         if wrong and getattr(model, "hf_quantizer", None) is None:
@@ -224,7 +223,7 @@ class LocalDiTTransformer2DModel(
         fused = [one for one in self._attentions() if one.fused_projections]
         for attention in fused:
             attention.unfuse_projections()
-        folder = Path(save_directory)
+        folder = user_path(save_directory)
         if push_to_hub:
             kwargs.setdefault("repo_id", folder.name)
         try:

@@ -16,7 +16,7 @@ from diffusers.loaders.lora_base import (
 )
 
 from ..checkpoint.reading import CheckpointFile, few, require_finite
-from ..files import parse_json
+from ..files import parse_json, user_path
 from ..models.transformer import LocalDiTTransformer2DModel
 
 Tensors = dict[str, torch.Tensor]
@@ -112,7 +112,7 @@ def adapter_file(
             file.
         ValueError: if the folder holds several files and none was named.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return path
     if not path.is_dir():

@@ -31,7 +31,7 @@ from ..core.parts import (
     unattended,
 )
 from ..core.samplers import read_settings
-from ..files import read_json, updated_folder, write_errors, write_json
+from ..files import read_json, updated_folder, user_path, write_errors, write_json
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import folder_with_part, pipeline_around
 from . import lora
@@ -107,7 +107,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
                 require_savable(lora.bare(part))
-        folder = Path(save_directory)
+        folder = user_path(save_directory)
         with updated_folder(folder, partial(is_weights, variant=variant)) as unfinished:
             super().save_pretrained(
                 str(unfinished),
@@ -161,7 +161,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
                 weights of any part are not finite, if a configuration or a setting is unsound, or a
                 part needs code.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = user_path(pretrained_model_name_or_path)
         read_settings(folder)  # an error then names the file
         for part in (one for one in folder.glob("*/") if one.name not in kwargs):
             require_sound_config(part)
@@ -169,7 +169,9 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             kwargs["device_map"] = "balanced"
         kwargs |= cls._parts_of_parent(folder, kwargs)
         with unattended():
-            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            pipe = super().from_pretrained(
+                os.path.expanduser(pretrained_model_name_or_path), **kwargs
+            )
         for name, part in pipe.components.items():
             if isinstance(part, torch.nn.Module) and name not in ("transformer", *kwargs):
                 require_whole(part, folder / name, _not_in(folder / name, part))
@@ -362,7 +364,8 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         layers, metadata = lora.bare(transformer_lora_layers), transformer_lora_adapter_metadata
         if isinstance(layers, LocalDiTTransformer2DModel):
             layers, metadata = lora.adapter_of(layers, adapter_name)
-        if Path(save_directory).is_file():
+        save_directory = user_path(save_directory)
+        if save_directory.is_file():
             raise ValueError(f"{save_directory} is a file; expected a folder to write to.")
         with write_errors():
             super().save_lora_weights(

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import EntryNotFoundError
 
 from localdit.config import Config
-from localdit.models import FullAttnProcessor
+from localdit.models import FullAttnProcessor, LocalDiTTransformer2DModel
 from localdit.models.conversion import convert_to_single_file
 from localdit.pipelines import (
     LocalDiTImg2ImgPipeline,
@@ -55,6 +55,30 @@ def test_every_pipeline_loads_the_folder_of_every_other(folder, kind):
 def test_load_model_loads_it(folder):
     loaded = load_model(Config(ckpt_path=folder), device="cpu")
     assert torch.equal(weights(loaded), weights(tiny_pipeline()))
+
+
+def test_paths_may_start_with_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe = tiny_pipeline()
+    pipe.save_pretrained("~/whole")
+    pipe.transformer.save_pretrained(Path("~/transformer"))
+    convert_to_single_file(pipe.transformer, "~/one.safetensors")
+    again = LocalDiTPipeline.from_pretrained("~/whole")
+    assert torch.equal(weights(again), weights(pipe))
+    for transformer in (
+        LocalDiTTransformer2DModel.from_pretrained("~/transformer"),
+        LocalDiTTransformer2DModel.from_pretrained("~", subfolder="transformer"),
+        LocalDiTPipeline.from_single_file("~/one.safetensors", config="~/whole").transformer,
+    ):
+        whole = LocalDiTPipeline(**tiny_components() | {"transformer": transformer})
+        assert torch.equal(weights(whole), weights(pipe))
+    peft = pytest.importorskip("peft")
+    pipe.transformer.add_adapter(peft.LoraConfig(target_modules=["to_q"]))
+    pipe.save_lora_weights("~/lora", pipe.transformer)
+    again.load_lora_weights("~/lora")
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_saving_again_gives_the_same_folder(folder, remote_code, tmp_path):
