@@ -279,7 +279,9 @@ class LocalDiTBasePipeline(SavedPipeline):
             check_channels("text encoder", "states", self.text_space.width, caption_channels)
         check_prediction(self.scheduler)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
-        request.check_embeddings(caption_channels)
+        request.text.check(
+            request.prompt, request.negative_prompt, caption_channels, request.max_sequence_length
+        )
         request.check_prompts(self.text_space.can_encode)
         request.check_noise(self._latents_shape(request))
 
@@ -346,7 +348,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         do_classifier_free_guidance: bool = True,
         negative_prompt: str | list[str] | None = "",
         num_images_per_prompt: int = 1,
-        device: torch.device | None = None,
+        device: str | torch.device | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -371,8 +373,22 @@ class LocalDiTBasePipeline(SavedPipeline):
         Returns:
             Embeddings `(B * n, L, C)` in the transformer's dtype and masks `(B * n, L)` of the
             prompts, then of the negative prompts (None and None without guidance).
+
+        Raises:
+            TypeError, ValueError: as a call does.
         """
-        device = device or self._execution_device
+        TextEmbeddings(
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        ).check(
+            prompt,
+            negative_prompt,
+            None if self.transformer is None else self.transformer.config.caption_channels,
+            max_sequence_length,
+        )
+        device = self._execution_device if device is None else torch.device(device)
         model = self.transformer if self.transformer is not None else self.text_encoder
         encoded: list[str] = []
         if prompt_embeds is None or prompt_attention_mask is None:

@@ -34,6 +34,30 @@ class TextEmbeddings(NamedTuple):
     negative_prompt_embeds: torch.Tensor | None
     negative_prompt_attention_mask: torch.Tensor | None
 
+    def check(
+        self, prompt: Any, negative_prompt: Any, channels: int | None, max_sequence_length: int
+    ) -> None:
+        """Refuse embeddings without a mask, beside a prompt, or not `(B, L, channels)`.
+
+        L is `max_sequence_length` for negative embeddings beside prompts.
+        """
+        if (prompt is None) == (self.prompt_embeds is None):
+            raise ValueError("Give either prompt or prompt_embeds: exactly one of them is needed.")
+        if negative_prompt and self.negative_prompt_embeds is not None:
+            raise ValueError("Give either negative_prompt or negative_prompt_embeds, not both.")
+        for name in ("prompt", "negative_prompt"):
+            embeds = getattr(self, f"{name}_embeds")
+            mask = getattr(self, f"{name}_attention_mask")
+            if (embeds is None) != (mask is None):
+                raise ValueError(f"{name}_embeds and {name}_attention_mask go together: give both.")
+            if embeds is not None:
+                check_tensor(f"{name}_embeds", embeds, (None, None, channels))
+                check_tensor(f"{name}_attention_mask", mask, embeds.shape[:2])
+        positive, negative = self.prompt_embeds, self.negative_prompt_embeds
+        if negative is not None:
+            length = max_sequence_length if positive is None else positive.shape[1]
+            check_tensor("negative_prompt_embeds", negative, (None, length, channels))
+
 
 @dataclass
 class Request:
@@ -128,31 +152,11 @@ class Request:
             )
         check_one_of("callback_on_step_end_tensor_inputs", self.callback_inputs, callback_tensors)
 
-    def check_embeddings(self, channels: int) -> None:
-        """Refuse embeddings without a mask, or of another shape than `(B, L, channels)`."""
-        for name in ("prompt", "negative_prompt"):
-            embeds = getattr(self.text, f"{name}_embeds")
-            mask = getattr(self.text, f"{name}_attention_mask")
-            if (embeds is None) != (mask is None):
-                raise ValueError(f"{name}_embeds and {name}_attention_mask go together: give both.")
-            if embeds is not None:
-                check_tensor(f"{name}_embeds", embeds, (None, None, channels))
-                check_tensor(f"{name}_attention_mask", mask, embeds.shape[:2])
-        negative = self.text.negative_prompt_embeds
-        if negative is not None:
-            positive = self.text.prompt_embeds
-            length = self.max_sequence_length if positive is None else positive.shape[1]
-            check_tensor("negative_prompt_embeds", negative, (None, length, channels))
-
     def check_prompts(self, can_encode: Callable[[list[str], int], bool]) -> None:
-        """Refuse prompts that are missing, given twice, differ in number, or cannot be encoded.
+        """Refuse prompts that differ in number, or cannot be encoded.
 
         `can_encode(prompts, tokens)` returns whether prompts can be encoded at that length.
         """
-        if (self.prompt is None) == (self.text.prompt_embeds is None):
-            raise ValueError("Give either prompt or prompt_embeds: exactly one of them is needed.")
-        if self.negative_prompt and self.text.negative_prompt_embeds is not None:
-            raise ValueError("Give either negative_prompt or negative_prompt_embeds, not both.")
         if self.prompt is not None:
             check_prompts(self.prompt)
         negatives = self.num_prompts

@@ -51,6 +51,12 @@ def test_the_states_of_a_prompt_do_not_depend_on_other_prompts(own):
         assert torch.equal(batch[1], alone[0])
 
 
+def test_the_device_may_be_a_name(own):
+    with torch.no_grad():
+        named, by_default = own.encode_prompt("a cat", device="cpu"), own.encode_prompt("a cat")
+    assert all(map(torch.equal, named, by_default))
+
+
 def test_callers_may_change_the_results(own):
     with torch.no_grad():
         expected = own.encode_prompt("a cat")[0].clone()

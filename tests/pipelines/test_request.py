@@ -123,6 +123,24 @@ def test_a_text_encoder_of_another_width_is_refused(pipe):
         pipe("a cat")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_embeds": torch.zeros(2, 7, 16)}, "either prompt or prompt_embeds"),
+        (EMBEDS, "either prompt or prompt_embeds"),
+        ({"prompt": None, **EMBEDS, "prompt_attention_mask": None}, "go together"),
+        ({"prompt_attention_mask": torch.ones(1, 7)}, "go together"),
+        ({"negative_prompt_embeds": torch.zeros(1, 120, 16)}, "go together"),
+        ({"prompt": None, **EMBEDS, "prompt_embeds": torch.zeros(2, 7, 15)}, "16.*got"),
+        (NEGATIVE, r"negative_prompt_embeds must have shape \(any, 120, 16\)"),
+    ],
+)
+def test_encode_prompt_refuses_what_a_call_refuses(pipe, arguments, message):
+    for use in (pipe, pipe.encode_prompt):
+        with pytest.raises(ValueError, match=message):
+            use(**{"prompt": "a cat", **arguments})
+
+
 def test_prompts_need_a_text_encoder_or_embeddings(pipe):
     textless = type(pipe)(**{**pipe.components, "text_encoder": None, "tokenizer": None})
     with pytest.raises(ValueError, match="no tokenizer or no text encoder"):
