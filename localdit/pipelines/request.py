@@ -272,7 +272,9 @@ def check_shape(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
 
 
 def check_one_of(name: str, values: Sequence[Any], available: Sequence[str]) -> None:
-    """Refuse values that are not `available`, with `ValueError`."""
+    """Refuse a list of values that are not `available`, with `ValueError`."""
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name} must be a list or a tuple, got {reprlib.repr(values)}.")
     unknown = [value for value in values if value not in available]
     if unknown:
         raise ValueError(

@@ -31,6 +31,7 @@ NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
         ({"guidance_scale": "2"}, ValueError, "guidance_scale"),
         ({"output_type": "jpeg"}, ValueError, "output_type: 'jpeg' is not one of pil, np, pt, "),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "'noise' is not one of l"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, TypeError, "a list .* got 'latents'"),
         ({"callback_on_step_end": SDXLCFGCutoffCallback()}, ValueError, "'add_time_ids' is not"),
         ({"callback_on_step_end": 5}, TypeError, "callback_on_step_end must be a function or None"),
         ({"cross_attention_kwargs": [1]}, TypeError, "must be a dict or None, got list"),
