@@ -114,6 +114,7 @@ def inference_batches(
     """
     from .pipelines.request import check_generator, check_integer
 
+    pipe.require_parts("inference", "transformer", "scheduler", "vae")
     for side in ("height", "width"):
         check_size(config_field(side), getattr(config, side), pipe.pixels_per_token)
     prompts = check_prompts(prompts if isinstance(prompts, str) else list(prompts), "prompts")

@@ -268,6 +268,14 @@ class LocalDiTBasePipeline(SavedPipeline):
 
     # Stages
 
+    def require_parts(self, user: str, *names: str) -> None:
+        """Raise `ValueError` if a component is missing that `user` needs, such as "inference"."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"The pipeline has no {name}, which {user} needs: load it, and set pipe.{name}."
+                )
+
     def check_inputs(self, request: Request) -> None:
         """Check all arguments of a call before any work."""
         if self.vae is not None:
@@ -279,6 +287,8 @@ class LocalDiTBasePipeline(SavedPipeline):
             check_channels("text encoder", "states", self.text_space.width, caption_channels)
         check_prediction(self.scheduler)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
+        if request.output_type != "latent":
+            self.require_parts(f"output_type={request.output_type!r}", "vae")
         request.text.check(
             request.prompt, request.negative_prompt, caption_channels, request.max_sequence_length
         )

@@ -40,7 +40,9 @@ class FromImagesPipeline(LocalDiTBasePipeline):
         return images.shape[1] == self.transformer.config.in_channels != 3
 
     def check_images(self, images: torch.Tensor, request: Request) -> None:
-        """Refuse a wrong number of images, and latents of a wrong size."""
+        """Refuse a wrong number of images, latents of a wrong size, and pictures without a VAE."""
+        if not self.are_latents(images):
+            self.require_parts("a picture as image", "vae")
         check_one_each("image", len(images), request.num_prompts)
         size = (request.height // self.vae_scale_factor, request.width // self.vae_scale_factor)
         if self.are_latents(images) and images.shape[2:] != size:
@@ -154,6 +156,7 @@ class LocalDiTImg2ImgPipeline(FromImagesPipeline):
             ValueError: an argument cannot work; the message says what to do.
             TypeError: an argument is of a wrong type.
         """
+        self.require_parts("a call", "transformer", "scheduler")
         check_number("strength", strength, 0, 1)
         images = read_images(image, self.transformer.config.in_channels)
         height, width = self.size_of(images, height, width)

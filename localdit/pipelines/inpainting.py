@@ -194,6 +194,7 @@ class LocalDiTInpaintPipeline(FromImagesPipeline):
             ValueError: an argument cannot work; the message says what to do.
             TypeError: an argument is of a wrong type.
         """
+        self.require_parts("a call", "transformer", "scheduler")
         check_number("strength", strength, 0, 1)
         images = read_images(image, self.transformer.config.in_channels)
         masks = read_masks(mask_image)

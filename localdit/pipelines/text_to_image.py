@@ -79,6 +79,7 @@ class LocalDiTPipeline(LocalDiTBasePipeline):
             ValueError: an argument cannot work; the message says what to do.
             TypeError: an argument is of a wrong type.
         """
+        self.require_parts("a call", "transformer", "scheduler")
         default_size = self.transformer.config.sample_size * self.vae_scale_factor
         height = default_size if height is None else height
         width = default_size if width is None else width

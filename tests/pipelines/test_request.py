@@ -4,7 +4,9 @@ import torch
 from diffusers.callbacks import SDXLCFGCutoffCallback
 from transformers import T5Config, T5EncoderModel
 
-from localdit.pipelines import LocalDiTPipeline
+from localdit.config import Config
+from localdit.inference import inference
+from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
 from localdit.pipelines.request import (
     check_generator,
     check_integer,
@@ -140,6 +142,36 @@ def test_encode_prompt_refuses_what_a_call_refuses(pipe, arguments, message):
     for use in (pipe, pipe.encode_prompt):
         with pytest.raises(ValueError, match=message):
             use(**{"prompt": "a cat", **arguments})
+
+
+@pytest.mark.parametrize("part", ["transformer", "scheduler", "vae"])
+@pytest.mark.parametrize(
+    "kind", [LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline]
+)
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+def test_a_missing_component_is_named_before_any_work(pipe, calls, kind, output_type, part):
+    lacking = kind(**{**pipe.components, part: None})
+    pictures = {"image": torch.zeros(3, 64, 64), "mask_image": torch.ones(1, 64, 64)}
+    names = {LocalDiTImg2ImgPipeline: ["image"], LocalDiTInpaintPipeline: list(pictures)}
+    inputs = {name: pictures[name] for name in names.get(kind, [])}
+    arguments = {"num_inference_steps": 1, "output_type": output_type}
+    if part == "vae" and output_type == "latent":
+        if inputs:
+            inputs["image"] = torch.randn(4, 8, 8)
+        assert lacking("a cat", **inputs, **arguments).images.shape == (1, 4, 8, 8)
+        return
+    with pytest.raises(ValueError, match=f"The pipeline has no {part}, which"):
+        lacking("a cat", **inputs, **arguments)
+    assert not calls
+    with pytest.raises(ValueError, match=f"The pipeline has no {part}, which inference needs"):
+        inference(lacking, "a cat", "", Config(height=64, width=64))
+
+
+def test_a_picture_needs_a_vae(pipe, calls):
+    lacking = LocalDiTImg2ImgPipeline(**{**pipe.components, "vae": None})
+    with pytest.raises(ValueError, match="no vae, which a picture as image needs"):
+        lacking("a cat", torch.zeros(3, 64, 64), output_type="latent")
+    assert not calls
 
 
 def test_prompts_need_a_text_encoder_or_embeddings(pipe):
