@@ -35,6 +35,7 @@ from ..core.text import TextCache, TextSpace, check_prompts, unused_negative_pro
 from ..machine import give_memory_back
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import PIXELS_PER_LATENT
+from . import lora
 from .request import (
     CallState,
     Request,
@@ -294,6 +295,12 @@ class LocalDiTBasePipeline(SavedPipeline):
         )
         request.check_prompts(self.text_space.can_encode)
         request.check_noise(self._latents_shape(request))
+        scale = (request.cross_attention_kwargs or {}).get("scale", 1)
+        if scale != 1 and not lora.has_active(self.transformer):
+            logger.warning(
+                "The scale in cross_attention_kwargs has no effect: the transformer has no LoRA "
+                "that is active. One that is fused is part of the weights."
+            )
 
     def settings_of_call(
         self,
@@ -498,8 +505,14 @@ class LocalDiTBasePipeline(SavedPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         options = {"eta": request.eta, "generator": request.generator}
         step_options = {name: value for name, value in options.items() if name in accepted}
-        guided = request.guided_steps(len(timesteps))
         steps, state = len(timesteps), self._call
+        guided = request.guided_steps(steps)
+        if request.guided and steps > 0 and not guided:
+            logger.warning(
+                "No step is guided: guidance_interval %s covers none of %d steps.",
+                request.guidance_interval,
+                steps,
+            )
         state.num_timesteps = steps
         with self.progress_bar(total=steps) as progress_bar:
             for index, timestep in enumerate(timesteps):

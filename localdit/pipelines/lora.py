@@ -95,6 +95,16 @@ def bare(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def has_active(model: torch.nn.Module) -> bool:
+    """Return whether a model has an adapter that is active: neither disabled nor fused."""
+    layers: list[Any] = [one for one in model.modules() if hasattr(one, "base_layer")]
+    return any(
+        layer.scaling.keys() & layer.active_adapters
+        for layer in layers
+        if not (layer.disable_adapters or layer.merged)
+    )
+
+
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings for JSON, with sets sorted: their order differs between processes."""
     return {

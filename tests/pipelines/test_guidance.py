@@ -172,3 +172,19 @@ def test_a_negative_prompt_without_guidance_gives_a_warning(
     pipe(["a cat", "a dog"], negative_prompt=negative_prompt, height=32, width=32,
          num_inference_steps=2, **options)  # fmt: skip
     assert ("The negative prompt has no effect" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("interval", "scale", "warned"),
+    [
+        ((0, 0.1), 3.0, True),
+        ((0.3, 0.4), 3.0, True),
+        ((0, 0.1), 1.0, False),
+        ((0.5, 0.5), 3.0, False),
+        ((0, 0.25), 3.0, False),
+        ((0, 1), 3.0, False),
+    ],
+)
+def test_an_interval_that_guides_no_step_gives_a_warning(pipe, caplog, interval, scale, warned):
+    draw(pipe, num_inference_steps=4, guidance_interval=interval, guidance_scale=scale)
+    assert ("No step is guided" in caplog.text) == warned

@@ -170,6 +170,25 @@ def test_the_scale_of_a_call_equals_a_weight_of_set_adapters(pipe, files):
             pipe("a cat", cross_attention_kwargs=wrong)
 
 
+def test_a_scale_without_an_active_adapter_gives_a_warning(pipe, files, caplog):
+    def warned(scale):
+        caplog.clear()
+        draw(pipe, scale=scale)
+        return "The scale in cross_attention_kwargs has no effect" in caplog.text
+
+    assert warned(0.5) and not warned(1.0)
+    pipe.load_lora_weights(files / "first")
+    assert not warned(0.5)
+    pipe.disable_lora()
+    assert warned(0.5)
+    pipe.enable_lora()
+    assert not warned(0.5)
+    pipe.fuse_lora()
+    assert warned(0.5)
+    pipe.unfuse_lora()
+    assert not warned(0.5)
+
+
 def test_pipelines_that_share_a_transformer_share_its_adapters(pipe, files):
     pipe.load_lora_weights(files / "first", adapter_name="style")
     edit = LocalDiTImg2ImgPipeline.from_pipe(pipe)
