@@ -119,6 +119,20 @@ def test_settings_are_saved_loaded_and_passed_on(tmp_path):
     assert own(changed) == {"num_inference_steps": 3, "guidance_scale": 1.0}
 
 
+def test_from_pipe_keeps_the_settings_that_are_no_components():
+    pipe = LocalDiTPipeline(**tiny_components(), **OWN, whole_words=True)
+    kept = LocalDiTImg2ImgPipeline.from_pipe(pipe, num_inference_steps=3)
+    assert own(kept) | {"whole_words": kept.config.whole_words} == {
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "whole_words": True,
+    }
+    assert own(LocalDiTPipeline(**pipe.components)) == {
+        "num_inference_steps": 20,
+        "guidance_scale": 7.0,
+    }
+
+
 def test_a_folder_names_a_vocabulary_of_whole_words(tmp_path):
     LocalDiTPipeline(**tiny_components(), whole_words=True).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["whole_words"] is True
