@@ -19,7 +19,7 @@ from ..config import (
     part_source,
     with_settings,
 )
-from ..core.samplers import SamplingSettings, check_sampler, read_settings
+from ..core.samplers import SamplingSettings, check_levels, check_sampler, read_settings
 from ..core.vocabulary import read_whole_words
 from ..files import decode_text, user_path
 from ..parsing import say
@@ -205,6 +205,7 @@ def choose_model(
         settings = own | settings
     preset = SCENES if read_whole_words(checkpoint) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
+    of_image = given.get("image") is not None
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)
 
@@ -250,7 +251,7 @@ def report_fallback(choice: Choice) -> None:
 def _check_files(config: Config) -> None:
     """Look for the model and the local parts that the Config names.
 
-    A sampler must suit the scheduler.
+    Sampler and steps must suit the scheduler.
     """
     from ..core.parts import PARTS, is_hub_name, locate, scheduler_config
     from ..utils import find_checkpoint
@@ -260,11 +261,14 @@ def _check_files(config: Config) -> None:
         source = part_source(config, part.field, checkpoint)
         if source != checkpoint and not is_hub_name(source):
             locate(part, source)
+    source = part_source(config, "scheduler", checkpoint)
+    if is_hub_name(source):
+        return
+    found = scheduler_config(locate(PARTS["scheduler"], source))
+    steps = inference_settings(config)["num_inference_steps"]
     if config.sampler is not None:
-        source = part_source(config, "scheduler", checkpoint)
-        if not is_hub_name(source):
-            found = scheduler_config(locate(PARTS["scheduler"], source))
-            check_sampler(config.sampler, found, inference_settings(config)["num_inference_steps"])
+        check_sampler(config.sampler, found, steps)
+    check_levels(found, steps, config.sampler)
 
 
 def _loras(args: argparse.Namespace) -> dict[str, float]:

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 MOST_FEW_STEPS = 8
 LCM_LEVELS = 50  # noise levels of LCM's schedulers unless the model was trained on others
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+WITH_LEVELS = ("LCMScheduler", "TCDScheduler")
+FEW_STEP_SCHEDULERS = (*WITH_LEVELS, "FlowMatchLCMScheduler")
 OF_MODEL = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr", "original_inference_steps",
@@ -182,6 +183,31 @@ def check_sampler(
             steps=num_inference_steps,
             name=name,
             least=least,
+        )
+
+
+def check_levels(
+    scheduler_config: Mapping[str, Any], num_inference_steps: int, sampler: str | None = None
+) -> None:
+    """Refuse more steps than the scheduler of a few-step model has noise levels.
+
+    Args:
+        scheduler_config: as `scheduler_config.json` has it.
+        num_inference_steps: the number of steps from noise to a picture.
+        sampler: a suitable one of `SAMPLERS` that replaces the scheduler.
+    """
+    most = scheduler_config.get("original_inference_steps", LCM_LEVELS)
+    name = scheduler_config.get("_class_name")
+    if sampler is not None:
+        name = _class_name(SAMPLERS[sampler], prediction_type_of(scheduler_config))
+    if name in WITH_LEVELS and num_inference_steps > most:
+        raise FieldValueError(
+            "{field} is {steps}, but the {scheduler} of this model has {most} noise levels "
+            "(original_inference_steps); expected at most that many steps.",
+            field=Field("num_inference_steps"),
+            steps=num_inference_steps,
+            scheduler=name,
+            most=most,
         )
 
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchLCMScheduler
 
-from ..errors import Field, FieldValueError
-from .samplers import config_of, prediction_type_of
+from .samplers import check_levels, config_of, prediction_type_of
 
 logger = logging.getLogger(__name__)
 _defaults = threading.Lock()
@@ -151,16 +150,8 @@ def _few_steps(scheduler: Any, steps: int, strength: float) -> dict[str, Any]:
         return {"sigmas": levels} if strength > 0 else {}
     if "strength" not in inspect.signature(scheduler.set_timesteps).parameters:
         return {}
+    check_levels(config_of(scheduler), steps)
     most = scheduler.config.original_inference_steps
-    if steps > most:
-        raise FieldValueError(
-            "{field} is {steps}, but the {scheduler} of this model has {most} noise levels "
-            "(original_inference_steps); expected at most that many steps.",
-            field=Field("num_inference_steps"),
-            steps=steps,
-            scheduler=type(scheduler).__name__,
-            most=most,
-        )
     if 0 < (left := int(most * strength)) < steps:
         logger.warning(
             "Only %d of the %d steps are taken: the model has %d noise levels, of which the "

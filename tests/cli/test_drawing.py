@@ -464,6 +464,21 @@ MISTAKES = [
     ("generate", ["a", "--lora", "x/y", "--lora-scale", "nan"], "--lora-scale is nan; expected a"),
     ("generate", ["a", "--sampler", "heun", "--steps", "4"], "the sampler 'heun' needs at least 5"),
     ("generate", ["a", "--lora", "gone.safetensors"], "--lora"),
+    (
+        "generate",
+        ["a", "--model", "box-few-steps", "--steps", "9"],
+        "steps is 9, but the LCMSchedule",
+    ),
+    (
+        "generate",
+        ["a", "--model", "box", "--sampler", "lcm", "--steps", "51"],
+        "has 50 noise levels",
+    ),
+    (
+        "edit",
+        ["photo.png", "a", "--model", "box-few-steps", "--steps", "9", "--strength", "1"],
+        "the LCMScheduler of this model has 8 noise levels",
+    ),
     ("generate", ["a", "--model", "broken.safetensors"], "broken.safetensors"),
     ("edit", ["gone.png", "a"], "gone.png: there is no such image file"),
     ("edit", ["empty.txt", "a"], "empty.txt is not an image"),

@@ -153,6 +153,13 @@ def test_pictures_that_a_scorer_would_score_too_are_refused(
     assert run(model, prompts, *options) == 0
 
 
+def test_more_steps_than_noise_levels_are_refused_before_anything_is_written(here, prompts, capsys):
+    before = sorted(here.rglob("*"))
+    assert run("box-few-steps", prompts, "--steps", "20", "-o", "out") == 2
+    assert "--num-inference-steps is 20, but the LCMScheduler" in capsys.readouterr().err
+    assert sorted(here.rglob("*")) == before
+
+
 @pytest.mark.parametrize("name", ["data.json", "pictures/a.png", "pictures/cats/a.png"])
 def test_a_folder_of_something_else_stays_as_it_is(name, here, model, prompts, capsys):
     Path("out", name).parent.mkdir(parents=True)
