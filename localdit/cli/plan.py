@@ -21,7 +21,8 @@ from ..config import (
 )
 from ..core.samplers import SamplingSettings, check_levels, check_sampler, read_settings
 from ..core.vocabulary import read_whole_words
-from ..files import decode_text, user_path
+from ..errors import FieldValueError, Setting
+from ..files import decode_text, read_json, user_path
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
 from .arguments import CONFIG_SETTINGS, named_model, usage_errors
@@ -257,10 +258,19 @@ def _check_files(config: Config) -> None:
     from ..utils import find_checkpoint
 
     checkpoint = find_checkpoint(config.ckpt_path)
-    for part in PARTS.values():
+    whole = (checkpoint / INDEX).is_file()
+    named = read_json(checkpoint / INDEX) if whole else {}
+    for name, part in PARTS.items():
         source = part_source(config, part.field, checkpoint)
         if source != checkpoint and not is_hub_name(source):
             locate(part, source)
+        elif source == checkpoint and named.get(name) == [None, None]:
+            raise FieldValueError(
+                "{checkpoint} was saved without its {name}, which is needed: {advice}",
+                checkpoint=checkpoint,
+                name=name.replace("_", " "),
+                advice=Setting(part.field, "FOLDER", f"set Config({part.field}='FOLDER')"),
+            )
     source = part_source(config, "scheduler", checkpoint)
     if is_hub_name(source):
         return

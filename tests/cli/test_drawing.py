@@ -548,6 +548,19 @@ def test_the_error_about_a_missing_part_names_the_option(here, model, capsys, so
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_folder_that_was_saved_without_a_part_needs_another_one(here, model, capsys, part):
+    pipe = LocalDiTPipeline.from_pretrained(model)
+    setattr(pipe, part, None)
+    pipe.save_pretrained("lacking")
+    option = f"--{part.replace('_', '-')}"
+    assert draw("generate", "lacking", "a cat", "-o", "a.png") == 2
+    said = capsys.readouterr().err
+    assert f"was saved without its {part.replace('_', ' ')}" in said
+    assert f"give {option} FOLDER" in said and names(here) == ["lacking"]
+    assert draw("generate", "lacking", "a cat", f"{option}={model}", "-o", "a.png") == 0
+
+
 def test_valid_sizes_depend_on_the_model(here, model, capsys):
     """A model of 4 latents per token takes other sizes than one of 2; found before loading."""
     shutil.copytree(model, "four")
