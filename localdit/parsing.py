@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Literal, NoReturn, TextIO
 
 from .errors import PYTHON, Vocabulary, wording
-from .files import is_unicode, require_folder_name, user_path
+from .files import is_unicode, require_folder_name
 
 # Characters that could forge lines of output, control a terminal, or reverse the text direction.
 CONTROLS = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -83,12 +83,29 @@ def text_argument(word: str) -> str:
         raise argparse.ArgumentTypeError(f"{word!a} is not UTF-8 text") from None
 
 
+def path_argument(word: str) -> Path:
+    """Return an argument that is a path, also where the shell leaves its `~`."""
+    return Path(name_argument(word))
+
+
+def name_argument(word: str) -> str:
+    """Return an argument that is a path or another name, such as one of the hub."""
+    if not word:  # of a variable that is not set; as a path, it would be the current folder
+        raise argparse.ArgumentTypeError("it is empty; expected a path")
+    return os.path.expanduser(word)
+
+
 def folder_argument(word: str) -> Path:
     """Return an argument that is a folder to write to."""
     try:
-        return require_folder_name(user_path(word))
+        return require_folder_name(path_argument(word))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def output_argument(word: str) -> Path:
+    """Return an argument that is a file to write, or a folder, as which it may end with a slash."""
+    return folder_argument(word) if word.endswith(("/", os.sep)) else path_argument(word)
 
 
 class Reporting:

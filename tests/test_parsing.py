@@ -13,7 +13,10 @@ from localdit.parsing import (
     Parser,
     UsageError,
     folder_argument,
+    name_argument,
     one_line,
+    output_argument,
+    path_argument,
     run,
     text_argument,
 )
@@ -34,6 +37,25 @@ def test_options_may_stand_anywhere(parser):
     args = parser.parse_args(["a.png", "--seed", "3", "a cat", "--guidance-scale=2", "a dog"])
     assert (args.picture, args.prompt, args.seed) == ("a.png", ["a cat", "a dog"], 3)
     assert parser.parse_args(["--seed", "3", "a.png"]).prompt == []
+
+
+def test_the_home_folder_is_meant_also_where_the_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert path_argument("~/a.png") == Path("/home/me/a.png")
+    assert name_argument("~/a") == "/home/me/a"
+    for name in ("google/flan-t5-xxl", "box", "-", "a~b", "~nobody_of_this_name/a"):
+        assert name_argument(name) == str(path_argument(name)) == name
+
+
+def test_a_slash_at_the_end_makes_an_output_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert output_argument("a.png") == Path("a.png")
+    assert output_argument("a/") == Path("a")
+    for name in ("a.png/", "w.safetensors/"):
+        with pytest.raises(argparse.ArgumentTypeError, match="named like a file, but would be a"):
+            output_argument(name)
+    Path("a.png").mkdir()
+    assert output_argument("a.png/") == Path("a.png")
 
 
 def test_no_folder_is_named_like_a_file(tmp_path, monkeypatch):

@@ -6,15 +6,13 @@ Nothing heavy is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..core.samplers import SAMPLERS
 from ..errors import Vocabulary, wording
-from ..files import user_path
-from ..parsing import UsageError, text_argument
+from ..parsing import UsageError, name_argument, output_argument, path_argument, text_argument
 from ..version import __version__
 
 BOX_NAME = "box"
@@ -68,7 +66,7 @@ def _add_prompt_file(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
-        type=user_path,
+        type=path_argument,
         help="a text file (UTF-8) with one prompt per line; - reads standard input",
     )
 
@@ -89,7 +87,7 @@ def add_drawing(parser: argparse.ArgumentParser, size: str) -> None:
     """Add the options of drawing, output and model; `size` is the default size, in words."""
     add_sampling(parser, size)
     add = parser.add_argument_group("pictures").add_argument
-    add("-o", "--output", metavar="PATH", type=user_path, default=Path("output"),
+    add("-o", "--output", metavar="PATH", type=output_argument, default=Path("output"),
         help="FILE.png, or a folder in which pictures are numbered; several pictures become "
         "FILE_000.png, FILE_001.png and so on (default: output)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace FILE.png if it exists; not for folders")
@@ -127,17 +125,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the model, its parts, and where they run."""
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--model", metavar="PATH", type=os.path.expanduser,
+    add("--model", metavar="PATH", type=name_argument,
         help="a checkpoint file, a Diffusers folder, 'box' for the small model that comes with "
         "LocalDiT, or 'box-few-steps' for its student, which takes 4 unguided steps (default: "
         "output/LocalDiT-1024.pt if it exists, else box, or box-few-steps for the "
         "demo)")  # fmt: skip
-    add("--lora", metavar="PATH", type=os.path.expanduser, action="append", default=[],
+    add("--lora", metavar="PATH", type=name_argument, action="append", default=[],
         help="a LoRA for the model: a file, a folder or a hub name; may be repeated")  # fmt: skip
     add("--lora-scale", metavar="W", type=float, action="append", default=[],
         help="weight of a LoRA; give one per LoRA, in the same order (default: 1)")  # fmt: skip
     for part in ("text encoder", "VAE", "scheduler"):
-        add(f"--{part.lower().replace(' ', '-')}", metavar="FOLDER", type=os.path.expanduser,
+        add(f"--{part.lower().replace(' ', '-')}", metavar="FOLDER", type=name_argument,
             help=f"folder or hub name of the {part}, instead of the model's own")  # fmt: skip
     add("--text-encoder-quantization", choices=["8bit", "4bit"],
         help="quantize the text encoder; needs bitsandbytes")  # fmt: skip

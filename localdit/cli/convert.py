@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import user_path
-from ..parsing import Parser
+from ..parsing import Parser, output_argument, path_argument
 from . import arguments
 from .arguments import usage_errors
 
@@ -27,10 +26,10 @@ def build_parser() -> Parser:
         epilog="example: localdit convert output/LocalDiT-1024.pt output/LocalDiT-1024",
     )
     add = parser.add_argument
-    add("input", metavar="INPUT", type=user_path,
+    add("input", metavar="INPUT", type=path_argument,
         help="a checkpoint file (.safetensors, .pt), a Diffusers folder, or 'box', the model that "
         "comes with LocalDiT")  # fmt: skip
-    add("output", metavar="OUTPUT", type=user_path, nargs="?",
+    add("output", metavar="OUTPUT", type=output_argument, nargs="?",
         help="the folder or .safetensors file to write")  # fmt: skip
     add("--global-context", choices=["fold", "draw"], default="fold",
         help="for files like the released one, which lack the global context: 'fold' replaces it "

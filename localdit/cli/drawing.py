@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, inference_settings
-from ..files import user_path
-from ..parsing import Parser, one_line, run, say
+from ..parsing import Parser, one_line, path_argument, run, say
 from ..version import __version__
 from . import arguments
 from .arguments import COMMAND_LINE
@@ -43,7 +42,7 @@ def edit_parser() -> Parser:
     parser = _parser("edit", "PICTURE PROMPT ...",
         f"Change a picture to follow a prompt. {CARRIES}",
         'circle.png "a large green circle at the top left on yellow" --strength 0.7')  # fmt: skip
-    parser.add_argument("image", metavar="PICTURE", type=user_path,
+    parser.add_argument("image", metavar="PICTURE", type=path_argument,
         help="the picture to start from")  # fmt: skip
     arguments.add_prompts(parser)
     arguments.add_strength(parser)
@@ -58,8 +57,8 @@ def inpaint_parser() -> Parser:
         "keeps its size, and its pixels where the mask is black.",
         'street.png mask.png "a street with a red car"')  # fmt: skip
     add = parser.add_argument
-    add("image", metavar="PICTURE", type=user_path, help="the picture to repaint")
-    add("mask", metavar="MASK", type=user_path,
+    add("image", metavar="PICTURE", type=path_argument, help="the picture to repaint")
+    add("mask", metavar="MASK", type=path_argument,
         help="a picture of the same size: white is repainted, black is kept")  # fmt: skip
     arguments.add_prompts(parser)
     arguments.add_strength(parser, default=1.0)
@@ -102,7 +101,7 @@ def script_parser(task: Task) -> Parser:
     )
     arguments.add_prompt_options(parser)
     if task == "i2i":
-        parser.add_argument("--image", type=user_path,
+        parser.add_argument("--image", type=path_argument,
             help="the picture to start from (default: the first one of infer_t2i.py)")  # fmt: skip
         arguments.add_strength(parser)
     arguments.add_drawing(parser, size="that of config.py, or the model's own size")

@@ -26,8 +26,8 @@ from ..evaluation import (
     require_enough,
     scene_scores,
 )
-from ..files import user_path, write_whole
-from ..parsing import Parser, folder_argument, one_line, say
+from ..files import write_whole
+from ..parsing import Parser, folder_argument, one_line, path_argument, say
 from . import arguments
 from .arguments import usage_errors
 from .drawing import load, picture_settings
@@ -69,7 +69,7 @@ def build_parser() -> Parser:
         epilog="example: localdit evaluate evaluation_metadata.jsonl --model box -o output/geneval",
     )
     add = parser.add_argument
-    add("prompts", metavar="PROMPTS", type=user_path,
+    add("prompts", metavar="PROMPTS", type=path_argument,
         help="GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a file with "
         'a line such as {"prompt": "a red circle"} for each prompt')  # fmt: skip
     add("--max-prompts", metavar="N", type=int, help="use only the first N prompts")
@@ -77,12 +77,12 @@ def build_parser() -> Parser:
         help="folder for the pictures and scores (default: output/evaluation)")  # fmt: skip
     arguments.add_sampling(parser, size="the model's own size", num_images=4)
     add = parser.add_argument_group("scores").add_argument
-    add("--clip", metavar="FOLDER", type=user_path,
+    add("--clip", metavar="FOLDER", type=path_argument,
         help="folder of a CLIP model of Transformers, for the CLIP score")  # fmt: skip
-    add("--reference", metavar="FOLDER", type=user_path,
+    add("--reference", metavar="FOLDER", type=path_argument,
         help="folder of real pictures, for the Fréchet and kernel distances, precision and "
         "recall")  # fmt: skip
-    add("--feature-extractor", metavar="FOLDER", type=user_path,
+    add("--feature-extractor", metavar="FOLDER", type=path_argument,
         help="folder of a vision model of Transformers, such as DINOv2, for "
         "--reference")  # fmt: skip
     arguments.add_model(parser)

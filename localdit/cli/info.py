@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from ..config import INDEX, Config
 from ..core.samplers import read_settings, suitable_samplers
 from ..core.vocabulary import read_whole_words
 from ..files import LORA_WEIGHTS, read_json
-from ..parsing import Parser, UsageError, one_line
+from ..parsing import Parser, UsageError, name_argument, one_line
 from ..sizes import folder_with_part, pixels_per_latent
 from . import arguments
 from .arguments import usage_errors
@@ -45,7 +44,7 @@ def build_parser() -> Parser:
         "implementation of window attention and why it is chosen. For a PNG, show the settings "
         "that generated it. With --verify, only check a folder that training wrote.",
     )
-    parser.add_argument("path", metavar="PATH", type=os.path.expanduser, nargs="?",
+    parser.add_argument("path", metavar="PATH", type=name_argument, nargs="?",
         help="a checkpoint file, a Diffusers folder, a PNG, or 'box', the model that comes with "
         "LocalDiT")  # fmt: skip
     parser.add_argument("--verify", action="store_true",

@@ -206,7 +206,6 @@ def choose_model(
         settings = own | settings
     preset = SCENES if read_whole_words(checkpoint) else PHOTOGRAPHS
     config = with_settings(config, _untouched(config, checkpoint) | settings)
-    of_image = given.get("image") is not None
     _check_files(config)
     return Choice(config, preset, _loras(args), args.device, args.dtype, named)
 

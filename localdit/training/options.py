@@ -17,8 +17,7 @@ from typing import Any
 from localdit.config import INDEX, Config
 from localdit.core.samplers import read_settings
 from localdit.errors import FieldError
-from localdit.files import user_path
-from localdit.parsing import Parser, folder_argument, text_argument
+from localdit.parsing import Parser, folder_argument, name_argument, path_argument, text_argument
 from localdit.sizes import pipeline_around
 from localdit.training.stages import STAGE_OPTIONS, Stage, read_stages
 
@@ -187,7 +186,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def add_data_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     """Add the options about the data and its sizes, which training and encoding share."""
     add, pictures = group.add_argument, PICTURE_OPTIONS
-    add("--data-root", type=os.path.expanduser, required=True,
+    add("--data-root", type=name_argument, required=True,
         help="folder of captioned pictures, WebDataset tars ('shards/{000..123}.tar'), a saved "
         "Hugging Face dataset, or encoded data")  # fmt: skip
     add("--data-format", choices=FORMATS, default="auto",
@@ -226,7 +225,7 @@ def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None
         "needs")  # fmt: skip
     add("--horizontal-flip", type=float, default=PICTURE_OPTIONS["horizontal_flip"],
         help="share of pictures mirrored left to right")  # fmt: skip
-    add("--stages", type=user_path,
+    add("--stages", type=path_argument,
         help="JSON file with a list of stages, each an object that changes some of these options: "
         f"{', '.join(name.replace('_', '-') for name in STAGE_OPTIONS)}")  # fmt: skip
     add("--dry-run", action="store_true",
@@ -235,10 +234,10 @@ def _add_visit_options(group: argparse._ArgumentGroup, defaults: Config) -> None
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--transformer", type=user_path,
+    add("--transformer", type=path_argument,
         help="Diffusers folder or checkpoint file of a LocalDiT or a PixArt to start from, or the "
         "folder of its pipeline; without it, a new transformer is trained")  # fmt: skip
-    add("--transformer-config", type=os.path.expanduser, default=LATE_OPTIONS["transformer_config"],
+    add("--transformer-config", type=name_argument, default=LATE_OPTIONS["transformer_config"],
         help="shape of a transformer that is new or starts from a PixArt: released; released-f32 "
         "or released-f16, for VAEs with 32 or 16 pixels per latent; tiny; or a JSON "
         "file")  # fmt: skip
@@ -250,7 +249,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="training method. fine-tuning: learn from the data alone, also for a new transformer; "
         "knowledge-distillation: learn from the predictions of --teacher; distil: learn to sample "
         "in a few steps what --teacher samples in many")  # fmt: skip
-    add("--teacher", type=user_path,
+    add("--teacher", type=path_argument,
         help="Diffusers folder or checkpoint file of the frozen LocalDiT that --method "
         "knowledge-distillation or distil learns from, or the folder of its pipeline")  # fmt: skip
     add("--distillation", choices=DISTILLATIONS,
@@ -280,16 +279,16 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 def add_encoder_options(group: argparse._ArgumentGroup, defaults: Config) -> None:
     """Add the options about VAE and text encoder, which training and encoding share."""
     add = group.add_argument
-    add("--pretrained", type=user_path,
+    add("--pretrained", type=path_argument,
         help="pipeline folder with the tokenizer, the text encoder and the VAE; --tokenizer, "
         "--text-encoder and --vae replace them one by one")  # fmt: skip
-    add("--vae", type=os.path.expanduser,
+    add("--vae", type=name_argument,
         help=f"folder or hub name of the VAE; by default, that of --pretrained, or else "
         f"{defaults.vae}")  # fmt: skip
-    add("--text-encoder", type=os.path.expanduser,
+    add("--text-encoder", type=name_argument,
         help=f"folder or hub name of the text encoder; by default, that of --pretrained, or else "
         f"{defaults.text_encoder}")  # fmt: skip
-    add("--tokenizer", type=os.path.expanduser,
+    add("--tokenizer", type=name_argument,
         help="folder or hub name of the tokenizer; by default, the text encoder's")  # fmt: skip
 
 
@@ -330,7 +329,7 @@ def _add_learning_options(group: argparse._ArgumentGroup) -> None:
         help="weight of a term that pulls the features of a block, through a small trained "
         "network, towards those that --repa-encoder computes from the picture, 0.5 in the paper; 0 "
         "turns it off")  # fmt: skip
-    add("--repa-encoder", type=user_path, metavar="FOLDER",
+    add("--repa-encoder", type=path_argument, metavar="FOLDER",
         help="folder of the frozen image encoder for --repa-weight, a vision transformer of the "
         "Transformers library such as DINOv2")  # fmt: skip
     add("--repa-block", type=int,
@@ -376,7 +375,7 @@ def _add_output_options(group: argparse._ArgumentGroup, defaults: Config) -> Non
     add = group.add_argument
     add("--output", type=folder_argument, default=Path("runs/train"),
         help="folder that the run writes to")  # fmt: skip
-    add("--resume", metavar="CHECKPOINT", type=os.path.expanduser,
+    add("--resume", metavar="CHECKPOINT", type=name_argument,
         help="folder of the checkpoint to resume from, or auto for the newest undamaged one in "
         "--output, if any")  # fmt: skip
     add("--save-interval", type=int, default=defaults.save_checkpoint_interval,
@@ -413,7 +412,7 @@ def _stages(args: argparse.Namespace) -> list[Stage]:
                     f"{default!r}"
                 )
         options = vars(args) | change
-        options["data_root"] = os.path.expanduser(options["data_root"])
+        options["data_root"] = name_argument(options["data_root"])
         try:
             _check(argparse.Namespace(**options))
             if args.contrastive_weight and options["batch_size"] < 2:

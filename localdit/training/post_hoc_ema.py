@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from localdit.files import read_json, user_path, whole_folder, write_json
-from localdit.parsing import Parser, folder_argument, say
+from localdit.files import read_json, whole_folder, write_json
+from localdit.parsing import Parser, folder_argument, path_argument, say
 from localdit.training.checkpointing import DamagedCheckpoint, files_in, numbered, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=user_path, help="folder of a run with --post-hoc-ema")
+    add("run", type=path_argument, help="folder of a run with --post-hoc-ema")
     add("--sigma-rel", type=float, required=True,
         help=f"length of the average as a share of the run, above 0 and at most {LARGEST}: the "
         "standard deviation of its profile")  # fmt: skip

@@ -1,8 +1,8 @@
 """The program `localdit`: its help, its version, and unknown commands."""
 
+import argparse
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,8 +13,7 @@ import pytest
 import localdit
 from localdit.cli import ALSO_CALLED, COMMANDS, main
 from localdit.cli.drawing import script_parser
-from localdit.files import user_path
-from localdit.parsing import folder_argument
+from localdit.parsing import folder_argument, name_argument, output_argument, path_argument
 from localdit.training.encode.__main__ import make_parser as encode_parser
 from localdit.training.options import make_parser as train_parser
 
@@ -67,7 +66,10 @@ def parsers():
     yield from (script_parser("t2i"), script_parser("i2i"), train_parser(), encode_parser())
 
 
-def test_every_path_may_start_with_the_home_folder():
+PATHS = (path_argument, name_argument, folder_argument, output_argument)
+
+
+def test_every_path_may_start_with_the_home_folder_and_none_is_empty():
     paths = {
         "PATH", "FILE", "FOLDER", "PICTURE", "MASK", "INPUT", "OUTPUT", "PROMPTS", "CHECKPOINT",
         "--data-root", "--transformer", "--transformer-config", "--teacher", "--pretrained",
@@ -77,8 +79,12 @@ def test_every_path_may_start_with_the_home_folder():
     for parser in parsers():
         for action in parser._actions:
             if paths & {action.metavar, *action.option_strings}:
-                known = (user_path, os.path.expanduser, folder_argument)
-                assert action.type in known, (parser.prog, action.dest)
+                assert action.type in PATHS, (
+                    parser.prog,
+                    action.dest,
+                )
+                with pytest.raises(argparse.ArgumentTypeError, match="it is empty"):
+                    action.type("")
                 found += 1
             assert action.type is not Path
     assert found > 60
