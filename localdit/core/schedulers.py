@@ -46,6 +46,19 @@ def default_settings() -> Iterator[None]:
                 torch.set_default_dtype(_outer_dtype)
 
 
+def check_step(scheduler: Any) -> None:
+    """Refuse a scheduler whose step needs other values than prediction, timestep and latents."""
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    named = [one for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    needed = [one.name for one in named if one.default is one.empty]
+    if len(needed) != 3:
+        raise ValueError(
+            f"{type(scheduler).__name__} is not for this model: its step needs {needed}, not a "
+            "prediction, a timestep and latents. Use another scheduler, such as "
+            "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)."
+        )
+
+
 def check_prediction(scheduler: Any) -> None:
     """Refuse a scheduler that can't take the model's prediction for what it is, or warn of it.
 

@@ -26,6 +26,7 @@ from ..core.samplers import SamplingSettings
 from ..core.schedulers import (
     check_prediction,
     check_schedule,
+    check_step,
     default_settings,
     scale_input,
     set_timesteps,
@@ -287,6 +288,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         caption_channels = self.transformer.config.caption_channels
         if self.text_encoder is not None and caption_channels is not None:
             check_channels("text encoder", "states", self.text_space.width, caption_channels)
+        check_step(self.scheduler)
         check_prediction(self.scheduler)
         request.check_values(self.pixels_per_token, self._callback_tensor_inputs)
         if request.output_type != "latent":

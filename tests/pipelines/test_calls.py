@@ -274,6 +274,16 @@ def test_schedulers_without_prediction_type_are_refused_or_warned_of(pipe, calls
     assert f"{name} has no prediction_type" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["CogVideoXDPMScheduler", "RePaintScheduler", "HeliosScheduler"])
+def test_schedulers_with_another_kind_of_step_are_refused(pipe, calls, name):
+    if not hasattr(diffusers, name):
+        pytest.skip("this Diffusers lacks it")
+    other = LocalDiTPipeline(**{**pipe.components, "scheduler": getattr(diffusers, name)()})
+    with pytest.raises(ValueError, match=f"{name} is not for this model: its step needs"):
+        draw(other)
+    assert not calls
+
+
 def test_schedulers_that_count_timesteps_on_another_scale_are_warned_of(pipe, caplog):
     other = LocalDiTPipeline(**{**pipe.components, "scheduler": diffusers.EDMEulerScheduler()})
     draw(other)
