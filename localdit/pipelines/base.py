@@ -75,7 +75,8 @@ class LocalDiTBasePipeline(SavedPipeline):
             hidden states are the caption. May be None if embeddings are passed.
         vae: autoencoder between pictures and latents.
         transformer: the denoiser.
-        scheduler: any Diffusers scheduler; the released model samples with DPM-Solver++ 2M.
+        scheduler: a Diffusers scheduler whose step takes a prediction, a timestep and latents; the
+            released model samples with DPM-Solver++ 2M.
         num_inference_steps, guidance_scale: the settings that suit the model, for calls that give
             none. They are saved with the pipeline; `pipe.register_to_config(guidance_scale=2.0)`
             changes one.

@@ -60,8 +60,15 @@ class FromImagesPipeline(LocalDiTBasePipeline):
                 request.strength,
                 request.num_inference_steps,
             )
+        skipped = len(self.scheduler.timesteps) - len(schedule)
+        few = request.num_inference_steps < 12  # from then on, less than one of 256 shades
+        if type(self.scheduler).__name__ == "PNDMScheduler" and skipped and few:
+            logger.warning(
+                "PNDMScheduler ends a step before the noise is gone if it starts from a picture: "
+                "take more steps, or use another scheduler, such as DDIMScheduler."
+            )
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(len(self.scheduler.timesteps) - len(schedule))
+            self.scheduler.set_begin_index(skipped)
         return schedule
 
     def encode_images(self, images: torch.Tensor, request: Request) -> torch.Tensor:

@@ -8,6 +8,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
 )
 from PIL import Image
 
@@ -218,3 +219,14 @@ def test_the_noise_is_that_of_the_first_timestep_to_come(img2img, scheduler, see
     expected = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     torch.testing.assert_close(noised, expected, atol=2e-3, rtol=0)
     assert torch.equal(pipe.add_noise(latents, noise, schedule[10:]), latents)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "warned"), [(4, 0.8, True), (4, 1.0, False), (12, 0.8, False)]
+)
+def test_pndm_with_few_steps_from_a_picture_gives_a_warning(
+    img2img, caplog, steps, strength, warned
+):
+    pndm = LocalDiTImg2ImgPipeline.from_pipe(img2img, scheduler=PNDMScheduler(skip_prk_steps=True))
+    pndm("a cat", torch.zeros(3, 32, 32), strength, num_inference_steps=steps)
+    assert ("PNDMScheduler ends a step before" in caplog.text) == warned
