@@ -77,7 +77,7 @@ def load_mask(
         ValueError: if it is not an image, has transparency, has another size than the picture, or
             has no white.
     """
-    name = name or ("the mask" if isinstance(source, Image.Image) else source)
+    name = name or (source if isinstance(source, (str, Path)) else "the mask")
     layer = load_layer(source, name)
     if layer.mode == "RGBA" and any(layer.getchannel("A").histogram()[:255]):
         raise ValueError(f"{name} has transparency; expected white to repaint, black to keep")
@@ -101,6 +101,11 @@ def load_layer(source: str | Path | BinaryIO | Image.Image, name: object = None)
         source = user_path(source)
         if not source.is_file():
             raise FileNotFoundError(f"{name}: there is no such image file")
+    elif not hasattr(source, "read"):
+        raise TypeError(
+            f"{name or 'the image'} is a {type(source).__name__}; expected a path, an open file or "
+            "a PIL image, such as Image.fromarray(array)"
+        )
     name = name or "the image"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

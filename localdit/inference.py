@@ -112,7 +112,7 @@ def inference_batches(
     The arguments are those of `inference`, and are checked in this call. `callback_on_step_end` is
     that of the pipelines.
     """
-    from .pipelines.request import check_generator, check_integer
+    from .pipelines.request import check_generator, check_integer, check_shape
 
     pipe.require_parts("inference", "transformer", "scheduler", "vae")
     for side in ("height", "width"):
@@ -154,6 +154,8 @@ def inference_batches(
             each["mask_image"] = [fit_mask(one, *size) for one in each["mask_image"]]
     if latents is not None:
         each["latents"] = _one_each("latents", list(latents), count)
+        for one in each["latents"]:
+            check_shape("latents", one, (None, None, None))
     if seed is not None:
         if generator is not None:
             raise ValueError("seed and generator are both given; expected one of them")
