@@ -223,7 +223,8 @@ def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> N
                 seed=plan.seed + index * number + start,
             )
             for place, (path, picture) in enumerate(zip(batch, pictures, strict=True), start):
-                save_image(picture, path, settings(index, place))
+                if path in missing:
+                    save_image(picture, path, settings(index, place))
         if sheet is not None and (missing or not sheet.exists()):
             save_image(image_grid([load_image(path) for path in paths]), sheet)
         if missing:

@@ -153,6 +153,17 @@ def test_pictures_that_a_scorer_would_score_too_are_refused(
     assert run(model, prompts, *options) == 0
 
 
+def test_existing_pictures_are_not_replaced_by_another_batch_size(here, model, prompts):
+    options = ["--num-images", "3", "-o", "out", "--max-prompts", "1"]
+    assert run(model, prompts, *options) == 0
+    folder = Path("out/pictures/00000/samples")
+    (folder / "0001.png").unlink()
+    kept = {name: (folder / name).stat().st_ino for name in ("0000.png", "0002.png")}
+    assert run(model, prompts, *options, "--batch-size", "3") == 0
+    assert (folder / "0001.png").exists()
+    assert {name: (folder / name).stat().st_ino for name in kept} == kept
+
+
 def test_more_steps_than_noise_levels_are_refused_before_anything_is_written(here, prompts, capsys):
     before = sorted(here.rglob("*"))
     assert run("box-few-steps", prompts, "--steps", "20", "-o", "out") == 2
