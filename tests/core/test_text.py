@@ -136,7 +136,7 @@ def test_without_guidance_nothing_negative_is_encoded(pipe):
 def test_prompts_and_negative_prompts_must_match_in_number(pipe):
     with pytest.raises(ValueError, match="4 prompts but 2 negative prompts"):
         pipe.encode_prompt(["a", "b", "c", "d"], negative_prompt=["x", "y"])
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(ValueError, match="exactly one of them is needed"):
         pipe.encode_prompt(None)
 
 
