@@ -26,9 +26,9 @@ OWN_NAMES = {standard: own for own, standard in STANDARD_NAMES.items()}
 
 
 class Default(str):
-    """A repository on the hub that a `Config` names unless it is told otherwise.
+    """The name of a repository on the hub that is the default of a field of `Config`.
 
-    An equal string that a user gives is no `Default`.
+    An equal string that a user gives is not a `Default`.
     """
 
 

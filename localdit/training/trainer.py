@@ -28,7 +28,7 @@ class Outcome:
 
     @property
     def usable(self) -> bool:
-        """Whether the gradient may be used: it is finite, and some sample was sound."""
+        """Whether the gradient is finite and comes from at least one sound sample."""
         return self.finite and self.count > 0
 
 
@@ -44,7 +44,7 @@ def train(session: Session) -> None:
             with state.metrics.watch("compute"):
                 taken = update(session, outcome.usable)
 
-            sound = taken if outcome.count else sound  # a step without samples tells nothing
+            sound = taken if outcome.count else sound  # unchanged by a step without samples
             state.progress.advance(step, outcome.broken, skipped=not outcome.finite)
             log_step(session, rate, batches, outcome)
             if state.progress.step % args.validation_interval == 0:

@@ -18,9 +18,9 @@ def test_two_records_of_one_version_are_the_same(tmp_path, monkeypatch, capsys):
     assert {"picture", "losses, encoded", "training, lora", "final, folder"} <= set(kinds)
 
 
-def test_differences_are_told(tmp_path, capsys):
+def test_differences_are_reported(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", **{"losses, lora": np.array([1.0, 2.0])})
     np.savez(tmp_path / "b.npz", **{"losses, lora": np.array([1.0, 2.5])})
     assert same_bits.compare(tmp_path / "a.npz", tmp_path / "b.npz") == 1
-    told = "losses, lora: 0 of 1 the same to the bit, largest difference 0.5"
-    assert told in capsys.readouterr().out
+    line = "losses, lora: 0 of 1 the same to the bit, largest difference 0.5"
+    assert line in capsys.readouterr().out
