@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from localdit.training import options
+from localdit.training import parser as training
 from localdit.training.encode.__main__ import make_parser as make_encode_parser
 
 PAGE = Path(__file__).with_name("training-options.md")
@@ -21,7 +21,7 @@ explains it.
 def page() -> str:
     """Return the text of the page."""
     commands = [
-        ("`train.py`", options.make_parser()),
+        ("`train.py`", training.make_parser()),
         ("`python -m localdit.training.encode`", make_encode_parser()),
     ]
     sections = [INTRODUCTION]

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..parsing import Parser
-from ..training.options import make_parser, parse_args
+from ..training.options import parse_args
+from ..training.parser import make_parser
 
 PROGRAM = "localdit train"
 MODULE = "localdit.training"

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 
 from localdit.parsing import say
-from localdit.training.options import make_parser, parse_args
+from localdit.training.options import parse_args
+from localdit.training.parser import make_parser
 from localdit.training.shutdown import StopRequest, TrainingStopped, run_and_exit
 
 

@@ -31,7 +31,8 @@ from localdit.models.configuration import public_arguments, require_sound_argume
 from localdit.models.conversion import transformer_folder
 from localdit.parsing import say
 from localdit.sizes import pipeline_around
-from localdit.training.options import LATE_OPTIONS, PREDICTION_TYPES, check_objective
+from localdit.training.options import check_objective
+from localdit.training.parser import LATE_OPTIONS, PREDICTION_TYPES
 from localdit.training.state import TRANSFORMER, saved_options
 from localdit.training.transfer import (
     initialize_latent_layers,

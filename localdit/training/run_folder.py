@@ -38,7 +38,8 @@ from localdit.training.checkpointing import (
     verified_folder,
     verify_checkpoint,
 )
-from localdit.training.options import DISTIL, METHOD_OPTIONS, guidance_beside
+from localdit.training.options import guidance_beside
+from localdit.training.parser import DISTIL, METHOD_OPTIONS
 from localdit.training.post_hoc_ema import SNAPSHOT, write_snapshot
 from localdit.training.stages import STAGE_OPTIONS
 

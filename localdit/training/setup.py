@@ -34,7 +34,8 @@ from localdit.training.methods import InputMaker, Method, Sampling, method_class
 from localdit.training.methods.repa import FEATURES, image_encoder_config, load_latent_features
 from localdit.training.metrics import Metrics, peak_flops
 from localdit.training.optimizer import make_optimizer
-from localdit.training.options import PICTURE_OPTIONS, check_image_size, given
+from localdit.training.options import check_image_size, given
+from localdit.training.parser import PICTURE_OPTIONS
 from localdit.training.post_hoc_ema import SIGMA_RELS
 from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
 from localdit.training.sharding import trained_parameters

@@ -15,7 +15,7 @@ from localdit.cli import ALSO_CALLED, COMMANDS, main
 from localdit.cli.drawing import script_parser
 from localdit.parsing import folder_argument, name_argument, output_argument, path_argument
 from localdit.training.encode.__main__ import make_parser as encode_parser
-from localdit.training.options import make_parser as train_parser
+from localdit.training.parser import make_parser as train_parser
 
 HEAVY = ["torch", "diffusers", "transformers", "accelerate", "gradio", "numpy", "PIL"]
 

@@ -11,6 +11,7 @@ import pytest
 from localdit.config import Config
 from localdit.training import options as options_module
 from localdit.training.options import parse_args
+from localdit.training.parser import LATE_OPTIONS
 from localdit.training.stages import read_stages, stage_of_step
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +95,7 @@ def test_infinity_means_no_limit(name):
 
 def test_options_about_data_and_weights_have_their_defaults_late():
     args = parse_args(["--data-root", "x", "--max-crop", "1"])
-    assert options_module.given(args, options_module.LATE_OPTIONS) == {"max_crop": 1.0}
+    assert options_module.given(args, LATE_OPTIONS) == {"max_crop": 1.0}
     options_module.set_defaults(args)
     assert (args.crop, args.max_crop, args.horizontal_flip) == ("buckets", 1.0, 0.0)
     assert args.transformer_config == "released"

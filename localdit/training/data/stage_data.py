@@ -33,7 +33,8 @@ from localdit.training.data.order import (
     hold_out,
 )
 from localdit.training.data.samples import EXAMPLES, Sample
-from localdit.training.options import PICTURE_OPTIONS, flag
+from localdit.training.options import flag
+from localdit.training.parser import PICTURE_OPTIONS
 from localdit.training.stages import Stage
 
 FREQUENT = 5  # resolutions that are listed

@@ -18,12 +18,8 @@ from typing import TYPE_CHECKING
 
 from localdit.config import Config
 from localdit.parsing import Parser, folder_argument, say
-from localdit.training.options import (
-    HelpFormatter,
-    add_data_options,
-    add_encoder_options,
-    check_limits,
-)
+from localdit.training.options import check_limits
+from localdit.training.parser import HelpFormatter, add_data_options, add_encoder_options
 from localdit.training.shutdown import TrainingStopped, run_and_exit
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from localdit.models.flops import forward_flops
 from localdit.models.windows import Route
 from localdit.sizes import pipeline_around
 from localdit.training.data.batches import Batch
-from localdit.training.options import METHODS
+from localdit.training.parser import METHODS
 from localdit.training.state import TRANSFORMER
 
 if TYPE_CHECKING:
