@@ -96,15 +96,19 @@ class Session:
             if message:
                 self.reporter.say(message)
 
-    def begin_stage(self) -> Stage:
-        """Prepare for the stage of the next step, and return it."""
-        progress, stages = self.state.progress, self.args.stages
-        stage = stage_of_step(stages, progress.step)
-        if progress.step == stage.first_step:
-            progress.begin(self.data[stage.index].digest, stage.index)
+    def present_stage(self) -> Stage:
+        """Give the transformer the size of the stage of the next step, or of the last one."""
+        stage = stage_of_step(self.args.stages, self.state.progress.step)
         models = self.models
         models.method.set_sample_size(stage.image_size // models.latents.pixels_per_latent)
-        if len(stages) > 1:
+        return stage
+
+    def begin_stage(self) -> Stage:
+        """Prepare for the stage of the next step, and return it."""
+        stage, progress = self.present_stage(), self.state.progress
+        if progress.step == stage.first_step:
+            progress.begin(self.data[stage.index].digest, stage.index)
+        if len(self.args.stages) > 1:
             self.reporter.say(str(stage))
         return stage
 
@@ -292,9 +296,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         settle(checkpoint)
     set_seed(args.seed)  # the models start the same in every process
     models = agreement.on_all(lambda: load_models(args, data, accelerator, checkpoint))
-    method = models.method
-    method.set_sample_size(args.stages[0].image_size // models.latents.pixels_per_latent)
-    state = agreement.on_all(lambda: make_state(args, method, accelerator))
+    state = agreement.on_all(lambda: make_state(args, models.method, accelerator))
     if accelerator.num_processes > 1:
         keep_until_exit(state)
     set_seed(args.seed, device_specific=True)
@@ -311,6 +313,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     )
     if checkpoint is not None:
         agreement.on_all(partial(session.resume, checkpoint))
+    session.present_stage()
     agreement.on_main(lambda: run.begin(session.options, state.progress.step))
     encoders = models.make_inputs.encoders
     session.reporter.begin(data, state.progress.step, encoders and encoders.tokenizer)

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from localdit.training.checkpointing import newest_checkpoint, verify_checkpoint
+from localdit.training.checkpointing import files_in, newest_checkpoint, verify_checkpoint
 from localdit.training.reporting import Reporter
+from localdit.training.run_folder import RunFolder
 from tests.training.workplace import (
     ROOT,
     command,
@@ -85,7 +87,7 @@ def case(workplace, *names):
 
 
 def assert_same(run, expected, processes=1):
-    """Compare losses, sample ids, weights, averages, optimizer, generators and progress."""
+    """Compare losses, sample ids and all that the newest checkpoint and `final` hold."""
     timeless = ("step", "loss", "grad_norm", "learning_rate")
     for line, other in zip(lines(run), lines(expected), strict=True):
         assert [line.get(name) for name in timeless] == [other.get(name) for name in timeless]
@@ -94,10 +96,16 @@ def assert_same(run, expected, processes=1):
         assert lines(run, name) == lines(expected, name)
     (checkpoint, _), (other, _) = newest_checkpoint(run), newest_checkpoint(expected)
     assert checkpoint.name == other.name
-    tensors, others = weights(checkpoint), weights(other)
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, others[name]), name
+    for folder, same in ((checkpoint, other), (run / "final", expected / "final")):
+        tensors, others = weights(folder), weights(same)
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, others[name]), name
+        files = files_in(folder)
+        assert files == files_in(same)
+        for name in files:
+            if not name.endswith((".safetensors", "state.json")):
+                assert (folder / name).read_bytes() == (same / name).read_bytes(), name
     states = [
         json.loads((folder / "training/state.json").read_text()) for folder in (checkpoint, other)
     ]
@@ -142,6 +150,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(names, workplace, tmp_path,
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Reporter, "advance", interrupt)
             run("broken", "--resume", "auto")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "save_final", Mock(side_effect=KeyboardInterrupt))
+        run("broken", "--resume", "auto")
     run("broken", "--resume", "auto")
     assert_same(tmp_path / "broken", tmp_path / "whole")
 
