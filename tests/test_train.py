@@ -295,6 +295,11 @@ def test_stages_of_other_lengths_begin_an_epoch_of_their_own_order(train, tmp_pa
     assert "another stage" not in capsys.readouterr().out
     seen = [line["samples"][0] for line in lines(run, "samples-0.jsonl")]
     assert len(set(seen[:8])) == 8
+    # A stage that now begins where it was goes on in its epoch.
+    run = train("same", *lengths(3, 2))
+    train("same", *lengths(5, 9), "--resume", "auto")
+    seen = [line["samples"][0] for line in lines(run, "samples-0.jsonl")]
+    assert len(set(seen[3:11])) == 8
 
 
 def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(train, capsys):

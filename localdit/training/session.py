@@ -89,12 +89,6 @@ class Session:
             if name == "transformer" and self.args.lora_rank is None:
                 text += ", without effect: weights and settings are those of the checkpoint"
             self.reporter.say(text)
-        stage = stage_of_step(self.args.stages, progress.step)
-        if progress.step > stage.first_step:
-            global_batch = stage.global_batch(self.accelerator.num_processes)
-            message = progress.resume(self.data[stage.index].digest, stage.index, global_batch)
-            if message:
-                self.reporter.say(message)
 
     def present_stage(self) -> Stage:
         """Give the transformer the size of the stage of the next step, or of the last one."""
@@ -105,9 +99,11 @@ class Session:
 
     def begin_stage(self) -> Stage:
         """Prepare for the stage of the next step, and return it."""
-        stage, progress = self.present_stage(), self.state.progress
-        if progress.step == stage.first_step:
-            progress.begin(self.data[stage.index].digest, stage.index)
+        stage = self.present_stage()
+        data = self.data[stage.index].digest
+        global_batch = stage.global_batch(self.accelerator.num_processes)
+        if message := self.state.progress.enter(stage, data, global_batch):
+            self.reporter.say(message)
         if len(self.args.stages) > 1:
             self.reporter.say(str(stage))
         return stage

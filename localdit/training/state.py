@@ -31,6 +31,7 @@ from localdit.training.sharding import (
     whole,
     whole_of,
 )
+from localdit.training.stages import Stage
 
 Tensors = dict[str, torch.Tensor]
 # Name of the model that pipelines sample with. In a checkpoint its averages are the pipeline or the
@@ -194,25 +195,30 @@ class Progress:
         """Go to the beginning of an epoch of a stage's data."""
         self.position, self.broken, self.data, self.stage = Position(epoch), 0, data, stage
 
-    def resume(self, data: str, stage: int, global_batch: int) -> str | None:
-        """Find the position in the present data again.
+    def enter(self, stage: Stage, data: str, global_batch: int) -> str | None:
+        """Begin a stage, or find the position in its data again.
 
         Args:
+            stage: the stage of the next step.
             data: fingerprint of the present data. If it has changed, a new epoch begins.
-            stage: index of the present stage. Each stage has an order of its own, so a new epoch
-                also begins if the lengths of the stages have changed so that this is another one.
             global_batch: samples in an optimizer step now.
 
         Returns:
-            A message if data, stage or batch size have changed.
+            A message if data, stage or batch size have changed. Each stage has an order of its own,
+            so a new epoch also begins if the lengths of the stages have changed so that this is
+            another one.
         """
-        same_data, same_stage = self.data == data, self.stage in (None, stage)
-        self.stage = stage
-        if not (same_data and same_stage):
-            self.begin(data, stage, self.position.epoch + 1)
-            if same_stage:
-                return "The data has changed: a new epoch of it begins."
-            return "This step is in another stage now: a new epoch of its data begins."
+        new = self.stage is None or self.stage < stage.index
+        if new and self.step == stage.first_step:
+            self.begin(data, stage.index)
+            return None
+        other_stage = self.stage not in (None, stage.index)
+        self.stage = stage.index
+        if other_stage or self.data != data:
+            self.begin(data, stage.index, self.position.epoch + 1)
+            if other_stage:
+                return "This step is in another stage now: a new epoch of its data begins."
+            return "The data has changed: a new epoch of it begins."
         taken = self.position.taken
         if taken and taken[-1][0] != global_batch:
             return (

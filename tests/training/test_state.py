@@ -16,6 +16,7 @@ from torch import nn
 from localdit.training.data.order import Position, Step
 from localdit.training.metrics import Metrics
 from localdit.training.processes import Agreement
+from localdit.training.stages import Stage
 from localdit.training.state import (
     ExponentialMovingAverage,
     Progress,
@@ -107,25 +108,23 @@ def test_progress_counts_steps_and_the_broken_samples_of_an_epoch():
 
 def test_a_position_counts_for_its_data_and_stage_alone():
     saved = {"step": 9, "position": {"epoch": 2, "taken": [[4, 1]]}, "skipped": 0, "broken": 3}
-    for stage, data, now, said in [
-        ({"stage": 1}, "data", 1, None),
-        ({}, "data", 1, None),  # earlier versions stored no stage
-        ({"stage": 1}, "other", 1, "The data has changed: a new epoch"),
-        ({"stage": 0}, "data", 1, "This step is in another stage now: a new epoch"),
-        ({"stage": 0}, "other", 1, "This step is in another stage now: a new epoch"),
+    there, anew, later = Position(2, ((4, 1),)), Position(0), Position(3)
+    for stage, data, first_step, position, said in [
+        ({"stage": 1}, "data", 5, there, ""),
+        ({"stage": 1}, "data", 9, there, ""),  # the lengths changed: the stage is not new
+        ({}, "data", 5, there, ""),  # earlier versions stored no stage
+        ({}, "data", 9, anew, ""),
+        ({"stage": 0}, "other", 9, anew, ""),
+        ({"stage": 1}, "other", 5, later, "The data has changed: a new epoch"),
+        ({"stage": 0}, "data", 5, later, "This step is in another stage now: a new epoch"),
+        ({"stage": 0}, "other", 5, later, "This step is in another stage now: a new epoch"),
+        ({"stage": 2}, "data", 9, later, "This step is in another stage now: a new epoch"),
     ]:
         progress = Progress.from_json(saved | {"data": "data"} | stage)
-        message = progress.resume(data, now, 4)
-        assert (progress.data, progress.stage) == (data, now)
-        if said is None:
-            assert (message, progress.position, progress.broken) == (
-                None,
-                Position(2, ((4, 1),)),
-                3,
-            )
-        else:
-            assert message.startswith(said)
-            assert (progress.position, progress.broken) == (Position(3), 0)
+        now = Stage(1, first_step, "data", 64, 4, 1, 10, 1e-4, "constant", 0)
+        assert (progress.enter(now, data, 4) or "").startswith(said)
+        assert (progress.data, progress.stage, progress.position) == (data, 1, position)
+        assert progress.broken == (3 if position == there else 0)
 
 
 @pytest.fixture
