@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 UNSEALED = 1  # the format of earlier versions, whose manifests hold no sum of their own entries
 SEAL = "sha256_of_entries"
-_NUMBERED = re.compile(r"(?:checkpoint|set-aside)-(\d+)")
+_NUMBERED = re.compile(r"(?:checkpoint|set-aside)-(\d+)(?:\.\d+)?")
 _CHUNK = 4 * 2**20  # bytes
 
 
@@ -154,16 +154,16 @@ def set_aside_after(run: Path, step: int) -> list[str]:
     Returns:
         A message for each.
     """
-    messages = []
-    for number, folder in checkpoints(run):
-        if number > step:
-            aside = folder.with_name(f"set-aside-{number}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            os.replace(folder, aside)
-            text = f"{folder.name} is kept as {aside.name}; delete it if you do not need it"
-            messages.append(text)
-    return messages
+    later = {f"set-aside-{number}": path for number, path in checkpoints(run) if number > step}
+    return [_set_aside(folder, name) for name, folder in later.items()]
+
+
+def _set_aside(folder: Path, name: str) -> str:
+    """Rename a folder, with a number behind the name if it is taken, and return a message."""
+    names = (name if number == 1 else f"{name}.{number}" for number in count(1))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    os.replace(folder, aside)
+    return f"{folder.name} is kept as {aside.name}; delete it if you do not need it"
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:

@@ -179,8 +179,12 @@ def test_damaged_checkpoints_never_displace_later_ones(tmp_path):
     remove_old_checkpoints(tmp_path, 2)
     assert [step for step, _ in checkpoints(tmp_path)] == [120, 100]
     assert sorted(os.listdir(tmp_path))[2:] == ["set-aside-200", "set-aside-300"]
-    save(tmp_path, 200)
-    assert len(set_aside_after(tmp_path, 120)) == 1  # a second time, in the place of the first
+    for again in ("set-aside-200.2", "set-aside-200.3"):  # none takes the place of another
+        save(tmp_path, 200)
+        (message,) = set_aside_after(tmp_path, 120)
+        assert f"checkpoint-200 is kept as {again};" in message
+        assert verify_checkpoint(tmp_path / again).step == 200
+    assert (tmp_path / "set-aside-200/other").read_text() == "othes"
 
 
 def test_a_write_error_leaves_the_last_checkpoint_intact(full_disk, tmp_path):
