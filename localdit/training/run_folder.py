@@ -118,6 +118,10 @@ class RunFolder:
             write_whole(file, "".join(f"{line}\n" for line in kept))
         write_json(self.path / "config.json", options)
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint lies in this folder."""
+        return checkpoint.absolute().parent.resolve() == self.path.resolve()
+
     def _require_own(self, resume: str | None) -> None:
         """Raise FileExistsError if the folder holds something else than the run to resume."""
         if not has_files(self.path):
@@ -132,7 +136,7 @@ class RunFolder:
                 f"--output {self.path} is not empty. Resume the run in it with --resume auto, "
                 "choose another folder, or remove it."
             )
-        if resume != "auto" and Path(resume).absolute().parent.resolve() != self.path.resolve():
+        if resume != "auto" and not self.holds(Path(resume)):
             raise FileExistsError(
                 f"--output {self.path} holds another run than --resume {resume}. Resume the run "
                 "in it with --resume auto, or choose a new folder, or that of the checkpoint."
@@ -161,6 +165,12 @@ class RunFolder:
                 raise ValueError(
                     f"--resume {resume} can't be resumed: it is a result, without the state of "
                     "the training. Name a folder checkpoint-STEP of the run, or give --resume auto."
+                )
+            own = [folder.resolve() for _, folder in checkpoints(self.path)]
+            if self.holds(Path(resume)) and Path(resume).resolve() not in own:
+                raise ValueError(
+                    f"--resume {resume} can't be resumed in its run, which goes on from its "
+                    "folders checkpoint-STEP alone. To branch off, give a new --output."
                 )
             return Path(resume)
         checkpoint, skipped = newest_checkpoint(self.path)

@@ -82,7 +82,9 @@ class Session:
                 f"{end:,}. Give at least {progress.step:,} --max-train-steps in all stages "
                 "together, or resume from an earlier checkpoint."
             )
-        self.saved = progress.step
+        if self.run.holds(checkpoint):
+            self.saved = progress.step
+        self.present_stage()
         self.reporter.say(f"Resuming from {checkpoint}, after step {progress.step:,}.")
         for name, old, new in changes:
             text = f"Changed since: {name}: {old} -> {new}"
@@ -309,7 +311,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
     )
     if checkpoint is not None:
         agreement.on_all(partial(session.resume, checkpoint))
-    session.present_stage()
+        session.save(sound=True)  # a run that branches off begins with a checkpoint of its own
     agreement.on_main(lambda: run.begin(session.options, state.progress.step))
     encoders = models.make_inputs.encoders
     session.reporter.begin(data, state.progress.step, encoders and encoders.tokenizer)

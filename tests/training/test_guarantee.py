@@ -157,6 +157,28 @@ def test_an_interrupted_run_resumes_to_the_same_bits(names, workplace, tmp_path,
     assert_same(tmp_path / "broken", tmp_path / "whole")
 
 
+def test_a_run_that_branches_off_and_is_killed_goes_on_from_where_it_began(
+    workplace, tmp_path, monkeypatch
+):
+    main = load_main()
+
+    def run(name, *more):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        argv = ["train.py", *options(workplace, tmp_path / name, *case(workplace, "folder"), *more)]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert main() == 0
+
+    run("trunk", "--max-train-steps", "4")
+    branch = ["--learning-rate", "2e-3", "--max-train-steps", "6", "--save-interval", "100"]
+    start = ["--resume", tmp_path / "trunk/checkpoint-2"]
+    run("whole", *branch, *start)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Reporter, "advance", Mock(side_effect=[None, KeyboardInterrupt]))
+        run("broken", *branch, *start)
+    run("broken", *branch, "--resume", "auto")
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
 def wait_for(process, condition, seconds=120):
     """Wait until a condition holds while a process runs."""
     until = time.monotonic() + seconds

@@ -63,6 +63,20 @@ def test_checkpoints_are_set_aside_when_the_run_begins_and_not_before(run, capsy
     assert "checkpoint-10 is kept as set-aside-10" in capsys.readouterr().out
 
 
+def test_only_its_checkpoints_go_on_in_a_run(run, tmp_path):
+    """Whatever else goes on, `--resume auto` would go on from another state after a kill."""
+    run.open(resume=None)
+    for step in (5, 10):
+        checkpoint(run, step)
+    run.begin({}, 5)
+    aside = run.path / "set-aside-10"
+    with pytest.raises(ValueError, match="set-aside-10 can't be resumed in its run.* new --output"):
+        run.open(resume=str(aside))
+    assert RunFolder(tmp_path / "branch").open(resume=str(aside)) == aside
+    (run.path / "newest").symlink_to("checkpoint-5")
+    assert run.open(resume=str(run.path / "newest")) == run.path / "newest"
+
+
 OPENING = """
 import sys
 from pathlib import Path
