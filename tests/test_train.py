@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTPipeline
 from localdit.training.checkpointing import Manifest, read_manifest
+from localdit.training.data.encoded import read_encoded_manifest
 from localdit.training.methods import fine_tuning
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 from tests.training.workplace import ROOT, lines, load_main, make_workplace, options, weights
@@ -187,6 +188,15 @@ def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monke
     LocalDiTPipeline.from_pretrained(ahead / "final")
 
     train("pictures", "--data-root", tmp_path / "encoded", "--validation-prompts", "a cat")
+    shutil.copytree(tmp_path / "encoded", tmp_path / "rescaled")
+    manifest = tmp_path / "rescaled/encoded.json"
+    values = json.loads(manifest.read_text()) | {"scaling_factor": 0.5}
+    manifest.write_text(json.dumps(values))
+    digest = read_encoded_manifest(tmp_path / "rescaled").digest()
+    for index in (tmp_path / "rescaled").glob("shard-*.json"):
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"set": digest}))
+    stages = [{}, {"data-root": f"{tmp_path}/rescaled"}]
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
     other = tiny_pipeline(seed=1)
     other.save_pretrained(tmp_path / "other")
     tiny_text_encoder("flan-t5").save_pretrained(tmp_path / "wide")
@@ -204,6 +214,7 @@ def test_encoded_data_trains_like_the_pictures(train, workplace, tmp_path, monke
         # The result would have an autoencoder or a text encoder of other latents or states.
         (["--vae", tmp_path / "other"], "differ in vae"),
         (["--vae", tmp_path / "scaled"], "its VAE has scaling_factor 0.5"),
+        (["--stages", tmp_path / "stages.json"], "rescaled was encoded with scaling_factor 0.5"),
         (
             ["--text-encoder", tmp_path / "wide", "--tokenizer", f"{workplace}/pipeline"],
             f"{tmp_path / 'encoded'} has text states of 16 channels, but the text encoder "
@@ -819,6 +830,39 @@ def test_frozen_models_count_by_their_weights_and_not_by_their_paths(
     rewrite_options(run / "checkpoint-1", **dict.fromkeys(names, ...))
     resumed("two", expect=1)
     assert "is of a run with --teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["teacher", "transformer"])
+def test_frozen_models_count_by_their_settings_as_by_their_weights(
+    train, workplace, tmp_path, capsys, kind
+):
+    """Check settings that change what the same weights compute."""
+    folder = tmp_path / "models"
+    shutil.copytree(workplace / "pipeline", folder)
+    more = {
+        "teacher": ["--method", "knowledge-distillation", "--teacher", folder],
+        "transformer": ["--transformer", folder, "--lora-rank", "2"],
+    }[kind]
+
+    def resumed(part="", expect=0, **changes):
+        if part:
+            path = folder / part / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return train("run", "--pretrained", folder, *more, "--max-train-steps", "1",
+                     "--resume", "auto", expect=expect)  # fmt: skip
+
+    run = resumed()
+    resumed("vae", scaling_factor=0.5)
+    assert "Changed since: vae.scaling_factor: 0.13025 -> 0.5" in capsys.readouterr().out
+    resumed("transformer", interpolation_scale=3.0, expect=1)
+    expected = f"whose {kind} had interpolation_scale None, but --{kind} has 3.0 now. Resume it"
+    assert expected in capsys.readouterr().err
+    # Checkpoints of earlier versions do not name them.
+    names = [name for name in json.loads((run / "config.json").read_text()) if "." in name]
+    assert {f"{kind}.layer_types", f"{kind}.sample_size", "vae.scaling_factor"} <= {*names}
+    rewrite_options(run / "checkpoint-1", **dict.fromkeys(names, ...))
+    resumed()
+    assert "Changed since" not in capsys.readouterr().out
 
 
 def test_a_run_with_another_method_is_not_resumed(train, workplace, capsys):

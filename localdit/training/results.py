@@ -68,7 +68,8 @@ class PipelineFolder:
     def averages_in(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return the averages that `write` wrote, sharded or not; other files are not read."""
         saved = read_json(folder / "transformer/config.json")
-        there, here = _shape(_without_weights(self.transformer, saved)), _shape(self.transformer)
+        there = shape_of(_without_weights(self.transformer, saved))
+        here = shape_of(self.transformer)
         differing = [
             f"{name} is {there[name]} there and {value} here"
             for name, value in here.items()
@@ -113,7 +114,7 @@ def with_weights(
     return second.to(next(iter(weights.values())).device).eval()
 
 
-def _shape(transformer: LocalDiTTransformer2DModel) -> dict[str, Any]:
+def shape_of(transformer: LocalDiTTransformer2DModel) -> dict[str, Any]:
     """Return the settings that tell what the weights compute; stages change the others."""
     config = transformer.config
     kinds = resolve_layer_types(config.layer_types, config.num_layers, config.use_global)

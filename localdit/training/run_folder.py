@@ -284,11 +284,16 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def options_of(args: argparse.Namespace, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+def options_of(
+    args: argparse.Namespace,
+    fingerprints: Mapping[str, str],
+    settings: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
     """Return the options as plain values for JSON; those of a single stage are its own.
 
     Args:
         fingerprints: SHA-256 of each frozen model, by its name; the options name only paths.
+        settings: the settings of frozen models, by their names. They become `MODEL.SETTING`.
     """
     stages = [vars(stage) for stage in args.stages]
     if len(stages) == 1:
@@ -296,6 +301,7 @@ def options_of(args: argparse.Namespace, fingerprints: Mapping[str, str]) -> dic
     else:
         plain = vars(args) | {"stages": stages}
     plain |= {_sha256(model): fingerprint for model, fingerprint in fingerprints.items()}
+    plain |= {f"{model}.{name}": found[name] for model, found in settings.items() for name in found}
     return json.loads(json.dumps(plain, default=str))
 
 
@@ -318,9 +324,11 @@ def changed_options(
         for name in names
         if before.get(name) != now.get(name)
         and not (name.endswith(RESOLVED) and before.get(name) is None)
+        and not ("." in name and (name not in before or name not in now))  # of another version
     ]
     changed = {name: (old, new) for name, old, new in changes}
-    for name in FIXED:  # in this order, as some follow from others
+    settings = [name for name in changed if name.startswith(("teacher.", "transformer."))]
+    for name in (*FIXED, *settings):  # in this order, as some follow from others
         moved = name == "teacher" and TEACHER_SHA256 in before  # its weights count, not its path
         if name in changed and not moved:
             raise ValueError(_another_run(checkpoint, name, *changed[name], before))
@@ -344,6 +352,12 @@ def _another_run(checkpoint: Path, name: str, old: Any, new: Any, before: Mappin
             f"{checkpoint} is of a run whose teacher had other weights than --teacher has now "
             f"(SHA-256 {old}, now {new}). Resume it with the same teacher, or start a new run in "
             "another --output."
+        )
+    if "." in name:
+        model, setting = name.split(".")
+        return (
+            f"{checkpoint} is of a run whose {model} had {setting} {old}, but --{model} has {new} "
+            "now. Resume it with the setting that it had, or start a new run in another --output."
         )
     flag = f"--{name.replace('_', '-')}"
     was, given = (

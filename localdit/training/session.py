@@ -66,8 +66,8 @@ class Session:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the run as they take effect, with the fingerprints of frozen models."""
-        return options_of(self.args, self.models.fingerprints)
+        """The options of the run as they take effect, with what identifies frozen models."""
+        return options_of(self.args, self.models.fingerprints, self.models.settings)
 
     def resume(self, checkpoint: Path) -> None:
         """Load a checkpoint, and print the options that differ from those it was saved with."""

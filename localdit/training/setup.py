@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,13 @@ from localdit.training.optimizer import make_optimizer
 from localdit.training.options import check_image_size, given
 from localdit.training.parser import PICTURE_OPTIONS
 from localdit.training.post_hoc_ema import SIGMA_RELS
-from localdit.training.results import AdapterFolder, PipelineFolder, ResultFolder, add_adapters
+from localdit.training.results import (
+    AdapterFolder,
+    PipelineFolder,
+    ResultFolder,
+    add_adapters,
+    shape_of,
+)
 from localdit.training.sharding import trained_parameters
 from localdit.training.shutdown import TrainingStopped
 from localdit.training.stages import Stage
@@ -147,6 +153,7 @@ class Models:
     latents: LatentFormat
     result: ResultFolder
     fingerprints: dict[str, str]  # SHA-256 of each frozen model in use, by its name
+    settings: dict[str, dict[str, Any]]  # that tell what the weights of frozen models compute
     pictures: PromptPictures | None  # of the validation prompts, if there are any
 
     def dataset(
@@ -188,7 +195,9 @@ def load_models(
     sources = initialization.encoder_sources(args, otherwise)
     if encoded is not None:
         expected = initialization.latent_format(sources["vae"])
-        require_latent_format(encoded.folder, encoded.manifest, expected)
+        for each in (stage.found.encoded for stage in data):
+            if each is not None:
+                require_latent_format(each.folder, each.manifest, expected)
     encoders = None
     if pictures_wait or args.validation_prompts:
         text_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -226,6 +235,15 @@ def load_models(
     fingerprints = fingerprints | {
         name: weights_fingerprint(model, torch.float32) for name, model in method.frozen.items()
     }
+    frozen_transformers: dict[str, Any] = {
+        name: model for name, model in method.frozen.items() if name != FEATURES
+    }
+    if args.lora_rank is not None:
+        frozen_transformers[TRANSFORMER] = transformer
+    frozen_settings = {"vae": asdict(latents)} | {
+        name: shape_of(model) | {"sample_size": model.config.sample_size}
+        for name, model in frozen_transformers.items()
+    }
     if args.compile:
         transformer.compile_repeated_blocks()
 
@@ -259,6 +277,7 @@ def load_models(
         latents,
         result,
         fingerprints,
+        frozen_settings,
         pictures,
     )
 
