@@ -374,6 +374,10 @@ class Cell(NamedTuple):
             raise BrokenSample("missing", f"{self.column} is empty")
         return Path(self.folder, _inner_path(cell["path"], self.column)).read_bytes()
 
+    def place(self) -> tuple[str, int]:
+        """Return the real path of the folder of its split, and the row."""
+        return os.path.realpath(os.path.join(self.folder, self.split or "")), self.row
+
 
 def list_saved(root: Path) -> list[Candidate | Fault]:
     """Return the rows of a saved dataset; of splits, those of the first in `TRAIN_SPLITS`."""

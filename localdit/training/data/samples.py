@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from localdit.core.text import MAX_PROMPT_CHARACTERS, NO_CHARACTER
@@ -54,6 +56,9 @@ class Readable(Protocol):
             OSError: if they can't be read.
         """
 
+    def place(self) -> tuple[str, int]:
+        """Return where it lies: a real path, and a position there."""
+
 
 class Blob(NamedTuple):
     """Bytes of a file: all of it, or `size` bytes from `offset`."""
@@ -78,6 +83,15 @@ class Blob(NamedTuple):
                 "damaged", f"the bytes in {self.path} are not those that were written"
             )
         return data
+
+    def place(self) -> tuple[str, int]:
+        """Return the real path of the file, and the offset."""
+        return _real_path(self.path), self.offset
+
+
+@lru_cache(maxsize=1)  # the samples of a tar follow each other
+def _real_path(path: str) -> str:
+    return os.path.realpath(path)
 
 
 class Candidate(NamedTuple):

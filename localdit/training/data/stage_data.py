@@ -134,18 +134,30 @@ def prepare_data(
 
 
 def withhold(stages: Sequence[StageData]) -> None:
-    """Keep the samples that any stage holds out from the training of all, by their ids.
+    """Keep the samples that any stage holds out from the training of all.
 
     Stages of different sizes can use different samples, so they hold out different ones. The same
-    samples have the same ids in pictures and in encoded data.
+    samples have the same ids in pictures and in encoded data. Ids begin at the root of a stage: of
+    several roots, one may lie in another, so the places of the pictures count, too.
     """
-    ids = {data.found.samples[index].id for data in stages for index in data.held_out}
+    several = any(data.found is not stages[0].found for data in stages)
+
+    def names(sample: Sample) -> set[object]:
+        return {sample.id, sample.image.place()} if several else {sample.id}
+
+    held_out = {
+        name
+        for data in stages
+        for index in data.held_out
+        for name in names(data.found.samples[index])
+    }
     for data in stages:
-        others = ids - {data.found.samples[index].id for index in data.held_out}
+        own = set(data.held_out)
         data.held_out_elsewhere = [
             index
             for index, sample in enumerate(data.found.samples)
-            if data.buckets[index] >= 0 and sample.id in others
+            if held_out and data.buckets[index] >= 0 and index not in own
+            if not held_out.isdisjoint(names(sample))
         ]
 
 

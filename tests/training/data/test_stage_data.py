@@ -9,6 +9,7 @@ import torch
 from localdit.training.data.buckets import Size
 from localdit.training.data.encoded import EncodedSet
 from localdit.training.data.finding import Found
+from localdit.training.data.listings import Cell
 from localdit.training.data.samples import Blob, Fault, Faults, Sample
 from localdit.training.data.stage_data import (
     StageData,
@@ -35,7 +36,8 @@ def prepared(found, image_size=64, pixels_per_token=16, held_out=1, **pictures):
 
 def found(*shapes, encoded=None):
     samples = [
-        Sample(f"{number}", Blob("a"), ("a bear",), *shape) for number, shape in enumerate(shapes)
+        Sample(f"{number}", Blob(f"{number}.png"), ("a bear",), *shape)
+        for number, shape in enumerate(shapes)
     ]
     return Found("encoded" if encoded else "folder", samples, Faults(), encoded)
 
@@ -81,6 +83,31 @@ def test_no_stage_trains_on_what_another_holds_out():
             bucket >= 0 and sample.id not in ids
             for sample, bucket in zip(data.found.samples, data.buckets, strict=True)
         )
+
+
+def test_no_stage_trains_on_what_another_holds_out_of_a_root_around_it(tmp_path):
+    (tmp_path / "all/part").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "all/part")
+    places = {
+        "files": lambda root, n: Blob(f"{root}/{n}.png"),
+        "tar": lambda root, n: Blob(f"{root}/a.tar", 512 * n, 99),
+        "saved": lambda root, n: (
+            Cell(str(tmp_path / "all"), "part", "image", n)
+            if root == tmp_path / "all/part"
+            else Cell(str(root), None, "image", n)
+        ),
+    }
+    for image in places.values():
+        stages = []
+        for root, prefix in ((tmp_path / "all/part", "part/"), (tmp_path / "link", "")):
+            samples = [
+                Sample(f"{prefix}{number}", image(root, number), ("a bear",), 64, 64)
+                for number in range(20)
+            ]
+            stages.append(prepared(Found("folder", samples, Faults()), held_out=3))
+        withhold(stages)
+        first, second = (data.withheld for data in stages)
+        assert first == second and len(first) > 3
 
 
 def test_encoded_samples_keep_their_buckets():
