@@ -115,7 +115,7 @@ class Reporter:
         metrics = self.run.path / METRICS
 
         def draw() -> None:
-            if metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8"):
+            if metrics.is_file() and b'"loss"' in metrics.read_bytes():
                 draw_curves(metrics, self.run.path / "curves.png")
 
         if self.can_draw:
@@ -220,7 +220,7 @@ def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
     A run that resumes from an earlier checkpoint repeats steps. So a line replaces all lines above
     it with later steps.
     """
-    texts = metrics_jsonl.read_text(encoding="utf-8").splitlines()
+    texts = metrics_jsonl.read_bytes().splitlines()
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, start=1):
         try:

@@ -104,8 +104,8 @@ class RunFolder:
     def begin(self, options: Mapping[str, Any], step: int) -> None:
         """Write `config.json`, and put away what an earlier run left after a step.
 
-        Later checkpoints are set aside. Later snapshots for post-hoc EMA are deleted, and later
-        lines of the logs are dropped.
+        Later checkpoints are set aside. Later snapshots for post-hoc EMA are deleted, and lines of
+        the logs are dropped if they are later or damaged.
         """
         for message in set_aside_after(self.path, step):
             say(message)
@@ -113,9 +113,11 @@ class RunFolder:
             if number > step:
                 remove_folder(folder)
         for file in [file for file in self.path.iterdir() if _LOG.fullmatch(file.name)]:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            write_whole(file, "".join(f"{line}\n" for line in kept))
+            lines = [(_step_of(line), line) for line in file.read_bytes().splitlines()]
+            if damaged := sum(found is None for found, _ in lines):
+                say(f"{file.name}: lines that are damaged or cut off are dropped: {damaged}")
+            kept = [line for found, line in lines if found is not None and found <= step]
+            write_whole(file, b"".join(line + b"\n" for line in kept))
         write_json(self.path / "config.json", options)
 
     def holds(self, checkpoint: Path) -> bool:
@@ -276,12 +278,13 @@ def _require_finite(step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> N
             )
 
 
-def _step_of(line: str) -> float:
-    """Return the step of a line; infinity for an incomplete line, left by a run that was killed."""
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line; None if it has none, as what a killed run was writing."""
     try:
-        return json.loads(line)["step"]
-    except (KeyError, TypeError, ValueError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def options_of(

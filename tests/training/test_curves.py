@@ -90,9 +90,10 @@ def test_missing_matplotlib_is_named(tmp_path, monkeypatch):
 def test_an_incomplete_last_line_is_left_out_and_any_other_is_an_error(tmp_path):
     path = write(tmp_path, training(3), tail='{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2, is no JSON object"):
-        read_metrics(path)
+    for damaged in (b"nonsense", b"\xff\xfe"):
+        path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 2}\n')
+        with pytest.raises(ValueError, match=r"jsonl, line 2, is no JSON object"):
+            read_metrics(path)
 
 
 def test_repeated_steps_replace_the_earlier_ones(tmp_path):

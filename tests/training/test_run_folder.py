@@ -218,6 +218,20 @@ def test_lines_after_the_checkpoint_are_dropped(run):
         assert steps == [1, 2]
 
 
+def test_damaged_lines_are_dropped_and_told(run, capsys):
+    run.open(resume=None)
+    good = b'{"step": 1, "loss": 0.5}'
+    bad = [b"\xff\xfe garbage", b'{"step": "x"}', b'{"step": 1.5}', b"[1]", b"7", b"[" * 99_999,
+           b'{"loss": 1}', b'{"step": null}', b'{"st']  # fmt: skip
+    for name in ("metrics.jsonl", "broken.jsonl"):
+        (run.path / name).write_bytes(b"\n".join([good, *bad]))
+    run.begin({}, 2)
+    told = capsys.readouterr().out
+    for name in ("metrics.jsonl", "broken.jsonl"):
+        assert (run.path / name).read_bytes() == good + b"\n"
+        assert f"{name}: lines that are damaged or cut off are dropped: {len(bad)}" in told
+
+
 def test_a_line_that_cannot_be_written_leaves_no_part_of_it(full_disk, run):
     run.open(resume=None)
     run.log({"step": 1})
