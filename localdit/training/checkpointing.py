@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from typing import NamedTuple
 from localdit.files import flush_folder, remove_folder, whole_folder
 
 MANIFEST = "manifest.json"
+FINAL = "final"  # the folder of the result of a run
 FORMAT = 2
 UNSEALED = 1  # the format of earlier versions, whose manifests hold no sum of their own entries
 SEAL = "sha256_of_entries"
@@ -150,11 +151,15 @@ def set_aside_after(run: Path, step: int) -> list[str]:
     """Rename the checkpoints after the step that a run resumes from, damaged or abandoned.
 
     Otherwise they would count as the newest ones, for resuming and for deleting old checkpoints.
+    A result after the step is renamed, too: it would seem to be of the resumed run.
 
     Returns:
         A message for each.
     """
     later = {f"set-aside-{number}": path for number, path in checkpoints(run) if number > step}
+    with suppress(DamagedCheckpoint):
+        if read_manifest(run / FINAL).step > step:
+            later[f"set-aside-{FINAL}"] = run / FINAL
     return [_set_aside(folder, name) for name, folder in later.items()]
 
 

@@ -28,6 +28,7 @@ from localdit.files import (
 from localdit.images import image_grid, prepare_output_folder, save_image
 from localdit.parsing import say
 from localdit.training.checkpointing import (
+    FINAL,
     MANIFEST,
     DamagedCheckpoint,
     checkpoints,
@@ -104,14 +105,17 @@ class RunFolder:
     def begin(self, options: Mapping[str, Any], step: int) -> None:
         """Write `config.json`, and put away what an earlier run left after a step.
 
-        Later checkpoints are set aside. Later snapshots for post-hoc EMA are deleted, and lines of
-        the logs are dropped if they are later or damaged.
+        Later checkpoints and results are set aside. Later snapshots for post-hoc EMA and validation
+        pictures are deleted, and lines of the logs are dropped if they are later or damaged.
         """
         for message in set_aside_after(self.path, step):
             say(message)
         for number, folder in numbered(self.path, SNAPSHOT):
             if number > step:
                 remove_folder(folder)
+        for picture in (self.path / "validation").glob("*.png"):
+            if re.fullmatch(r"[0-9]{8,}", picture.stem) and int(picture.stem) > step:
+                picture.unlink()
         for file in [file for file in self.path.iterdir() if _LOG.fullmatch(file.name)]:
             lines = [(_step_of(line), line) for line in file.read_bytes().splitlines()]
             if damaged := sum(found is None for found, _ in lines):
@@ -251,7 +255,7 @@ class RunFolder:
         _require_finite(step, averages.items())
         with (
             self._advice(f"The result after step {step}"),
-            verified_folder(self.path / "final", step) as folder,
+            verified_folder(self.path / FINAL, step) as folder,
         ):
             result.write(folder, averages)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from localdit.models import PRESETS, LocalDiTTransformer2DModel
-from localdit.training.checkpointing import verified_folder
+from localdit.training.checkpointing import verified_folder, verify_checkpoint
 from localdit.training.results import PipelineFolder, link_or_copy
 from localdit.training.run_folder import RunFolder
 from localdit.training.state import Snapshot
@@ -61,6 +61,22 @@ def test_checkpoints_are_set_aside_when_the_run_begins_and_not_before(run, capsy
     run.begin({}, 5)
     assert {"set-aside-10", "set-aside-15"} < set(os.listdir(run.path))
     assert "checkpoint-10 is kept as set-aside-10" in capsys.readouterr().out
+
+
+def test_results_of_later_steps_are_put_away(run, capsys):
+    run.open(resume=None)
+    picture = [Image.new("RGB", (8, 8))]
+    for step in (5, 10):
+        run.save_pictures(picture, step)
+    (run.path / "validation/mine.png").write_text("")
+    for name in ("set-aside-final", "set-aside-final.2"):
+        run.save_final(Weights(), {"a": torch.ones(1)}, 10)
+        run.begin({}, 10)
+        assert (run.path / "final").is_dir() and not (run.path / name).exists()
+        run.begin({}, 5)
+        assert verify_checkpoint(run.path / name).step == 10 and not (run.path / "final").exists()
+        assert f"final is kept as {name};" in capsys.readouterr().out
+    assert sorted(os.listdir(run.path / "validation")) == ["00000005.png", "mine.png"]
 
 
 def test_only_its_checkpoints_go_on_in_a_run(run, tmp_path):
