@@ -431,6 +431,9 @@ def test_broken_held_out_pictures_are_listed_once(train, workplace, tmp_path, ca
         measured = [line for line in lines(run) if "loss" not in line]
         assert len(measured) == (2 if count == 1 else 0)
         assert all("validation/ema/loss" in line for line in measured)
+        train(f"broken-{count}", *validated, "--max-train-steps", "6", "--resume", "auto")
+        assert lines(run, "broken.jsonl") == found  # also once in a run that is resumed
+        assert said not in capsys.readouterr().out
 
 
 def test_a_run_beyond_its_last_step_is_refused(train, capsys):

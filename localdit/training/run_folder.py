@@ -39,6 +39,7 @@ from localdit.training.checkpointing import (
     verified_folder,
     verify_checkpoint,
 )
+from localdit.training.data.samples import Fault
 from localdit.training.options import guidance_beside
 from localdit.training.parser import DISTIL, METHOD_OPTIONS
 from localdit.training.post_hoc_ema import SNAPSHOT, write_snapshot
@@ -127,6 +128,12 @@ class RunFolder:
     def holds(self, checkpoint: Path) -> bool:
         """Return whether a checkpoint lies in this folder."""
         return checkpoint.absolute().parent.resolve() == self.path.resolve()
+
+    def broken(self) -> set[Fault]:
+        """Return the samples that `broken.jsonl` lists, after `begin`."""
+        path = self.path / BROKEN
+        lines = map(json.loads, path.read_bytes().splitlines() if path.is_file() else [])
+        return {Fault(*(str(line.get(name)) for name in Fault._fields)) for line in lines}
 
     def _require_own(self, resume: str | None) -> None:
         """Raise FileExistsError if the folder holds something else than the run to resume."""

@@ -62,7 +62,7 @@ class Session:
     reporter: Reporter
     stop: StopRequest
     saved: int = -1  # step of the newest checkpoint
-    broken_held_out: set[Fault] = field(default_factory=set)
+    broken_held_out: set[Fault] = field(default_factory=set)  # those that are in broken.jsonl
 
     @property
     def options(self) -> dict[str, Any]:
@@ -313,6 +313,7 @@ def set_up(args: argparse.Namespace, stop: StopRequest) -> Session | None:
         agreement.on_all(partial(session.resume, checkpoint))
         session.save(sound=True)  # a run that branches off begins with a checkpoint of its own
     agreement.on_main(lambda: run.begin(session.options, state.progress.step))
+    session.broken_held_out = agreement.on_main(run.broken)
     encoders = models.make_inputs.encoders
     session.reporter.begin(data, state.progress.step, encoders and encoders.tokenizer)
     session.reporter.say(str(models.result))
