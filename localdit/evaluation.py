@@ -227,7 +227,7 @@ def distances(
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    extract = _extractor(folder)
+    extract = extractor(folder)
     fake, true = _features(drawn, extract), _features(real, extract)
     count = require_enough(len(fake), len(true))
     given: Any = torch.nn.Identity()  # the metrics get features instead of pictures
@@ -287,7 +287,7 @@ def real_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in REAL_SUFFIXES)
 
 
-def _extractor(folder: Path) -> Any:
+def extractor(folder: Path) -> Any:
     """Return a function from pictures to features `(N, C)`, by the model in a folder."""
     import torch
     from transformers import AutoImageProcessor, AutoModel

@@ -121,7 +121,7 @@ def test_equal_sets_have_no_distance_and_others_have_one(model, request):
 def test_the_frechet_distance_is_that_of_its_formula(dino):
     drawn, real = pictures(60), [one.point(lambda v: v // 2) for one in pictures(60, 1)]
     found = evaluation.distances(drawn, real, dino)["Fréchet distance"]
-    extract = evaluation._extractor(dino)
+    extract = evaluation.extractor(dino)
     (m1, c1), (m2, c2) = (
         (one.mean(0), np.cov(one, rowvar=False))
         for one in (extract(drawn).numpy(), extract(real).numpy())

@@ -21,6 +21,7 @@ from ..evaluation import (
     Prompt,
     clip_score,
     distances,
+    extractor,
     read_prompts,
     real_paths,
     require_enough,
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 INSTALL = 'pip install "localdit[evaluate]"'
 MAX_PICTURES = 1_000_000  # of all prompts
 SHEET = 48  # pictures on the contact sheet
+EXPECTED = {
+    "--clip": "a CLIPModel of Transformers with its processor",
+    "--feature-extractor": "a vision model of Transformers with its image processor",
+}
 LONGEST_WAIT = timedelta(days=30)  # of a process for the others
 
 
@@ -137,12 +142,12 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
         check_prompts(args.negative_prompt or "", "--negative-prompt")
         if not 0 <= args.seed < 2**62:
             raise ValueError(f"--seed is {args.seed}; expected at least 0 and less than 2**62")
-        scores = _scores(args, len(prompts) * args.num_images)
         chosen = choose_model(args)
         model = check_model(replace(chosen, device=chosen.device or device))
         size = fit_size(model.config, (args.height, args.width))
         layout = Layout(args.output, args.num_images, sheets=args.prompts.is_dir())
         layout.require_own(prompts)
+        scores = _scores(args, prompts)
         prepare_output_folder(args.output)
     return Plan(
         model=replace(model, config=with_settings(model.config, size)),
@@ -154,8 +159,15 @@ def make_plan(args: argparse.Namespace, device: str | None = None) -> Plan:
     )
 
 
-def _scores(args: argparse.Namespace, count: int) -> list[Callable[..., dict[str, float]]]:
-    """Return the functions that score `count` pictures, after a check of what they need."""
+def _scores(
+    args: argparse.Namespace, prompts: Sequence[Prompt]
+) -> list[Callable[..., dict[str, float]]]:
+    """Return the functions that score the pictures of prompts, after a check of what they need.
+
+    The models have to score a blank picture: Transformers loads whatever it finds in a folder.
+    """
+    from PIL import Image
+
     from ..images import load_image
 
     if (args.reference is None) != (args.feature_extractor is None):
@@ -169,10 +181,15 @@ def _scores(args: argparse.Namespace, count: int) -> list[Callable[..., dict[str
     if args.reference is not None and importlib.util.find_spec("torchmetrics") is None:
         raise ImportError(f"--reference needs TorchMetrics: {INSTALL}")
     scores: list[Callable[..., dict[str, float]]] = [scene_scores]
+    blank = [Image.new("RGB", (64, 64))]
     if args.clip is not None:
+        with _trial("--clip", args.clip):
+            clip_score(prompts[:1], [blank], args.clip)
         scores.append(lambda prompts, pictures: clip_score(prompts, pictures, args.clip))
     if args.reference is not None:
-        require_enough(count, len(real_paths(args.reference)))
+        require_enough(len(prompts) * args.num_images, len(real_paths(args.reference)))
+        with _trial("--feature-extractor", args.feature_extractor):
+            extractor(args.feature_extractor)(blank)
         scores.append(
             lambda prompts, pictures: distances(
                 (one for drawn in pictures for one in drawn),
@@ -181,6 +198,18 @@ def _scores(args: argparse.Namespace, count: int) -> list[Callable[..., dict[str
             )
         )
     return scores
+
+
+@contextmanager
+def _trial(option: str, folder: Path) -> Iterator[None]:
+    """Turn any error of a model that scores into a ValueError that names its option."""
+    try:
+        yield
+    except Exception as error:  # Transformers raises many kinds
+        raise ValueError(
+            f"{option} is {folder}, whose model can't score a picture ({error}); expected "
+            f"{EXPECTED[option]}"
+        ) from error
 
 
 def draw(plan: Plan, pipe: LocalDiTPipeline, rank: int = 0, count: int = 1) -> None:

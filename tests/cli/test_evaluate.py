@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from localdit import model_in_the_box
 from localdit.cli import evaluate, main
 from localdit.images import load_image, read_metadata, save_image
 from localdit.scenes import sample_scenes
@@ -272,6 +274,22 @@ def test_mistakes_are_found_before_anything_is_loaded(
     monkeypatch.setattr(evaluate, "load", None)
     assert run(model, prompts, "-o", "out", *argv) == 2
     assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("option", ["--clip", "--feature-extractor"])
+@pytest.mark.parametrize("kind", ["nothing", "text"])
+def test_a_model_that_cannot_score_is_found_before_anything_is_loaded(
+    option, kind, here, model, prompts, capsys, monkeypatch
+):
+    Path("real").mkdir()
+    for number in range(4):
+        save_image(Image.new("RGB", (32, 32)), f"real/{number}.png")
+    folder = {"nothing": "real", "text": str(model_in_the_box() / "text_encoder")}[kind]
+    reference = ["--reference", "real"] if option == "--feature-extractor" else []
+    monkeypatch.setattr(evaluate, "load", None)
+    assert run(model, prompts, "-o", "out", option, folder, *reference) == 2
+    assert f"{option} is {folder}, whose model can't score a picture" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
