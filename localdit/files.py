@@ -125,11 +125,11 @@ def whole_folder(path: Path, check: Callable[[], object] | None = None) -> Itera
 
 
 @contextmanager
-def updated_folder(path: Path, outdated: Callable[[str], bool]) -> Iterator[Path]:
+def updated_folder(path: Path, kind: Callable[[str], str | None]) -> Iterator[Path]:
     """Make a folder whose files move to `path` and its folders once all of them are on the disk.
 
-    They replace files of the same names. Where one of them is `outdated` by its name, so are older
-    files: these are deleted. All others stay. Missing folders are created.
+    They replace the files there of the same names, and of the same `kind` by their names unless it
+    is None. All others stay. Missing folders are created.
 
     Raises:
         OSError: if something can't be written. Existing files are then unchanged.
@@ -145,10 +145,10 @@ def updated_folder(path: Path, outdated: Callable[[str], bool]) -> Iterator[Path
                 target.mkdir(parents=True, exist_ok=True)
                 for name in sorted(names):  # parts of weights, then the index that names them
                     shutil.move(Path(source, name), target / name)
-                if any(map(outdated, names)):
-                    for file in target.iterdir():
-                        if outdated(file.name) and file.name not in names:
-                            file.unlink()
+                kinds = {kind(name) for name in names} - {None}
+                for file in target.iterdir():
+                    if kind(file.name) in kinds and file.name not in names:
+                        file.unlink()
                 flush_entries(target)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

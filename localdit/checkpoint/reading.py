@@ -201,15 +201,17 @@ def folder_files(folder: Path, variant: str | None = None) -> list[Path]:
     return []
 
 
-def is_weights(name: str, variant: str | None = None) -> bool:
-    """Return whether a file's name is one that Diffusers or Transformers give to weights.
+def weights_library(name: str, variant: str | None = None) -> str | None:
+    """Return whose name for weights a file has: "Diffusers", "Transformers", or None for no name.
 
     Args:
         name: the name: of all weights, of a part of them, or of the index of the parts.
         variant: part of the name, such as "fp16"; without it, the name has none.
     """
     plain = name.replace(f".{variant}", "", 1) if variant else name
-    return (plain != name or not variant) and bool(_WEIGHTS.fullmatch(plain))
+    if (variant and plain == name) or not _WEIGHTS.fullmatch(plain):
+        return None
+    return "Diffusers" if plain.startswith("diffusion_") else "Transformers"
 
 
 def open_files(paths: Iterable[Path]) -> dict[str, CheckpointFile]:

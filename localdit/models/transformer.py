@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import nn
 
 from ..checkpoint.loading import plan_loading, read_folder, require_savable
-from ..checkpoint.reading import few, is_weights, local_file, require_finite
+from ..checkpoint.reading import few, local_file, require_finite, weights_library
 from ..files import read_json, updated_folder, user_path
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
@@ -228,7 +228,7 @@ class LocalDiTTransformer2DModel(
             kwargs.setdefault("repo_id", folder.name)
         try:
             with updated_folder(
-                folder, functools.partial(is_weights, variant=variant)
+                folder, functools.partial(weights_library, variant=variant)
             ) as unfinished:
                 super().save_pretrained(
                     str(unfinished),

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.utils import EntryNotFoundError, HFValidationError
 
 from ..checkpoint.loading import require_savable
-from ..checkpoint.reading import is_weights, open_files
+from ..checkpoint.reading import open_files, weights_library
 from ..config import INDEX, Config
 from ..core.parts import (
     ENCODERS,
@@ -108,7 +108,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             if isinstance(part, torch.nn.Module):
                 require_savable(lora.bare(part))
         folder = user_path(save_directory)
-        with updated_folder(folder, partial(is_weights, variant=variant)) as unfinished:
+        with updated_folder(folder, partial(weights_library, variant=variant)) as unfinished:
             super().save_pretrained(
                 str(unfinished),
                 safe_serialization=safe_serialization,

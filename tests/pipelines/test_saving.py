@@ -430,7 +430,7 @@ WAYS = {
 @pytest.mark.parametrize("later", WAYS)
 @pytest.mark.parametrize("earlier", WAYS)
 def test_a_folder_that_is_saved_again_has_the_new_weights(tmp_path, earlier, later, whole):
-    """Those of another variant stay, and so does any other file."""
+    """Those of another variant or library stay, and so does any other file."""
 
     def weights(pipe):
         parts = (pipe.transformer, pipe.vae, pipe.text_encoder)
@@ -438,7 +438,13 @@ def test_a_folder_that_is_saved_again_has_the_new_weights(tmp_path, earlier, lat
 
     folder = tmp_path if whole else tmp_path / "transformer"
     tiny_pipeline(2).save_pretrained(tmp_path)  # the other parts of a transformer
-    (folder / "model_notes.bin").touch()
+    others = [
+        tmp_path / "transformer" / "model_notes.bin",
+        tmp_path / "transformer" / "pytorch_model.bin",
+        tmp_path / "text_encoder" / "diffusion_pytorch_model.bin",
+    ]
+    for other in others:
+        other.touch()
     expected = {}
     for seed, way in enumerate((earlier, later)):
         pipe = tiny_pipeline(seed)
@@ -447,7 +453,7 @@ def test_a_folder_that_is_saved_again_has_the_new_weights(tmp_path, earlier, lat
     for variant, values in expected.items():
         loaded = LocalDiTPipeline.from_pretrained(tmp_path, variant=variant)
         assert weights(loaded) == values
-    assert (folder / "model_notes.bin").exists()
+    assert all(other.exists() for other in others)
     assert not list(tmp_path.rglob(".*"))
 
 
