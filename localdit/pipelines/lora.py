@@ -16,7 +16,8 @@ from diffusers.loaders.lora_base import (
 )
 
 from ..checkpoint.reading import CheckpointFile, few, require_finite
-from ..files import parse_json, user_path
+from ..core.parts import is_hub_name
+from ..files import CHECKPOINTS, parse_json, user_path
 from ..models.transformer import LocalDiTTransformer2DModel
 
 Tensors = dict[str, torch.Tensor]
@@ -126,7 +127,7 @@ def adapter_file(
     if path.is_file():
         return path
     if not path.is_dir():
-        if path.suffix or path.is_absolute() or len(path.parts) != 2:
+        if path.suffix in CHECKPOINTS or not is_hub_name(source):
             raise FileNotFoundError(
                 f"There is no {path}: expected a file or folder of LoRA weights, or a hub name."
             )

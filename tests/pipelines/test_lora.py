@@ -326,7 +326,7 @@ def test_diffusers_warns_about_missing_or_unknown_names_in_a_dict(pipe, files, m
     assert torch.equal(draw(pipe), bare)
 
 
-@pytest.mark.parametrize("name", ["nosuch/lora", "no such/lora"])
+@pytest.mark.parametrize("name", ["nosuch/lora", "nosuch/lora-v1.0"])
 def test_a_lora_that_cannot_be_fetched_is_named(pipe, name):
     here = {"weight_name": "lora.safetensors", "local_files_only": True}
     with pytest.raises(OSError, match=f"(?s)The LoRA {name} could not be fetched .* local file"):
@@ -355,7 +355,8 @@ def test_files_without_weights_are_refused(pipe, files, tmp_path):
     with pytest.raises(ValueError, match="choose one with `weight_name`"):
         pipe.load_lora_weights(tmp_path)
     (tmp_path / "none").mkdir()
-    for path in (tmp_path / "none", tmp_path / "nowhere", "nowhere.safetensors"):
+    nowhere = ["nowhere.safetensors", "no/where.bin", "no such/lora", "./nowhere"]
+    for path in (tmp_path / "none", tmp_path / "nowhere", *nowhere):
         with pytest.raises(FileNotFoundError):
             pipe.load_lora_weights(path)
 
