@@ -218,7 +218,7 @@ def _untouched(config: Config, checkpoint: Path) -> dict[str, Any]:
 
 
 def check_model(choice: Choice, described: bool = False) -> Choice:
-    """Check device and dtype, and return the choice with the architecture of its checkpoint file.
+    """Check device, dtype and LoRAs; return the choice with its checkpoint file's architecture.
 
     With `described`, the Config has the architecture, and `load_model` compares the file with it.
     This imports PyTorch, which takes seconds.
@@ -228,6 +228,13 @@ def check_model(choice: Choice, described: bool = False) -> Choice:
     device = resolve_device(choice.device)
     resolve_dtype(choice.dtype, device)
     check_options(choice.config, device)
+    for name in choice.loras:
+        from ..pipelines.lora import check_source
+
+        try:
+            check_source(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--lora: {error}") from error
     if described or not choice.checkpoint.is_file():
         return choice
     changes = contradictions(choice.config, choice.checkpoint)
@@ -297,8 +304,6 @@ def _loras(args: argparse.Namespace) -> dict[str, float]:
         raise ImportError('--lora needs peft: pip install "localdit[lora]"')
     places: set[Path] = set()
     for name in args.lora:
-        if not Path(name).exists() and name.count("/") != 1:
-            raise FileNotFoundError(f"--lora: there is no {name}; expected a file or a folder")
         if (place := Path(name).resolve()) in places:
             raise ValueError(
                 f"--lora: {name} is given twice; expected each LoRA once: for more of it, raise "

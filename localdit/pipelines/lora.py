@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,18 @@ def read_adapter(file: Path) -> tuple[Tensors, dict[str, Any] | None]:
     return tensors, None if text is None else parse_json(text, where)
 
 
+def check_source(source: str | Path) -> None:
+    """Refuse a local file or folder without a LoRA of a transformer, by its header alone.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_lora_weights` does.
+    """
+    if (file := adapter_file(source)) is not None:
+        names = CheckpointFile(file).infos
+        require_adapter(names, str(source))
+        require_no_text_encoder(names)
+
+
 def from_kohya(
     tensors: Tensors, metadata: dict[str, Any] | None, transformer: LocalDiTTransformer2DModel
 ) -> tuple[Tensors, dict[str, Any] | None]:
@@ -266,8 +278,8 @@ def _refuse(name: str, value: Any, expected: str) -> None:
     )
 
 
-def require_adapter(tensors: Tensors, source: str) -> None:
-    """Refuse tensors that are no LoRA of a transformer in Diffusers' layout, with ValueError."""
+def require_adapter(tensors: Collection[str], source: str) -> None:
+    """Refuse tensors, by name, that are no LoRA of a transformer in Diffusers' layout."""
     if any(name.startswith((PREFIX, KOHYA)) and "lora" in name for name in tensors):
         own = [name for name in tensors if name.startswith(PREFIX)]
         a, b = ({name.partition(half)[0] for name in own if half in name} for half in HALVES)
@@ -285,8 +297,8 @@ def require_adapter(tensors: Tensors, source: str) -> None:
     )
 
 
-def require_no_text_encoder(tensors: Tensors) -> None:
-    """Refuse a LoRA with weights for a text encoder, with ValueError."""
+def require_no_text_encoder(tensors: Collection[str]) -> None:
+    """Refuse a LoRA with weights, by name, for a text encoder, with ValueError."""
     names = [name for name in tensors if name.startswith(TEXT_ENCODERS)]
     if names:
         raise ValueError(

@@ -97,12 +97,11 @@ def test_the_page_starts_at_the_settings_of_the_folder(model, tmp_path):
         assert (first.denoising_steps, first.guidance_scale) == settings
 
 
-@pytest.mark.parametrize(("lora", "student"), [(None, True), ("lora", False)])
+@pytest.mark.parametrize(("lora", "student"), [(None, True), ("user/lora", False)])
 def test_without_weights_the_page_draws_with_the_student(
     tmp_path, monkeypatch, capsys, lora, student
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lora").mkdir()
     model = demo.page_model(demo.build_parser().parse_args(["--lora", lora] if lora else []))
     assert model.checkpoint == model_in_the_box(few_steps=student)
     demo.report_fallback(model)

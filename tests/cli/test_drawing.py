@@ -463,7 +463,11 @@ MISTAKES = [
     ("generate", ["a", "--lora-scale", "1"], "--lora-scale is given 1 times for 0 LoRAs"),
     ("generate", ["a", "--lora", "x/y", "--lora-scale", "nan"], "--lora-scale is nan; expected a"),
     ("generate", ["a", "--sampler", "heun", "--steps", "4"], "the sampler 'heun' needs at least 5"),
-    ("generate", ["a", "--lora", "gone.safetensors"], "--lora"),
+    ("generate", ["a", "--lora", "gone.safetensors"], "--lora: There is no gone.safetensors"),
+    ("generate", ["a", "--lora", "photo.png"], "--lora: photo.png is a picture. Expected"),
+    ("generate", ["a", "--lora", "folder"], "--lora: folder holds no pytorch_lora_weights"),
+    ("edit", ["photo.png", "a", "--lora", "broken.safetensors"], "--lora: broken.safetensors is"),
+    ("generate", ["a", "--lora", "own.safetensors"], "own.safetensors is not a LoRA for LocalDiT"),
     (
         "generate",
         ["a", "--model", "box-few-steps", "--steps", "9"],
@@ -509,6 +513,8 @@ def test_mistakes_give_one_line_and_status_2_before_loading(
 ):
     monkeypatch.setattr(utils, "load_model", lambda *args: pytest.fail("loaded"))
     Path("broken.safetensors").write_bytes(b"\xff" * 100)
+    Path("folder").mkdir()
+    save_file({"proj_out.weight": torch.zeros(2)}, "own.safetensors")
     before = names(pictures)
     model = [] if "--model" in argv else ["--model", str(model)]
     device = [] if "--device" in argv else ["--device", "cpu"]
