@@ -6,13 +6,14 @@ keyword arguments, as `LocalDiTTransformer2DModel` does, and name its parameters
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import itertools
 import logging
 import re
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -231,9 +232,7 @@ def _require_sound_arguments(
             seed=Field("seed", "`seed`"),
             global_context=Field("global_context", "`global_context`"),
         )
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        raise TypeError(f"Unknown arguments {few(unknown)}; the model takes {', '.join(known)}.")
+    require_known("The model", overrides, known)
 
 
 def _resolve_config(
@@ -426,6 +425,15 @@ def empty_model(make: Callable[..., Model], *args: Any, **options: Any) -> Model
 def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Return the shape of each parameter by name."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def require_known(user: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse the name of an argument that `user` does not take, with TypeError."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"the closest is {close[0]!r}" if close else "check its spelling"
+            raise TypeError(f"{user} takes no argument {name!r}; {hint}.")
 
 
 def require_float(dtype: torch.dtype | None) -> None:

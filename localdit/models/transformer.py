@@ -22,7 +22,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from einops import rearrange
 from torch import nn
 
-from ..checkpoint.loading import plan_loading, read_folder, require_savable
+from ..checkpoint.loading import plan_loading, read_folder, require_known, require_savable
 from ..checkpoint.reading import few, local_file, require_finite, weights_library
 from ..files import read_json, updated_folder, user_path
 from .attention import CrossAttention, LocalDiTAttention
@@ -176,6 +176,7 @@ class LocalDiTTransformer2DModel(
 
         Raises:
             OSError: if it is missing or incomplete, or cannot be downloaded.
+            TypeError: for an argument that neither Diffusers nor the model takes.
             ValueError: if weights are missing, unexpected, of another shape than the configuration
                 asks for, or not finite, or if the configuration is unsound.
         """
@@ -192,6 +193,17 @@ class LocalDiTTransformer2DModel(
         for name, parameter in model.named_parameters():
             require_finite(folder, name, parameter)
         return (model, info) if with_info else model
+
+    @classmethod
+    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Make a model of a configuration; arguments replace its values, as in `from_pretrained`.
+
+        Raises:
+            TypeError: for an argument that neither Diffusers nor the model takes.
+        """
+        if not return_unused_kwargs:
+            require_known("The model", kwargs, cls._get_init_keys(cls))
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
@@ -217,8 +229,12 @@ class LocalDiTTransformer2DModel(
 
         Raises:
             OSError: if a file can't be written.
+            TypeError: for an unknown argument.
             ValueError: if the model has adapters, or its weights are elsewhere or were replaced.
         """
+        known = (super().save_pretrained, self.push_to_hub)
+        names = [name for method in known for name in inspect.signature(method).parameters]
+        require_known("save_pretrained", kwargs, names)
         require_savable(self)
         fused = [one for one in self._attentions() if one.fused_projections]
         for attention in fused:

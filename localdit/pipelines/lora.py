@@ -23,6 +23,10 @@ from ..models.transformer import LocalDiTTransformer2DModel
 Tensors = dict[str, torch.Tensor]
 
 NEEDS_PEFT = "LoRA needs peft 0.17 or higher: pip install 'localdit[lora]'"
+KEYWORDS = (  # that Diffusers' `load_lora_weights` has among its **kwargs
+    "cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies",
+    "return_lora_metadata", "revision", "subfolder", "token", "use_safetensors", "weight_name",
+)  # fmt: skip
 PREFIX = "transformer."  # of the names of tensors in a file
 HALVES = (".lora_A.", ".lora_B.")
 TEXT_ENCODERS = ("text_encoder", "lora_te")  # prefixes of adapters that are not the transformer's
@@ -114,17 +118,23 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_file(
-    source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **_: Any
+    source: str | Path, weight_name: str | None = None, subfolder: str | None = None
 ) -> Path | None:
     """Return the file that a local file or folder stands for; None for a hub name.
 
     Raises:
         FileNotFoundError: if `source` looks like a path and is missing, or the folder lacks the
             file.
-        ValueError: if the folder holds several files and none was named.
+        ValueError: if the folder holds several files and none was named, or another file was named
+            than the one that was given.
     """
     path = user_path(source)
     if path.is_file():
+        if subfolder or weight_name not in (None, path.name):
+            raise ValueError(
+                f"{path} is a file, so `weight_name` and `subfolder` have no effect: leave them "
+                "out, or give the folder."
+            )
         return path
     if not path.is_dir():
         if path.suffix in CHECKPOINTS or not is_hub_name(source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.utils import EntryNotFoundError, HFValidationError
 
-from ..checkpoint.loading import require_savable
+from ..checkpoint.loading import require_known, require_savable
 from ..checkpoint.reading import open_files, weights_library
 from ..config import INDEX, Config
 from ..core.parts import (
@@ -102,8 +103,11 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
 
         Raises:
             OSError: if a file can't be written.
+            TypeError: for an unknown argument.
             ValueError: if a part has adapters, or its weights are elsewhere or were replaced.
         """
+        known = inspect.signature(super().save_pretrained).parameters
+        require_known("save_pretrained", kwargs, known)
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
                 require_savable(lora.bare(part))
@@ -277,6 +281,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         Raises:
             ImportError: if peft is missing.
             FileNotFoundError: if the file is missing.
+            TypeError: for an unknown argument.
             ValueError: if the file is damaged, holds no LoRA, or holds a LoRA of another model.
         """
         if not USE_PEFT_BACKEND:
@@ -290,12 +295,16 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         cls, pretrained_model_name_or_path_or_dict: str | Path | Tensors, **kwargs: Any
     ) -> Tensors | tuple[Tensors, dict[str, Any] | None]:
         """Return an adapter's tensors by name, and its settings with `return_lora_metadata`."""
+        known = (*inspect.signature(cls.load_lora_weights).parameters, *lora.KEYWORDS)
+        require_known("load_lora_weights", kwargs, known)
         source = pretrained_model_name_or_path_or_dict
         with_metadata = kwargs.pop("return_lora_metadata", False)
         metadata = None
         if isinstance(source, dict):
             tensors = super().lora_state_dict(source, **kwargs)
-        elif (file := lora.adapter_file(source, **kwargs)) is not None:
+        elif (
+            file := lora.adapter_file(source, kwargs.get("weight_name"), kwargs.get("subfolder"))
+        ) is not None:
             tensors, metadata = lora.read_adapter(file)
         else:
             kwargs.setdefault("use_safetensors", True)

@@ -328,7 +328,7 @@ def test_an_argument_that_contradicts_the_tensors_is_refused(override, message, 
 
 def test_unknown_arguments_and_dtypes_are_refused(write):
     path = write(flat_state(tiny_model()))
-    with pytest.raises(TypeError, match="'num_layer'; the model takes num_attention_heads"):
+    with pytest.raises(TypeError, match="'num_layer'; the closest is 'num_layers'"):
         load_transformer(path, num_layer=2)
     with pytest.raises(ValueError, match="`torch_dtype` is torch.int8; choose one of"):
         load_transformer(path, torch_dtype=torch.int8)

@@ -354,6 +354,10 @@ def test_files_without_weights_are_refused(pipe, files, tmp_path):
     assert not (tmp_path / "executed").exists()
     with pytest.raises(ValueError, match="choose one with `weight_name`"):
         pipe.load_lora_weights(tmp_path)
+    for other in ({"weight_name": "other.safetensors"}, {"subfolder": "other"}):
+        with pytest.raises(ValueError, match="is a file, so `weight_name` and `subfolder`"):
+            pipe.load_lora_weights(files / "first" / NAME, **other)
+    pipe.load_lora_weights(files / "first" / NAME, weight_name=NAME)
     (tmp_path / "none").mkdir()
     nowhere = ["nowhere.safetensors", "no/where.bin", "no such/lora", "./nowhere"]
     for path in (tmp_path / "none", tmp_path / "nowhere", *nowhere):

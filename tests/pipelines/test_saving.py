@@ -144,6 +144,24 @@ def test_a_process_that_never_imported_localdit_loads_it_with_trust(kind, tmp_pa
 # Variants, shards, dtypes, components
 
 
+def test_misspelt_arguments_are_refused_before_any_work(folder, tmp_path):
+    pipe, part = tiny_pipeline(), folder / "transformer"
+    for call, message in {
+        lambda: pipe.save_pretrained(tmp_path / "x", varient="a"): "'varient'; the closest is 'var",
+        lambda: pipe.transformer.save_pretrained(tmp_path / "x", tokn="a"): "closest is 'token'",
+        lambda: LocalDiTTransformer2DModel.from_pretrained(
+            part, dropot=0.5
+        ): "closest is 'dropout'",
+        lambda: pipe.load_lora_weights({}, adaptername="a"): "the closest is 'adapter_name'",
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+    model = LocalDiTTransformer2DModel.from_pretrained(part, dropout=0.5, low_cpu_mem_usage=False)
+    assert model.config.dropout == 0.5
+    model.save_pretrained(tmp_path, token=None)
+
+
 def test_variants_are_saved_beside_one_another(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     tiny_pipeline(seed=1).to(torch.float16).save_pretrained(tmp_path, variant="fp16")
