@@ -398,6 +398,8 @@ def require_savable(model: nn.Module) -> None:
                 f"The {name} lacks {few(lost)}: its layers were replaced, and its folder would "
                 "not load as this model. Save it before you replace them."
             )
+    for parameter, tensor in model.named_parameters():
+        require_finite(f"The {name}", parameter, tensor)
 
 
 def _hooks(module: nn.Module) -> Collection[Any]:

@@ -89,7 +89,7 @@ class LocalDiTBasePipeline(SavedPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["tokenizer", "text_encoder"]
+    _optional_components = ["tokenizer", "text_encoder", "vae"]
     _exclude_from_cpu_offload: list[str] = []
     _callback_tensor_inputs = ["latents", *TextEmbeddings._fields]
 
@@ -271,14 +271,6 @@ class LocalDiTBasePipeline(SavedPipeline):
         return self._call.interrupt
 
     # Stages
-
-    def require_parts(self, user: str, *names: str) -> None:
-        """Raise `ValueError` if a component is missing that `user` needs, such as "inference"."""
-        for name in names:
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"The pipeline has no {name}, which {user} needs: load it, and set pipe.{name}."
-                )
 
     def check_inputs(self, request: Request) -> None:
         """Check all arguments of a call before any work."""

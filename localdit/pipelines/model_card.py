@@ -86,8 +86,9 @@ def _facts(pipeline: Any) -> dict[str, str]:
         "default picture size": f"{side} x {side} pixels",
         "prediction of the transformer": PREDICTIONS.get(kind, kind),
         "scheduler": type(scheduler).__name__,
-        "autoencoder": type(pipeline.vae).__name__,
     }
+    if pipeline.vae is not None:
+        facts["autoencoder"] = type(pipeline.vae).__name__
     if config.layer_types:
         facts["attention of the blocks"] = count_layer_types(config.layer_types)
     if pipeline.text_encoder is not None:

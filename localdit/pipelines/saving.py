@@ -63,6 +63,14 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     an adapter with its settings. Adapters of text encoders are not supported.
     """
 
+    def require_parts(self, user: str, *names: str) -> None:
+        """Raise `ValueError` if a component is missing that `user` needs, such as "inference"."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"The pipeline has no {name}, which {user} needs: load it, and set pipe.{name}."
+                )
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -104,10 +112,12 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         Raises:
             OSError: if a file can't be written.
             TypeError: for an unknown argument.
-            ValueError: if a part has adapters, or its weights are elsewhere or were replaced.
+            ValueError: if transformer or scheduler are missing, or a part has adapters, or its
+                weights are elsewhere, not finite, or were replaced.
         """
         known = inspect.signature(super().save_pretrained).parameters
         require_known("save_pretrained", kwargs, known)
+        self.require_parts("save_pretrained", "transformer", "scheduler")
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
                 require_savable(lora.bare(part))

@@ -168,13 +168,17 @@ def test_optional_components_may_be_absent(kind, components, tmp_path):
     pipe = make(kind, components)
     with torch.no_grad():
         embeds = dict(zip(TEXT, pipe.encode_prompt("a cat"), strict=True))
-    for name in pipe._optional_components:
+    for name in ("tokenizer", "text_encoder"):
         setattr(pipe, name, None)
     expected = draw(pipe, prompt=None, **embeds)
     pipe.save_pretrained(tmp_path)
     loaded = kind.from_pretrained(tmp_path)
-    assert all(getattr(loaded, name) is None for name in pipe._optional_components)
+    assert loaded.tokenizer is None and loaded.text_encoder is None
     assert distance(draw(loaded, prompt=None, **embeds), expected) == 0
+    pipe.vae = None
+    pipe.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
+    assert all(getattr(loaded, name) is None for name in pipe._optional_components)
 
 
 # Callbacks

@@ -389,6 +389,14 @@ def offloaded(pipe):
     accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
 
 
+def not_finite(pipe):
+    pipe.transformer.proj_out.bias.data[0] = torch.nan
+
+
+def without(part):
+    return lambda pipe: setattr(pipe, part, None)
+
+
 def on_the_disk(pipe, folder):
     pipe.transformer.enable_group_offload(
         onload_device=torch.device("cpu"),
@@ -408,6 +416,9 @@ def on_the_disk(pipe, folder):
         (with_another_layer, "lacks 'transformer_blocks.0.*its layers were replaced"),
         (on_the_meta_device, "weights of the AutoencoderKL are not in memory"),
         (offloaded, "LocalDiTTransformer2DModel are not in memory.*remove_all_hooks"),
+        (not_finite, "LocalDiTTransformer2DModel: 'proj_out.bias' has values that are not finite"),
+        (without("transformer"), "has no transformer, which save_pretrained needs"),
+        (without("scheduler"), "has no scheduler, which save_pretrained needs"),
     ],
 )
 def test_what_would_not_load_again_is_not_saved(tmp_path, change, message):
