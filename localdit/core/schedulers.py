@@ -184,12 +184,13 @@ def check_schedule(scheduler: Any) -> None:
     Timesteps count the steps of training, of which there are many: those of a schedule that starts
     at 2 or less and are not whole are on another scale, and a warning says so.
 
-    Timesteps must not ascend, and must exist: those of a scheduler that counts in whole ones are at
-    least 0. A solver of order 1 that goes by noise levels divides by their differences, which must
-    not be 0; neighbouring timesteps that are the same after rounding do no harm to it.
+    Timesteps must not ascend from step to step, and must exist: those of a scheduler that counts in
+    whole ones are at least 0. The halves of a step of order 2 may ascend by rounding. A solver of
+    order 1 that goes by noise levels divides by their differences, which must not be 0;
+    neighbouring timesteps that are the same after rounding do no harm to it.
     """
     timesteps, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
-    sound = len(timesteps) > 0 and bool((timesteps.diff() <= 0).all())
+    sound = len(timesteps) > 0 and bool((timesteps[:: scheduler.order].diff() <= 0).all())
     if sound and not timesteps.is_floating_point():
         sound = bool(timesteps[-1] >= 0)
     if sound and sigmas is not None and scheduler.order == 1:

@@ -103,6 +103,18 @@ def test_a_scheduler_without_add_noise_is_refused():
         draw(pipe)
 
 
+@pytest.mark.parametrize("how", [{}, {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}])
+@pytest.mark.parametrize("kind", ["KDPM2Ancestral", "KDPM2", "Heun"])
+def test_the_halves_of_steps_may_be_rounded(kind, how):
+    scheduler = scheduler_of(f"{kind}DiscreteScheduler", **how)
+    for steps in range(1, 30):
+        scheduler.set_timesteps(steps)
+        check_schedule(scheduler)
+    scheduler.timesteps = scheduler.timesteps.flip(0)
+    with pytest.raises(ValueError, match="each be lower"):
+        check_schedule(scheduler)
+
+
 def test_unusable_schedules_are_refused():
     scheduler = scheduler_of("DPMSolverMultistepScheduler", num_train_timesteps=50)
     scheduler.set_timesteps(51)  # more than there are distinct ones
