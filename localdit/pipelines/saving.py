@@ -54,6 +54,14 @@ from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTP
 # class to Diffusers. If the folder named localdit, Diffusers would look for code on the hub.
 TRANSFORMER = ["diffusers", "LocalDiTTransformer2DModel"]
 
+# Something that each component has, whatever wraps it, and what it then is.
+KINDS = {
+    "transformer": ("set_sample_size", "a LocalDiTTransformer2DModel"),
+    "scheduler": ("step", "a scheduler of Diffusers that samples by `step`"),
+    "vae": ("decode", "an autoencoder of Diffusers"),
+    "text_encoder": ("config", "a text model of Transformers"),
+}
+
 
 class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     """Loading and saving of a pipeline; sampling is in `LocalDiTBasePipeline`.
@@ -64,11 +72,22 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
     """
 
     def require_parts(self, user: str, *names: str) -> None:
-        """Raise `ValueError` if a component is missing that `user` needs, such as "inference"."""
-        for name in names:
-            if getattr(self, name) is None:
+        """Refuse components that `user`, such as "inference", lacks or can't use.
+
+        Raises:
+            TypeError: if a component is not of its kind.
+            ValueError: if one of `names` is missing.
+        """
+        for name, (mark, expected) in KINDS.items():
+            part = getattr(self, name)
+            if part is None and name in names:
                 raise ValueError(
                     f"The pipeline has no {name}, which {user} needs: load it, and set pipe.{name}."
+                )
+            if part is not None and not hasattr(part, mark):
+                raise TypeError(
+                    f"The pipeline's {name} is a {type(part).__name__}; expected {expected}. Set "
+                    f"pipe.{name} to one."
                 )
 
     def save_pretrained(

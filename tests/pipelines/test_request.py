@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import ScoreSdeVeScheduler
 from diffusers.callbacks import SDXLCFGCutoffCallback
 from transformers import T5Config, T5EncoderModel
 
@@ -142,6 +143,23 @@ def test_encode_prompt_refuses_what_a_call_refuses(pipe, arguments, message):
     for use in (pipe, pipe.encode_prompt):
         with pytest.raises(ValueError, match=message):
             use(**{"prompt": "a cat", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("part", "other", "expected"),
+    [
+        ("transformer", torch.nn.Linear(2, 2), "Linear; expected a LocalDiTTransformer2DModel"),
+        ("vae", torch.nn.Linear(2, 2), "Linear; expected an autoencoder"),
+        ("text_encoder", torch.nn.Linear(2, 2), "Linear; expected a text model"),
+        ("scheduler", ScoreSdeVeScheduler(), "ScoreSdeVeScheduler; expected a scheduler"),
+    ],
+)
+def test_a_component_of_another_kind_is_named(pipe, calls, part, other, expected):
+    wrong = LocalDiTPipeline(**pipe.components)
+    setattr(wrong, part, other)
+    with pytest.raises(TypeError, match=f"The pipeline's {part} is a {expected}"):
+        wrong("a cat")
+    assert not calls
 
 
 @pytest.mark.parametrize("part", ["transformer", "scheduler", "vae"])
