@@ -20,6 +20,8 @@ __all__ = ["Config"]
 
 INDEX = "model_index.json"  # of the folder of a pipeline
 
+LARGEST_WEIGHT = 1_000_000  # of a prompt or a LoRA; far larger ones overflow
+
 # Standard names of the settings that `Config` has always called otherwise.
 STANDARD_NAMES = {"denoising_steps": "num_inference_steps", "denoising_strength": "strength"}
 OWN_NAMES = {standard: own for own, standard in STANDARD_NAMES.items()}
@@ -82,7 +84,7 @@ class Config:
     width: int = _ranged(1024, 1)  # pixels
     denoising_steps: int = _ranged(20, 1, 1000)
     denoising_strength: float = _ranged(0.8, 0, 1)  # 0 keeps the given image, 1 ignores it
-    guidance_scale: float = _ranged(7.0, 0)  # 1 or less: no guidance
+    guidance_scale: float = _ranged(7.0, 0, LARGEST_WEIGHT)  # 1 or less: no guidance
     batch_size: int = _ranged(1, 1)  # pictures per pass; in training, samples per process
 
     # Where `localdit.utils.load_model` finds the parts: local paths or hub names

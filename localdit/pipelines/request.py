@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..config import is_finite_number
+from ..config import LARGEST_WEIGHT, is_finite_number
 from ..core.text import NO_ENCODER, check_prompts, cut_padding
 from ..errors import Field, FieldValueError, Setting
 from ..models.text_projections import reuse_projections
@@ -133,7 +133,7 @@ class Request:
         check_integer("num_inference_steps", self.num_inference_steps, 1)
         check_integer("num_images_per_prompt", self.num_images_per_prompt, 1)
         check_integer("max_sequence_length", self.max_sequence_length, 1)
-        check_number("guidance_scale", self.guidance_scale)
+        check_number("guidance_scale", self.guidance_scale, -LARGEST_WEIGHT, LARGEST_WEIGHT)
         check_number("eta", self.eta, 0, 1)
         check_interval("guidance_interval", self.guidance_interval)
         check_one_of("output_type", [self.output_type], OUTPUT_TYPES)
@@ -144,7 +144,8 @@ class Request:
             )
         for name, value in (self.cross_attention_kwargs or {}).items():
             check_one_of("cross_attention_kwargs", [name], ["scale"])
-            check_number("the scale in cross_attention_kwargs", value)
+            named = "the scale in cross_attention_kwargs"
+            check_number(named, value, -LARGEST_WEIGHT, LARGEST_WEIGHT)
         if not (self.callback_on_step_end is None or callable(self.callback_on_step_end)):
             raise TypeError(
                 "callback_on_step_end must be a function or None, got "

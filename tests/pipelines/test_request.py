@@ -31,6 +31,8 @@ NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
         ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
         ({"max_sequence_length": 0}, ValueError, "max_sequence_length"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale"),
+        ({"guidance_scale": 1e300}, ValueError, "guidance_scale must be a number from -1e"),
+        ({"cross_attention_kwargs": {"scale": -1e300}}, ValueError, "scale .* a number from -1e"),
         ({"guidance_scale": "2"}, ValueError, "guidance_scale"),
         ({"output_type": "jpeg"}, ValueError, "output_type: 'jpeg' is not one of pil, np, pt, "),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "'noise' is not one of l"),
