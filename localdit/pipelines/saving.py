@@ -392,16 +392,25 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
                 `transformer_lora_adapter_metadata` has the rank, alpha and targets. Without them,
                 loading takes the rank as alpha.
             is_main_process, weight_name, save_function: as in Diffusers.
-            safe_serialization, transformer_lora_adapter_metadata: as in Diffusers.
+            safe_serialization, transformer_lora_adapter_metadata: as in Diffusers. Without
+                safetensors, the file has no place for rank, alpha and targets: only tensors by name
+                can be saved.
             adapter_name: which adapter to save, if the transformer has several.
 
         Raises:
             OSError: if the file can't be written.
-            ValueError: if the adapter is missing, or `save_directory` is a file.
+            ValueError: if the adapter is missing, its settings can't be saved, or `save_directory`
+                is a file.
         """
         layers, metadata = lora.bare(transformer_lora_layers), transformer_lora_adapter_metadata
         if isinstance(layers, LocalDiTTransformer2DModel):
             layers, metadata = lora.adapter_of(layers, adapter_name)
+        if metadata and not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False has no place for the adapter's rank, alpha and targets, "
+                "without which it would load with another scale: leave it out, or give tensors by "
+                "name without settings."
+            )
         save_directory = user_path(save_directory)
         if save_directory.is_file():
             raise ValueError(f"{save_directory} is a file; expected a folder to write to.")

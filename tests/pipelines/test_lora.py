@@ -506,8 +506,13 @@ def test_saving_a_missing_adapter_or_into_a_file_is_refused(pipe, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file; expected a folder"):
         pipe.save_lora_weights(tmp_path / "file", pipe.transformer, adapter_name="first")
+    pickled = {"adapter_name": "second", "safe_serialization": False}
+    with pytest.raises(ValueError, match="safe_serialization=False has no place for the adapter's"):
+        pipe.save_lora_weights(tmp_path, pipe.transformer, **pickled)
     pipe.save_lora_weights(tmp_path, pipe.transformer, adapter_name="second")
     assert load_file(tmp_path / NAME)
+    pipe.save_lora_weights(tmp_path, load_file(tmp_path / NAME), safe_serialization=False)
+    assert (tmp_path / NAME.replace(".safetensors", ".bin")).is_file()
 
 
 def test_without_peft_the_error_is_one_line(pipe, files, monkeypatch):
