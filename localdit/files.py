@@ -129,7 +129,8 @@ def updated_folder(path: Path, kind: Callable[[str], str | None]) -> Iterator[Pa
     """Make a folder whose files move to `path` and its folders once all of them are on the disk.
 
     They replace the files there of the same names, and of the same `kind` by their names unless it
-    is None. All others stay. Missing folders are created.
+    is None. All others stay. Missing folders are created. A folder in `path` that is a link becomes
+    a folder of links, so nothing elsewhere is changed.
 
     Raises:
         OSError: if something can't be written. Existing files are then unchanged.
@@ -140,11 +141,21 @@ def updated_folder(path: Path, kind: Callable[[str], str | None]) -> Iterator[Pa
             unfinished.mkdir(parents=True)
             yield unfinished
             flush_folder(unfinished)
-            for source, _, names in os.walk(unfinished, topdown=False):
-                target = path / Path(source).relative_to(unfinished)
+            walked = [
+                (path / Path(source).relative_to(unfinished), Path(source), names)
+                for source, _, names in os.walk(unfinished)
+            ]
+            for target, *_ in walked[1:]:
+                if target.is_symlink():
+                    linked = list(target.resolve().glob("*"))
+                    target.unlink()
+                    target.mkdir()
+                    for one in linked:
+                        (target / one.name).symlink_to(one)
                 target.mkdir(parents=True, exist_ok=True)
+            for target, source, names in reversed(walked):
                 for name in sorted(names):  # parts of weights, then the index that names them
-                    shutil.move(Path(source, name), target / name)
+                    shutil.move(source / name, target / name)
                 kinds = {kind(name) for name in names} - {None}
                 for file in target.iterdir():
                     if kind(file.name) in kinds and file.name not in names:

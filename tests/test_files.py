@@ -16,6 +16,7 @@ from localdit.files import (
     remove_unfinished,
     text_encoding,
     unfinished_in,
+    updated_folder,
     user_path,
     whole_file,
     whole_folder,
@@ -149,6 +150,31 @@ def test_a_folder_replaces_a_link_and_leaves_what_it_links_to(tmp_path):
         (folder / "a").touch()
     assert names(tmp_path / "run") == ["a"]
     assert names(tmp_path) == ["elsewhere", "run"]
+
+
+def test_an_update_leaves_what_links_in_the_folder_lead_to(tmp_path):
+    """Old weights, a replaced file and one that stays, also a folder deeper."""
+    for folder in (tmp_path / "other", tmp_path / "other/deep"):
+        folder.mkdir()
+        for name in ("old.bin", "config", "kept"):
+            (folder / name).write_text("other")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/part").symlink_to("../other")
+    (tmp_path / "run/broken").symlink_to("nowhere")
+    with updated_folder(tmp_path / "run", lambda name: name.endswith(".bin") or None) as folder:
+        for part in ("part", "part/deep", "broken"):
+            (folder / part).mkdir()
+            for name in ("new.bin", "config"):
+                (folder / part / name).write_text("run")
+    for part in ("part", "part/deep"):
+        made = tmp_path / "run" / part
+        texts = {file.name: file.read_text() for file in made.iterdir() if file.is_file()}
+        assert texts == {"new.bin": "run", "config": "run", "kept": "other"}
+    assert names(tmp_path / "run") == ["broken", "part"]
+    assert names(tmp_path / "run/broken") == ["config", "new.bin"]
+    for folder in (tmp_path / "other", tmp_path / "other/deep"):
+        texts = {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
+        assert texts == dict.fromkeys(["old.bin", "config", "kept"], "other")
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
