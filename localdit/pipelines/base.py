@@ -105,6 +105,7 @@ class LocalDiTBasePipeline(SavedPipeline):
         whole_words: bool = False,
     ) -> None:
         super().__init__()
+        self.prompt_cache = TextCache()
         self.register_to_config(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -118,7 +119,6 @@ class LocalDiTBasePipeline(SavedPipeline):
             scheduler=scheduler,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.prompt_cache = TextCache()
         self._latest_call = CallState()
 
     def register_to_config(self, **values: Any) -> None:
@@ -139,7 +139,8 @@ class LocalDiTBasePipeline(SavedPipeline):
 
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
         unless a `dtype` or `torch_dtype` is given. Both pipelines share the cache of encoded
-        prompts and, if whole models are offloaded, the offloading. The number of steps and the
+        prompts, as long as they have the same text encoder, and, if whole models are offloaded, the
+        offloading. The number of steps and the
         guidance scale that suit the model, and `whole_words`, are kept too. `pipe.components` has
         none of these, so a pipeline of `**pipe.components` has the defaults.
         """
@@ -148,7 +149,10 @@ class LocalDiTBasePipeline(SavedPipeline):
         own: dict[str, Any] = asdict(SamplingSettings.of(pipeline.config))
         own["whole_words"] = pipeline.config.get("whole_words", False)
         made = cls(**{**own, **pipeline.components, **kwargs})
-        for name in ("prompt_cache", "_all_hooks", "_offload_device", "_offload_gpu_id"):
+        shared = ["_all_hooks", "_offload_device", "_offload_gpu_id"]
+        if made.text_encoder in (None, pipeline.components.get("text_encoder")):
+            shared.append("prompt_cache")
+        for name in shared:
             if hasattr(pipeline, name):
                 setattr(made, name, getattr(pipeline, name))
         return made
@@ -178,6 +182,17 @@ class LocalDiTBasePipeline(SavedPipeline):
     def pixels_per_token(self) -> int:
         """Pixels along the side of one token; heights and widths are multiples of it."""
         return self.vae_scale_factor * self.transformer.config.patch_size
+
+    @property
+    def text_encoder(self) -> Any:
+        """The text encoder. Another one gets another cache, since pipelines may share theirs."""
+        return self.__dict__["text_encoder"]
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: Any) -> None:
+        if encoder not in (None, self.__dict__.get("text_encoder")):
+            self.prompt_cache = TextCache(self.prompt_cache.max_bytes)
+        self.__dict__["text_encoder"] = encoder
 
     @property
     def scheduler(self) -> Any:

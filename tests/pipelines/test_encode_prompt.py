@@ -212,6 +212,24 @@ def test_known_prompts_work_without_the_text_encoder_and_others_say_why(own):
     assert draw(own, "a blue square").isfinite().all()
 
 
+@pytest.mark.parametrize("replaced", ["by from_pipe", "later", "after the release"])
+def test_without_its_encoder_a_pipeline_never_uses_the_states_of_another(own, replaced):
+    """Pipelines that share a cache, one of which has its text encoder replaced."""
+    encoder = tiny_components(seed=1)["text_encoder"]
+    expected = draw(own)
+    own.prompt_cache.max_bytes //= 2
+    changes = {"text_encoder": encoder} if replaced == "by from_pipe" else {}
+    other = LocalDiTPipeline.from_pipe(own, **changes)
+    if replaced == "after the release":
+        own.text_encoder = None
+    other.text_encoder = encoder
+    assert not torch.equal(draw(other), expected)
+    own.release_text_encoder()
+    assert torch.equal(draw(own), expected)
+    if replaced != "by from_pipe":
+        assert other.prompt_cache.max_bytes == own.prompt_cache.max_bytes
+
+
 def test_a_prompt_encoded_by_itself_is_known_afterwards(own):
     expected = draw(own)
     own.prompt_cache.clear()
