@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .core.parts import load_whole
 from .files import decode_text, has_files, parse_json, write_whole
 
 if TYPE_CHECKING:
@@ -199,10 +200,8 @@ def clip_score(
     import torch
     from transformers import CLIPModel, CLIPProcessor
 
-    model, processor = (
-        CLIPModel.from_pretrained(folder).eval(),
-        CLIPProcessor.from_pretrained(folder),
-    )
+    model = load_whole(CLIPModel, pretrained_model_name_or_path=folder).eval()
+    processor = CLIPProcessor.from_pretrained(folder)
     scores: list[float] = []
     for prompt, drawn in zip(prompts, pictures, strict=True):
         inputs = processor(
@@ -292,7 +291,7 @@ def extractor(folder: Path) -> Any:
     import torch
     from transformers import AutoImageProcessor, AutoModel
 
-    model = AutoModel.from_pretrained(folder)
+    model = load_whole(AutoModel, pretrained_model_name_or_path=folder, trust_remote_code=False)
     model = getattr(model, "vision_model", model).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
 

@@ -1,9 +1,11 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -103,6 +105,25 @@ def test_the_clip_score_is_the_cosine_in_clips_space(clip):
         )  # fmt: skip
     cosines = torch.cosine_similarity(output.image_embeds, output.text_embeds)
     assert found == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=1e-3)
+
+
+def test_scores_refuse_a_model_that_lacks_weights_or_has_some_that_are_not_finite(clip, tmp_path):
+    scores = {
+        "clip": lambda folder: evaluation.clip_score([Prompt("a", "a", {})], [pictures(1)], folder),
+        "distances": lambda folder: evaluation.distances(pictures(4), pictures(4), folder),
+    }
+    weights = load_file(clip / "model.safetensors")
+    for name in ("visual_projection.weight", "vision_model.post_layernorm.weight"):
+        shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "model.safetensors").unlink()
+        for values, message in ((None, "lacks the weights"), (torch.nan, "values that are not fi")):
+            changed = weights | {name: torch.full_like(weights[name], values or 0)}
+            if values is None:
+                del changed[name]
+            save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+            for score in scores.values():
+                with pytest.raises(ValueError, match=message):
+                    score(tmp_path)
 
 
 @pytest.mark.parametrize("model", ["dino", "clip"])

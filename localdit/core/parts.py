@@ -294,7 +294,7 @@ def load_vae(where: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
             f"{where['pretrained_model_name_or_path']}: {name!r} is not an autoencoder of "
             "Diffusers; expected AutoencoderKL, AutoencoderDC or AutoencoderTiny."
         )
-    return _loaded(kind, where, torch_dtype=dtype)
+    return load_whole(kind, **where, torch_dtype=dtype)
 
 
 def text_encoder_class(where: Mapping[str, Any]) -> Any:
@@ -333,15 +333,15 @@ def load_text_encoder(
         )
     if options:
         options["device_map"] = {"": device}
-    return _loaded(text_encoder_class(where), where, torch_dtype=dtype, **options)
+    return load_whole(text_encoder_class(where), **where, torch_dtype=dtype, **options)
 
 
-def _loaded(kind: Any, where: Mapping[str, Any], **options: Any) -> Any:
+def load_whole(kind: Any, **where: Any) -> Any:
     """Load a model, and refuse it unless it has all of its weights, with finite values."""
-    if "quantization_config" in options:  # quantized weights have other names
-        return kind.from_pretrained(**where, **options)
-    model, info = kind.from_pretrained(**where, output_loading_info=True, **options)
-    folder = Path(where["pretrained_model_name_or_path"]) / where["subfolder"]
+    if "quantization_config" in where:  # quantized weights have other names
+        return kind.from_pretrained(**where)
+    model, info = kind.from_pretrained(**where, output_loading_info=True)
+    folder = Path(where["pretrained_model_name_or_path"]) / where.get("subfolder", "")
     require_whole(model, folder, info["missing_keys"])
     return model
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from localdit.core.latents import LatentSpace
-from localdit.core.parts import require_sound_config, require_whole
+from localdit.core.parts import load_whole, require_sound_config
 from localdit.files import read_json
 
 PROJECTION = "repa-projection"  # the trained model
@@ -155,13 +155,12 @@ def load_latent_features(folder: Path, vae: Any, bf16: bool = False) -> LatentFe
     from transformers import AutoModel
 
     config, statistics = image_encoder_config(folder), _mean_and_std(folder)
-    encoder, info = AutoModel.from_pretrained(
-        folder,
+    encoder = load_whole(
+        AutoModel,
+        pretrained_model_name_or_path=folder,
         local_files_only=True,
         trust_remote_code=False,
-        output_loading_info=True,
     )
-    require_whole(encoder, folder, info["missing_keys"])
     encoder = getattr(encoder.float(), "vision_model", encoder)  # of CLIP and its like
     features = LatentFeatures(vae, encoder, *statistics, bf16)
     try:
