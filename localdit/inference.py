@@ -112,7 +112,7 @@ def inference_batches(
     The arguments are those of `inference`, and are checked in this call. `callback_on_step_end` is
     that of the pipelines.
     """
-    from .pipelines.request import check_generator, check_integer, check_shape
+    from .pipelines.request import check_generator, check_integer, check_tensor
 
     pipe.require_parts("inference", "transformer", "scheduler", "vae")
     for side in ("height", "width"):
@@ -154,8 +154,10 @@ def inference_batches(
             each["mask_image"] = [fit_mask(one, *size) for one in each["mask_image"]]
     if latents is not None:
         each["latents"] = _one_each("latents", list(latents), count)
+        sides = (side // pipe.vae_scale_factor for side in (config.height, config.width))
+        shape = (pipe.transformer.config.in_channels, *sides)
         for one in each["latents"]:
-            check_shape("latents", one, (None, None, None))
+            check_tensor("latents", one, shape)
     if seed is not None:
         if generator is not None:
             raise ValueError("seed and generator are both given; expected one of them")
@@ -189,17 +191,26 @@ def _run(
     batch_size: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[list[Image.Image]]:
-    """Draw the batches; `each` has one entry per picture, `settings` are those of all."""
+    """Draw the batches; `each` has one entry per picture, `settings` are those of all.
+
+    A batch ends early where the next image has another size.
+    """
     import torch
 
-    starts = range(0, len(each["prompt"]), batch_size)
-    for batch, start in enumerate(starts):
-        part: dict[str, Any] = {k: v[start : start + batch_size] for k, v in each.items()}
+    images = each.get("image", [])
+    batches: list[list[int]] = []
+    for i in range(len(each["prompt"])):
+        full = not batches or len(batches[-1]) == batch_size
+        if full or (images and images[i].size != images[i - 1].size):
+            batches.append([])
+        batches[-1].append(i)
+    for number, batch in enumerate(batches):
+        part: dict[str, Any] = {name: [values[i] for i in batch] for name, values in each.items()}
         if "latents" in part:
             part["latents"] = torch.stack(part["latents"])
         if progress:
             then = settings["callback_on_step_end"]
-            part["callback_on_step_end"] = _step_callback(progress, batch, len(starts), then)
+            part["callback_on_step_end"] = _step_callback(progress, number, len(batches), then)
         yield pipe(**(settings | part)).images
 
 

@@ -190,6 +190,22 @@ def test_inpainting_scales_image_and_mask_in_the_same_way(pipe, config):
     assert whole[0].size == image.size
 
 
+def test_images_of_different_sizes_give_the_same_pictures_in_batches_of_any_size(pipe, config):
+    sizes = [(96, 64), (96, 64), (64, 64)]
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+    masks = [masked(size, (left, 16, 40, 40)) for size, left in zip(sizes, (8, 24, 8), strict=True)]
+    given = {"mask": masks, "padding_mask_crop": 4, "seed": 0}
+    one_by_one = inference(pipe, PROMPTS, None, config, images, **given)
+    config.batch_size = 3
+    seen = []
+    together = inference(
+        pipe, PROMPTS, None, config, images, progress=lambda *args: seen.append(args), **given
+    )
+    assert [picture.size for picture in together] == sizes
+    assert same(one_by_one, together)
+    assert len(seen) == seen[-1][0] == seen[-1][1]
+
+
 def test_one_image_for_each_prompt(pipe, config, spy):
     images = [Image.new("RGB", (48, 64), colour) for colour in ("red", "lime")]
     inference(pipe, PROMPTS[:2], None, config, images)
@@ -226,7 +242,10 @@ def test_bad_input_is_found_before_sampling(pipe, config, spy, tmp_path):
     refuses("latents has 1 entries", latents=torch.zeros(1, 4, 8, 6))
     array = np.zeros((3, 4, 8, 6))
     refuses("latents must be a torch.Tensor, got ndarray", latents=array, error=TypeError)
-    refuses(r"latents must have shape \(any, any, any\)", latents=torch.zeros(3, 8, 6))
+    refuses(r"latents must have shape \(4, 8, 6\)", latents=torch.zeros(3, 8, 6))
+    mixed = [torch.zeros(4, 8, 6), torch.zeros(4, 8, 8), torch.zeros(4, 8, 6)]
+    refuses(r"latents must have shape \(4, 8, 6\), got \(4, 8, 8\)", latents=mixed)
+    refuses("latents contains NaN", latents=torch.full((3, 4, 8, 6), torch.nan))
     refuses("the image is a ndarray; expected a path", image=array[0], error=TypeError)
     refuses("the mask is a ndarray; expected", image=image, mask=array[0, 0], error=TypeError)
     refuses("mask is given without an image", mask=image)
