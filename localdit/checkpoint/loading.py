@@ -371,6 +371,11 @@ def read_folder(
     return config, files
 
 
+def bare(model: Any) -> Any:
+    """Return the model that `torch.compile` has wrapped; anything else as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def require_savable(model: nn.Module) -> None:
     """Refuse a model whose saved folder would not load as the same model."""
     name = type(model).__name__

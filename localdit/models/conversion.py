@@ -19,9 +19,11 @@ from ..checkpoint.layout import flat_name
 from ..checkpoint.loading import (
     FLOATS,
     CheckpointReport,
+    bare,
     plan_loading,
     read_folder,
     require_float,
+    require_savable,
 )
 from ..checkpoint.reading import CONFIG_KEY, WEIGHTS, CheckpointFile, few, require_finite
 from ..errors import FieldExistsError, FieldValueError, Setting
@@ -166,13 +168,16 @@ def convert_to_single_file(
         FileExistsError: if `path` is taken.
         FileNotFoundError: if `source` has no transformer in it.
         ValueError: if `path` is not named `*.safetensors`, the folder's tensors do not match its
-            configuration, or a tensor has a dtype that such a file can't have.
+            configuration, a tensor has a dtype that such a file can't have, or the model has
+            adapters, or weights that are elsewhere or were replaced.
         OSError: if the file cannot be written.
     """
     require_float(torch_dtype)
     path = user_path(path).absolute()
     refuse_taken_file(path, overwrite)
+    source = bare(source)
     if isinstance(source, LocalDiTTransformer2DModel):
+        require_savable(source)
         config, state = source.config, source.state_dict()
         dtypes = {name: tensor.dtype for name, tensor in state.items()}
         _require_storable("the model", dtypes, torch_dtype)

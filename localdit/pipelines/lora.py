@@ -95,11 +95,6 @@ def adapter_of(
     return tensors, transformer.peft_config[adapter_name].to_dict()
 
 
-def bare(model: Any) -> Any:
-    """Return the model that `torch.compile` has wrapped; anything else as it is."""
-    return getattr(model, "_orig_mod", model)
-
-
 def has_active(model: torch.nn.Module) -> bool:
     """Return whether a model has an adapter that is active: neither disabled nor fused."""
     layers: list[Any] = [one for one in model.modules() if hasattr(one, "base_layer")]

@@ -19,7 +19,7 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.utils import EntryNotFoundError, HFValidationError
 
-from ..checkpoint.loading import require_known, require_savable
+from ..checkpoint.loading import bare, require_known, require_savable
 from ..checkpoint.reading import open_files, weights_library
 from ..config import INDEX, Config
 from ..core.parts import (
@@ -139,7 +139,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         self.require_parts("save_pretrained", "transformer", "scheduler")
         for part in self.components.values():
             if isinstance(part, torch.nn.Module):
-                require_savable(lora.bare(part))
+                require_savable(bare(part))
         folder = user_path(save_directory)
         with updated_folder(folder, partial(weights_library, variant=variant)) as unfinished:
             super().save_pretrained(
@@ -364,7 +364,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         **kwargs: Any,
     ) -> None:
         """Check that an adapter fits the transformer, and load it."""
-        model = lora.bare(transformer)
+        model = bare(transformer)
         tensors, metadata = lora.from_kohya(state_dict, metadata, model)
         lora.require_fit(tensors, model)
         metadata = lora.checked_settings(metadata, tensors, model)
@@ -402,7 +402,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             ValueError: if the adapter is missing, its settings can't be saved, or `save_directory`
                 is a file.
         """
-        layers, metadata = lora.bare(transformer_lora_layers), transformer_lora_adapter_metadata
+        layers, metadata = bare(transformer_lora_layers), transformer_lora_adapter_metadata
         if isinstance(layers, LocalDiTTransformer2DModel):
             layers, metadata = lora.adapter_of(layers, adapter_name)
         if metadata and not safe_serialization:

@@ -85,6 +85,23 @@ def test_models_pipeline_folders_and_shards_can_be_converted(tmp_path):
     assert same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
 
 
+def test_a_model_is_converted_as_it_would_be_saved(tmp_path):
+    """Without what `torch.compile` and fused projections add; not at all with adapters."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    convert_to_single_file(model, tmp_path / "a.safetensors")
+    model.fuse_qkv_projections()
+    convert_to_single_file(torch.compile(model), tmp_path / "b.safetensors")
+    a, b = (load_transformer(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert same(a.state_dict(), b.state_dict())
+    model.unfuse_qkv_projections()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_qkv"]))
+    model.fuse_lora()
+    with pytest.raises(ValueError, match="has adapters.*unload_lora_weights"):
+        convert_to_single_file(model, tmp_path / "new" / "c.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "b.safetensors"}
+
+
 def test_paths_may_start_with_the_home_folder(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
