@@ -39,6 +39,7 @@ class TextEmbeddings(NamedTuple):
     ) -> None:
         """Refuse embeddings without a mask, beside a prompt, or not `(B, L, channels)`.
 
+        Each row of a mask needs a token; without one, padding would weigh as much as text.
         L is `max_sequence_length` for negative embeddings beside prompts.
         """
         if (prompt is None) == (self.prompt_embeds is None):
@@ -52,7 +53,12 @@ class TextEmbeddings(NamedTuple):
                 raise ValueError(f"{name}_embeds and {name}_attention_mask go together: give both.")
             if embeds is not None:
                 check_tensor(f"{name}_embeds", embeds, (None, None, channels))
-                check_tensor(f"{name}_attention_mask", mask, embeds.shape[:2])
+                check_mask(f"{name}_attention_mask", mask, embeds.shape[:2])
+                if not len(mask) or not mask.any(dim=1).all():
+                    raise ValueError(
+                        f"{name}_attention_mask of shape {tuple(mask.shape)} must have at least "
+                        "one row, and a 1 in every row."
+                    )
         positive, negative = self.prompt_embeds, self.negative_prompt_embeds
         if negative is not None:
             length = max_sequence_length if positive is None else positive.shape[1]
@@ -258,6 +264,13 @@ def check_tensor(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
     check_shape(name, tensor, shape)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} contains NaN or infinite values.")
+
+
+def check_mask(name: str, mask: Any, shape: Sequence[int | None]) -> None:
+    """Refuse anything but a tensor of 1 for tokens and 0 for padding with this shape."""
+    check_shape(name, mask, shape)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{name} must be 1 for tokens and 0 for padding; it has other values.")
 
 
 def check_shape(name: str, tensor: Any, shape: Sequence[int | None]) -> None:

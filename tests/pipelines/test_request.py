@@ -68,6 +68,26 @@ NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
             ValueError,
             r"prompt_attention_mask must have shape \(2, 7\)",
         ),
+        *(
+            ({"prompt": None, **EMBEDS, "prompt_attention_mask": mask}, ValueError, message)
+            for mask, message in (
+                (-torch.ones(2, 7), "must be 1 for tokens and 0 for padding"),
+                (torch.full((2, 7), 0.5), "must be 1 for tokens and 0 for padding"),
+                (torch.full((2, 7), torch.nan), "must be 1 for tokens and 0 for padding"),
+                (torch.tensor([[True], [False]]).expand(2, 7), "a 1 in every row"),
+            )
+        ),
+        (
+            {"prompt": None} | {name: tensor[:0] for name, tensor in EMBEDS.items()},
+            ValueError,
+            "at least one row",
+        ),
+        (
+            {"negative_prompt_embeds": torch.zeros(1, 120, 16)}
+            | {"negative_prompt_attention_mask": torch.arange(120)[None]},
+            ValueError,
+            "negative_prompt_attention_mask must be 1 for tokens and 0 for padding",
+        ),
         (
             {"prompt": None, **EMBEDS, "prompt_embeds": torch.zeros(2, 7, 15)},
             ValueError,
