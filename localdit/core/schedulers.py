@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchLCMScheduler
 
+from ..config import is_finite_number
 from .samplers import check_levels, config_of, prediction_type_of
 
 logger = logging.getLogger(__name__)
@@ -117,13 +118,16 @@ def set_timesteps(
         strength: in [0, 1]; 1 starts from noise.
         custom: a schedule by name, "timesteps" or "sigmas", instead of a number of steps.
     """
-    _require_trained(scheduler, custom or {})
+    _check_custom(scheduler, custom or {})
     if not custom and (schedule := _few_steps(scheduler, num_inference_steps, strength)):
         scheduler.set_timesteps(device=device, **schedule)
         return 0
     scheduler.set_timesteps(
         device=device, **(custom or {"num_inference_steps": num_inference_steps})
     )
+    whole = not scheduler.timesteps.is_floating_point()
+    if custom and whole and any(one % 1 for one in custom.get("timesteps", ())):
+        raise ValueError(f"{type(scheduler).__name__} takes whole timesteps: round the given ones.")
     order = scheduler.order
     steps = math.ceil(len(scheduler.timesteps) / order)
     first = (steps - int(steps * strength)) * order
@@ -136,15 +140,26 @@ def set_timesteps(
     return first
 
 
-def _require_trained(scheduler: Any, custom: Mapping[str, Any]) -> None:
-    """Refuse a custom schedule with more noise than a model of this scheduler was trained on."""
+def _check_custom(scheduler: Any, custom: Mapping[str, Any]) -> None:
+    """Refuse a custom schedule that is no sequence of numbers, or has negative ones.
+
+    Nor may it have more noise than a model of this scheduler was trained on.
+    """
     flow = prediction_type_of(config_of(scheduler)) == "flow"
     steps = getattr(scheduler, "config", {}).get("num_train_timesteps", math.inf)
     most = {"timesteps": steps if flow else steps - 1, "sigmas": 1 if flow else math.inf}
     for name, values in custom.items():
-        if len(values) and max(values) > most[name]:
+        numbers = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(numbers, list | tuple) or not all(
+            is_finite_number(one) and one >= 0 for one in numbers
+        ):
             raise ValueError(
-                f"{name} has {reprlib.repr(max(values))}, but the model was trained up to "
+                f"{name} must be a list of finite numbers of at least 0, got "
+                f"{reprlib.repr(values)}."
+            )
+        if numbers and max(numbers) > most[name]:
+            raise ValueError(
+                f"{name} has {reprlib.repr(max(numbers))}, but the model was trained up to "
                 f"{most[name]}: start at that or less."
             )
 

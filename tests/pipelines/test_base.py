@@ -210,6 +210,8 @@ def test_custom_timesteps_and_sigmas_are_used(pipe, calls):
     assert [int(call["timestep"][0]) for call in calls] == [900, 400, 100, 10]
     assert pipe.num_timesteps == 4
     euler = LocalDiTPipeline(**{**pipe.components, "scheduler": EulerDiscreteScheduler()})
+    with pytest.raises(ValueError, match=r"sigmas must be .* at least 0, got \[10.0, -5.0\]"):
+        latents_of(euler, sigmas=[10.0, -5.0])
     latents_of(euler, sigmas=[10.0, 2.0, 0.0])
     assert euler.scheduler.sigmas[:2].tolist() == [10.0, 2.0]
     assert len(calls) == 4 + euler.num_timesteps
@@ -220,7 +222,7 @@ def test_custom_timesteps_and_sigmas_are_used(pipe, calls):
     [
         (DDPMScheduler(), {"timesteps": [999, 500]}, {"timesteps": [1005, 500]}),
         (LCMScheduler(), {"timesteps": [999, 499]}, {"timesteps": [1500, 500]}),
-        (EulerDiscreteScheduler(), {"timesteps": [999, 500]}, {"timesteps": [1500, 500]}),
+        (EulerDiscreteScheduler(), {"timesteps": [999, 500.5]}, {"timesteps": [1500, 500]}),
         (FlowMatchEulerDiscreteScheduler(), {"sigmas": [1.0, 0.5]}, {"sigmas": [1.5, 0.5]}),
     ],
     ids=lambda one: type(one).__name__,

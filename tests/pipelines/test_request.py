@@ -60,6 +60,11 @@ NEGATIVE = {f"negative_{name}": tensor for name, tensor in EMBEDS.items()}
         ({"timesteps": [10, -5]}, ValueError, "at least 0"),
         ({"timesteps": [1000, 500]}, ValueError, "has 1000, but the model was trained up to 999"),
         ({"timesteps": []}, ValueError, "The 0 timesteps"),
+        *(
+            ({"timesteps": wrong}, ValueError, "timesteps must be a list of finite numbers")
+            for wrong in (5, "95", ["a"], [None], [[999], [500]], [float("nan"), 5], {999: 1})
+        ),
+        ({"timesteps": [900.9, 500]}, ValueError, "Multistep.* takes whole timesteps: round"),
         (EMBEDS, ValueError, "either prompt or prompt_embeds"),
         ({"prompt": None, **EMBEDS, "prompt_attention_mask": None}, ValueError, "go together"),
         ({"prompt_attention_mask": torch.ones(1, 7)}, ValueError, "go together"),
