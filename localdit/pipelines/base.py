@@ -43,7 +43,7 @@ from .request import (
     RunningCalls,
     TextEmbeddings,
     check_channels,
-    check_returned,
+    with_returned,
 )
 from .saving import SavedPipeline
 
@@ -540,15 +540,7 @@ class LocalDiTBasePipeline(SavedPipeline):
                     tensors["latents"] = after_step(tensors["latents"], index)
                 if callback is not None:
                     shown = {name: tensors[name] for name in request.callback_inputs}
-                    returned = callback(self, index, timestep, shown) or {}
-                    if not isinstance(returned, dict):
-                        raise TypeError(
-                            "callback_on_step_end must return a dict of tensors or None, got "
-                            f"{type(returned).__name__}."
-                        )
-                    for name in tensors.keys() & returned.keys():
-                        check_returned(name, returned[name], tensors[name])
-                        tensors[name] = returned[name]
+                    tensors = with_returned(tensors, callback(self, index, timestep, shown) or {})
                 state.watch(
                     f"The scheduler, or a callback, at step {index + 1} of {steps}",
                     tensors["latents"],
@@ -575,8 +567,9 @@ class LocalDiTBasePipeline(SavedPipeline):
         if guided:
             if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
                 raise ValueError(
-                    "The guidance scale was raised above 1 during sampling, but the negative "
-                    "prompt was not encoded: start with a guidance_scale above 1."
+                    "The guidance scale is above 1 during sampling, but the negative prompt was "
+                    "not encoded, or callback_on_step_end returned None for it: start with a "
+                    "guidance_scale above 1, and keep the negative prompt as long as it is."
                 )
             latents = torch.cat([latents, latents])
             pairs.insert(0, (negative_prompt_embeds, negative_prompt_attention_mask))

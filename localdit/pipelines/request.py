@@ -247,16 +247,27 @@ def check_generator(generator: Any, batch_size: int) -> None:
             )
 
 
-def check_returned(name: str, tensor: Any, before: torch.Tensor | None) -> None:
-    """Refuse what a callback returns in place of `before` in another shape, except the length of
-    text. Without guidance, negative prompts may be None.
+def with_returned(tensors: dict[str, Any], returned: Any) -> dict[str, Any]:
+    """Return tensors with those that a callback replaces, in their dtype and on their device.
+
+    Refuse another shape, except the length of text. Without guidance, negative prompts may be None.
+    Other names are left out, as in Diffusers.
     """
-    if before is None or (tensor is None and name.startswith("negative")):
-        return
-    shape: list[int | None] = list(before.shape)
-    if name != "latents":
-        shape[1] = None  # tokens
-    check_shape(f"The {name} that callback_on_step_end returns", tensor, shape)
+    if not isinstance(returned, dict):
+        raise TypeError(
+            "callback_on_step_end must return a dict of tensors or None, got "
+            f"{type(returned).__name__}."
+        )
+    changed = dict(tensors)
+    for name in tensors.keys() & returned.keys():
+        new, like = returned[name], tensors[name.removeprefix("negative_")]
+        if new is not None or not name.startswith("negative"):
+            shape = like.shape if name == "latents" else (like.shape[0], None, *like.shape[2:])
+            check = check_mask if name.endswith("mask") else check_shape
+            check(f"The {name} that callback_on_step_end returns", new, shape)
+            new = new.to(like)
+        changed[name] = new
+    return changed
 
 
 def check_tensor(name: str, tensor: Any, shape: Sequence[int | None]) -> None:
@@ -338,6 +349,11 @@ class DenoiserText:
     @staticmethod
     def _join(pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> tuple[Any, Any]:
         embeds, masks = zip(*pairs, strict=True)
+        if len(lengths := {tensor.shape[1] for tensor in (*embeds, *masks)}) > 1:
+            raise ValueError(
+                f"Embeddings and masks have {sorted(lengths)} tokens, but all need as many, also "
+                "those of the negative prompts: have callback_on_step_end return all of them."
+            )
         return cut_padding(torch.cat(embeds), torch.cat(masks))
 
 

@@ -241,12 +241,43 @@ def test_a_callback_returns_a_dict_or_none(pipe, returned):
         ("latents", torch.zeros(1, 4, 4, 4), r"latents .* must have shape \(1, 4, 8, 8\), got"),
         ("latents", None, "latents .* must be a torch.Tensor, got NoneType"),
         ("prompt_embeds", torch.zeros(2, 5, 16), r"prompt_embeds .* shape \(1, any, 16\), got"),
+        ("prompt_attention_mask", -torch.ones(1, 120), "prompt_attention_mask .* must be 1 for to"),
+        ("prompt_attention_mask", None, "prompt_attention_mask .* must be a torch.Tensor"),
     ],
 )
 def test_a_callback_returns_tensors_that_fit(pipe, name, returned, message):
     error = TypeError if returned is None else ValueError
     with pytest.raises(error, match=f"The {message}"):
         draw(pipe, callback_on_step_end=lambda *_: {name: returned})
+
+
+@pytest.mark.parametrize("names", [["prompt_embeds"], ["prompt_embeds", "prompt_attention_mask"]])
+def test_a_callback_shortens_all_text_or_none(pipe, names):
+    def shorten(names):
+        def callback(pipeline, index, timestep, tensors):
+            return {name: tensors[name][:, :8] for name in names}
+
+        every = pipe._callback_tensor_inputs
+        return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": every}
+
+    torch.testing.assert_close(draw(pipe, **shorten(pipe._callback_tensor_inputs[1:])), draw(pipe))
+    with pytest.raises(ValueError, match=r"have \[8, 120\] tokens, but all need as many"):
+        draw(pipe, **shorten(names))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_callback_may_return_another_dtype(pipe, dtype):
+    def callback(pipeline, index, timestep, tensors):
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    given = {"callback_on_step_end_tensor_inputs": pipe._callback_tensor_inputs}
+    found = draw(pipe, callback_on_step_end=callback, **given)
+    torch.testing.assert_close(found, draw(pipe), rtol=0, atol=0.1 * float(draw(pipe).std()))
+
+
+def test_without_the_negative_prompt_there_is_no_guidance(pipe):
+    with pytest.raises(ValueError, match="or callback_on_step_end returned None for it"):
+        draw(pipe, callback_on_step_end=lambda *_: {"negative_prompt_embeds": None})
 
 
 def test_diffusers_cutoff_of_guidance_serves_one_picture_alone(pipe):
