@@ -27,6 +27,7 @@ BOOKKEEPING = {"decay", "initted", "n_averaged", "num_updates", "optimization_st
 
 # Diffusers' names of a model's weights, in the order in which it looks for them.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+OF_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")  # likewise, of a text encoder
 _WEIGHTS = re.compile(
     r"(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
@@ -171,11 +172,14 @@ class CheckpointFile:
         return state
 
 
-def folder_files(folder: Path, variant: str | None = None) -> list[Path]:
+def folder_files(
+    folder: Path, variant: str | None = None, names: Iterable[str] = WEIGHTS
+) -> list[Path]:
     """Return the files with the weights of a model's Diffusers folder; none if it has no weights.
 
     Args:
         variant: part of the files' names, such as "fp16".
+        names: names of all weights; the first that is there counts.
 
     Raises:
         FileNotFoundError: if a file is missing that the folder's index names.
@@ -186,13 +190,13 @@ def folder_files(folder: Path, variant: str | None = None) -> list[Path]:
         stem, _, suffix = name.rpartition(".")
         return folder / (f"{stem}.{variant}.{suffix}" if variant else name)
 
-    for name in WEIGHTS:
+    for name in names:
         if (index := named(f"{name}.index.json")).is_file():
             shards = read_json(index).get("weight_map")
-            names = [*shards.values()] if isinstance(shards, dict) else [None]
-            if any(not isinstance(one, str) or Path(one).name != one for one in names):
+            parts = [*shards.values()] if isinstance(shards, dict) else [None]
+            if any(not isinstance(one, str) or Path(one).name != one for one in parts):
                 raise ValueError(f"{index}: 'weight_map' must name files of this folder.")
-            files = [folder / one for one in sorted({*map(str, names)})]
+            files = [folder / one for one in sorted({*map(str, parts)})]
             if absent := [file.name for file in files if not file.is_file()]:
                 raise FileNotFoundError(f"{folder} lacks its weights {few(absent)}.")
             return files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -31,7 +30,6 @@ PARTS = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
 OF_RELEASED = {"window_size": 4, "num_attention_heads": 16, "attention_head_dim": 72}
 WHOLE_WORDS = "whole words; others are ignored, and named in a warning"
 Facts = dict[str, Any]
-Headers = dict[str, tuple[str, int]]  # dtype and number of values of each tensor
 
 
 def build_parser() -> Parser:
@@ -234,6 +232,8 @@ def _of_lora(file: CheckpointFile) -> Facts:
 
 
 def _of_pipeline(folder: Path) -> dict[str, Facts]:
+    from ..checkpoint.reading import OF_TRANSFORMERS, WEIGHTS, folder_files, open_files
+
     index = read_json(folder / INDEX)
     parts = {name: value for name, value in index.items() if isinstance(value, list)}
     absent = [name for name in PARTS if not (parts.get(name) or [None])[0]]
@@ -253,7 +253,11 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
             continue
         ours = kind == "LocalDiTTransformer2DModel"
         part = places[name]
-        facts = _of_transformer(part, folder) if ours else _of_weights(_headers(part))
+        if ours:
+            facts = _of_transformer(part, folder)
+        else:
+            weights = folder_files(part, names=(*WEIGHTS, *OF_TRANSFORMERS))
+            facts = _of_weights(open_files(weights))
         if (settings := part / "scheduler_config.json").is_file():
             facts["samplers"] = ", ".join(suitable_samplers(read_json(settings))) or "none"
         sections[name] = {"class": kind, **facts}
@@ -262,48 +266,33 @@ def _of_pipeline(folder: Path) -> dict[str, Facts]:
 
 def _of_transformer(folder: Path, autoencoder: Path) -> Facts:
     from ..checkpoint.loading import empty_model, parameter_shapes
-    from ..checkpoint.reading import few
+    from ..checkpoint.reading import few, folder_files, open_files
     from ..models import LocalDiTTransformer2DModel
     from ..models.configuration import public_arguments
     from ..models.conversion import transformer_folder
 
     folder, config = transformer_folder(folder)
-    headers = _headers(folder)
+    files = open_files(folder_files(folder))
     model = empty_model(LocalDiTTransformer2DModel, **public_arguments(config))
     expected = parameter_shapes(model)
-    dead = [name for name in headers if name not in expected]
-    missing = [name for name in expected if name not in headers]
-    facts = _shape(model.config, autoencoder) | _of_weights(headers)
-    if not headers:
+    dead = [name for name in files if name not in expected]
+    missing = [name for name in expected if name not in files]
+    facts = _shape(model.config, autoencoder) | _of_weights(files)
+    if not files:
         return facts | {"missing": "all weights"}
     if dead:
-        facts["dead"] = sum(headers[name][1] for name in dead)
+        facts["dead"] = sum(files[name].infos[name].values for name in dead)
         facts["dead tensors"] = _by_kind(dead)
     return facts | {"missing": few(missing) if missing else "nothing"}
 
 
-def _headers(folder: Path) -> Headers:
-    """Read the headers of the .safetensors files of a folder."""
-    from safetensors import SafetensorError, safe_open
-
-    found: Headers = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    tensor = file.get_slice(name)
-                    found[name] = (tensor.get_dtype(), math.prod(tensor.get_shape()))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged ({error}).") from error
-    return found
-
-
-def _of_weights(headers: Headers) -> Facts:
-    if not headers:
+def _of_weights(files: dict[str, CheckpointFile]) -> Facts:
+    if not files:
         return {}
+    infos = [file.infos[name] for name, file in files.items()]
     return {
-        "dtype": ", ".join(sorted({dtype for dtype, _ in headers.values()})),
-        "parameters": sum(values for _, values in headers.values()),
+        "dtype": ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos})),
+        "parameters": sum(info.values for info in infos),
     }
 
 

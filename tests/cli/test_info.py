@@ -85,11 +85,32 @@ def test_a_pipeline(model, info):
     assert found[str(model)]["missing"] == "nothing"
     assert found["transformer"]["parameters"] == count(pipe.transformer)
     assert found["vae"]["parameters"] == count(pipe.vae)
-    assert found["transformer"]["dtype"] == "F32"
+    assert found["transformer"]["dtype"] == "float32"
     assert "3 heads x 8 channels, windows of 2 x 2" in found["transformer"]["model"]
     settings = {"num_inference_steps": 20, "guidance_scale": 7.0}
     assert found[str(model)] | settings == found[str(model)]
     assert found["scheduler"]["samplers"].startswith("dpm++2m, ")
+
+
+@pytest.mark.parametrize(
+    "saved", [{"safe_serialization": False}, {"max_shard_size": "20KB"}], ids=["bin", "shards"]
+)
+def test_the_weights_of_a_pipeline_are_those_that_load(model, here, info, saved):
+    """Also as `.bin` and in shards; other files beside them do not count."""
+    from localdit import LocalDiTPipeline
+
+    expected = info(model)
+    pipe = LocalDiTPipeline.from_pretrained(model)
+    pipe.save_pretrained("saved", **saved)
+    pipe.vae.save_pretrained("saved/vae", variant="fp16")
+    save_file({"other": torch.zeros(5)}, "saved/transformer/other.safetensors")
+    found = info("saved")
+    for part in ("transformer", "vae", "text_encoder"):
+        for fact in {"missing", "parameters", "dtype"} & expected[part].keys():
+            assert found[part][fact] == expected[part][fact], (part, fact)
+    for file in here.glob("saved/text_encoder/*model*"):
+        file.unlink()
+    assert "parameters" not in info("saved")["text_encoder"]
 
 
 def test_a_pipeline_without_all_its_parts(model, here, info):
