@@ -34,6 +34,13 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def is_hub_name(source: str | os.PathLike[str]) -> bool:
+    """Return whether a source is a repository on the hub: named like one, and no local folder."""
+    name = str(source)
+    exists = user_path(source).exists()
+    return not exists and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and name[0] not in ".~"
+
+
 def require_folder_name(path: Path) -> Path:
     """Return the path of a folder, unless one would get the name of a picture or a checkpoint."""
     if path.suffix.lower() in (".png", *OTHER_PICTURES, *CHECKPOINTS) and not path.is_dir():

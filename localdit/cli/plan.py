@@ -268,15 +268,15 @@ def _check_files(config: Config) -> None:
     named = read_json(checkpoint / INDEX) if whole else {}
     for name, part in PARTS.items():
         source = part_source(config, part.field, checkpoint)
-        if source != checkpoint and not is_hub_name(source):
-            locate(part, source)
-        elif source == checkpoint and named.get(name) == [None, None]:
+        if source == checkpoint and named.get(name) == [None, None]:
             raise FieldValueError(
                 "{checkpoint} was saved without its {name}, which is needed: {advice}",
                 checkpoint=checkpoint,
                 name=name.replace("_", " "),
                 advice=Setting(part.field, "FOLDER", f"set Config({part.field}='FOLDER')"),
             )
+        if not is_hub_name(source):
+            locate(part, source)
     source = part_source(config, "scheduler", checkpoint)
     if is_hub_name(source):
         return

@@ -21,7 +21,7 @@ from ..errors import (
     FieldValueError,
     Setting,
 )
-from ..files import read_json, user_path
+from ..files import is_hub_name, read_json, user_path
 from ..sizes import folder_with_part
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
         ValueError: a local configuration is unsound.
         OSError: a repository on the hub can't be reached; a `FieldError`.
     """
-    local = user_path(source)
-    if local.is_dir():
-        local = folder_with_part(local, part.folders[0])
+    named = user_path(source)
+    if named.is_dir():
+        local = folder_with_part(named, "".join(part.folders))  # one of the two is empty
         for folder in part.folders:
             files = local / folder
             weights = any(any(files.glob(pattern)) for pattern in part.weights)
@@ -107,9 +107,12 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
                 require_sound_config(files)
                 return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
         raise FieldNotFoundError(
-            "{field}: {folder} lacks files; expected {layouts}",
+            "{field}: {folder} lacks files{shared}; expected {layouts}",
             field=config_field(part.field),
             folder=local,
+            shared=""
+            if local == named
+            else f" that {named} shares: move it to its teacher's folder",
             layouts="; or ".join(map(part.files, part.folders)),
         )
     if not is_hub_name(source):
@@ -131,13 +134,6 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
         "subfolder": folder,
         "local_files_only": local_files_only,
     }
-
-
-def is_hub_name(source: str | Path) -> bool:
-    """Return whether a source is a repository on the hub: named like one, and no local folder."""
-    name = str(source)
-    exists = user_path(source).exists()
-    return not exists and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and name[0] not in ".~"
 
 
 @contextmanager

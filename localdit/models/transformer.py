@@ -24,7 +24,7 @@ from torch import nn
 
 from ..checkpoint.loading import plan_loading, read_folder, require_known, require_savable
 from ..checkpoint.reading import few, local_file, require_finite, weights_library
-from ..files import read_json, updated_folder, user_path
+from ..files import is_hub_name, read_json, updated_folder, user_path
 from .attention import CrossAttention, LocalDiTAttention
 from .backends import checked_backend
 from .block import LocalDiTBlock
@@ -182,7 +182,7 @@ class LocalDiTTransformer2DModel(
         """
         source = os.path.expanduser(pretrained_model_name_or_path)
         folder = Path(source) / (kwargs.get("subfolder") or "")
-        if folder.is_dir() and not kwargs.get("ignore_mismatched_sizes"):
+        if not (is_hub_name(source) or kwargs.get("ignore_mismatched_sizes")):
             read_folder(cls, folder, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)

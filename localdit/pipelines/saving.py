@@ -26,13 +26,22 @@ from ..core.parts import (
     ENCODERS,
     PARTS,
     load_parts,
+    locate,
     locate_parts,
     require_sound_config,
     require_whole,
     unattended,
 )
 from ..core.samplers import read_settings
-from ..files import read_json, updated_folder, user_path, write_errors, write_json
+from ..files import (
+    is_hub_name,
+    lora_note,
+    read_json,
+    updated_folder,
+    user_path,
+    write_errors,
+    write_json,
+)
 from ..models.transformer import LocalDiTTransformer2DModel
 from ..sizes import folder_with_part, pipeline_around
 from . import lora
@@ -195,6 +204,11 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
                 part needs code.
         """
         folder = user_path(pretrained_model_name_or_path)
+        if not (folder / INDEX).is_file() and not is_hub_name(pretrained_model_name_or_path):
+            raise FileNotFoundError(
+                f"{folder} has no {INDEX!r}: not the folder of a pipeline, nor a hub name."
+                f"{lora_note(folder)}"
+            )
         read_settings(folder)  # an error then names the file
         for part in (one for one in folder.glob("*/") if one.name not in kwargs):
             require_sound_config(part)
@@ -220,6 +234,8 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         ]
         if not shared:
             return {}
+        for name in shared:
+            locate(PARTS[name], folder)
         others = {"transformer": None, "scheduler": None} | {
             name: None for name in ENCODERS if name not in shared
         }

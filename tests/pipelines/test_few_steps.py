@@ -1,6 +1,7 @@
 """Pipelines that name their steps and guidance, and the schedulers of few-step models."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from diffusers import (
     TCDScheduler,
 )
 
+from localdit.cli import main
 from localdit.cli.info import contents_of
 from localdit.core.diffusion import NOISE_SCHEDULE, Objective
 from localdit.pipelines import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline
@@ -53,7 +55,7 @@ def watch(pipe, monkeypatch):
 # Settings of a folder
 
 
-def test_a_student_takes_the_parts_that_it_lacks_from_its_teacher(tmp_path):
+def test_a_student_takes_the_parts_that_it_lacks_from_its_teacher(tmp_path, capsys):
     teacher = tmp_path / "teacher"
     LocalDiTPipeline(**tiny_components()).save_pretrained(teacher)
     student = teacher / "student"
@@ -80,6 +82,12 @@ def test_a_student_takes_the_parts_that_it_lacks_from_its_teacher(tmp_path):
     assert own(AutoPipelineForImage2Image.from_pretrained(student)) == OWN
     with pytest.raises((OSError, ValueError)):  # as docs/guides/share.md says
         DiffusionPipeline.from_pretrained(student)
+    moved = shutil.copytree(student, tmp_path / "moved")
+    lacking = "lacks files that .*moved shares: move it to its teacher's folder"
+    with pytest.raises(FileNotFoundError, match=lacking):
+        LocalDiTPipeline.from_pretrained(moved)
+    assert main(["generate", "a cat", "--model", str(moved), "-o", str(tmp_path / "out")]) == 2
+    assert re.search(lacking, capsys.readouterr().err)
     pipe.save_pretrained(tmp_path / "own")  # whole, wherever the parts came from
     DiffusionPipeline.from_pretrained(tmp_path / "own")
 

@@ -432,6 +432,25 @@ def test_what_would_not_load_again_is_not_saved(tmp_path, change, message):
             pipe.transformer.save_pretrained(tmp_path / "folder")
 
 
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./nowhere", "/nowhere/at/all", "", "transformer", "a.pt"]
+)
+def test_a_folder_that_is_none_is_named_and_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().transformer.save_pretrained("transformer")
+    convert_to_single_file("transformer", "w.safetensors")
+    Path("a.pt").touch()
+    for load in (
+        LocalDiTPipeline.from_pretrained,
+        lambda name: LocalDiTPipeline.from_single_file("w.safetensors", config=Path(name)),
+    ):
+        with pytest.raises(FileNotFoundError, match="has no 'model_index.json': not the folder"):
+            load(name)
+    if name != "transformer":
+        with pytest.raises(FileNotFoundError, match="has no 'config.json': not the folder of a tr"):
+            LocalDiTTransformer2DModel.from_pretrained(name)
+
+
 def test_a_full_disk_is_an_error_of_the_system(tmp_path, full_disk):
     pipe, folder = tiny_pipeline(), tmp_path / "folder"
     for size in (1000, 9000):  # of the tokenizer, of weights
