@@ -151,8 +151,8 @@ class Layout:
         """Create the folders of a prompt, with what the benchmark says of it."""
         folder = self.folder / PICTURES / prompt.name
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        path, record = folder / "metadata.jsonl", json.dumps(prompt.record, ensure_ascii=False)
-        text = f"{record}\n".encode()
+        # In ASCII: a record of JSON may have half surrogate pairs, which can't be encoded.
+        path, text = folder / "metadata.jsonl", f"{json.dumps(prompt.record)}\n".encode()
         if not path.is_file() or path.read_bytes() != text:
             write_whole(path, text)
         if self.sheets:

@@ -55,6 +55,15 @@ def test_an_empty_folder_and_a_missing_path_are_refused(tmp_path):
         read_prompts(tmp_path / "nowhere")
 
 
+def test_any_record_of_json_is_kept(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(r'{"prompt": "ein Füchschen", "tag": "\ud83d", "\ud83d": null}', "utf-8")
+    (prompt,) = read_prompts(path)
+    Layout(tmp_path / "out", 1, sheets=False).prepare(prompt)
+    (kept,) = read_prompts(tmp_path / "out/pictures/00000/metadata.jsonl")
+    assert kept == prompt
+
+
 @pytest.mark.parametrize("sheets", [False, True])
 def test_the_places_are_those_that_the_scorers_read(sheets, tmp_path):
     path = tmp_path / "prompts.jsonl"
