@@ -30,7 +30,12 @@ _UNFINISHED = re.compile(r"\..{1,40}\.[0-9a-f]{8}\.tmp", re.DOTALL)  # the names
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path that a user gave: a `~` at its beginning is the home folder."""
+    """Return a path that a user gave: a `~` at its beginning is the home folder.
+
+    An empty one is refused: it would mean the current folder.
+    """
+    if not os.fspath(path):
+        raise ValueError("The path is empty: give a name, or '.' for the current folder.")
     return Path(os.path.expanduser(path))
 
 

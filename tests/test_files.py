@@ -40,6 +40,12 @@ def test_the_home_folder_is_meant_also_where_the_shell_leaves_it(monkeypatch):
         assert str(user_path(name)) == name
 
 
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="The path is empty: give a name"):
+        user_path("")
+    assert user_path(".") == Path()
+
+
 def test_a_file_appears_once_it_is_complete(tmp_path):
     path = tmp_path / "a.bin"
     with whole_file(path) as file:

@@ -432,9 +432,7 @@ def test_what_would_not_load_again_is_not_saved(tmp_path, change, message):
             pipe.transformer.save_pretrained(tmp_path / "folder")
 
 
-@pytest.mark.parametrize(
-    "name", ["nowhere", "./nowhere", "/nowhere/at/all", "", "transformer", "a.pt"]
-)
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "transformer", "a.pt"])
 def test_a_folder_that_is_none_is_named_and_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     tiny_pipeline().transformer.save_pretrained("transformer")
