@@ -17,6 +17,7 @@ from .files import read_json, user_path
 if TYPE_CHECKING:
     from .config import Config
 
+MAX_SIDE = 2**20  # pixels, more than any machine draws
 PIXELS_PER_LATENT = 8  # along a side, if the autoencoder is not on this machine
 
 
@@ -136,7 +137,7 @@ def proportional_size(
 
 
 def check_size(field: Field, value: Any, multiple: int) -> None:
-    """Refuse a height or width that is not a positive multiple of a token's side.
+    """Refuse a height or width that is not a positive multiple of a token's side up to `MAX_SIDE`.
 
     Args:
         field: the height or the width, as messages name it.
@@ -148,12 +149,12 @@ def check_size(field: Field, value: Any, multiple: int) -> None:
     """
     integer = isinstance(value, Integral) and not isinstance(value, bool)
     finite = is_finite_number(value)
-    if finite and integer and value > 0 and value % multiple == 0:
+    if finite and integer and 0 < value <= MAX_SIDE and value % multiple == 0:
         return
     nearest = ""
     if finite:
-        below = int(value // multiple) * multiple
-        sizes = [multiple] if below <= 0 else [below, below + multiple]
+        below = int(min(max(value, 0), MAX_SIDE) // multiple) * multiple
+        sizes = [size for size in (below, below + multiple) if 0 < size <= MAX_SIDE]
         nearest = f"; the nearest that work: {' or '.join(map(str, sizes))}"
     raise FieldValueError(
         "{field} must be a positive multiple of {multiple} pixels, got {value}{nearest}.",

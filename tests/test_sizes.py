@@ -71,7 +71,15 @@ def test_a_size_beyond_all_floats_is_refused():
 
 @pytest.mark.parametrize(
     ("value", "nearest"),
-    [(770, "768 or 784"), (1020, "1008 or 1024"), (0, "16"), (-16, "16"), (7.5, "16")],
+    [
+        (770, "768 or 784"),
+        (1020, "1008 or 1024"),
+        (0, "16"),
+        (-16, "16"),
+        (7.5, "16"),
+        (2**20 + 16, "1048576"),
+        (32_000_000_000, "1048576"),
+    ],
 )
 def test_a_size_that_does_not_work_is_refused_with_the_nearest_that_do(value, nearest):
     with pytest.raises(ValueError) as raised:
