@@ -216,6 +216,11 @@ def read_empty_text(folder: Path, manifest: EncodedManifest) -> torch.Tensor:
         ) from None
 
 
+def index_digest(values: dict[str, Any]) -> str:
+    """Return the SHA-256 of the contents of an index; earlier versions did not write it there."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def unwritten_shards(folder: Path, manifest: EncodedManifest) -> list[int]:
     """Return the shards that are not yet encoded: those without an index."""
     return [shard for shard in range(manifest.shards) if not index_path(folder, shard).is_file()]
@@ -229,6 +234,8 @@ def read_shard(
     again = f"Remove {index.name} and run again: {manifest.command_for(folder)}"
     try:
         values = parse_json(index.read_bytes(), "it")
+        if values.pop("sha256", None) not in (None, index_digest(values)):
+            raise ValueError("its SHA-256 differs from its contents")
         stored, size = values["set"], values["bytes"]
         samples = [
             Sample(
@@ -246,10 +253,16 @@ def read_shard(
             inside = 0 <= offset <= offset + length <= size and isinstance(offset + length, int)
             if not inside or (sample.height, sample.width) not in manifest.sizes:
                 raise ValueError(f"place or size of {sample.id!r}")
+            captions = entry["captions"]
+            if not (isinstance(captions, list) and set(map(type, captions)) == {str}):
+                raise ValueError(f"captions of {sample.id!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is damaged ({error}). {again}") from None
     if stored != digest:
         raise ValueError(f"{index} belongs to another set than {folder / MANIFEST}. {again}")
+    planned = min(manifest.samples_per_shard, manifest.samples - shard * manifest.samples_per_shard)
+    if (listed := len(samples) + len(faults)) != planned:
+        raise ValueError(f"{index} lists {listed:,} samples; {planned:,} were planned. {again}")
     found = tar.stat().st_size if tar.is_file() else 0
     if found != size:
         raise ValueError(f"{tar} has {found:,} bytes, but {size:,} were written. {again}")

@@ -30,7 +30,13 @@ from localdit.training.data.buckets import (
     crop_sizes,
     left_out,
 )
-from localdit.training.data.encoded import FORMAT, EncodedManifest, index_path, tar_path
+from localdit.training.data.encoded import (
+    FORMAT,
+    EncodedManifest,
+    index_digest,
+    index_path,
+    tar_path,
+)
 from localdit.training.data.pictures import read_picture
 from localdit.training.data.samples import BrokenSample, Fault, Sample
 from localdit.training.data.tars import BLOCK
@@ -238,6 +244,7 @@ class ShardEncoder:
             size = file.tell()
         index = {"format": FORMAT, "set": self.manifest.digest(), "bytes": size, "samples": entries,
                  "faults": faults}  # fmt: skip
+        index["sha256"] = index_digest(index)
         write_whole(index_path(self.folder, shard), json.dumps(index))
         return faults
 

@@ -180,9 +180,50 @@ def test_a_place_outside_of_the_tar_or_an_unknown_size_is_refused(folder, name, 
     path = folder / "shard-00000.json"
     index = json.loads(path.read_text())
     index["samples"][0][name] = value
-    path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"shard-00000\.json is damaged"):
+    assert_damaged(folder, index, "place or size of 'red.png'|not supported|unsupported")
+
+
+@pytest.mark.parametrize("captions", [[], "a red picture", [1], None])
+def test_a_sample_without_captions_is_refused(folder, captions):
+    index = json.loads(index_path(folder, 0).read_text())
+    index["samples"][0]["captions"] = captions
+    assert_damaged(folder, index, "captions of 'red.png'|not iterable")
+
+
+@pytest.mark.parametrize("name", ["samples", "faults"])
+def test_a_shard_that_lost_entries_of_its_index_is_refused(folder, name):
+    index = json.loads(index_path(folder, 0).read_text())
+    del index[name][0]
+    assert_damaged(folder, index, "lists 1 samples; 2 were planned")
+
+
+def test_any_change_of_an_index_is_noticed(folder):
+    index = json.loads(index_path(folder, 0).read_text())
+    index["samples"][0] |= {"id": "blue.png", "captions": ["a blue picture"]}
+    index_path(folder, 0).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is damaged .its SHA-256 differs .* Remove shard-00000"):
         open_encoded(folder)
+
+
+def assert_damaged(folder, index, message):
+    """Check that the first shard is refused with this index: for its sum and, without, itself."""
+    path = index_path(folder, 0)
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        open_encoded(folder)
+    del index["sha256"]  # as earlier versions wrote it
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{path.name} .*({message}).* Remove {path.name}"):
+        open_encoded(folder)
+
+
+def test_indices_of_earlier_versions_are_read(folder):
+    samples = open_encoded(folder)[0]
+    for shard in range(2):
+        values = json.loads(index_path(folder, shard).read_text())
+        del values["sha256"]
+        index_path(folder, shard).write_text(json.dumps(values))
+    assert open_encoded(folder)[0] == samples
 
 
 @pytest.mark.parametrize("shards", [10**15, -1, "2"])
