@@ -10,7 +10,8 @@ import numpy as np
 
 from localdit.training.data.samples import Sample
 
-TOO_SMALL, CUT_TOO_MUCH = -1, -2  # stand for the bucket of a picture that is left out
+# Stand for the bucket of a picture that is left out.
+TOO_SMALL, CUT_TOO_MUCH, HELD_OUT = -1, -2, -3
 SHARES = (0.1, 0.25, 0.5, 0.75)  # of a picture, between which reports count
 LITTLE = 0.0005  # shown as 0.0 %
 WORST = 5  # pictures that reports name

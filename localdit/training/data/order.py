@@ -92,7 +92,7 @@ class Order:
     """The endless sequence of steps, from any position.
 
     Args:
-        buckets: (N,) bucket of each sample; -1 for samples that are never visited.
+        buckets: (N,) bucket of each sample; negative for samples that are never visited.
         global_batch: samples in an optimizer step.
         seed: numbers that the order depends on, among them the number of the stage.
     """

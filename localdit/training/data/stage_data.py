@@ -15,6 +15,7 @@ from localdit.core.vocabulary import unknown_message, unknown_pieces
 from localdit.training.data.batches import Batch, VisitDataset, load_batches
 from localdit.training.data.buckets import (
     CUT_TOO_MUCH,
+    HELD_OUT,
     TOO_SMALL,
     Size,
     assign_buckets,
@@ -58,6 +59,13 @@ class StageData:
         return sorted(self.held_out + self.held_out_elsewhere)
 
     @property
+    def visited(self) -> np.ndarray:
+        """Buckets of the samples as they are trained on, (N,); negative for all others."""
+        visited = self.buckets.copy()
+        visited[self.withheld] = HELD_OUT
+        return visited
+
+    @property
     def digest(self) -> str:
         """Fingerprint of the data. A position is valid only for the data it was saved with."""
         digest = hashlib.sha256(repr((self.sizes, self.withheld)).encode())
@@ -69,8 +77,7 @@ class StageData:
     def order(self, stage: Stage, global_batch: int, seed: int) -> Order:
         """Return the order in which the samples are visited."""
         self.found.require_samples(stage.data_root)
-        visited = self.buckets.copy()
-        visited[self.withheld] = -1
+        visited = self.visited
         if not (visited >= 0).any():
             raise ValueError(
                 f"{stage.data_root} holds no picture to train on: of {len(visited):,} samples, "
@@ -253,13 +260,14 @@ def dry_run_report(data: StageData, global_batch: int, tokenizer: Any = None) ->
         global_batch: samples in an optimizer step.
         tokenizer: the tokenizer of the captions; None if it is not on this machine.
     """
-    found, used = data.found, int((data.buckets >= 0).sum())
+    found, used = data.found, int((data.visited >= 0).sum())
     broken, total = found.faults.total, len(found.samples) + found.faults.total
     sections = [
         f"Format: {found.format} ({FORMATS[found.format]})",
         found.unused(),
         f"Samples: {used:,} to train on, {left_out(data.buckets)}, "
-        f"{broken:,} broken ({broken / max(total, 1):.1%} of {total:,})",
+        f"{len(data.withheld):,} held out, {broken:,} broken ({broken / max(total, 1):.1%} of "
+        f"{total:,})",
     ]
     if found.samples:
         sections += [
@@ -291,9 +299,9 @@ def _resolutions(found: Found) -> str:
 
 def _buckets(data: StageData, global_batch: int) -> str:
     rows = [("size", "samples", "batches", "in the last batch")]
-    places = 0
+    visited, places = data.visited, 0
     for index, size in enumerate(data.sizes):
-        if count := int((data.buckets == index).sum()):
+        if count := int((visited == index).sum()):
             batches = -(-count // global_batch)
             places += batches * global_batch
             last = count - (batches - 1) * global_batch
@@ -302,7 +310,7 @@ def _buckets(data: StageData, global_batch: int) -> str:
         return "Buckets: none in use"
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    empty = 1 - int((data.buckets >= 0).sum()) / places
+    empty = 1 - int((visited >= 0).sum()) / places
     title = (
         f"Buckets: {len(rows) - 1:,} of {len(data.sizes):,} in use; {empty:.1%} of the places in "
         "the batches of an epoch stay empty"
@@ -327,10 +335,10 @@ def _range(numbers: Sequence[int]) -> str:
 
 def _examples(data: StageData) -> str:
     """Describe samples from all over the data, with their first captions."""
-    samples, lines = data.found.samples, []
+    samples, visited, lines = data.found.samples, data.visited, []
+    reasons = {TOO_SMALL: "too small", CUT_TOO_MUCH: "cut too much", HELD_OUT: "held out"}
     for index in np.linspace(0, len(samples) - 1, min(EXAMPLES, len(samples))).astype(int):
-        sample, bucket = samples[index], data.buckets[index]
-        reasons = {TOO_SMALL: "too small", CUT_TOO_MUCH: "cut too much"}
+        sample, bucket = samples[index], visited[index]
         place = reasons.get(bucket) or f"bucket {data.sizes[bucket]}"
         caption = " ".join(sample.captions[0].split())
         if len(caption) > CAPTION_CHARACTERS:

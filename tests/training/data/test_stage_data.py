@@ -160,7 +160,7 @@ def test_everything_is_counted():
     report = dry_run_report(data, global_batch=4)
     lines = report.splitlines()
     assert lines[0].startswith("Format: folder (pictures")
-    assert "Samples: 6 to train on, 1 too small, 3 broken (30.0% of 10)" in lines
+    assert "Samples: 6 to train on, 1 too small, 0 held out, 3 broken (30.0% of 10)" in lines
     assert "Resolutions: 3, from 8 x 8 to 64 x 64 (height x width)" in lines
     assert "  most frequent: 64 x 64 (5), 8 x 8 (1), 96 x 32 (1)" in lines
     # 6 samples in 3 batches of 4
@@ -180,6 +180,20 @@ def test_everything_is_counted():
     assert examples[-2:] == ["  6.png: 8 x 8, too small", f'    "{"x" * 100}..."']
 
 
+def test_the_report_counts_what_the_run_trains_on():
+    samples = [sample(number, 64, 64) for number in range(8)] + [sample(8, 96, 32)]
+    buckets = np.array([0] * 8 + [1])
+    data = StageData(Found("folder", samples), [Size(64, 64), Size(96, 32)], buckets, [0, 8], [2])
+    assert len(data.order(Stage(0, 0, "data", 64, 4, 1, 9, 1e-4, "constant", 0), 4, 0).samples) == 6
+    report = dry_run_report(data, global_batch=4)
+    assert "Samples: 6 to train on, 0 too small, 3 held out, 0 broken" in report
+    assert "Buckets: 1 of 2 in use; 25.0% of the places" in report
+    assert ["64", "x", "64", "6", "2", "2", "of", "4"] in [
+        line.split() for line in report.splitlines()
+    ]
+    assert "  0.png: 64 x 64, held out\n" in report
+
+
 def test_several_captions_and_line_breaks_in_an_example():
     found = Found("folder", [sample(5, 96, 32, "line\none", "two", "three")])
     report = dry_run_report(StageData(found, [Size(96, 32)], np.array([0]), []), 1)
@@ -190,7 +204,7 @@ def test_several_captions_and_line_breaks_in_an_example():
 def test_data_without_usable_samples():
     found = Found("webdataset", [], Faults([Fault("empty", "a.tar")]))
     report = dry_run_report(StageData(found, [Size(64, 64)], np.empty(0, dtype=np.int64), []), 4)
-    assert "0 to train on, 0 too small, 1 broken (100.0% of 1)" in report
+    assert "0 to train on, 0 too small, 0 held out, 1 broken (100.0% of 1)" in report
     assert "1 empty (zero bytes): a.tar" in report
     small = Found("folder", [sample(0, 8, 8)])
     data = StageData(small, [Size(64, 64)], np.array([-1]), [])
@@ -230,7 +244,7 @@ def test_the_report_tells_of_splits_and_of_what_is_cut_away():
     assert "  most: 0.png (64 x 6400: 99.0%)" in report
     limited = StageData(found, [Size(64, 64)], np.array([-2]), [])
     report = dry_run_report(limited, 1)
-    assert "Samples: 0 to train on, 0 too small, 1 cut too much, 0 broken" in report
+    assert "Samples: 0 to train on, 0 too small, 1 cut too much, 0 held out, 0 broken" in report
     assert "0.png: 64 x 6400, cut too much" in report
 
 
