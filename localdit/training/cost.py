@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from localdit.core.conditions import size_conditions
 from localdit.core.diffusion import Objective
+from localdit.core.latents import LatentFormat
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.models.configuration import resolve_layer_types
 from localdit.training import initialization
@@ -35,7 +36,8 @@ def cost_report(
     args: argparse.Namespace,
     stage: Stage,
     size: Size,
-    pixels_per_latent: int,
+    text_width: int,
+    latents: LatentFormat,
     num_processes: int,
     sharded: bool,
     mixed_precision: str,
@@ -49,25 +51,26 @@ def cost_report(
 
     Args:
         size: height and width of its largest pictures, in pixels.
-        pixels_per_latent: of the VAE.
+        text_width: channels of the text.
+        latents: the latents to train on.
         num_processes: processes of the run.
         sharded: whether the processes share weights, gradients, optimizer and averages (FSDP2).
         mixed_precision: "no", "fp16" or "bf16".
     """
-    shape = initialization.transformer_config(args)
+    shape = initialization.transformer_config(args, text_width, latents)
     with META:
         transformer = LocalDiTTransformer2DModel(**shape)
         frozen: dict[str, torch.nn.Module] = {}
         if args.teacher is not None:
-            source = argparse.Namespace(**vars(args) | {"transformer": args.teacher})
-            config = initialization.transformer_config(source)
+            source = {"transformer": args.teacher, "new_latents": None}
+            config = initialization.transformer_config(argparse.Namespace(**vars(args) | source))
             frozen["teacher"] = LocalDiTTransformer2DModel(**config)
         if args.repa_weight:
             from transformers import AutoModel
 
             encoder = AutoModel.from_config(image_encoder_config(args.repa_encoder))
             frozen[FEATURES] = LatentFeatures(None, encoder)
-    inputs = _inputs(args, stage, size, pixels_per_latent, transformer)
+    inputs = _inputs(args, stage, size, latents.pixels_per_latent, transformer)
     weights = _size(transformer)
     if args.lora_rank is not None:
         add_adapters(transformer, args)

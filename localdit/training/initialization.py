@@ -72,15 +72,31 @@ def latent_format(vae: str) -> LatentFormat:
     return LatentFormat.from_config(vae_config(locate_encoder("vae", vae)))
 
 
-def transformer_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the transformer in the options. No weights are read."""
+def transformer_config(
+    args: argparse.Namespace, text_width: int | None = None, latents: LatentFormat | None = None
+) -> dict[str, Any]:
+    """Return the arguments of the transformer in the options. No weights are read.
+
+    Args:
+        text_width: channels of the text.
+        latents: the latents to train on. A preset adapts to their channels and to `text_width`;
+            while both are not known, channels are those of the options.
+    """
     if args.transformer is None or is_pixart(args.transformer):
         shape = _shape(args.transformer_config)
+        if latents is not None and args.transformer_config in PRESETS:
+            channels = {"caption_channels": text_width, "in_channels": latents.channels}
+            shape = shape | channels | {"out_channels": latents.channels}
+        shape = {"out_channels": shape.get("in_channels", 4)} | shape
     elif args.transformer.is_dir():
         shape = public_arguments(transformer_folder(args.transformer)[1])
     else:
         shape = inspect_checkpoint(args.transformer).config
-    return shape if args.new_latents is None else shape | {"patch_size": args.new_latents}
+    if args.new_latents is None:
+        return shape
+    if latents is None:
+        return shape | {"patch_size": args.new_latents}
+    return shape | latent_shape(latents, args.new_latents)
 
 
 def require_shape_used(args: argparse.Namespace) -> None:
@@ -107,7 +123,7 @@ def load_transformer(
 
     Args:
         text_width: channels of the text.
-        latents: the latents to train on. A preset adapts to their channels and to `text_width`.
+        latents: the latents to train on.
         checkpoint: the checkpoint to resume from, if any; a scale of positions that was set for
             other latents stays as it is there, whatever sizes the run has now.
     """
@@ -118,7 +134,8 @@ def load_transformer(
             "LocalDiT: leave out --lora-rank, or name a LocalDiT."
         )
     if source is None or is_pixart(source):
-        transformer = _new_transformer(args, text_width, latents)
+        transformer = LocalDiTTransformer2DModel(**transformer_config(args, text_width, latents))
+        initialize_weights(transformer)
         if source is not None:
             report = start_from_pixart(transformer, source, patch_size is not None)
             if patch_size is not None:
@@ -145,25 +162,6 @@ def load_transformer(
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer.train()
-
-
-def _new_transformer(
-    args: argparse.Namespace, text_width: int, latents: LatentFormat
-) -> LocalDiTTransformer2DModel:
-    """Return a new transformer of the shape in the options."""
-    shape = _shape(args.transformer_config)
-    if args.transformer_config in PRESETS:
-        shape = shape | {
-            "caption_channels": text_width,
-            "in_channels": latents.channels,
-            "out_channels": latents.channels,
-        }
-    if args.new_latents is not None:
-        shape = shape | latent_shape(latents, args.new_latents)
-    shape.setdefault("out_channels", shape.get("in_channels", 4))
-    transformer = LocalDiTTransformer2DModel(**shape)
-    initialize_weights(transformer)
-    return transformer
 
 
 def load_frozen(source: Path, like: LocalDiTTransformer2DModel) -> LocalDiTTransformer2DModel:

@@ -36,11 +36,12 @@ from localdit.training.run_folder import RunFolder, changed_options, options_of
 from localdit.training.setup import (
     Models,
     find_data,
+    latents_of,
     load_models,
     local_tokenizer,
     make_state,
-    pixels_per_latent,
     start_processes,
+    text_width_of,
 )
 from localdit.training.shutdown import StopRequest, keep_until_exit
 from localdit.training.stages import Stage, stage_of_step
@@ -248,7 +249,8 @@ def _cost(args: argparse.Namespace, stage: Stage, data: StageData, accelerator: 
         args,
         stage,
         largest,
-        pixels_per_latent(args, data.found),
+        text_width_of(args, data.found),
+        latents_of(args, data.found),
         accelerator.num_processes,
         accelerator.distributed_type == "FSDP",
         accelerator.mixed_precision,

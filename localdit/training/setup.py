@@ -102,9 +102,8 @@ def find_data(args: argparse.Namespace) -> list[StageData]:
             found[stage.data_root] = find_samples(
                 stage.data_root, args.data_format, output=args.output
             )
-        pixels_per_token = pixels_per_latent(args, found[stage.data_root]) * shape.get(
-            "patch_size", 2
-        )
+        latents = latents_of(args, found[stage.data_root])
+        pixels_per_token = latents.pixels_per_latent * shape.get("patch_size", 2)
         check_image_size(stage.image_size, pixels_per_token)
         prepared = prepare_data(
             found[stage.data_root],
@@ -134,14 +133,27 @@ def local_tokenizer(args: argparse.Namespace) -> Any:
         return None
 
 
-def pixels_per_latent(args: argparse.Namespace, found: Found) -> int:
-    """Return the pixels per latent of the data's autoencoder; only its configuration is read."""
+def latents_of(args: argparse.Namespace, found: Found) -> LatentFormat:
+    """Return the format of the data's latents; of the autoencoder, only its configuration is read.
+
+    Channels and pixels of the released one are known, so a dry run fetches nothing.
+    """
     if found.encoded is not None:
-        return found.encoded.manifest.vae_scale
+        return found.encoded.manifest.latent_format
     source = initialization.encoder_sources(args)["vae"]
-    if source == str(Config.vae):  # its scale is known, so a dry run fetches nothing
-        return PIXELS_PER_LATENT
-    return initialization.latent_format(source).pixels_per_latent
+    if source == str(Config.vae):
+        return LatentFormat(4, PIXELS_PER_LATENT)
+    return initialization.latent_format(source)
+
+
+def text_width_of(args: argparse.Namespace, found: Found) -> int:
+    """Return the channels of the data's text, as `latents_of` returns the format of its latents."""
+    if found.encoded is not None:
+        return found.encoded.manifest.text_width
+    source = initialization.encoder_sources(args)["text_encoder"]
+    if source == str(Config.text_encoder):
+        return 4096
+    return text_encoder_width(locate_encoder("text_encoder", source))
 
 
 @dataclass

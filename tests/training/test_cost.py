@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
+from localdit.core.latents import LatentFormat
 from localdit.models import LocalDiTTransformer2DModel
 from localdit.training.cost import META, activation_bytes, cost_report, saved_bytes
 from localdit.training.data.buckets import Size
+from localdit.training.initialization import load_transformer
 from localdit.training.methods import Inputs
 from localdit.training.methods.repa import load_latent_features, make_projection
 from localdit.training.optimizer import make_optimizer
@@ -50,7 +52,22 @@ def report(tmp_path, *options, **circumstances):
     argv = ["--data-root", "x", "--transformer-config", str(shape), "--output", str(tmp_path)]
     args = parse_args([*argv, "--batch-size", "4", "--max-train-steps", "10", *options])
     wanted = {"num_processes": 1, "sharded": False, "mixed_precision": "no"} | circumstances
-    return cost_report(args, args.stages[0], Size(128, 128), 8, **wanted)
+    return cost_report(args, args.stages[0], Size(128, 128), 16, LatentFormat(4, 8), **wanted)
+
+
+@pytest.mark.parametrize(
+    ("text_width", "options"),
+    [
+        (16, ["--transformer-config", "tiny"]),
+        (128, ["--transformer", str(BOX / "transformer"), "--new-latents", "1"]),
+    ],
+)
+def test_the_transformer_is_the_one_that_the_run_trains(text_width, options):
+    args = parse_args(["--data-root", "x", "--image-size", "128", *options])
+    latents = LatentFormat(6, 16)
+    told = cost_report(args, args.stages[0], Size(128, 128), text_width, latents, 1, False, "no")
+    transformer = load_transformer(args, text_width, latents)
+    assert f"Transformer: {transformer.num_parameters():,} weights" in told
 
 
 def figure(text, name):
@@ -126,9 +143,8 @@ def test_adapters_may_be_in_some_layers_only(targets, tmp_path):
         argv = ["--data-root", "x", *options, "--output", str(tmp_path), *more]
         args = parse_args(argv)
         text = cost_report(
-            args, args.stages[0], Size(128, 128), 8, num_processes=1, sharded=False,
-            mixed_precision="no",
-        )  # fmt: skip
+            args, args.stages[0], Size(128, 128), 16, LatentFormat(4, 8), 1, False, "no"
+        )
         return figure(text, "activations")
 
     assert 0 < activations("--lora-target-modules", *targets) < 1.05 * activations()
