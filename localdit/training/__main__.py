@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from localdit.parsing import say
 from localdit.training.options import parse_args
 from localdit.training.parser import make_parser
-from localdit.training.shutdown import StopRequest, TrainingStopped, run_and_exit
+from localdit.training.shutdown import StopRequest, TrainingStopped, process_rank, run_and_exit
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -31,6 +30,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         stop.listen()
 
     # Loading PyTorch takes seconds. Before that, `--help` answers and signals are caught.
+    import torch
+
     from localdit.machine import hide_loading_bars
     from localdit.training.session import set_up
     from localdit.training.trainer import train
@@ -41,8 +42,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if session is not None:
             train(session)
     except TrainingStopped as error:
-        if os.environ.get("RANK", "0") == "0":
+        if (rank := process_rank()) == "0":
             say(f"{parser.prog}: error: {error}", "stderr")
+        elif not torch.distributed.is_initialized():  # so the other processes do not know
+            say(f"{parser.prog}: error: process {rank}: {error}", "stderr")
         return 1
     return 0
 

@@ -26,6 +26,7 @@ from localdit.training.parser import (
     LEARNING_OPTIONS,
     make_parser,
 )
+from localdit.training.shutdown import process_rank
 from localdit.training.stages import STAGE_OPTIONS, Stage, read_stages
 
 # The numbers that options of training and of encoding may have: in words, as a test, and for which.
@@ -90,7 +91,7 @@ def parse_args(
         if args.method == DISTIL and args.teacher_guidance_scale is None:
             args.teacher_guidance_scale = guidance_beside(args.teacher)
         args.stages = _stages(args)
-        if args.use_wandb and not args.dry_run and os.environ.get("RANK", "0") == "0":
+        if args.use_wandb and not args.dry_run and process_rank() == "0":
             _log_in_to_wandb()
     except (FieldError, ValueError) as error:
         parser.error(str(error))

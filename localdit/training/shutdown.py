@@ -49,6 +49,14 @@ class StopRequest:
         self.signal = signal.Signals(number).name
 
 
+def process_rank() -> str:
+    """Return the number of this process among those started together; "0" if it is alone.
+
+    Without WORLD_SIZE, RANK has another meaning, such as the number of a container.
+    """
+    return os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+
+
 def keep_until_exit(thing: object) -> None:
     """Keep an object until `run_and_exit` ends the process, so that its destructor never runs.
 
@@ -70,7 +78,7 @@ def run_and_exit(main: Callable[[], int]) -> None:
     except SystemExit:
         raise
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if process_rank() == "0":
             say("Interrupted.", "stderr")
         code = 130
     except BaseException:

@@ -115,7 +115,8 @@ def test_packages_that_are_missing_are_named(capsys, monkeypatch):
         ({}, "[Nn]o API key|api_key not configured"),
         ({"WANDB_API_KEY": "", "RANK": "0"}, "[Nn]o API key|api_key not configured"),
         ({"WANDB_API_KEY": "short"}, "API key must"),
-        ({"RANK": "1"}, None),
+        ({"RANK": "1"}, "[Nn]o API key|api_key not configured"),  # it is alone
+        ({"RANK": "1", "WORLD_SIZE": "2"}, None),
         ({"WANDB_MODE": "offline"}, None),
         ({"WANDB_MODE": "disabled"}, None),
     ],
@@ -131,7 +132,9 @@ def test_wandb_without_a_login_is_refused_at_once(tmp_path, environment, reason)
     last = done.stderr.splitlines()[-1] if done.stderr else ""
     assert "Traceback" not in done.stderr
     if reason is None:
-        assert done.returncode == 1 and "wandb login" not in done.stderr  # there is no such data
+        # There is no such data, or no other process.
+        assert done.returncode == 1 and "wandb login" not in done.stderr
+        assert "localdit.training: error: " in last or "localdit train: error: " in last
         return
     assert done.returncode == 2
     assert re.search(

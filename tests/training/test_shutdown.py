@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,38 @@ def test_a_process_exits_with_its_code_and_waits_for_nothing(end, code, message)
     assert result.stdout == "done\n"
     assert message in result.stderr
     assert ("Traceback" in result.stderr) == (code == 1 and bool(message))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"RANK": "1"}, "Interrupted.\n"),  # of a container, not of processes
+        ({"RANK": "1", "WORLD_SIZE": "2"}, ""),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "Interrupted.\n"),
+    ],
+)
+def test_the_first_of_several_processes_speaks(ranks, message):
+    program = PROGRAM.format(end="raise KeyboardInterrupt")
+    environment = os.environ | ranks
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert result.stderr == message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"RANK": "1"}, "error: --data-root: not found: gone"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "error: process 1: .*MASTER_ADDR"),
+    ],
+)
+def test_an_error_of_a_process_that_knows_of_no_other_is_printed(ranks, message):
+    command = [sys.executable, "-m", "localdit.training", "--data-root", "gone"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | ranks
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert re.search(message, result.stderr)
 
 
 def test_system_exit_passes_through():
