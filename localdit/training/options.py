@@ -134,14 +134,16 @@ def _stages(args: argparse.Namespace) -> list[Stage]:
                     f"{default!r}"
                 )
         options = vars(args) | change
-        options["data_root"] = name_argument(options["data_root"])
         try:
+            options["data_root"] = name_argument(options["data_root"])
             _check(argparse.Namespace(**options))
             if args.contrastive_weight and options["batch_size"] < 2:
                 raise ValueError(
                     f"--contrastive-weight needs another sample in each batch, but --batch-size is "
                     f"{options['batch_size']}; expected at least 2"
                 )
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{place}data-root: {error}") from None
         except ValueError as error:
             raise ValueError(f"{place}{error}") from None
         values = {name: options[name] for name in STAGE_OPTIONS}

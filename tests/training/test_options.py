@@ -231,6 +231,7 @@ def test_the_stage_of_a_step(tmp_path):
             '[{"learning-rate": Infinity}]',
             "stage 1: --learning-rate is inf; expected more than 0 a",
         ),
+        ([{}, {"data-root": ""}], "stage 2: data-root: it is empty; expected a path"),
         ([{"max-train-steps": 0}], "stage 1: --max-train-steps is 0; expected more than 0"),
     ],
 )
