@@ -24,6 +24,7 @@ from localdit.training.parser import (
     DISTIL_OPTIONS,
     LATE_OPTIONS,
     LEARNING_OPTIONS,
+    PICTURE_OPTIONS,
     make_parser,
 )
 from localdit.training.shutdown import process_rank
@@ -44,10 +45,10 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "validation_guidance_scale",
     )),
     "at least 0 and less than 1": (lambda value: 0 <= value < 1, (
-        "contrastive_weight", "token_routing",
+        "contrastive_weight", "token_routing", "lora_dropout",
     )),
     "0 to 1": (lambda value: 0 <= value <= 1, (
-        "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip", "lora_dropout",
+        "max_broken", "max_crop", "token_dropout", "ema_decay", "horizontal_flip",
     )),
     # NumPy takes seeds below 2**32, and each process adds its number.
     "0 to 4,000,000,000": (lambda value: 0 <= value <= 4_000_000_000, ("seed",)),
@@ -298,6 +299,12 @@ def check_limits(options: Mapping[str, Any]) -> None:
             if not (finite and holds(value)):
                 more = "" if finite else " and finite"
                 raise ValueError(f"{flag(name)} is {value}; expected {expected}{more}")
+    longest = options["max_aspect_ratio"]
+    if options["crop"] == "center" and longest not in (None, PICTURE_OPTIONS["max_aspect_ratio"]):
+        raise ValueError(
+            f"--max-aspect-ratio is {longest}, but --crop center has only the square: leave out "
+            "one of them"
+        )
     if options["pretrained"] and not options["pretrained"].is_dir():
         raise ValueError(f"--pretrained {options['pretrained']} is not a folder")
 

@@ -43,6 +43,8 @@ def test_defaults_are_those_of_config():
         (["--prediction-type", "x0"], "invalid choice"),
         (["--keep-checkpoints", "1"], "--keep-checkpoints is 1; expected at least 2"),
         (["--max-aspect-ratio", "0.5"], "--max-aspect-ratio is 0.5; expected 1 or more"),
+        (["--max-aspect-ratio", "3", "--crop", "center"], "--crop center has only the square"),
+        (["--lora-dropout", "1"], "--lora-dropout is 1.0; expected at least 0 and less than 1"),
         (["--learning-rate", "inf"], "--learning-rate is inf; expected more than 0 and finite"),
         (["--weight-decay", "inf"], "--weight-decay is inf; expected at least 0 and finite"),
         (["--lora-alpha", "inf"], "--lora-alpha is inf; expected more than 0 and finite"),

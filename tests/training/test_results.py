@@ -246,7 +246,7 @@ def test_a_pixart_can_not_have_adapters(train, tmp_path, capsys):
         (["--lora-rank", "4"], "--lora-rank adapts existing weights: name them with --trans"),
         (["--lora-alpha", "4"], "--lora-alpha is for adapters: also give --lora-rank"),
         (["--lora-rank", "4", "--lora-alpha", "-1"], "--lora-alpha is -1.0; expected more than 0"),
-        (["--lora-rank", "4", "--lora-dropout", "2"], "--lora-dropout is 2.0; expected 0 to 1"),
+        (["--lora-rank", "4", "--lora-dropout", "2"], "--lora-dropout is 2.0; expected at least 0"),
     ],
 )
 def test_wrong_options_end_the_program(capsys, more, message):

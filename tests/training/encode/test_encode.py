@@ -363,6 +363,9 @@ def test_help_is_quick_and_wrong_options_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--data-root", "a", "--output", "b", "--samples-per-shard", "0"])
     assert "--samples-per-shard is 0; expected more than 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--data-root", "a", "--output", "b", "--crop", "center", "--max-aspect-ratio", "3"])
+    assert "--crop center has only the square: leave out" in capsys.readouterr().err
 
 
 def start(workplace, output, *launcher, more=(), **environment):
