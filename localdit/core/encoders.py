@@ -17,6 +17,7 @@ from .parts import (
     load_tokenizer,
     load_vae,
     locate,
+    names_folder,
     text_encoder_class,
     vae_config,
 )
@@ -132,6 +133,7 @@ def text_encoder_whole_words(sources: Mapping[str, str]) -> bool:
     return bool(read_whole_words(folder.resolve().parent) if said is None else said)
 
 
+@names_folder
 def text_encoder_width(where: Mapping[str, Any]) -> int:
     """Return the channels of a text encoder's states; no weights are read."""
     from transformers import AutoConfig

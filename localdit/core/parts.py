@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ..config import config_field
 from ..errors import (
@@ -67,6 +68,7 @@ PARTS = {  # in the order in which they are loaded: the largest comes last
     ),
 }
 ENCODERS = ("tokenizer", "text_encoder", "vae")
+Load = TypeVar("Load", bound=Callable[..., Any])
 _ONE_AT_A_TIME = threading.RLock()  # a setting of Transformers holds for the whole process
 # Models whose encoder alone, or whose text tower alone, makes the caption. Of any other text model
 # the last hidden states do.
@@ -223,6 +225,27 @@ def unattended() -> Iterator[None]:
             dynamic.TIME_OUT_REMOTE_CODE = seconds
 
 
+def names_folder(load: Load) -> Load:
+    """Let errors of a library about the files of a part, of whatever kind, name their folder."""
+
+    @wraps(load)
+    def named(where: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        try:
+            return load(where, *args, **options)
+        except (OSError, ImportError, MemoryError):  # they are not about the contents
+            raise
+        except Exception as error:
+            source = where["pretrained_model_name_or_path"]
+            if source in str(error) or "OutOfMemory" in type(error).__name__:
+                raise
+            raise ValueError(
+                f"{Path(source) / where['subfolder']} can't be loaded: its files are damaged or do "
+                f"not fit each other ({type(error).__name__}: {error}). Fetch it again."
+            ) from error
+
+    return cast("Load", named)
+
+
 def load_parts(
     config: Config,
     where: Mapping[str, dict[str, Any]],
@@ -245,6 +268,7 @@ def load_parts(
     return parts
 
 
+@names_folder
 def load_scheduler(where: Mapping[str, Any]) -> Any:
     """Load the scheduler of Diffusers that a configuration names; DPM-Solver++ if it names none."""
     import diffusers
@@ -255,6 +279,7 @@ def load_scheduler(where: Mapping[str, Any]) -> Any:
     return kind.from_pretrained(**where)
 
 
+@names_folder
 def load_tokenizer(where: Mapping[str, Any]) -> Any:
     """Load a tokenizer; one that needs code of its folder is refused, and nobody is asked."""
     from transformers import AutoTokenizer
@@ -279,6 +304,7 @@ def vae_config(where: Mapping[str, Any]) -> dict[str, Any]:
     return dict(AutoencoderKL.load_config(**where))
 
 
+@names_folder
 def load_vae(where: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     """Load an autoencoder of the class that its configuration names."""
     import diffusers
@@ -293,6 +319,7 @@ def load_vae(where: Mapping[str, Any], dtype: torch.dtype | None) -> Any:
     return load_whole(kind, **where, torch_dtype=dtype)
 
 
+@names_folder
 def text_encoder_class(where: Mapping[str, Any]) -> Any:
     """Return the Transformers class that loads a text encoder; no weights are read."""
     import transformers
@@ -304,6 +331,7 @@ def text_encoder_class(where: Mapping[str, Any]) -> Any:
     )
 
 
+@names_folder
 def load_text_encoder(
     where: Mapping[str, Any],
     dtype: torch.dtype | None,

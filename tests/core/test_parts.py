@@ -156,6 +156,29 @@ def test_configurations_that_are_no_json_objects_are_refused(folder, file, text)
             loaders(folder)[name]()
 
 
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("tokenizer/tokenizer.json", lambda text: text[: len(text) // 2]),
+        ("tokenizer/tokenizer.json", lambda text: "{}"),
+        ("tokenizer/tokenizer.json", lambda text: text.replace('"model"', '"modal"')),
+        ("text_encoder/config.json", lambda text: text.replace('"d_model": 16', '"d_model": "16"')),
+        ("text_encoder/config.json", lambda text: text.replace('"d_model": 16', '"d_model": 32')),
+        ("vae/config.json", lambda text: text.replace("Down", "Up")),
+        ("scheduler/scheduler_config.json", lambda text: text.replace("1000", '"1000"')),
+    ],
+)
+def test_errors_of_the_libraries_name_the_folder_of_the_part(folder, file, damage):
+    path = folder / file
+    text = path.read_text()
+    path.write_text(damage(text))
+    assert path.read_text() != text
+    part = file.partition("/")[0]
+    for name in ("parts", *(["encoders"] if part in ENCODERS else [])):
+        with pytest.raises(ValueError, match=rf"(?s){folder / part} can't be loaded: .* Fetch it"):
+            loaders(folder)[name]()
+
+
 def test_values_that_are_not_finite_are_refused_in_every_part(folder):
     for name in ("transformer", "vae", "text_encoder"):
         pipe = tiny_pipeline()
