@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import signal
@@ -637,6 +638,16 @@ def test_a_dry_run_that_can_not_tell_the_cost_says_why(train, workplace, tmp_pat
     (tmp_path / "run/metrics.jsonl").write_text("[1]\n{}\n")
     train("run", "--dry-run", *more, expect=1)
     assert message in capsys.readouterr().err
+
+
+def test_the_death_of_a_process_that_reads_pictures_says_what_to_do(train, monkeypatch, capsys):
+    read = "localdit.training.data.batches.read_picture"
+    monkeypatch.setattr(read, lambda *picture: os.kill(os.getpid(), signal.SIGKILL))
+    train("dies", "--num-workers", "1", expect=1)
+    told = capsys.readouterr().err
+    assert "A process that reads pictures was killed" in told
+    assert "Give fewer --num-workers, and continue with --resume auto." in told
+    assert "Traceback" not in told
 
 
 def test_a_dry_run_reports_what_training_would_refuse(train, workplace, tmp_path, capsys):

@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         session = set_up(args, stop)
         if session is not None:
             train(session)
-    except TrainingStopped as error:
+    except (TrainingStopped, ChildProcessError) as error:
+        alone = isinstance(error, ChildProcessError) or not torch.distributed.is_initialized()
         if (rank := process_rank()) == "0":
             say(f"{parser.prog}: error: {error}", "stderr")
-        elif not torch.distributed.is_initialized():  # so the other processes do not know
+        elif alone:  # the others do not know of it
             say(f"{parser.prog}: error: process {rank}: {error}", "stderr")
         return 1
     return 0

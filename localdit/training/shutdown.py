@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from localdit.parsing import put, say
@@ -55,6 +56,27 @@ def process_rank() -> str:
     Without WORLD_SIZE, RANK has another meaning, such as the number of a container.
     """
     return os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+
+
+@contextmanager
+def deaths_of_workers(go_on: str) -> Iterator[None]:
+    """Say what to do if a process that reads pictures dies: PyTorch's error can come at any time.
+
+    Args:
+        go_on: how to go on after that.
+
+    Raises:
+        ChildProcessError: in this process, while the others do not know.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise ChildProcessError(
+            f"A process that reads pictures was killed, often because the memory is full: "
+            f"{str(error).strip()} Give fewer --num-workers, and {go_on}."
+        ) from error
 
 
 def keep_until_exit(thing: object) -> None:

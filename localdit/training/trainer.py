@@ -10,7 +10,7 @@ import torch
 from localdit.training.data.batches import Batch
 from localdit.training.processes import loss_divisor
 from localdit.training.session import Session
-from localdit.training.shutdown import TrainingStopped
+from localdit.training.shutdown import TrainingStopped, deaths_of_workers
 from localdit.training.stages import stage_of_step
 
 
@@ -32,6 +32,7 @@ class Outcome:
         return self.finite and self.count > 0
 
 
+@deaths_of_workers("continue with --resume auto")
 def train(session: Session) -> None:
     """Train from the current step to the end of the last stage."""
     args, state, reporter = session.args, session.state, session.reporter

@@ -48,6 +48,7 @@ from localdit.training.encode.shards import (
 )
 from localdit.training.initialization import encoder_sources, latent_format
 from localdit.training.options import check_image_size
+from localdit.training.shutdown import deaths_of_workers
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free + unfinished
 
 
+@deaths_of_workers("run the same command again")
 def encode(args: argparse.Namespace, job: Job, shards: Sequence[int], quiet: bool) -> None:
     """Write shards one after the other. Each is safe once it is written.
 

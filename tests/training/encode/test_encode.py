@@ -415,6 +415,15 @@ def test_an_interrupt_ends_a_job_in_one_line(workplace, tmp_path, workers):
     assert b"Traceback" not in told, told.decode()
 
 
+def test_the_death_of_a_process_that_reads_pictures_says_what_to_do(
+    workplace, tmp_path, monkeypatch
+):
+    read = "localdit.training.encode.shards.read_picture"
+    monkeypatch.setattr(read, lambda *picture: os.kill(os.getpid(), signal.SIGKILL))
+    told = stopped(options(workplace, tmp_path / "encoded", "--num-workers", "1"))
+    assert "Give fewer --num-workers, and run the same command again." in told
+
+
 @pytest.mark.slow
 def test_a_job_killed_at_any_time_resumes_to_the_same_shards(workplace, tmp_path):
     draw(tmp_path / "pictures", count=150)
