@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import subprocess
 import sys
 import tarfile
 from argparse import Namespace
@@ -373,6 +374,23 @@ def test_parts_of_photographs_take_turns_and_come_back(tmp_path):
     for part, again in zip(parts, study.read(tmp_path), strict=True):
         assert again[1:] == part[1:]
         assert (np.asarray(again.picture) == np.asarray(part.picture)).all()
+
+
+def test_a_finished_part_of_a_recipe_is_kept_for_its_settings_alone(tmp_path):
+    def once(*command):
+        script = f'set -eu; out="{tmp_path}"; . recipes/once.sh; once part "$@"; echo goes on'
+        return subprocess.run(
+            ["bash", "-c", script, "bash", *command], cwd=ROOT, capture_output=True, text=True
+        )
+
+    assert once("false").returncode == 1  # not finished
+    assert once("echo", "8").stdout == "8\ngoes on\n"
+    assert once("echo", "8").stdout == "goes on\n"
+    other = once("echo", "16")
+    assert (other.returncode, other.stdout) == (1, "")
+    assert "made with other settings:\n  echo 8\nnow: echo 16\nGive the same" in other.stderr
+    (tmp_path / "part.done").write_text("")  # as earlier versions left it
+    assert once("echo", "16").stdout == "goes on\n"
 
 
 @pytest.mark.parametrize("path", ["box/draw_scenes.py", "lora/draw_frames.py"])

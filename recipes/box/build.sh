@@ -11,17 +11,12 @@ count=${COUNT:-40000} vae_steps=${VAE_STEPS:-4000} batch=${BATCH:-64} captions=$
 export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true
 two_processes="torchrun --standalone --nproc_per_node 2" # faster than one with two threads
 
-once() { # once NAME COMMAND...: run a part that has not been finished
-  [ -e "$out/$1.done" ] || { "${@:2}" && touch "$out/$1.done"; }
-}
-mkdir -p "$out"
+. recipes/once.sh
 
 once scenes python recipes/box/draw_scenes.py --processes 2 --count "$count" --output "$out/scenes"
 once text python recipes/box/train_text_encoder.py --steps "${TEXT_STEPS:-3000}" --output "$out"
-vae() {
-  python recipes/box/train_autoencoder.py --threads 2 --scenes $((count * 3 / 20)) "$@"
-}
-once vae vae --steps "$vae_steps" --output "$out/vae"
+vae=(python recipes/box/train_autoencoder.py --threads 2 --scenes $((count * 3 / 20)))
+once vae "${vae[@]}" --steps "$vae_steps" --output "$out/vae"
 
 # shellcheck disable=SC2086
 once encoded $two_processes -m localdit.training.encode \
@@ -36,7 +31,7 @@ once teacher $two_processes train.py --mixed-precision bf16 --optimizer muon \
   --warmup-steps 50 --gradient-clip 1.0 --token-dropout 0.1 --ema-decay 0.998 \
   --save-interval 500 --resume auto --output "$out/run"
 
-once decoder vae --pretrained "$out/vae" --freeze-encoder --full-resolution \
+once decoder "${vae[@]}" --pretrained "$out/vae" --freeze-encoder --full-resolution \
   --generated-by "$out/run/final" --generated $((count * 3 / 80)) --latent-noise 0.05 \
   --edge-weight 12 --lr 3e-3 --steps "$vae_steps" --output "$out/decoder"
 once pack python recipes/box/pack.py --pipeline "$out/run/final" --vae "$out/decoder" \

@@ -11,10 +11,8 @@ export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true PYTHONPATH=.
 two_processes="torchrun --standalone --nproc_per_node 2"
 box="--text-encoder localdit/box/text_encoder --tokenizer localdit/box/tokenizer"
 
-once() { # once NAME COMMAND...: run a part that has not been finished
-  [ -e "$out/$1.done" ] || { "${@:2}" && touch "$out/$1.done"; }
-}
-mkdir -p "$out"
+. recipes/once.sh
+
 once scenes python recipes/box/draw_scenes.py --side 256 --count "${COUNT:-40000}" \
   --processes 2 --output "$out/scenes"
 once vae python recipes/box/train_autoencoder.py --compression 32 --threads 2 \
@@ -28,15 +26,14 @@ once encoded $two_processes -m localdit.training.encode --data-root "$out/scenes
   --image-size 256 --patch-size 1 --vae "$out/vae" $box --output "$out/encoded"
 
 # The same data, order, noise and schedule; only the weights to start from differ.
-train() {
-  $two_processes train.py --mixed-precision bf16 --data-root "$out/encoded" --image-size 256 \
-    --num-workers 0 --prediction-type v_prediction --batch-size "${BATCH:-64}" \
-    --max-train-steps "$steps" --learning-rate 1e-3 --warmup-steps $((steps / 30)) --gradient-clip 1.0 \
-    --token-dropout 0.1 --ema-decay "${EMA:-0.999}" --save-interval "$every" \
-    --keep-checkpoints $((steps / every + 2)) --resume auto "$@"
-}
-once nothing train --transformer-config recipes/compact/shape.json --output "$out/nothing"
-once transferred train --transformer localdit/box/transformer --new-latents 1 \
+# shellcheck disable=SC2206
+train=($two_processes train.py --mixed-precision bf16 --data-root "$out/encoded" --image-size 256
+  --num-workers 0 --prediction-type v_prediction --batch-size "${BATCH:-64}"
+  --max-train-steps "$steps" --learning-rate 1e-3 --warmup-steps $((steps / 30)) --gradient-clip 1.0
+  --token-dropout 0.1 --ema-decay "${EMA:-0.999}" --save-interval "$every"
+  --keep-checkpoints $((steps / every + 2)) --resume auto)
+once nothing "${train[@]}" --transformer-config recipes/compact/shape.json --output "$out/nothing"
+once transferred "${train[@]}" --transformer localdit/box/transformer --new-latents 1 \
   --output "$out/transferred"
 
 python recipes/compact/compare.py --nothing "$out/nothing" --transferred "$out/transferred" \

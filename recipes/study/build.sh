@@ -11,10 +11,8 @@ optimizer=${OPTIMIZER:-muon}
 export OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true PYTHONPATH=.
 parts="--vae $out/vae --text-encoder localdit/box/text_encoder --tokenizer localdit/box/tokenizer"
 
-once() { # MARK COMMAND...: run a command unless it has succeeded before
-  [ -e "$out/$1.done" ] || { "${@:2}" && touch "$out/$1.done"; }
-}
-mkdir -p "$out"
+. recipes/once.sh
+
 once vae python recipes/study/write_autoencoder.py --output "$out/vae"
 if [ -n "${EMOJI:-}" ]; then
   # shellcheck disable=SC2086  # several packages
