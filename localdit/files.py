@@ -222,6 +222,33 @@ def has_files(folder: Path) -> bool:
     return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
+def start_drawing(folder: Path, count: int = 1) -> Path:
+    """Prepare a folder for drawn data: a new one, an empty one, or one that was drawn before.
+
+    Args:
+        folder: gets `images`, for the pictures.
+        count: number of pictures to draw.
+
+    Returns:
+        `metadata.jsonl` in the folder. It is gone until all pictures are there.
+
+    Raises:
+        ValueError: if the folder has other files, or nothing is to be drawn.
+    """
+    mark, metadata = folder / ".drawn", folder / "metadata.jsonl"
+    if count < 1:
+        raise ValueError(f"The number of pictures is {count}; expected at least 1.")
+    if has_files(folder) and not mark.is_file():
+        raise ValueError(
+            f"{folder} has files that were not drawn there, or by an earlier version: name another "
+            "folder, or remove it."
+        )
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    metadata.unlink(missing_ok=True)
+    return metadata
+
+
 def unfinished_in(folder: Path) -> list[Path]:
     """Return the files and folders that a killed process was writing into a folder."""
     return [path for path in folder.glob(".*.tmp") if _UNFINISHED.fullmatch(path.name)]

@@ -393,6 +393,26 @@ def test_a_finished_part_of_a_recipe_is_kept_for_its_settings_alone(tmp_path):
     assert once("echo", "16").stdout == "goes on\n"
 
 
+DRAWING = ["box/draw_scenes.py", "lora/draw_frames.py", "photographs/collect.py", "study/scenes.py"]
+
+
+@pytest.mark.parametrize("path", DRAWING)
+def test_recipes_draw_into_no_folder_of_other_files(path, tmp_path, monkeypatch):
+    (tmp_path / "metadata.jsonl").write_text("mine")
+    monkeypatch.setattr(sys, "argv", [path, "--output", str(tmp_path)])
+    with pytest.raises(ValueError, match="has files that were not drawn there"):
+        load(path).main()
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("path", ["box/draw_scenes.py", "lora/draw_frames.py", "study/scenes.py"])
+def test_recipes_draw_at_least_one_picture(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [path, "--output", str(tmp_path / "data"), "--count", "-1"])
+    with pytest.raises(ValueError, match="is -1; expected at least 1"):
+        load(path).main()
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("path", ["box/draw_scenes.py", "lora/draw_frames.py"])
 def test_drawn_data_is_listed_once_all_of_it_is_there(path, tmp_path, monkeypatch):
     recipe = load(path)

@@ -53,12 +53,10 @@ def write_picture(index: int, args: argparse.Namespace) -> str:
 
 def main() -> None:
     args = parse_args()
-    from localdit.files import whole_file
+    from localdit.files import start_drawing, whole_file
 
     started = time.perf_counter()
-    metadata = args.output / "metadata.jsonl"
-    metadata.unlink(missing_ok=True)  # it appears again when all pictures are there
-    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    metadata = start_drawing(args.output, args.count)
     with Pool(args.processes) as pool:
         lines = pool.imap(partial(write_picture, args=args), range(args.count), chunksize=256)
         with whole_file(metadata) as file:

@@ -53,12 +53,10 @@ def main() -> None:
     args = parse_args()
     import numpy as np
 
-    from localdit.files import write_whole
+    from localdit.files import start_drawing, write_whole
     from localdit.scenes import describe_often, sample_scenes
 
-    metadata = args.output / "metadata.jsonl"
-    metadata.unlink(missing_ok=True)  # it appears again when all images are there
-    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    metadata = start_drawing(args.output, args.count)
     lines = []
     rng = np.random.default_rng(args.seed)
     of_one_object = (

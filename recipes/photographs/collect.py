@@ -146,11 +146,9 @@ def draw_scenes(output: Path, count: int, side: int, seed: int) -> list[dict[str
 
 def main() -> None:
     args = parse_args()
-    from localdit.files import write_whole
+    from localdit.files import start_drawing, write_whole
 
-    metadata = args.output / "metadata.jsonl"
-    metadata.unlink(missing_ok=True)  # it appears again when all pictures are there
-    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    metadata = start_drawing(args.output)
     try:
         photographs = copy_photographs(args.output)
     except FileNotFoundError as error:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from localdit.files import write_whole
+from localdit.files import start_drawing, write_whole
 
 SIDE = 16
 CELL = SIDE + 2  # an emoji in its sheet has a border of one pixel
@@ -97,9 +97,7 @@ def read(folder: Path) -> list[Example]:
 
 def write(examples: Sequence[Example], folder: Path) -> None:
     """Write pictures and their captions and labels."""
-    metadata = folder / "metadata.jsonl"
-    metadata.unlink(missing_ok=True)  # it appears again when all pictures are there
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    metadata = start_drawing(folder)
     lines = []
     for index, (picture, caption, label) in enumerate(examples):
         name = f"images/{index:05d}.png"

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from localdit.files import write_whole
+from localdit.files import start_drawing, write_whole
 from localdit.scenes.recognition import connected_components
 from localdit.scenes.scene import PALETTE
 
@@ -239,9 +239,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     args = parser.parse_args()
-    metadata = args.output / "metadata.jsonl"
-    metadata.unlink(missing_ok=True)  # it appears again when all pictures are there
-    (args.output / "images").mkdir(parents=True, exist_ok=True)
+    metadata = start_drawing(args.output, args.count)
     lines = []
     for index, scene in enumerate(sample_many(args.count, args.seed)):
         name = f"images/{index:06d}.png"
