@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FlowMatchLCMScheduler
 
@@ -149,8 +150,8 @@ def _check_custom(scheduler: Any, custom: Mapping[str, Any]) -> None:
     steps = getattr(scheduler, "config", {}).get("num_train_timesteps", math.inf)
     most = {"timesteps": steps if flow else steps - 1, "sigmas": 1 if flow else math.inf}
     for name, values in custom.items():
-        numbers = values.tolist() if hasattr(values, "tolist") else values
-        if not isinstance(numbers, list | tuple) or not all(
+        numbers = (values if hasattr(values, "tolist") else np.array(values)).tolist()
+        if not isinstance(numbers, list) or not all(
             is_finite_number(one) and one >= 0 for one in numbers
         ):
             raise ValueError(

@@ -209,12 +209,16 @@ def test_custom_timesteps_and_sigmas_are_used(pipe, calls):
     latents_of(pipe, timesteps=[900, 400, 100, 10])
     assert [int(call["timestep"][0]) for call in calls] == [900, 400, 100, 10]
     assert pipe.num_timesteps == 4
+    for same in (range(900, 0, -400), list(torch.tensor([900, 500, 100]))):
+        latents_of(pipe, timesteps=same)
+        assert pipe.scheduler.timesteps.tolist() == [900, 500, 100]
+    calls.clear()
     euler = LocalDiTPipeline(**{**pipe.components, "scheduler": EulerDiscreteScheduler()})
     with pytest.raises(ValueError, match=r"sigmas must be .* at least 0, got \[10.0, -5.0\]"):
         latents_of(euler, sigmas=[10.0, -5.0])
     latents_of(euler, sigmas=[10.0, 2.0, 0.0])
     assert euler.scheduler.sigmas[:2].tolist() == [10.0, 2.0]
-    assert len(calls) == 4 + euler.num_timesteps
+    assert len(calls) == euler.num_timesteps
 
 
 @pytest.mark.parametrize(
