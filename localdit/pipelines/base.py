@@ -121,6 +121,12 @@ class LocalDiTBasePipeline(SavedPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._latest_call = CallState()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Another text encoder gets another cache, as pipelines may share one."""
+        if name == "text_encoder" and value not in (None, vars(self).get(name)):
+            self.prompt_cache = TextCache(self.prompt_cache.max_bytes)
+        super().__setattr__(name, value)
+
     def register_to_config(self, **values: Any) -> None:
         """Set values of `config`, which are saved with the pipeline.
 
@@ -182,17 +188,6 @@ class LocalDiTBasePipeline(SavedPipeline):
     def pixels_per_token(self) -> int:
         """Pixels along the side of one token; heights and widths are multiples of it."""
         return self.vae_scale_factor * self.transformer.config.patch_size
-
-    @property
-    def text_encoder(self) -> Any:
-        """The text encoder. Another one gets another cache, since pipelines may share theirs."""
-        return self.__dict__["text_encoder"]
-
-    @text_encoder.setter
-    def text_encoder(self, encoder: Any) -> None:
-        if encoder not in (None, self.__dict__.get("text_encoder")):
-            self.prompt_cache = TextCache(self.prompt_cache.max_bytes)
-        self.__dict__["text_encoder"] = encoder
 
     @property
     def scheduler(self) -> Any:

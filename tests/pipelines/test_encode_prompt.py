@@ -230,6 +230,14 @@ def test_without_its_encoder_a_pipeline_never_uses_the_states_of_another(own, re
         assert other.prompt_cache.max_bytes == own.prompt_cache.max_bytes
 
 
+def test_the_text_encoder_can_be_deleted_as_any_component(own):
+    expected = draw(own)
+    encoder = own.text_encoder
+    del own.text_encoder
+    own.text_encoder = encoder
+    assert torch.equal(draw(own), expected)
+
+
 def test_a_prompt_encoded_by_itself_is_known_afterwards(own):
     expected = draw(own)
     own.prompt_cache.clear()
