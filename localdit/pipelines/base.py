@@ -564,7 +564,7 @@ class LocalDiTBasePipeline(SavedPipeline):
                 raise ValueError(
                     "The guidance scale is above 1 during sampling, but the negative prompt was "
                     "not encoded, or callback_on_step_end returned None for it: start with a "
-                    "guidance_scale above 1, and keep the negative prompt as long as it is."
+                    "guidance_scale above 1, and do not drop the negative prompt."
                 )
             latents = torch.cat([latents, latents])
             pairs.insert(0, (negative_prompt_embeds, negative_prompt_attention_mask))

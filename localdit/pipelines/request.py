@@ -351,8 +351,8 @@ class DenoiserText:
         embeds, masks = zip(*pairs, strict=True)
         if len(lengths := {tensor.shape[1] for tensor in (*embeds, *masks)}) > 1:
             raise ValueError(
-                f"Embeddings and masks have {sorted(lengths)} tokens, but all need as many, also "
-                "those of the negative prompts: have callback_on_step_end return all of them."
+                f"Embeddings and masks have {sorted(lengths)} tokens, but need the same number, "
+                "also for negative prompts: have callback_on_step_end return all of them."
             )
         return cut_padding(torch.cat(embeds), torch.cat(masks))
 

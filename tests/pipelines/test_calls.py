@@ -261,7 +261,7 @@ def test_a_callback_shortens_all_text_or_none(pipe, names):
         return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": every}
 
     torch.testing.assert_close(draw(pipe, **shorten(pipe._callback_tensor_inputs[1:])), draw(pipe))
-    with pytest.raises(ValueError, match=r"have \[8, 120\] tokens, but all need as many"):
+    with pytest.raises(ValueError, match=r"have \[8, 120\] tokens, but need the same"):
         draw(pipe, **shorten(names))
 
 
