@@ -226,7 +226,7 @@ def unattended() -> Iterator[None]:
 
 
 def names_folder(load: Load) -> Load:
-    """Let errors of a library about the files of a part, of whatever kind, name their folder."""
+    """Let every error of a library while it loads a part name the part's folder."""
 
     @wraps(load)
     def named(where: Mapping[str, Any], *args: Any, **options: Any) -> Any:
@@ -239,8 +239,8 @@ def names_folder(load: Load) -> Load:
             if source in str(error) or "OutOfMemory" in type(error).__name__:
                 raise
             raise ValueError(
-                f"{Path(source) / where['subfolder']} can't be loaded: its files are damaged or do "
-                f"not fit each other ({type(error).__name__}: {error}). Fetch it again."
+                f"{Path(source) / where['subfolder']} can't be loaded ({type(error).__name__}: "
+                f"{error}). If its files are damaged or do not fit each other, fetch it again."
             ) from error
 
     return cast("Load", named)

@@ -175,20 +175,20 @@ def test_errors_of_the_libraries_name_the_folder_of_the_part(folder, file, damag
     assert path.read_text() != text
     part = file.partition("/")[0]
     for name in ("parts", *(["encoders"] if part in ENCODERS else [])):
-        with pytest.raises(ValueError, match=rf"(?s){folder / part} can't be loaded: .* Fetch it"):
+        with pytest.raises(ValueError, match=rf"(?s){folder / part} can't be loaded .* fetch it"):
             loaders(folder)[name]()
 
 
-def test_values_that_are_not_finite_are_refused_in_every_part(folder):
-    for name in ("transformer", "vae", "text_encoder"):
-        pipe = tiny_pipeline()
-        with torch.no_grad():
-            next(getattr(pipe, name).parameters()).flatten()[-1] = torch.nan
-        pipe.save_pretrained(folder)
-        for load in ("from_pretrained", "load_model", "parts", "encoders"):
-            if (name, load) != ("transformer", "encoders"):
-                with pytest.raises((OSError, ValueError), match="values that are not finite"):
-                    loaders(folder)[load]()
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_values_that_are_not_finite_are_refused_in_every_part(folder, part):
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    next(iter(tensors.values())).flatten()[-1] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    for load in ("from_pretrained", "load_model", "parts", "encoders"):
+        if (part, load) != ("transformer", "encoders"):
+            with pytest.raises((OSError, ValueError), match="values that are not finite"):
+                loaders(folder)[load]()
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
