@@ -22,7 +22,7 @@ from ..config import (
 from ..core.samplers import SamplingSettings, check_levels, check_sampler, read_settings
 from ..core.vocabulary import read_whole_words
 from ..errors import FieldValueError, Setting
-from ..files import decode_text, read_json, user_path
+from ..files import decode_text, is_hub_name, read_json, user_path
 from ..parsing import say
 from ..sizes import check_size, proportional_size, read_sizes
 from .arguments import CONFIG_SETTINGS, named_model, usage_errors
@@ -260,7 +260,7 @@ def _check_files(config: Config) -> None:
 
     Sampler and steps must suit the scheduler.
     """
-    from ..core.parts import PARTS, is_hub_name, locate, scheduler_config
+    from ..core.parts import PARTS, locate, scheduler_config
     from ..utils import find_checkpoint
 
     checkpoint = find_checkpoint(config.ckpt_path)

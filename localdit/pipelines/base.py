@@ -146,9 +146,9 @@ class LocalDiTBasePipeline(SavedPipeline):
         Unlike in Diffusers, where the shared components become float32, they keep their dtypes
         unless a `dtype` or `torch_dtype` is given. Both pipelines share the cache of encoded
         prompts, as long as they have the same text encoder, and, if whole models are offloaded, the
-        offloading. The number of steps and the
-        guidance scale that suit the model, and `whole_words`, are kept too. `pipe.components` has
-        none of these, so a pipeline of `**pipe.components` has the defaults.
+        offloading. The number of steps and the guidance scale that suit the model, and
+        `whole_words`, are kept too. `pipe.components` has none of these, so a pipeline of
+        `**pipe.components` has the defaults.
         """
         if "dtype" in kwargs or "torch_dtype" in kwargs:
             return super().from_pipe(pipeline, **kwargs)

@@ -16,8 +16,7 @@ from diffusers.loaders.lora_base import (
 )
 
 from ..checkpoint.reading import CheckpointFile, few, require_finite
-from ..core.parts import is_hub_name
-from ..files import CHECKPOINTS, parse_json, user_path
+from ..files import CHECKPOINTS, is_hub_name, parse_json, user_path
 from ..models.transformer import LocalDiTTransformer2DModel
 
 Tensors = dict[str, torch.Tensor]
@@ -113,15 +112,15 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_file(
-    source: str | Path, weight_name: str | None = None, subfolder: str | None = None
+    source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **_: Any
 ) -> Path | None:
     """Return the file that a local file or folder stands for; None for a hub name.
 
     Raises:
         FileNotFoundError: if `source` looks like a path and is missing, or the folder lacks the
             file.
-        ValueError: if the folder holds several files and none was named, or another file was named
-            than the one that was given.
+        ValueError: if the folder holds several files and none was named, or `source` is a file and
+            another one was named.
     """
     path = user_path(source)
     if path.is_file():

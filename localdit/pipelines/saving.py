@@ -63,7 +63,7 @@ from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTP
 # class to Diffusers. If the folder named localdit, Diffusers would look for code on the hub.
 TRANSFORMER = ["diffusers", "LocalDiTTransformer2DModel"]
 
-# Something that each component has, whatever wraps it, and what it then is.
+# An attribute that each component has, even if it is wrapped, and what messages call it.
 KINDS = {
     "transformer": ("set_sample_size", "a LocalDiTTransformer2DModel"),
     "scheduler": ("step", "a scheduler of Diffusers that samples by `step`"),
@@ -87,13 +87,13 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             TypeError: if a component is not of its kind.
             ValueError: if one of `names` is missing.
         """
-        for name, (mark, expected) in KINDS.items():
+        for name, (attribute, expected) in KINDS.items():
             part = getattr(self, name)
             if part is None and name in names:
                 raise ValueError(
                     f"The pipeline has no {name}, which {user} needs: load it, and set pipe.{name}."
                 )
-            if part is not None and not hasattr(part, mark):
+            if part is not None and not hasattr(part, attribute):
                 raise TypeError(
                     f"The pipeline's {name} is a {type(part).__name__}; expected {expected}. Set "
                     f"pipe.{name} to one."
@@ -347,9 +347,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
         metadata = None
         if isinstance(source, dict):
             tensors = super().lora_state_dict(source, **kwargs)
-        elif (
-            file := lora.adapter_file(source, kwargs.get("weight_name"), kwargs.get("subfolder"))
-        ) is not None:
+        elif (file := lora.adapter_file(source, **kwargs)) is not None:
             tensors, metadata = lora.read_adapter(file)
         else:
             kwargs.setdefault("use_safetensors", True)
