@@ -3,9 +3,12 @@ import re
 import signal
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
+from accelerate.state import AcceleratorState
 
+from localdit.training.__main__ import main
 from localdit.training.shutdown import SIGNALS, StopRequest
 
 
@@ -96,12 +99,15 @@ def test_the_first_of_several_processes_speaks(ranks, message):
         ({"RANK": "1", "WORLD_SIZE": "2"}, "error: process 1: .*MASTER_ADDR"),
     ],
 )
-def test_an_error_of_a_process_that_knows_of_no_other_is_printed(ranks, message):
-    command = [sys.executable, "-m", "localdit.training", "--data-root", "gone"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | ranks
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 1
-    assert re.search(message, result.stderr)
+def test_an_error_of_a_process_that_knows_of_no_other_is_printed(
+    ranks, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(StopRequest, "listen", lambda self: None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"} | ranks):  # Accelerate adds some
+        assert main(["--data-root", "gone"]) == 1
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_system_exit_passes_through():
