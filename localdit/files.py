@@ -240,8 +240,7 @@ def start_drawing(folder: Path, count: int = 1) -> Path:
         raise ValueError(f"The number of pictures is {count}; expected at least 1.")
     if has_files(folder) and not mark.is_file():
         raise ValueError(
-            f"{folder} has files that were not drawn there, or by an earlier version: name another "
-            "folder, or remove it."
+            f"{folder} has files that this version did not draw: name another folder, or remove it."
         )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     mark.touch()

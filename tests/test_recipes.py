@@ -400,7 +400,7 @@ DRAWING = ["box/draw_scenes.py", "lora/draw_frames.py", "photographs/collect.py"
 def test_recipes_draw_into_no_folder_of_other_files(path, tmp_path, monkeypatch):
     (tmp_path / "metadata.jsonl").write_text("mine")
     monkeypatch.setattr(sys, "argv", [path, "--output", str(tmp_path)])
-    with pytest.raises(ValueError, match="has files that were not drawn there"):
+    with pytest.raises(ValueError, match="has files that this version did not draw"):
         load(path).main()
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
 

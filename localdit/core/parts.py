@@ -108,13 +108,12 @@ def locate(part: Part, source: str | Path, local_files_only: bool = False) -> di
             if (files / part.config).is_file() and (weights or not part.weights):
                 require_sound_config(files)
                 return {"pretrained_model_name_or_path": str(local), "subfolder": folder}
+        shared = f" for {named}, which takes them from its parent: move it to its teacher's folder"
         raise FieldNotFoundError(
             "{field}: {folder} lacks files{shared}; expected {layouts}",
             field=config_field(part.field),
             folder=local,
-            shared=""
-            if local == named
-            else f" that {named} shares: move it to its teacher's folder",
+            shared="" if local == named else shared,
             layouts="; or ".join(map(part.files, part.folders)),
         )
     if not is_hub_name(source):

@@ -120,7 +120,7 @@ class RunFolder:
         for file in [file for file in self.path.iterdir() if _LOG.fullmatch(file.name)]:
             lines = [(_step_of(line), line) for line in file.read_bytes().splitlines()]
             if damaged := sum(found is None for found, _ in lines):
-                say(f"{file.name}: lines that are damaged or cut off are dropped: {damaged}")
+                say(f"{file.name}: damaged or incomplete lines are dropped: {damaged}")
             kept = [line for found, line in lines if found is not None and found <= step]
             write_whole(file, b"".join(line + b"\n" for line in kept))
         write_json(self.path / "config.json", options)

@@ -245,7 +245,7 @@ def test_damaged_lines_are_dropped_and_told(run, capsys):
     told = capsys.readouterr().out
     for name in ("metrics.jsonl", "broken.jsonl"):
         assert (run.path / name).read_bytes() == good + b"\n"
-        assert f"{name}: lines that are damaged or cut off are dropped: {len(bad)}" in told
+        assert f"{name}: damaged or incomplete lines are dropped: {len(bad)}" in told
 
 
 def test_a_line_that_cannot_be_written_leaves_no_part_of_it(full_disk, run):
