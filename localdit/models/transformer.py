@@ -201,7 +201,7 @@ class LocalDiTTransformer2DModel(
         Raises:
             TypeError: for an argument that neither Diffusers nor the model takes.
         """
-        if not return_unused_kwargs:
+        if isinstance(config, dict) and not return_unused_kwargs:  # not a path, as Diffusers takes
             require_known("The model", kwargs, cls._get_init_keys(cls))
         return super().from_config(config, return_unused_kwargs, **kwargs)
 

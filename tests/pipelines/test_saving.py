@@ -159,6 +159,8 @@ def test_misspelt_arguments_are_refused_before_any_work(folder, tmp_path):
     assert not list(tmp_path.iterdir())
     model = LocalDiTTransformer2DModel.from_pretrained(part, dropout=0.5, low_cpu_mem_usage=False)
     assert model.config.dropout == 0.5
+    again = LocalDiTTransformer2DModel.from_config(str(folder), subfolder="transformer")
+    assert again.config.num_layers == model.config.num_layers
     model.save_pretrained(tmp_path, token=None)
 
 
