@@ -648,7 +648,7 @@ def test_the_death_of_a_process_that_reads_pictures_says_what_to_do(train, monke
     train("dies", "--num-workers", "1", expect=1)
     told = capsys.readouterr().err
     assert "A process that reads pictures was killed" in told
-    assert "Give fewer --num-workers, and continue with --resume auto." in told
+    assert "Lower --num-workers, and continue with --resume auto." in told
     assert "Traceback" not in told
 
 

@@ -27,7 +27,7 @@ BOOKKEEPING = {"decay", "initted", "n_averaged", "num_updates", "optimization_st
 
 # Diffusers' names of a model's weights, in the order in which it looks for them.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-OF_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")  # likewise, of a text encoder
+OF_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")  # in Transformers
 _WEIGHTS = re.compile(
     r"(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )

@@ -74,8 +74,8 @@ def deaths_of_workers(go_on: str) -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise ChildProcessError(
-            f"A process that reads pictures was killed, often because the memory is full: "
-            f"{str(error).strip()} Give fewer --num-workers, and {go_on}."
+            f"A process that reads pictures was killed. Often, the machine ran out of memory. "
+            f"{str(error).strip()} Lower --num-workers, and {go_on}."
         ) from error
 
 

@@ -421,7 +421,7 @@ def test_the_death_of_a_process_that_reads_pictures_says_what_to_do(
     read = "localdit.training.encode.shards.read_picture"
     monkeypatch.setattr(read, lambda *picture: os.kill(os.getpid(), signal.SIGKILL))
     told = stopped(options(workplace, tmp_path / "encoded", "--num-workers", "1"))
-    assert "Give fewer --num-workers, and run the same command again." in told
+    assert "Lower --num-workers, and run the same command again." in told
 
 
 @pytest.mark.slow
