@@ -34,7 +34,7 @@ from .layout import (
     read_layout,
     repeat_layer_types,
 )
-from .reading import CheckpointFile, few, folder_files, open_files, require_finite
+from .reading import CheckpointFile, few, folder_files, is_finite, open_files, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -377,7 +377,7 @@ def bare(model: Any) -> Any:
 
 
 def require_savable(model: nn.Module) -> None:
-    """Refuse a model whose saved folder would not load as the same model."""
+    """Refuse a model whose saved folder would load as another one; warn if it would not load."""
     name = type(model).__name__
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(
@@ -403,8 +403,12 @@ def require_savable(model: nn.Module) -> None:
                 f"The {name} lacks {few(lost)}: its layers were replaced, and its folder would "
                 "not load as this model. Save it before you replace them."
             )
-    for parameter, tensor in model.named_parameters():
-        require_finite(f"The {name}", parameter, tensor)
+    not_finite = [n for n, tensor in model.named_parameters() if not is_finite(tensor)]
+    if not_finite:
+        logger.warning(
+            "The %s has values that are not finite in %s: it can be saved, but not loaded again.",
+            name, few(not_finite),
+        )  # fmt: skip
 
 
 def _hooks(module: nn.Module) -> Collection[Any]:

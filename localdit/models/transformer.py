@@ -230,8 +230,7 @@ class LocalDiTTransformer2DModel(
         Raises:
             OSError: if a file can't be written.
             TypeError: for an unknown argument.
-            ValueError: if the model has adapters, or its weights are elsewhere, not finite, or were
-                replaced.
+            ValueError: if the model has adapters, or its weights are elsewhere or were replaced.
         """
         known = (super().save_pretrained, self.push_to_hub)
         names = [name for method in known for name in inspect.signature(method).parameters]

@@ -141,7 +141,7 @@ class SavedPipeline(SanaLoraLoaderMixin, DiffusionPipeline):
             OSError: if a file can't be written.
             TypeError: for an unknown argument.
             ValueError: if transformer or scheduler are missing, or a part has adapters, or its
-                weights are elsewhere, not finite, or were replaced.
+                weights are elsewhere or were replaced.
         """
         known = inspect.signature(super().save_pretrained).parameters
         require_known("save_pretrained", kwargs, known)
